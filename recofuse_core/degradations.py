@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from recofuse_core.errors import CoreError, ShapeError
+from recofuse_core.errors import ConfigError, CoreError, ShapeError
 
 Strength = Literal["light", "medium", "strong"]
 MIN_SIDE = 16
@@ -90,7 +90,7 @@ class Range:
         start, stop = {"light": (0.0, 0.5), "medium": (0.0, 1.0), "strong": (0.5, 1.0)}[strength]
         position = _uniform(generator, start, stop)
         if self.log:
-            return self.mild * (self.harsh / self.mild) ** position
+            return self.mild * math.exp(math.log(self.harsh / self.mild) * position)
         return self.mild + (self.harsh - self.mild) * position
 
 
@@ -274,7 +274,7 @@ def degrade_vis(
 
     kinds: exactly these, in physical order; None draws 1, 2 or 3 distinct kinds with p .5, .35, .15 (strong: 2 or 3).
     Low light and haze exclude each other, and so do the two noises. With p clean_probability the input stays clean.
-    Raises ShapeError for another shape or a side below 16, CoreError for an unknown kind.
+    Raises ShapeError for another shape or a side below 16, ConfigError for an unknown kind.
     """
     _require_image(image, 3)
     wanted = _parse(VisKind, kinds)
@@ -463,7 +463,7 @@ def _parse(kind_type: type[_Kind], kinds: Iterable[_Kind | str] | None) -> set[_
     try:
         return {kind_type(kind) for kind in kinds}
     except ValueError as error:
-        raise CoreError(f"{error}; accepted: {', '.join(kind_type)}") from error
+        raise ConfigError(f"{error}; accepted: {', '.join(kind_type)}") from error
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -505,4 +505,5 @@ def _line_kernel(length: float, angle: float) -> np.ndarray:
     np.add.at(kernel, (row, column + 1), dx * (1 - dy))
     np.add.at(kernel, (row + 1, column), (1 - dx) * dy)
     np.add.at(kernel, (row + 1, column + 1), dx * dy)
-    return (kernel / kernel.sum()).astype(np.float32)
+    kernel /= kernel.sum()
+    return kernel.astype(np.float32)
