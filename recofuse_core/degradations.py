@@ -1,10 +1,10 @@
 """Seeded physical degradations of clean visible and infrared images, each with its model and range.
 
-`degrade_vis` and `degrade_ir` draw a recipe and apply it in the order in which light meets lens, scene, sensor and codec:
-blur, then low light or haze (infrared: low contrast), then colour cast, stripes, noise, JPEG, rounding to 8 bit. The
-single functions take explicit parameters and do not clip: a sensor clips once, in `quantise`, and clipping every part
-would bias the noise. All randomness comes from the `torch.Generator` passed in (a CPU generator); images are CPU float32
-in [0, 1]. Letters: C channels (3 vis, 1 ir), H and W height and width, at least 16.
+`degrade_vis` and `degrade_ir` draw a recipe and apply it in the order in which light meets lens, scene, sensor and
+codec: blur, then low light or haze (infrared: low contrast), then colour cast, stripes, noise, JPEG, rounding to 8 bit.
+The single functions take explicit parameters and, `jpeg` aside, do not clip: a sensor clips once, in `quantise`, and
+clipping every part would bias the noise. All randomness comes from the `torch.Generator` passed in (a CPU generator);
+images are CPU float32 in [0, 1]. Letters: C channels (3 vis, 1 ir), H and W height and width, at least 16.
 
 Reading "strength": every range has a mild and a harsh end. "medium" draws from the whole range, "light" from its mild
 half, "strong" from its harsh half with two or three kinds in every image. Values without a harsh end (airlight tone,
@@ -79,7 +79,7 @@ class Degraded:
 
 @dataclass(frozen=True)
 class Range:
-    """An interval from its mild to its harsh end, either of which may be the larger number; log: uniform in logarithm."""
+    """From a mild to a harsh end, either of which may be the larger number; log: uniform in logarithm."""
 
     mild: float
     harsh: float
@@ -153,9 +153,9 @@ def haze(image: Tensor, airlight: Tensor | float, transmission: Tensor | float) 
 
 
 def depth_surrogate(height: int, width: int, clutter: float, generator: Generator) -> Tensor:
-    """A smooth stand-in for scene depth, (1, H, W) in [0.4, 1]: far at the top, near at the bottom, mixed with blurred noise.
+    """A smooth stand-in for scene depth, (1, H, W) in [0.4, 1], far at the top and near at the bottom.
 
-    clutter in [0, 1] is the noise's share. The noise is a 5x5 random grid blown up bicubically, which costs next to
+    Blurred noise is mixed in; clutter in [0, 1] is the noise's share. The noise is a 5x5 random grid blown up bicubically, which costs next to
     nothing and has the spectrum of heavily blurred white noise.
     """
     grid = torch.rand(5, 5, generator=generator).numpy()
@@ -170,16 +170,16 @@ def colour_cast(image: Tensor, gains: Tensor) -> Tensor:
 
 
 def low_contrast(image: Tensor, slope: float, offset: float) -> Tensor:
-    """Thermal contrast squeezed into part of the range: slope * I + offset; slope in [0.25, 0.75], offset in [0, 1 - slope]."""
+    """Squeezed thermal contrast: slope * I + offset; slope in [0.25, 0.75], offset in [0, 1 - slope]."""
     return image * slope + offset
 
 
 def stripe_profile(
     length: int, std: float, generator: Generator, *, smoothing: float = 0.0, max_run: int = 1
 ) -> Tensor:
-    """Random per-line values of the given std, (length,): white, low-pass (Gaussian of `smoothing` px), or constant in runs.
+    """Random per-line values of the given std, (length,): white, Gaussian low-pass, or constant in runs.
 
-    Runs have 1 to max_run lines. A low-passed profile is scaled back, so that its expected std stays `std`.
+    smoothing: the low-pass std in px. Runs have 1 to max_run lines. A low-passed profile is scaled back, so that its expected std stays `std`.
     """
     if max_run > 1:
         runs = torch.randint(1, max_run + 1, (length,), generator=generator)
