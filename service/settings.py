@@ -1,0 +1,249 @@
+"""Every knob of the service, with its unit and default.
+
+`RECOFUSE_BATCH__MAX_WAIT_S=0.02` is `settings.batch.max_wait_s`. Nothing here reads the environment: `cli.py` hands it
+over as a mapping (`Settings.from_environment(os.environ)`), and a misspelt name or value stops start-up with a message
+that lists what there is. Every object receives its own group.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from service.jobs import problems_of
+
+PREFIX = "RECOFUSE_"
+
+Seconds = Annotated[float, Field(gt=0, le=86400 * 30)]
+Count = Annotated[int, Field(ge=1)]
+NumBytes = Annotated[int, Field(ge=1)]
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or its value is not acceptable. The message is meant for whoever starts the service."""
+
+
+def _split_sizes(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class Group(BaseModel):
+    """Base of all groups: immutable, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class HttpSettings(Group):
+    """The HTTP front end."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    keep_alive_s: Seconds = Field(30.0, description="an idle connection is closed after this many seconds")
+    body_timeout_s: Seconds = Field(30.0, description="a request body must arrive within this many seconds")
+    max_connections: Count = Field(1024, description="open connections; beyond it the answer is 503")
+    require_worker: bool = Field(True, description="/health/ready asks for at least one warm worker")
+
+
+class LimitSettings(Group):
+    """What an input may be. Checked before anything is decoded."""
+
+    max_image_bytes: NumBytes = Field(32 << 20, description="bytes of one image file")
+    max_pixels: Count = Field(16_000_000, description="pixels (width times height) of one image")
+    max_side: Count = Field(8192, description="pixels along the longer side")
+    min_side: Count = Field(32, description="pixels along the shorter side; the network needs 32")
+    aspect_tolerance: float = Field(
+        0.02, ge=0, le=0.5, description="relative difference of the two aspect ratios that is still resampled"
+    )
+
+
+class CodecSettings(Group):
+    """How answers are encoded."""
+
+    png_compression: int = Field(1, ge=0, le=9, description="zlib level of PNG answers; 0 stores, 9 is smallest")
+    jpeg_quality: int = Field(92, ge=1, le=100, description="JPEG quality, percent")
+    webp_quality: int = Field(90, ge=1, le=101, description="WebP quality, percent; 101 is lossless")
+
+
+class JobSettings(Group):
+    """Admission and waiting, at the front end."""
+
+    default_timeout_s: Seconds = Field(60.0, description="deadline of a synchronous request that names none")
+    max_timeout_s: Seconds = Field(600.0, description="longest deadline that a synchronous request may ask for")
+    async_timeout_s: Seconds = Field(
+        3600.0, description="deadline of an asynchronous job that names none; also its most"
+    )
+    drain_timeout_s: Seconds = Field(60.0, description="longest wait for accepted work when stopping")
+
+
+class QueueSettings(Group):
+    """The queue between front ends and workers."""
+
+    url: str = Field("memory://", description="memory:// within one process, or the URL of a Redis server")
+    max_jobs: Count = Field(512, description="jobs waiting or running; beyond it requests are refused (429)")
+    max_bytes: NumBytes = Field(1 << 30, description="bytes of waiting jobs and unread results; beyond it: 429")
+    retry_after_s: Seconds = Field(1.0, description="what a refused request is told to wait, in seconds")
+    lease_s: Seconds = Field(15.0, description="a job whose worker is silent for this long goes to another worker")
+    max_attempts: Count = Field(3, description="deliveries after which a job is reported failed and put aside")
+    starvation_s: Seconds = Field(5.0, description="a job of a lower class that waited this long is taken next")
+    result_ttl_s: Seconds = Field(600.0, description="how long a kept result and its status stay readable")
+    idempotency_ttl_s: Seconds = Field(
+        600.0, description="how long an idempotency key is remembered; at least result_ttl_s"
+    )
+    max_dead_letters: Count = Field(1000, description="dead letters kept; the oldest go first")
+
+    @model_validator(mode="after")
+    def _key_outlives_result(self) -> Self:
+        if self.idempotency_ttl_s < self.result_ttl_s:
+            raise ValueError("idempotency_ttl_s must be at least result_ttl_s")
+        return self
+
+
+class BatchSettings(Group):
+    """Which jobs share a forward pass."""
+
+    max_batch: Count = Field(8, le=256, description="jobs in one forward pass at most")
+    max_wait_s: float = Field(
+        0.005,
+        ge=0,
+        le=10,
+        description="longest wait for companions that are known to be coming, in seconds; 0: never wait",
+    )
+    sizes: Annotated[tuple[Count, ...], BeforeValidator(_split_sizes)] = Field(
+        (), description="batch sizes to pad to, such as 1,2,4,8; empty: the engine's own, or no padding"
+    )
+    starvation_s: Seconds = Field(5.0, description="after each such wait a job counts as one class more urgent")
+
+
+class EngineSettings(Group):
+    """The model and the device it runs on."""
+
+    kind: Literal["core", "null", "fixed"] = Field(
+        "core", description="core: the model; null: answers the vis image; fixed: a stand-in of constant cost"
+    )
+    model: str = Field("compact", description="a shipped model's name or the path of a checkpoint file")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU")
+    num_threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one per core")
+    warm_up_size: str = Field(
+        "640x480", pattern=r"^\d+x\d+$", description="width x height that is run once before the service is ready"
+    )
+    fixed_batch_s: float = Field(0.020, ge=0, description="kind=fixed: seconds per forward pass")
+    fixed_item_s: float = Field(0.002, ge=0, description="kind=fixed: seconds per job in the pass")
+
+
+class WorkerSettings(Group):
+    """One worker process."""
+
+    id: str = Field(
+        "", pattern=r"^[0-9A-Za-z_.:-]{0,64}$", description="name in logs and the queue; empty: host and pid"
+    )
+    codec_threads: int = Field(0, ge=0, le=256, description="threads that decode and encode; 0: one per core")
+    max_held: int = Field(0, ge=0, description="jobs held at once, in any stage; 0: three batches")
+    take_wait_s: Seconds = Field(1.0, description="longest wait of one take; bounds how late a stop is noticed")
+    heartbeat_s: Seconds = Field(2.0, description="time between two renewals of what the worker holds")
+    announce_ttl_s: Seconds = Field(10.0, description="a worker that was silent for this long is not counted as there")
+    drain_timeout_s: Seconds = Field(
+        30.0, description="time to finish what is held when stopping; the rest is handed back"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of the worker's own /metrics and /health")
+    metrics_port: int = Field(0, ge=-1, le=65535, description="port of them; 0 picks a free one, -1 turns them off")
+
+
+class LogSettings(Group):
+    """Structured logs on standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="least severe level that is written"
+    )
+    format: Literal["json", "text"] = Field(
+        "json", description="json: one object a line; text: for reading at a terminal"
+    )
+
+
+class Settings(Group):
+    """All groups."""
+
+    http: HttpSettings = HttpSettings()
+    limits: LimitSettings = LimitSettings()
+    codec: CodecSettings = CodecSettings()
+    jobs: JobSettings = JobSettings()
+    queue: QueueSettings = QueueSettings()
+    batch: BatchSettings = BatchSettings()
+    engine: EngineSettings = EngineSettings()
+    worker: WorkerSettings = WorkerSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _heartbeat_beats_lease(self) -> Self:
+        if self.worker.heartbeat_s * 2 > self.queue.lease_s:
+            raise ValueError(
+                "worker.heartbeat_s must be at most half of queue.lease_s, or live workers lose their jobs"
+            )
+        return self
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str], *, ignore: frozenset[str] = frozenset()) -> Self:
+        """Settings from `RECOFUSE_GROUP__NAME` entries; other names are not looked at.
+
+        ignore: full names with the prefix that belong to someone else, such as a model path for the command line.
+        Raises SettingsError that names every unknown variable with the nearest known one, and every bad value.
+        """
+        known = {name: path for path in cls.names() for name in (variable_of(*path),)}
+        values: dict[str, dict[str, str]] = {}
+        unknown = []
+        for name, value in environ.items():
+            if not name.upper().startswith(PREFIX) or name in ignore:
+                continue
+            if (path := known.get(name.upper())) is not None:
+                values.setdefault(path[0], {})[path[1]] = value
+            else:
+                near = difflib.get_close_matches(name.upper(), known, n=1)
+                unknown.append(f"{name}{f' (did you mean {near[0]}?)' if near else ''}")
+        if unknown:
+            raise SettingsError(f"unknown settings in the environment: {', '.join(sorted(unknown))}")
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Settings from nested values, such as `{"http": {"port": 0}}`. Raises SettingsError."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingsError(f"settings are not valid: {problems_of(error)}") from error
+
+    def replace(self, **groups: Mapping[str, Any]) -> Self:
+        """A copy with some values changed: `settings.replace(http={"port": 0})`. Raises SettingsError."""
+        values = self.model_dump()
+        for group, changes in groups.items():
+            values[group] = {**values[group], **changes}
+        return self.from_values(values)
+
+    @classmethod
+    def names(cls) -> list[tuple[str, str]]:
+        """Every setting as (group, name), in the order of this file."""
+        return [
+            (group, name)
+            for group, field in cls.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+            for name in field.annotation.model_fields
+        ]
+
+    @classmethod
+    def table(cls) -> str:
+        """A Markdown table of all settings: environment name, default, meaning."""
+        rows = ["| Environment variable | Default | Meaning |", "|---|---|---|"]
+        defaults = cls()
+        for group, name in cls.names():
+            owner = getattr(defaults, group)
+            value = getattr(owner, name)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            meaning = type(owner).model_fields[name].description
+            rows.append(f"| `{variable_of(group, name)}` | `{shown}` | {meaning} |")
+        return "\n".join(rows)
+
+
+def variable_of(group: str, name: str) -> str:
+    """The environment name of a setting."""
+    return f"{PREFIX}{group}__{name}".upper()
