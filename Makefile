@@ -1,0 +1,38 @@
+# Every target needs only python3 >= 3.11; what it uses beyond that is installed into .venv from constraints.txt.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.recofuse-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check fmt
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# Reinstalls only when a dependency changed; the package itself is installed editable.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recofuse needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,train]' -c constraints.txt
+	@touch $@
+
+setup: $(INSTALLED) ## install everything into .venv
+
+demo: $(INSTALLED) ## serve, fuse one pair over HTTP (IR=... VIS=... for your own), write demo/fused.png and demo/sheet.png
+	@$(BIN)/recofuse demo $(if $(IR),--ir "$(IR)") $(if $(VIS),--vis "$(VIS)")
+
+serve: $(INSTALLED) ## keep a server running
+	@$(BIN)/recofuse serve
+
+test: $(INSTALLED) ## run the tests that need no GPU
+	@$(BIN)/python -m pytest -m 'not gpu'
+
+check: $(INSTALLED) ## formatting, lint and types, changing nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+fmt: $(INSTALLED) ## format, and mend what lint can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .

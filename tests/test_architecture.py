@@ -1,0 +1,97 @@
+"""The folder tree is the architecture: who may import what, each module probed in a fresh interpreter.
+
+Every module of both packages must have a row here, and every row a module: a new file fails until somebody
+has decided what it may pull in, and a removed one cannot leave a rule that holds of nothing.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What a module may never pull in, directly or through another. `recofuse_core` has one rule for all its modules.
+CORE_BANNED = ("service", "pydantic", "fastapi", "grpc", "redis", "typer")
+SERVICE_BANNED: dict[str, tuple[str, ...]] = {
+    "service": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.__main__": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.api": ("torch", "recofuse_core", "redis", "grpc"),
+    "service.batcher": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.cli": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),  # each verb imports what it needs
+    "service.demo": ("torch", "fastapi", "grpc", "redis"),
+    "service.engine": ("fastapi", "grpc", "redis"),
+    "service.errors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.gateway": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.images": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.jobs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.queue": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.worker": ("fastapi", "grpc"),
+}
+
+# Only these speak to the environment; everything else is handed its settings.
+ENVIRONMENT_READERS = {"service/cli.py"}
+
+
+def modules_of(package: str) -> set[str]:
+    """Dotted names of a package's modules, generated code left out."""
+    paths = (path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py"))
+    dotted = {".".join(path.with_suffix("").parts) for path in paths if "pb" not in path.parts}
+    return {name.removesuffix(".__init__") for name in dotted}
+
+
+def pulled_in(modules: list[str], banned: tuple[str, ...]) -> list[str]:
+    """The banned top-level packages that importing `modules` brings along, found in a fresh interpreter."""
+    probe = f"import sys, {', '.join(modules)}; print(*[name for name in {banned!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", probe], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_core_stays_free_of_the_service() -> None:
+    modules = sorted(modules_of("recofuse_core"))
+    assert "recofuse_core.sde" in modules
+    assert pulled_in(modules, CORE_BANNED) == []
+
+
+@pytest.mark.parametrize(("module", "banned"), SERVICE_BANNED.items(), ids=SERVICE_BANNED.keys())
+def test_service_module_does_not_pull_in(module: str, banned: tuple[str, ...]) -> None:
+    assert pulled_in([module], banned) == []
+
+
+def test_every_service_module_has_a_row() -> None:
+    assert modules_of("service") == set(SERVICE_BANNED)
+
+
+def test_the_probe_sees_what_is_imported() -> None:
+    assert pulled_in(["recofuse_core.sde"], ("torch", "service")) == ["torch"]
+
+
+def reads_environment(source: str) -> bool:
+    """Whether a module's text names `environ` or `getenv`, as an attribute or an import."""
+    names = {"environ", "getenv", "environb"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "os" and names & {alias.name for alias in node.names}:
+            return True
+    return False
+
+
+def test_environment_probe_sees_a_read() -> None:
+    assert reads_environment("import os\nvalue = os.environ['A']")
+    assert reads_environment("from os import getenv")
+    assert not reads_environment("import os\nvalue = os.getpid()")
+
+
+@pytest.mark.parametrize("package", ["recofuse_core", "service"])
+def test_only_the_command_line_reads_the_environment(package: str) -> None:
+    sources = [path for path in sorted((ROOT / package).rglob("*.py")) if "pb" not in path.parts]
+    assert sources
+    readers = {path.relative_to(ROOT).as_posix() for path in sources if reads_environment(path.read_text("utf-8"))}
+    assert readers <= ENVIRONMENT_READERS
