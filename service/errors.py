@@ -205,7 +205,7 @@ class OverloadedError(ServiceError):
 
 
 class RateLimitedError(ServiceError):
-    """This caller asks too often."""
+    """The caller asks too often."""
 
     code = ErrorCode.RATE_LIMITED
 

@@ -39,60 +39,64 @@ class Group(BaseModel):
 class HttpSettings(Group):
     """The HTTP front end."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    keep_alive_s: Seconds = Field(30.0, description="an idle connection is closed after this many seconds")
-    body_timeout_s: Seconds = Field(30.0, description="a request body must arrive within this many seconds")
-    max_connections: Count = Field(1024, description="open connections; beyond it the answer is 503")
-    require_worker: bool = Field(True, description="/health/ready asks for at least one warm worker")
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    keep_alive_s: Seconds = Field(default=30.0, description="an idle connection is closed after this many seconds")
+    body_timeout_s: Seconds = Field(default=30.0, description="a request body must arrive within this many seconds")
+    max_connections: Count = Field(default=1024, description="open connections; beyond it the answer is 503")
+    require_worker: bool = Field(default=True, description="/health/ready asks for at least one warm worker")
 
 
 class LimitSettings(Group):
     """What an input may be. Checked before anything is decoded."""
 
-    max_image_bytes: NumBytes = Field(32 << 20, description="bytes of one image file")
-    max_pixels: Count = Field(16_000_000, description="pixels (width times height) of one image")
-    max_side: Count = Field(8192, description="pixels along the longer side")
-    min_side: Count = Field(32, description="pixels along the shorter side; the network needs 32")
+    max_image_bytes: NumBytes = Field(default=32 << 20, description="bytes of one image file")
+    max_pixels: Count = Field(default=16_000_000, description="pixels (width times height) of one image")
+    max_side: Count = Field(default=8192, description="pixels along the longer side")
+    min_side: Count = Field(default=32, description="pixels along the shorter side; the network needs 32")
     aspect_tolerance: float = Field(
-        0.02, ge=0, le=0.5, description="relative difference of the two aspect ratios that is still resampled"
+        default=0.02, ge=0, le=0.5, description="relative difference of the two aspect ratios that is still resampled"
     )
 
 
 class CodecSettings(Group):
     """How answers are encoded."""
 
-    png_compression: int = Field(1, ge=0, le=9, description="zlib level of PNG answers; 0 stores, 9 is smallest")
-    jpeg_quality: int = Field(92, ge=1, le=100, description="JPEG quality, percent")
-    webp_quality: int = Field(90, ge=1, le=101, description="WebP quality, percent; 101 is lossless")
+    png_compression: int = Field(
+        default=1, ge=0, le=9, description="zlib level of PNG answers; 0 stores, 9 is smallest"
+    )
+    jpeg_quality: int = Field(default=92, ge=1, le=100, description="JPEG quality, percent")
+    webp_quality: int = Field(default=90, ge=1, le=101, description="WebP quality, percent; 101 is lossless")
 
 
 class JobSettings(Group):
     """Admission and waiting, at the front end."""
 
-    default_timeout_s: Seconds = Field(60.0, description="deadline of a synchronous request that names none")
-    max_timeout_s: Seconds = Field(600.0, description="longest deadline that a synchronous request may ask for")
+    default_timeout_s: Seconds = Field(default=60.0, description="deadline of a synchronous request that names none")
+    max_timeout_s: Seconds = Field(default=600.0, description="longest deadline that a synchronous request may ask for")
     async_timeout_s: Seconds = Field(
-        3600.0, description="deadline of an asynchronous job that names none; also its most"
+        default=3600.0, description="deadline of an asynchronous job that names none; also its most"
     )
-    drain_timeout_s: Seconds = Field(60.0, description="longest wait for accepted work when stopping")
+    drain_timeout_s: Seconds = Field(default=60.0, description="longest wait for accepted work when stopping")
 
 
 class QueueSettings(Group):
     """The queue between front ends and workers."""
 
-    url: str = Field("memory://", description="memory:// within one process, or the URL of a Redis server")
-    max_jobs: Count = Field(512, description="jobs waiting or running; beyond it requests are refused (429)")
-    max_bytes: NumBytes = Field(1 << 30, description="bytes of waiting jobs and unread results; beyond it: 429")
-    retry_after_s: Seconds = Field(1.0, description="what a refused request is told to wait, in seconds")
-    lease_s: Seconds = Field(15.0, description="a job whose worker is silent for this long goes to another worker")
-    max_attempts: Count = Field(3, description="deliveries after which a job is reported failed and put aside")
-    starvation_s: Seconds = Field(5.0, description="a job of a lower class that waited this long is taken next")
-    result_ttl_s: Seconds = Field(600.0, description="how long a kept result and its status stay readable")
-    idempotency_ttl_s: Seconds = Field(
-        600.0, description="how long an idempotency key is remembered; at least result_ttl_s"
+    url: str = Field(default="memory://", description="memory:// within one process, or the URL of a Redis server")
+    max_jobs: Count = Field(default=512, description="jobs waiting or running; beyond it requests are refused (429)")
+    max_bytes: NumBytes = Field(default=1 << 30, description="bytes of waiting jobs and unread results; beyond it: 429")
+    retry_after_s: Seconds = Field(default=1.0, description="what a refused request is told to wait, in seconds")
+    lease_s: Seconds = Field(
+        default=15.0, description="a job whose worker is silent for this long goes to another worker"
     )
-    max_dead_letters: Count = Field(1000, description="dead letters kept; the oldest go first")
+    max_attempts: Count = Field(default=3, description="deliveries after which a job is reported failed and put aside")
+    starvation_s: Seconds = Field(default=5.0, description="a job of a lower class that waited this long is taken next")
+    result_ttl_s: Seconds = Field(default=600.0, description="how long a kept result and its status stay readable")
+    idempotency_ttl_s: Seconds = Field(
+        default=600.0, description="how long an idempotency key is remembered; at least result_ttl_s"
+    )
+    max_dead_letters: Count = Field(default=1000, description="dead letters kept; the oldest go first")
 
     @model_validator(mode="after")
     def _key_outlives_result(self) -> Self:
@@ -104,61 +108,67 @@ class QueueSettings(Group):
 class BatchSettings(Group):
     """Which jobs share a forward pass."""
 
-    max_batch: Count = Field(8, le=256, description="jobs in one forward pass at most")
+    max_batch: Count = Field(default=8, le=256, description="jobs in one forward pass at most")
     max_wait_s: float = Field(
-        0.005,
+        default=0.005,
         ge=0,
         le=10,
         description="longest wait for companions that are known to be coming, in seconds; 0: never wait",
     )
     sizes: Annotated[tuple[Count, ...], BeforeValidator(_split_sizes)] = Field(
-        (), description="batch sizes to pad to, such as 1,2,4,8; empty: the engine's own, or no padding"
+        default=(), description="batch sizes to pad to, such as 1,2,4,8; empty: the engine's own, or no padding"
     )
-    starvation_s: Seconds = Field(5.0, description="after each such wait a job counts as one class more urgent")
+    starvation_s: Seconds = Field(default=5.0, description="after each such wait a job counts as one class more urgent")
 
 
 class EngineSettings(Group):
     """The model and the device it runs on."""
 
     kind: Literal["core", "null", "fixed"] = Field(
-        "core", description="core: the model; null: answers the vis image; fixed: a stand-in of constant cost"
+        default="core", description="core: the model; null: answers the vis image; fixed: a stand-in of constant cost"
     )
-    model: str = Field("compact", description="a shipped model's name or the path of a checkpoint file")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU")
-    num_threads: int = Field(0, ge=0, description="CPU threads of the model; 0: one per core")
+    model: str = Field(default="compact", description="a shipped model's name or the path of a checkpoint file")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU")
+    num_threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: one per core")
     warm_up_size: str = Field(
-        "640x480", pattern=r"^\d+x\d+$", description="width x height that is run once before the service is ready"
+        default="640x480",
+        pattern=r"^\d+x\d+$",
+        description="width x height that is run once before the service is ready",
     )
-    fixed_batch_s: float = Field(0.020, ge=0, description="kind=fixed: seconds per forward pass")
-    fixed_item_s: float = Field(0.002, ge=0, description="kind=fixed: seconds per job in the pass")
+    fixed_batch_s: float = Field(default=0.020, ge=0, description="kind=fixed: seconds per forward pass")
+    fixed_item_s: float = Field(default=0.002, ge=0, description="kind=fixed: seconds per job in the pass")
 
 
 class WorkerSettings(Group):
     """One worker process."""
 
     id: str = Field(
-        "", pattern=r"^[0-9A-Za-z_.:-]{0,64}$", description="name in logs and the queue; empty: host and pid"
+        default="", pattern=r"^[0-9A-Za-z_.:-]{0,64}$", description="name in logs and the queue; empty: host and pid"
     )
-    codec_threads: int = Field(0, ge=0, le=256, description="threads that decode and encode; 0: one per core")
-    max_held: int = Field(0, ge=0, description="jobs held at once, in any stage; 0: three batches")
-    take_wait_s: Seconds = Field(1.0, description="longest wait of one take; bounds how late a stop is noticed")
-    heartbeat_s: Seconds = Field(2.0, description="time between two renewals of what the worker holds")
-    announce_ttl_s: Seconds = Field(10.0, description="a worker that was silent for this long is not counted as there")
+    codec_threads: int = Field(default=0, ge=0, le=256, description="threads that decode and encode; 0: one per core")
+    max_held: int = Field(default=0, ge=0, description="jobs held at once, in any stage; 0: three batches")
+    take_wait_s: Seconds = Field(default=1.0, description="longest wait of one take; bounds how late a stop is noticed")
+    heartbeat_s: Seconds = Field(default=2.0, description="time between two renewals of what the worker holds")
+    announce_ttl_s: Seconds = Field(
+        default=10.0, description="a worker that was silent for this long is not counted as there"
+    )
     drain_timeout_s: Seconds = Field(
-        30.0, description="time to finish what is held when stopping; the rest is handed back"
+        default=30.0, description="time to finish what is held when stopping; the rest is handed back"
     )
-    metrics_host: str = Field("127.0.0.1", description="address of the worker's own /metrics and /health")
-    metrics_port: int = Field(0, ge=-1, le=65535, description="port of them; 0 picks a free one, -1 turns them off")
+    metrics_host: str = Field(default="127.0.0.1", description="address of the worker's own /metrics and /health")
+    metrics_port: int = Field(
+        default=0, ge=-1, le=65535, description="port of them; 0 picks a free one, -1 turns them off"
+    )
 
 
 class LogSettings(Group):
     """Structured logs on standard error."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="least severe level that is written"
+        default="INFO", description="least severe level that is written"
     )
     format: Literal["json", "text"] = Field(
-        "json", description="json: one object a line; text: for reading at a terminal"
+        default="json", description="json: one object a line; text: for reading at a terminal"
     )
 
 
