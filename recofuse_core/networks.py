@@ -1,0 +1,353 @@
+"""The three networks of ReCoFuse, each beside its frozen config: autoencoder, denoiser (DiM), latent fusion (TIM).
+
+Two autoencoders share one interface (`encode`, `decode`, `fuse_skips`): `PaperAutoencoder` is the published one, whose
+official weights can be loaded; `GatedAutoencoder` is the compact one, with a denser latent and a gated skip at quarter
+resolution. Letters: B batch, H and W image size, h and w latent size (an eighth, rounded up), C latent channels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recofuse_core.errors import ConfigError, ShapeError
+from recofuse_core.layers import (
+    ChannelNorm,
+    ConvBlockAttention,
+    CrossAttention,
+    GatedConvBlock,
+    LinearAttention,
+    TimeEmbedding,
+    modulate,
+)
+
+Skips = tuple[Tensor, ...]
+
+
+def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "constant"]) -> Tensor:
+    """Pad right and below until both sides are multiples. Raises ShapeError where reflection needs more pixels."""
+    height, width = x.shape[-2:]
+    pad_h, pad_w = -height % multiple, -width % multiple
+    if mode == "reflect" and (pad_h >= height or pad_w >= width):
+        raise ShapeError(f"a {width}x{height} image is too small to be padded to multiples of {multiple} by reflection")
+    return F.pad(x, (0, pad_w, 0, pad_h), mode) if pad_h or pad_w else x
+
+
+# --- autoencoders -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaperAutoencoderConfig:
+    """Sizes of the published autoencoder (model-spec section 2); the defaults are the release's."""
+
+    width: int = 8
+    multipliers: tuple[int, int, int, int] = (4, 8, 8, 16)
+    latent_channels: int = 8
+    kind: Literal["paper"] = "paper"
+
+
+class ResidualPair(nn.Module):
+    """Two 3x3 convolutions with SiLU, plus the input (through 1x1 where the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.conv2(F.silu(self.conv1(x))))
+        return y + (x if self.skip is None else self.skip(x))
+
+
+class PaperAutoencoder(nn.Module):
+    """U-Net of four levels with latent factor 8 and nine skip features (OmniFuse's autoencoder)."""
+
+    multiple = 16
+
+    def __init__(self, config: PaperAutoencoderConfig) -> None:
+        super().__init__()
+        outs = [config.width * m for m in config.multipliers]
+        ins = [config.width, *outs[:-1]]
+        self.init_conv = nn.Conv2d(3, config.width, 3, padding=1, bias=False)
+        self.encoder_blocks = nn.ModuleList(nn.ModuleList([ResidualPair(d, d), ResidualPair(d, d)]) for d in ins)
+        self.encoder_norm = ChannelNorm(ins[-1])
+        self.encoder_attention = LinearAttention(ins[-1])
+        downs: list[nn.Module] = [nn.Conv2d(ins[i], outs[i], 4, stride=2, padding=1) for i in range(3)]
+        self.downs = nn.ModuleList([*downs, nn.Conv2d(ins[3], outs[3], 3, padding=1, bias=False)])
+        self.latent_conv = nn.Conv2d(outs[-1], config.latent_channels, 1, bias=False)
+        self.post_latent_conv = nn.Conv2d(config.latent_channels, outs[-1], 1, bias=False)
+        self.decoder_blocks = nn.ModuleList(
+            nn.ModuleList([ResidualPair(o + d, o), ResidualPair(o + d, o)])
+            for d, o in zip(reversed(ins), reversed(outs), strict=True)
+        )
+        self.decoder_norm = ChannelNorm(outs[-1])
+        self.decoder_attention = LinearAttention(outs[-1])
+        ups: list[nn.Module] = [nn.Conv2d(outs[i], ins[i], 3, padding=1) for i in (3, 2, 1)]
+        self.ups = nn.ModuleList([*ups, nn.Conv2d(outs[0], ins[0], 3, padding=1, bias=False)])
+        self.final_conv = nn.Conv2d(config.width, 3, 3, padding=1)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
+        """(B, 3, H, W) in [0, 1] to the latent (B, C, ceil16(H)/8, ceil16(W)/8) and nine skips, finest first.
+
+        Raises ShapeError if the image is too small for the reflection padding.
+        """
+        x = self.init_conv(pad_to_multiple(image, self.multiple, "reflect"))
+        skips = [x]
+        for level, (first, second) in enumerate(self.encoder_blocks):  # type: ignore[misc]
+            x = first(x)
+            skips.append(x)
+            x = second(x)
+            if level == 3:
+                x = x + self.encoder_attention(self.encoder_norm(x))
+            skips.append(x)
+            x = self.downs[level](x)
+        return self.latent_conv(x), tuple(skips)
+
+    def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:
+        """Latent (B, C, h, w) and skips back to an image (B, 3, *size), not clamped."""
+        x = self.post_latent_conv(latent)
+        for level, (first, second) in enumerate(self.decoder_blocks):  # type: ignore[misc]
+            x = first(torch.cat([x, skips[8 - 2 * level]], dim=1))
+            x = second(torch.cat([x, skips[7 - 2 * level]], dim=1))
+            if level == 0:
+                x = x + self.decoder_attention(self.decoder_norm(x))
+            if level < 3:
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = self.ups[level](x)
+        image: Tensor = self.final_conv(x + skips[0])
+        return image[..., : size[0], : size[1]]
+
+    def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
+        """Skip features for the fused image: the mean, entry by entry."""
+        return tuple((a + b) / 2 for a, b in zip(vis, ir, strict=True))
+
+
+@dataclass(frozen=True)
+class GatedAutoencoderConfig:
+    """Sizes of the compact autoencoder (docs/decisions/0002)."""
+
+    quarter_width: int = 64
+    eighth_width: int = 128
+    encoder_blocks: tuple[int, int] = (2, 3)  # at 1/4 and 1/8
+    decoder_blocks: tuple[int, int] = (4, 3)  # at 1/8 and 1/4
+    latent_channels: int = 16
+    kind: Literal["gated"] = "gated"
+
+
+class GatedAutoencoder(nn.Module):
+    """Pixel-unshuffle autoencoder with one gated skip at quarter resolution.
+
+    The skip carries content of the degraded image; the gate, computed from the decoded latent and the skip together,
+    decides position by position how much of it to believe.
+    """
+
+    multiple = 16  # latent sides are even, so that a denoiser of one or more levels needs no padding of its own
+
+    def __init__(self, config: GatedAutoencoderConfig) -> None:
+        super().__init__()
+        quarter, eighth, latent = config.quarter_width, config.eighth_width, config.latent_channels
+        self.stem = nn.Conv2d(48, quarter, 3, padding=1)
+        self.encoder_quarter = nn.ModuleList(GatedConvBlock(quarter) for _ in range(config.encoder_blocks[0]))
+        self.down = nn.Conv2d(quarter, eighth, 2, stride=2)
+        self.encoder_eighth = nn.ModuleList(GatedConvBlock(eighth) for _ in range(config.encoder_blocks[1]))
+        self.to_latent = nn.Conv2d(eighth, latent, 1)
+        self.from_latent = nn.Conv2d(latent, eighth, 3, padding=1)
+        self.decoder_eighth = nn.ModuleList(GatedConvBlock(eighth) for _ in range(config.decoder_blocks[0]))
+        self.up = nn.Conv2d(eighth, 4 * quarter, 1, bias=False)
+        self.skip_gate = nn.Conv2d(2 * quarter, quarter, 3, padding=1)
+        self.skip_mix = nn.Conv2d(2 * quarter, quarter, 1)
+        self.decoder_quarter = nn.ModuleList(GatedConvBlock(quarter) for _ in range(config.decoder_blocks[1]))
+        self.head = nn.Conv2d(quarter, 48, 3, padding=1)
+        # Zero weights give 0.5 each, the published mean of both skips, to start from.
+        self.skip_fusion = nn.Conv2d(2 * quarter, 2 * quarter, 1)
+        nn.init.zeros_(self.skip_fusion.weight)
+        nn.init.zeros_(self.skip_fusion.bias)  # type: ignore[arg-type]
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
+        """(B, 3, H, W) in [0, 1] to the latent (B, C, ceil16(H)/8, ceil16(W)/8) and one skip (B, width, .../4).
+
+        Raises ShapeError if the image is too small for the reflection padding.
+        """
+        padded = pad_to_multiple(image, self.multiple, "reflect") - 0.5
+        skip = self.stem(F.pixel_unshuffle(padded, 4))
+        for block in self.encoder_quarter:
+            skip = block(skip)
+        x = self.down(skip)
+        for block in self.encoder_eighth:
+            x = block(x)
+        return self.to_latent(x), (skip,)
+
+    def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:
+        """Latent (B, C, h, w) and the skip back to an image (B, 3, *size), not clamped."""
+        x = self.from_latent(latent)
+        for block in self.decoder_eighth:
+            x = block(x)
+        x = F.pixel_shuffle(self.up(x), 2)
+        trust = self.skip_gate(torch.cat([x, skips[0]], dim=1)).sigmoid()
+        x = x + self.skip_mix(torch.cat([x, trust * skips[0]], dim=1))
+        for block in self.decoder_quarter:
+            x = block(x)
+        return F.pixel_shuffle(self.head(x), 4)[..., : size[0], : size[1]] + 0.5
+
+    def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
+        """Skip for the fused image: both, weighed by position and channel from both together."""
+        vis_weight, ir_weight = self.skip_fusion(torch.cat([vis[0], ir[0]], dim=1)).sigmoid().chunk(2, dim=1)
+        return (vis_weight * vis[0] + ir_weight * ir[0],)
+
+
+AutoencoderConfig = PaperAutoencoderConfig | GatedAutoencoderConfig
+LatentAutoencoder = PaperAutoencoder | GatedAutoencoder
+
+
+def build_autoencoder(config: AutoencoderConfig) -> LatentAutoencoder:
+    """The autoencoder that a config describes."""
+    return PaperAutoencoder(config) if isinstance(config, PaperAutoencoderConfig) else GatedAutoencoder(config)
+
+
+# --- denoiser ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of one DiM branch (model-spec section 3); the defaults are the release's.
+
+    `prediction` says what the output means: "noise" is eps, as published; "clean" is x_0 - mu.
+    """
+
+    latent_channels: int = 8
+    width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 1, 1, 28)
+    middle_blocks: int = 1
+    decoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
+    sinusoid_dim: int = 64
+    time_dim: int = 256
+    prediction: Literal["noise", "clean"] = "noise"
+
+    def __post_init__(self) -> None:
+        if len(self.encoder_blocks) != len(self.decoder_blocks):
+            raise ConfigError("a denoiser needs as many decoder levels as encoder levels")
+
+
+class Denoiser(nn.Module):
+    """One DiM branch: a time-conditioned U-Net of gated convolution blocks over [x - mu; mu]."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.multiple = 2 ** len(config.encoder_blocks)
+        width, time_dim = config.width, config.time_dim
+        self.time = TimeEmbedding(config.sinusoid_dim, time_dim)
+        self.intro = nn.Conv2d(2 * config.latent_channels, width, 3, padding=1)
+        self.encoders, self.downs = nn.ModuleList(), nn.ModuleList()
+        for num_blocks in config.encoder_blocks:
+            self.encoders.append(nn.ModuleList(GatedConvBlock(width, time_dim) for _ in range(num_blocks)))
+            self.downs.append(nn.Conv2d(width, 2 * width, 2, stride=2))
+            width *= 2
+        self.middle = nn.ModuleList(GatedConvBlock(width, time_dim) for _ in range(config.middle_blocks))
+        self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
+        for num_blocks in config.decoder_blocks:
+            self.ups.append(nn.Conv2d(width, 2 * width, 1, bias=False))
+            width //= 2
+            self.decoders.append(nn.ModuleList(GatedConvBlock(width, time_dim) for _ in range(num_blocks)))
+        self.ending = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, mu: Tensor, timesteps: Tensor) -> Tensor:
+        """x, mu: (B, C, h, w); timesteps: (B,) or (1,) integers. Returns (B, C, h, w), see DenoiserConfig.prediction."""
+        height, width = x.shape[-2:]
+        time = self.time(timesteps)
+        first = x = self.intro(pad_to_multiple(torch.cat([x - mu, mu], dim=1), self.multiple, "constant"))
+        kept = []
+        for blocks, down in zip(self.encoders, self.downs, strict=True):
+            x = _through(blocks, x, time)
+            kept.append(x)
+            x = down(x)
+        x = _through(self.middle, x, time)
+        for blocks, up in zip(self.decoders, self.ups, strict=True):
+            x = _through(blocks, F.pixel_shuffle(up(x), 2) + kept.pop(), time)
+        out: Tensor = self.ending(x + first)
+        return out[..., :height, :width]
+
+
+def _through(blocks: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    for block in blocks:  # type: ignore[attr-defined]
+        x = block(x, block.modulation(time))
+    return x
+
+
+class DualDenoiser(nn.Module):
+    """DiM-vis and DiM-ir: two unconnected branches of one shape."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vis = Denoiser(config)
+        self.ir = Denoiser(config)
+
+    def forward(
+        self, vis: Tensor, vis_mu: Tensor, ir: Tensor, ir_mu: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """States and degraded latents (B, C, h, w) of both modalities to both predictions."""
+        return self.vis(vis, vis_mu, timesteps), self.ir(ir, ir_mu, timesteps)
+
+
+# --- fusion -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Sizes of TIM (model-spec section 4); the defaults are the release's."""
+
+    latent_channels: int = 8
+    width: int = 64
+    time_dim: int = 256
+    num_groups: int = 32
+
+
+class NormActConv(nn.Sequential):
+    """Group norm, SiLU, 3x3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        super().__init__(nn.GroupNorm(num_groups, in_channels), nn.SiLU(), conv)
+
+
+class LatentFusion(nn.Module):
+    """TIM: both latents and the step to one fused latent.
+
+    The result is weight_ir * ir + weight_vis * vis with weights in (0, 1) per channel and position that need not sum to
+    one. In the published weights the head called `_v` weighs the infrared latent; the names here say what they weigh.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        channels, width, groups = config.latent_channels, config.width, config.num_groups
+        self.time = TimeEmbedding(width, config.time_dim)
+        if config.time_dim != 4 * width:
+            raise ConfigError("the fusion module splits its time vector into four parts of its width")
+        self.vis_attention = CrossAttention(channels)
+        self.ir_attention = CrossAttention(channels)
+        self.intro = nn.Conv2d(2 * channels, width, 3, padding=1)
+        self.shared = NormActConv(width, width, groups)
+        self.shared_attention = ConvBlockAttention(width)
+        self.ir_branch = NormActConv(width, width, groups)
+        self.ir_branch_attention = ConvBlockAttention(width)
+        self.vis_branch = NormActConv(width, width, groups)
+        self.vis_branch_attention = ConvBlockAttention(width)
+        self.ir_weight = NormActConv(width, channels, groups)
+        self.vis_weight = NormActConv(width, channels, groups)
+
+    def weights(self, vis: Tensor, ir: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (B, C, h, w) in (0, 1) of the visible and of the infrared latent."""
+        shift1, scale1, shift2, scale2 = self.time(timesteps)[:, :, None, None].chunk(4, dim=1)
+        attended = torch.cat([self.vis_attention(vis, ir), self.ir_attention(ir, vis)], dim=1)
+        x = self.shared_attention(self.shared(self.intro(attended)))
+        for_ir = self.ir_branch_attention(modulate(self.ir_branch(x), shift1, scale1))
+        for_vis = self.vis_branch_attention(modulate(self.vis_branch(x), shift2, scale2))
+        return self.vis_weight(for_vis).sigmoid(), self.ir_weight(for_ir).sigmoid()
+
+    def forward(self, vis: Tensor, ir: Tensor, timesteps: Tensor) -> Tensor:
+        """vis, ir: (B, C, h, w); timesteps: (B,) or (1,) integers, 0 for the final fusion. Returns (B, C, h, w)."""
+        vis_weight, ir_weight = self.weights(vis, ir, timesteps)
+        return ir_weight * ir + vis_weight * vis
