@@ -115,6 +115,14 @@ class MeanRevertingSDE:
         spread = self._at(self.sigma, timesteps, x) * math.sqrt(self.dt)
         return self.reverse_mean(x, mu, noise, timesteps) - spread * draw
 
+    def reverse_jump(self, x: Tensor, mu: Tensor, noise: Tensor, start: int, end: int, draw: Tensor) -> Tensor:
+        """Euler-Maruyama step over any distance: theta dt summed over end + 1..start. `reverse_step` for one step."""
+        if end == start - 1:
+            return self.reverse_step(x, mu, noise, start, draw)
+        span = float(self.theta[end + 1 : start + 1].sum()) * self.dt
+        drift = span * (mu - x - 2 * self.lam**2 * self.score(noise, start))
+        return x - drift - self.lam * math.sqrt(2 * span) * draw
+
     def reverse_ode_step(self, x: Tensor, mu: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Euler step of the probability-flow ODE: half of the score term, no noise."""
         theta = self._at(self.theta, timesteps, x)

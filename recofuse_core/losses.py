@@ -1,0 +1,74 @@
+"""Training losses: restoration in the latent, fusion in the image, reorganisation of the autoencoder's features.
+
+Images are RGB in [0, 1], (B, 3, H, W); luma and chroma follow BT.601 with the published factors (model-spec section 7).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def luma(image: Tensor) -> Tensor:
+    """Y = 0.299 R + 0.587 G + 0.114 B. (B, 3, H, W) to (B, 1, H, W)."""
+    red, green, blue = image.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def chroma(image: Tensor) -> Tensor:
+    """[Cb; Cr] = [0.564 (B - Y); 0.713 (R - Y)]. (B, 3, H, W) to (B, 2, H, W)."""
+    y = luma(image)
+    return torch.cat([0.564 * (image[:, 2:3] - y), 0.713 * (image[:, 0:1] - y)], dim=1)
+
+
+def sobel(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute horizontal and vertical Sobel responses with replicated borders. (B, 1, H, W) each."""
+    kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=y.device, dtype=y.dtype)
+    padded = F.pad(y, (1, 1, 1, 1), "replicate")
+    return F.conv2d(padded, kernel[None, None]).abs(), F.conv2d(padded, kernel.T[None, None]).abs()
+
+
+def matching_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """L1, mean per sample and then over samples (the score-matching loss of IR-SDE in its maximum-likelihood form)."""
+    return (estimate - target).abs().flatten(1).mean(dim=1).mean()
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """Weights of the fusion loss; the defaults are the published ones."""
+
+    intensity: float = 1.0
+    gradient: float = 6.0
+    colour: float = 8.0
+
+
+@dataclass(frozen=True)
+class FusionTerms:
+    """Weighted terms of the fusion loss, scalars."""
+
+    intensity: Tensor
+    gradient: Tensor
+    colour: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the terms."""
+        return self.intensity + self.gradient + self.colour
+
+
+def fusion_loss(fused: Tensor, vis: Tensor, ir: Tensor, weights: FusionWeights | None = None) -> FusionTerms:
+    """The fused image should have the stronger intensity and gradient of both sources and the visible's colour.
+
+    fused, vis, ir: (B, 3, H, W), ir with equal channels. The colour term uses vis alone: grey ir would desaturate.
+    """
+    weights = weights or FusionWeights()
+    y, y_vis, y_ir = luma(fused), luma(vis), luma(ir)
+    intensity = F.l1_loss(y, torch.maximum(y_vis, y_ir))
+    gradient = sum(
+        F.l1_loss(g, torch.maximum(g_vis, g_ir))
+        for g, g_vis, g_ir in zip(sobel(y), sobel(y_vis), sobel(y_ir), strict=True)
+    )
+    cb_cr, cb_cr_vis = chroma(fused), chroma(vis)
+    colour = F.l1_loss(cb_cr[:, 0], cb_cr_vis[:, 0]) + F.l1_loss(cb_cr[:, 1], cb_cr_vis[:, 1])
+    return FusionTerms(weights.intensity * intensity, weights.gradient * gradient, weights.colour * colour)

@@ -1,0 +1,226 @@
+"""Reverse-time samplers: from the noisy degraded latents of both modalities to their clean latents.
+
+Each sampler is one function of the same signature: the coupled predictor, the SDE, the start state, mu, a noise source
+and the decreasing time steps at which the predictor is evaluated; the last jump ends at 0. The predictor couples the two
+branches (TIM, then both denoisers), so coupling happens at every step of every sampler.
+
+What a newcomer would get wrong: a published (noise-predicting) denoiser is trained such that the Euler mean *from the
+fused state* hits the optimum step of the modality's *own* state. Its clean latent is therefore the inverse of that
+optimum step (`MeanRevertingSDE.clean_from_optimum`), not x_0 of the marginal formula.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from recofuse_core.errors import ConfigError
+from recofuse_core.sde import MeanRevertingSDE
+
+SamplerName = Literal["euler", "posterior", "ode1", "ode2"]
+
+
+class Pair(NamedTuple):
+    """One tensor of each modality, both (B, C, h, w)."""
+
+    vis: Tensor
+    ir: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one coupled evaluation says: the states the branches started from, and their outputs.
+
+    `start` is the fused latent twice (each modality's own state without coupling). `output` is the noise for
+    kind "noise", x_0 - mu for kind "clean".
+    """
+
+    start: Pair
+    output: Pair
+    kind: Literal["noise", "clean"]
+
+
+class Predictor(Protocol):
+    """One coupled evaluation at one time step."""
+
+    def __call__(self, state: Pair, mu: Pair, t: int) -> Prediction: ...
+
+
+NoiseSource = Callable[[], Pair]
+OnStep = Callable[[int, Pair], None]
+
+
+class Sampler(Protocol):
+    """State at the first of `timesteps` to the state at 0. `on_step(t, state)` sees the state after each jump to t."""
+
+    def __call__(
+        self,
+        predict: Predictor,
+        sde: MeanRevertingSDE,
+        state: Pair,
+        mu: Pair,
+        draw: NoiseSource,
+        timesteps: Sequence[int],
+        on_step: OnStep | None = None,
+    ) -> Pair: ...
+
+
+def seeded_noise(seeds: Sequence[int], like: Tensor) -> NoiseSource:
+    """Standard normal pairs like `like` (B, C, h, w), vis drawn before ir; item i depends on seeds[i] alone.
+
+    Drawn on the CPU, so that a seed gives the same picture on every device and in every batch.
+    """
+    generators = [Generator().manual_seed(seed) for seed in seeds]
+
+    def draw_one() -> Tensor:
+        items = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(items).to(like.device, like.dtype)
+
+    return lambda: Pair(draw_one(), draw_one())
+
+
+def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu: Pair, t: int) -> Pair:
+    """Estimates of both clean latents from one coupled evaluation at step t."""
+    if prediction.kind == "clean":
+        return Pair(mu.vis + prediction.output.vis, mu.ir + prediction.output.ir)
+    return Pair(
+        *(
+            _within_range(sde.clean_from_optimum(sde.reverse_mean(start, m, noise, t), x, m, t), m)
+            for start, noise, x, m in zip(prediction.start, prediction.output, state, mu, strict=True)
+        )
+    )
+
+
+def _within_range(clean: Tensor, mu: Tensor) -> Tensor:
+    """Clamp to the range of mu widened by half its span: early estimates carry errors of up to 1000 times the network's."""
+    low, high = mu.amin(dim=(1, 2, 3), keepdim=True), mu.amax(dim=(1, 2, 3), keepdim=True)
+    margin = (high - low) / 2
+    return clean.clamp(low - margin, high + margin)
+
+
+def euler(
+    predict: Predictor,
+    sde: MeanRevertingSDE,
+    state: Pair,
+    mu: Pair,
+    draw: NoiseSource,
+    timesteps: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Pair:
+    """The published sampler: Euler-Maruyama on the coupled reverse SDE, noise at every step, the last included."""
+    for t, end in _jumps(timesteps):
+        prediction = predict(state, mu, t)
+        start, noise = prediction.start, prediction.output
+        if prediction.kind == "clean":
+            clean = clean_latents(sde, prediction, state, mu, t)
+            start = state
+            noise = Pair(*(sde.noise_of(x, x0, m, t) for x, x0, m in zip(state, clean, mu, strict=True)))
+        draws = draw()
+        state = Pair(
+            *(
+                sde.reverse_jump(x, m, eps, t, end, n)
+                for x, m, eps, n in zip(start, mu, noise, draws, strict=True)
+            )
+        )
+        if on_step is not None:
+            on_step(end, state)
+    return state
+
+
+def posterior(
+    predict: Predictor,
+    sde: MeanRevertingSDE,
+    state: Pair,
+    mu: Pair,
+    draw: NoiseSource,
+    timesteps: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Pair:
+    """Ancestral sampling: each jump draws x_end given x_t and the estimated x_0."""
+    for t, end in _jumps(timesteps):
+        clean = clean_latents(sde, predict(state, mu, t), state, mu, t)
+        draws = draw()
+        state = Pair(
+            *(
+                sde.ancestral_jump(x, x0, m, t, end, n)
+                for x, x0, m, n in zip(state, clean, mu, draws, strict=True)
+            )
+        )
+        if on_step is not None:
+            on_step(end, state)
+    return state
+
+
+def ode1(
+    predict: Predictor,
+    sde: MeanRevertingSDE,
+    state: Pair,
+    mu: Pair,
+    draw: NoiseSource,
+    timesteps: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Pair:
+    """Deterministic exponential solver of the probability-flow ODE, data prediction, order 1 (MR sampler; DDIM's form)."""
+    return _solve_ode(predict, sde, state, mu, timesteps, on_step, second_order=False)
+
+
+def ode2(
+    predict: Predictor,
+    sde: MeanRevertingSDE,
+    state: Pair,
+    mu: Pair,
+    draw: NoiseSource,
+    timesteps: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Pair:
+    """The same of order 2, multi-step: the previous estimate extrapolates the current one, at no extra evaluation."""
+    return _solve_ode(predict, sde, state, mu, timesteps, on_step, second_order=True)
+
+
+def _solve_ode(
+    predict: Predictor,
+    sde: MeanRevertingSDE,
+    state: Pair,
+    mu: Pair,
+    timesteps: Sequence[int],
+    on_step: OnStep | None,
+    second_order: bool,
+) -> Pair:
+    previous: Pair | None = None
+    previous_span = 0.0
+    for t, end in _jumps(timesteps):
+        clean = clean_latents(sde, predict(state, mu, t), state, mu, t)
+        span = float(sde.log_snr[end] - sde.log_snr[t])  # infinite for the last jump, which ends at the estimate itself
+        target = clean
+        if second_order and previous is not None and end > 0:
+            weight = span / (2 * previous_span)
+            target = Pair(*(x0 + weight * (x0 - old) for x0, old in zip(clean, previous, strict=True)))
+        state = Pair(*(sde.ode_jump(x, x0, m, t, end) for x, x0, m in zip(state, target, mu, strict=True)))
+        previous, previous_span = clean, span
+        if on_step is not None:
+            on_step(end, state)
+    return state
+
+
+def _jumps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
+    """(from, to) of every jump, the last one to 0."""
+    return list(zip(timesteps, [*timesteps[1:], 0], strict=True))
+
+
+SAMPLERS: dict[SamplerName, Sampler] = {"euler": euler, "posterior": posterior, "ode1": ode1, "ode2": ode2}
+
+
+def plan_timesteps(sampler: SamplerName, sde: MeanRevertingSDE, steps: int) -> tuple[int, ...]:
+    """The steps at which a sampler evaluates the network: uniform in t for euler, in log-SNR for the others.
+
+    Raises ConfigError for an unknown sampler or steps outside 1..T.
+    """
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if not 1 <= steps <= sde.num_steps:
+        raise ConfigError(f"steps must be within 1..{sde.num_steps}, got {steps}")
+    if sampler == "euler":
+        return tuple(round(sde.num_steps * (steps - i) / steps) for i in range(steps))
+    return sde.spaced_timesteps(steps)

@@ -1,0 +1,96 @@
+"""Overlapping tiles with blended borders, for frames whose whole would cost too much memory or attention.
+
+A plan is made once on the latent grid; the same tiles are then cut from tensors of any scale (latent, skips, image), and
+results are summed with weights that ramp linearly over the overlap and add up to one. Blending happens in the latent at
+every sampling step, and the noise belongs to the whole latent, so that neighbouring tiles agree and no seam remains.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recofuse_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    """When and how to tile. Lengths in image pixels, multiples of 16 where they are used."""
+
+    max_pixels: int = 1280 * 1024  # larger frames are tiled
+    tile: int = 640
+    overlap: int = 96
+
+    def __post_init__(self) -> None:
+        if self.tile % 16 or self.overlap % 16 or not 0 < self.overlap <= self.tile // 2:
+            raise ConfigError("tile and overlap must be multiples of 16 with 0 < overlap <= tile / 2")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the latent grid: rows top..bottom, columns left..right."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def cut(self, x: Tensor, scale: int) -> Tensor:
+        """This tile of a tensor that has `scale` pixels per latent position."""
+        return x[..., self.top * scale : self.bottom * scale, self.left * scale : self.right * scale]
+
+
+def plan_tiles(height: int, width: int, tile: int, overlap: int) -> tuple[Tile, ...]:
+    """Tiles that cover a latent grid, in latent positions; evenly spread, neighbours share `overlap` or more."""
+    rows, columns = _spread(height, tile, overlap), _spread(width, tile, overlap)
+    return tuple(Tile(top, bottom, left, right) for top, bottom in rows for left, right in columns)
+
+
+def _spread(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """(start, end) of tiles along one side. Starts and lengths stay even: encoders work on whole 16-pixel units."""
+    if length <= tile:
+        return [(0, length)]
+    count = -(-(length - overlap) // (tile - overlap))
+    starts = [2 * round((length - tile) * i / (2 * (count - 1))) for i in range(count)]
+    return [(start, min(start + tile, length)) for start in starts]
+
+
+def blend(tiles: Sequence[Tile], parts: Iterator[Tensor], grid: tuple[int, int], scale: int) -> Tensor:
+    """Join tile results (B, C, rows * scale, columns * scale) into (B, C, *grid * scale), ramping over the overlaps.
+
+    `parts` is consumed one by one: only one tile's result is alive at a time.
+    """
+    total: Tensor | None = None
+    norm: Tensor | None = None
+    for tile, part in zip(tiles, parts, strict=True):
+        if total is None or norm is None:
+            shape = (grid[0] * scale, grid[1] * scale)
+            total = part.new_zeros(*part.shape[:2], *shape)
+            norm = part.new_zeros(1, 1, *shape)
+        window = _window(tile, tiles, grid, scale).to(part)
+        tile.cut(total, scale).add_(part * window)
+        tile.cut(norm, scale).add_(window)
+    if total is None or norm is None:
+        raise ConfigError("a tiling needs at least one tile")
+    return total / norm
+
+
+def _window(tile: Tile, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> Tensor:
+    """(rows, columns) weights: 1 inside, falling linearly towards the sides that have a neighbour."""
+    rows = _ramp(tile.top, tile.bottom, [(t.top, t.bottom) for t in tiles], grid[0], scale)
+    columns = _ramp(tile.left, tile.right, [(t.left, t.right) for t in tiles], grid[1], scale)
+    return rows[:, None] * columns[None, :]
+
+
+def _ramp(start: int, end: int, spans: list[tuple[int, int]], length: int, scale: int) -> Tensor:
+    ramp = torch.ones((end - start) * scale)
+    before = [b - start for a, b in spans if a < start < b]
+    after = [end - a for a, b in spans if a < end < b]
+    if start > 0 and before:
+        width = min(before) * scale
+        ramp[:width] *= (torch.arange(width) + 0.5) / width
+    if end < length and after:
+        width = min(after) * scale
+        ramp[-width:] *= 1 - (torch.arange(width) + 0.5) / width
+    return ramp
