@@ -51,7 +51,7 @@ class Batcher(Generic[Item]):
     """Holds jobs that are ready, and says which of them to run next."""
 
     def __init__(self, policy: BatchPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._waiting: dict[str, Waiting[Item]] = {}
 
     def __len__(self) -> int:
@@ -88,8 +88,8 @@ class Batcher(Generic[Item]):
             return None
         alive.sort(key=lambda waiting: self._urgency(waiting, now_s))
         bucket = alive[0].bucket
-        batch = [waiting for waiting in alive if waiting.bucket == bucket][: self._policy.max_batch]
-        if num_coming and len(batch) < self._policy.max_batch and now_s < self._due_s(alive):
+        batch = [waiting for waiting in alive if waiting.bucket == bucket][: self.policy.max_batch]
+        if num_coming and len(batch) < self.policy.max_batch and now_s < self._due_s(alive):
             return None
         return [self._waiting.pop(waiting.id).item for waiting in batch]
 
@@ -100,11 +100,11 @@ class Batcher(Generic[Item]):
 
     def _due_s(self, alive: list[Waiting[Item]]) -> float:
         # The longest-waiting job of all bounds the wait, whichever bucket is the most urgent one.
-        return min(waiting.arrived_s for waiting in alive) + self._policy.max_wait_s
+        return min(waiting.arrived_s for waiting in alive) + self.policy.max_wait_s
 
     def _urgency(self, waiting: Waiting[Item], now_s: float) -> tuple[float, float, float]:
         waited_s = now_s - waiting.arrived_s
-        rank = waiting.priority.rank - math.floor(waited_s / self._policy.starvation_s)
+        rank = waiting.priority.rank - math.floor(waited_s / self.policy.starvation_s)
         if rank < 0:
             return (-1.0, waiting.arrived_s, 0.0)
         return (float(rank), waiting.deadline_s, waiting.arrived_s)

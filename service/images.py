@@ -3,10 +3,10 @@
 Two steps. `inspect` reads a file's header alone, so that a decompression bomb costs nothing, and finds files that were
 cut short, because the pixel decoders would quietly fill the missing part. `decode_pair` then reads the pixels.
 
-Infrared values become 8 bits like this: 8-bit files are taken as they are; deeper files (16-bit or float radiometric
-data use a small part of their range) are stretched from their 0.5th to their 99.5th percentile, so that a few dead or
-glowing pixels do not set the scale; `ir_range` replaces either rule. Deep VIS files are scaled by their full range.
-Alpha is dropped, palettes are expanded, EXIF orientation is applied. Arrays are RGB, (H, W, 3) for vis and (H, W) for ir.
+Infrared values become 8 bits like this: 8-bit files are taken as they are; deeper files (16-bit or float, which use a
+small part of their range) are stretched from their 0.5th to their 99.5th percentile, so that a few dead or glowing
+pixels do not set the scale; `ir_range` replaces either rule. Deep VIS files keep their upper eight bits. Alpha is
+dropped, palettes are expanded, EXIF orientation is applied. Arrays are RGB, (H, W, 3) for vis and (H, W) for ir.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ PERCENTILES = (0.5, 99.5)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limits are checked instead, with an error that names them
 cv2.setNumThreads(1)  # the worker decodes several images at once; threads below that only get in each other's way
-cv2.setLogLevel(0)  # a broken upload is the caller's news, not a line on our standard error
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # a broken upload is the caller's news, not a line on our standard error
 
 _ORIENTATION_TAG = 274
 _TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 _TIFF_OFFSETS = ((273, 279), (324, 325))  # (offsets, byte counts) of strips and of tiles
-_DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "F"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +136,13 @@ def normalise_ir(values: NDArray[Any], ir_range: tuple[float, float] | None = No
     if values.dtype == np.uint8 and ir_range is None:
         return values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise InvalidInputError(
-            "ir: the file holds values that are not finite; accepted are finite temperatures or counts"
-        )
+        raise InvalidInputError("ir: the file holds values that are not finite; accepted are finite values")
     low, high = ir_range if ir_range is not None else _robust_range(values)
     if not high > low:
         return np.zeros(values.shape, np.uint8)  # a constant image has no contrast to stretch
     if values.dtype.kind == "u":  # a table over all values is several times faster than arithmetic on pixels
         levels = np.arange(1 << (8 * values.dtype.itemsize), dtype=np.float64)
-        return _to_8_bits(levels, low, high)[values]
+        return np.take(_to_8_bits(levels, low, high), values)
     return _to_8_bits(values.astype(np.float64), low, high)
 
 
@@ -154,8 +153,7 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
         np.save(stream, pixels, allow_pickle=False)
         return stream.getvalue()
     flags: dict[ImageFormat, list[int]] = {
-        # The Up filter and run-length matching: docs/decisions has the measurement.
-        ImageFormat.PNG: [cv2.IMWRITE_PNG_COMPRESSION, codec.png_compression],
+        ImageFormat.PNG: _png_flags(codec.png_compression),
         ImageFormat.JPEG: [cv2.IMWRITE_JPEG_QUALITY, codec.jpeg_quality],
         ImageFormat.WEBP: [cv2.IMWRITE_WEBP_QUALITY, codec.webp_quality],
     }
@@ -163,9 +161,20 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
     is_done, encoded = cv2.imencode(f".{image_format.value}", ordered, flags[image_format])
     if not is_done:
         raise InvalidInputError(
-            f"a {pixels.shape[1]}x{pixels.shape[0]} picture does not fit {image_format.value}; png and npy hold any size"
+            f"{pixels.shape[1]}x{pixels.shape[0]} is too large for {image_format.value}; png and npy take any size"
         )
     return encoded.tobytes()
+
+
+def _png_flags(level: int) -> list[int]:
+    # Measured on 640x480 photographs: run-length matching after the Up filter takes 7 ms for 430 kB where the default
+    # matching takes 14 ms for 392 kB (Up) or 49 ms for 370 kB (level 6, adaptive); stored, 0.6 ms for 954 kB.
+    flags = [cv2.IMWRITE_PNG_COMPRESSION, level]
+    if level == 0:
+        return [*flags, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    if level == 1:
+        flags += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+    return [*flags, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
 
 
 # headers
@@ -189,7 +198,7 @@ def _read_header(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
                 )
     except (InvalidInputError, PayloadTooLargeError, UnsupportedMediaError):
         raise
-    except Exception as error:  # noqa: BLE001 - the parser meets hostile bytes here and raises nearly anything
+    except Exception as error:  # the parser meets hostile bytes here and raises nearly anything
         raise UnsupportedMediaError(f"{role}: not a readable image file; accepted are {ACCEPTED}") from error
     if orientation not in range(1, 9):
         orientation = 1
@@ -232,7 +241,7 @@ def _check_png(data: bytes, role: Role) -> None:
         end = at + 12 + length
         if end > len(data) or zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             break
-        if view[at + 4 : at + 8] == b"IEND":
+        if data[at + 4 : at + 8] == b"IEND":
             return
         at = end
     raise _cut_short(role, "PNG")

@@ -167,7 +167,7 @@ class JobQueue(Protocol):
         """Dead letters, oldest first."""
 
     async def retry_dead_letter(self, job_id: str) -> Admission:
-        """Submit a dead letter's job again as a new one, without a deadline. Raises JobNotFoundError, OverloadedError."""
+        """Submit its job again, as a new one without a deadline. Raises JobNotFoundError, OverloadedError."""
 
     async def drop_dead_letter(self, job_id: str) -> None:
         """Forget a dead letter. Raises JobNotFoundError."""

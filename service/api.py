@@ -1,0 +1,675 @@
+"""The HTTP face: FastAPI routes that turn requests into gateway calls. Nothing here blocks the event loop.
+
+Errors: routes neither catch nor map; `_Envelope` and the handlers below turn every failure, also an unknown address, into
+an RFC 9457 problem document with the statuses of `service.errors.STATUS`.
+
+Uploads are parsed while they arrive, and counted: a body that is too large is refused at the byte that is too many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+import secrets
+import zipfile
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Header, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import (
+    INTERNAL_MESSAGE,
+    STATUS,
+    TITLE,
+    ErrorCode,
+    InternalError,
+    InvalidInputError,
+    MalformedRequestError,
+    MethodNotAllowedError,
+    PayloadTooLargeError,
+    RouteNotFoundError,
+    ServiceError,
+    TimedOutError,
+    UnsupportedMediaError,
+)
+from service.gateway import FusionRequest, Gateway
+from service.jobs import (
+    FusionOptions,
+    FusionResult,
+    ImageFormat,
+    JobStatus,
+    JobView,
+    Output,
+    Part,
+    Priority,
+    problems_of,
+)
+from service.logs import request_id
+from service.metrics import Metrics
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_TYPE = "application/problem+json"
+CLIENT_CLOSED = 499  # nobody hears it; it only tells the metrics what became of the request
+MAX_OPTION_BYTES = 1024
+OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "priority", "timeout_ms")
+IMAGE_FIELDS = ("vis", "ir")
+
+_REQUEST_ID = re.compile(r"^[0-9A-Za-z_.:-]{1,128}$")
+_METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS"})
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it; `code` is what programs should branch on."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: ErrorCode
+    request_id: str
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: ErrorCode
+    message: str
+
+
+class JobDocument(BaseModel):
+    """Where a job stands."""
+
+    id: str
+    status: JobStatus
+    priority: Priority
+    attempts: int
+    created_at: datetime
+    deadline_at: datetime | None
+    finished_at: datetime | None
+    error: JobError | None
+    result: str | None
+
+
+class ModelDocument(BaseModel):
+    """A model that is being served, with the options that it takes."""
+
+    name: str
+    version: str
+    default_steps: int
+    default_sampler: str
+    devices: list[str]
+    num_workers: int
+
+
+class ModelList(BaseModel):
+    """All models that are being served."""
+
+    models: list[ModelDocument]
+
+
+class Health(BaseModel):
+    """A health check's answer."""
+
+    status: Literal["live", "ready", "unavailable"]
+    reason: str
+
+
+_PICTURES: dict[str, Any] = {
+    **{image_format.media_type: {"schema": {"type": "string", "format": "binary"}} for image_format in ImageFormat},
+    "application/zip": {"schema": {"type": "string", "format": "binary"}},
+}
+
+_FORM: dict[str, Any] = {
+    "type": "object",
+    "required": ["vis", "ir"],
+    "additionalProperties": False,
+    "properties": {
+        "vis": {"type": "string", "format": "binary", "description": "visible-light image: PNG, JPEG, WebP or TIFF"},
+        "ir": {"type": "string", "format": "binary", "description": "infrared image, registered to vis; 8 or 16 bits"},
+        "output": {"type": "string", "enum": list(Output), "default": "fused", "description": "all: a zip of three"},
+        "format": {"type": "string", "enum": list(ImageFormat), "default": "png"},
+        "steps": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "default: the model's own"},
+        "sampler": {"type": "string", "enum": ["euler", "posterior", "ode1", "ode2"]},
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
+        "ir_range": {
+            "type": "string",
+            "pattern": r"^[+-]?\d+(\.\d+)?,[+-]?\d+(\.\d+)?$",
+            "description": "source values that become black and white, such as 7000,9500; default: robust percentiles",
+        },
+        "priority": {"type": "string", "enum": list(Priority), "default": "normal"},
+        "timeout_ms": {"type": "integer", "minimum": 1, "description": "nobody wants the answer after this time"},
+    },
+}
+
+JobId = Annotated[str, Path(pattern=r"^[0-9a-zA-Z_-]{1,64}$", description="the id from the 202 answer")]
+
+
+def _problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of these errors; every route may also meet an internal one."""
+    by_status: dict[int, list[str]] = {}
+    for code in (*codes, ErrorCode.INTERNAL):
+        by_status.setdefault(int(STATUS[code][0]), []).append(code)
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {"description": "; ".join(TITLE[ErrorCode(code)] for code in names),
+                 "content": {PROBLEM_TYPE: {"schema": schema}}}
+        for status, names in by_status.items()
+    }  # fmt: skip
+
+
+_HEADERS = {
+    "Server-Timing": {"schema": {"type": "string"}, "description": "decode, queue, batch, model, encode, in ms"},
+    "X-Model-Name": {"schema": {"type": "string"}},
+    "X-Model-Version": {"schema": {"type": "string"}},
+}
+
+
+def build_app(gateway: Gateway, settings: Settings, metrics: Metrics, *, version: str = "0") -> FastAPI:
+    """The application. Routes of other faces are added by including their routers."""
+    app = FastAPI(
+        title="recofuse",
+        version=version,
+        summary="Restores and fuses pairs of infrared and visible images.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_middleware(_Envelope, metrics=metrics)
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    _add_fusion(app, gateway, settings)
+    _add_jobs(app, gateway)
+    _add_operations(app, gateway, metrics)
+    _add_problem_schema(app)
+    return app
+
+
+def build_monitor_app(is_warm: Callable[[], bool], metrics: Metrics) -> FastAPI:
+    """What a worker process serves on its own port: /health/live, /health/ready, /metrics."""
+    app = FastAPI(title="recofuse worker", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Envelope, metrics=metrics)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+    @app.get("/health/live")
+    async def live() -> Health:
+        return Health(status="live", reason="")
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        if is_warm():
+            return JSONResponse({"status": "ready", "reason": "ready"})
+        return JSONResponse({"status": "unavailable", "reason": "the model is not warm yet"}, 503)
+
+    @app.get("/metrics")
+    async def exposition(request: Request) -> Response:
+        body, content_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    return app
+
+
+# routes
+
+
+def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
+    @app.post(
+        "/v1/fuse",
+        summary="Fuse one pair",
+        response_class=Response,
+        responses={
+            200: {"description": "the picture, or a zip of all three", "content": _PICTURES, "headers": _HEADERS},
+            202: {
+                "description": "accepted (Prefer: respond-async); the Location header names the job",
+                "model": JobDocument,
+                "headers": {"Location": {"schema": {"type": "string"}}},
+            },
+            **_problems(
+                ErrorCode.MALFORMED_REQUEST,
+                ErrorCode.CONFLICT,
+                ErrorCode.CANCELLED,
+                ErrorCode.PAYLOAD_TOO_LARGE,
+                ErrorCode.UNSUPPORTED_MEDIA,
+                ErrorCode.INVALID_INPUT,
+                ErrorCode.OVERLOADED,
+                ErrorCode.UNAVAILABLE,
+                ErrorCode.TIMED_OUT,
+            ),
+        },
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+    )
+    async def fuse(
+        request: Request,
+        prefer: Annotated[str | None, Header(description="respond-async: answer 202 at once")] = None,
+        idempotency_key: Annotated[
+            str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$", description="repeats of a request share one job")
+        ] = None,
+    ) -> Response:
+        form = await read_form(request, settings)
+        wanted = request_of(form, idempotency_key, request.headers.get("traceparent"))
+        if _prefers_async(prefer):
+            view = await gateway.submit(wanted)
+            headers = {"Location": f"/v1/jobs/{view.id}", "Preference-Applied": "respond-async"}
+            return JSONResponse(_document(view), 202, headers)
+        result = await _unless_hung_up(request, gateway.fuse(wanted))
+        return Response(status_code=CLIENT_CLOSED) if result is None else await _pictures(result)
+
+
+def _add_jobs(app: FastAPI, gateway: Gateway) -> None:
+    missing = (ErrorCode.JOB_NOT_FOUND, ErrorCode.UNAVAILABLE, ErrorCode.INVALID_INPUT)
+
+    @app.get(
+        "/v1/jobs/{job_id}", summary="Where a job stands", response_model=JobDocument, responses=_problems(*missing)
+    )
+    async def job(job_id: JobId) -> Response:
+        return JSONResponse(_document(await gateway.view(job_id)))
+
+    @app.delete("/v1/jobs/{job_id}", summary="Cancel a job", response_model=JobDocument, responses=_problems(*missing))
+    async def cancel(job_id: JobId) -> Response:
+        return JSONResponse(_document(await gateway.cancel(job_id)))
+
+    @app.get(
+        "/v1/jobs/{job_id}/result",
+        summary="A finished job's pictures",
+        response_class=Response,
+        responses={
+            200: {"description": "the picture, or a zip of all three", "content": _PICTURES, "headers": _HEADERS},
+            **_problems(
+                *missing,
+                ErrorCode.NOT_FINISHED,
+                ErrorCode.CANCELLED,
+                ErrorCode.TIMED_OUT,
+                ErrorCode.UNSUPPORTED_MEDIA,
+                ErrorCode.PAYLOAD_TOO_LARGE,
+            ),
+        },
+    )
+    async def result(job_id: JobId) -> Response:
+        return await _pictures(await gateway.result(job_id))
+
+
+def _add_operations(app: FastAPI, gateway: Gateway, metrics: Metrics) -> None:
+    @app.get("/v1/models", summary="What is being served", responses=_problems(ErrorCode.UNAVAILABLE))
+    async def models() -> ModelList:
+        by_model: dict[tuple[str, str], ModelDocument] = {}
+        for worker in await gateway.workers():
+            document = by_model.setdefault(
+                (worker.model_name, worker.model_version),
+                ModelDocument(
+                    name=worker.model_name,
+                    version=worker.model_version,
+                    default_steps=worker.default_steps,
+                    default_sampler=worker.default_sampler,
+                    devices=[],
+                    num_workers=0,
+                ),
+            )
+            document.devices = sorted({*document.devices, worker.device})
+            document.num_workers += 1
+        return ModelList(models=list(by_model.values()))
+
+    @app.get("/health/live", summary="Is the process there", responses=_problems())
+    async def live() -> Health:
+        return Health(status="live", reason="")
+
+    @app.get(
+        "/health/ready",
+        summary="Is new work welcome",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "draining, or no worker is warm"}, **_problems()},
+    )
+    async def ready() -> Response:
+        readiness = await gateway.readiness()
+        status: Literal["ready", "unavailable"] = "ready" if readiness.is_ready else "unavailable"
+        document = Health(status=status, reason=readiness.reason)
+        return JSONResponse(document.model_dump(), 200 if readiness.is_ready else 503)
+
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"description": "the exposition", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def exposition(request: Request) -> Response:
+        await gateway.observe_queue()
+        body, content_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    page = resources.files("service").joinpath("docs.html").read_text(encoding="utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page)
+
+
+def _add_problem_schema(app: FastAPI) -> None:
+    """Routes refer to the problem document by name, so it must be among the schemas."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            for name, schema in schemas["Problem"].pop("$defs", {}).items():
+                schemas.setdefault(name, schema)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+# requests
+
+
+async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
+    """The fields of a multipart body, read within the limits.
+
+    Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
+    repeated fields) and TimedOutError (a body that does not come to an end).
+    """
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        raise UnsupportedMediaError("the request body must be multipart/form-data with the files vis and ir")
+    boundary = parameters.get(b"boundary", b"")
+    if not 1 <= len(boundary) <= 70:
+        raise MalformedRequestError("the multipart boundary is missing or longer than 70 characters")
+    max_bytes = 2 * settings.limits.max_image_bytes + 64 * 1024
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
+    form = _Form(boundary, settings.limits.max_image_bytes)
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(settings.http.body_timeout_s):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
+                form.write(chunk)
+    except TimeoutError as error:
+        raise TimedOutError(f"the body did not arrive within {settings.http.body_timeout_s:g} s") from error
+    return form.close()
+
+
+class _Form:
+    """Collects multipart fields and stops at the first that is not wanted or too large."""
+
+    def __init__(self, boundary: bytes, max_image_bytes: int) -> None:
+        self._max_image_bytes = max_image_bytes
+        self._fields: dict[str, bytearray] = {}
+        self._headers: dict[bytes, bytes] = {}
+        self._name = b""
+        self._value = b""
+        self._field = ""
+        self._is_closed = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._headers.clear,
+                "on_header_begin": self._on_header_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_end": self._on_end,
+            },
+        )
+
+    def write(self, chunk: bytes) -> None:
+        """Parse the next piece of the body."""
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise MalformedRequestError("the multipart body cannot be parsed") from error
+
+    def close(self) -> dict[str, bytes]:
+        """The complete fields."""
+        if not self._is_closed:
+            raise MalformedRequestError("the multipart body ends before its closing boundary")
+        missing = [name for name in IMAGE_FIELDS if name not in self._fields]
+        if missing:
+            raise InvalidInputError(f"the field {' and '.join(missing)} is missing; vis and ir are required")
+        return {name: bytes(value) for name, value in self._fields.items()}
+
+    def _on_header_begin(self) -> None:
+        self._name = self._value = b""
+
+    def _on_header_field(self, chunk: bytes, start: int, end: int) -> None:
+        self._name += chunk[start:end]
+
+    def _on_header_value(self, chunk: bytes, start: int, end: int) -> None:
+        self._value += chunk[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._name.lower()] = self._value
+
+    def _on_headers_finished(self) -> None:
+        _, parameters = parse_options_header(self._headers.get(b"content-disposition", b""))
+        name = parameters.get(b"name", b"").decode("utf-8", "replace")
+        if name not in IMAGE_FIELDS and name not in OPTION_FIELDS:
+            accepted = ", ".join((*IMAGE_FIELDS, *OPTION_FIELDS))
+            raise InvalidInputError(f"there is no field {name[:40]!r}; accepted are {accepted}")
+        if name in self._fields:
+            raise InvalidInputError(f"the field {name} is there more than once")
+        self._field = name
+        self._fields[name] = bytearray()
+
+    def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
+        value = self._fields[self._field]
+        limit = self._max_image_bytes if self._field in IMAGE_FIELDS else MAX_OPTION_BYTES
+        if len(value) + end - start > limit:
+            raise PayloadTooLargeError(f"the field {self._field} has more than the accepted {limit} bytes")
+        value += memoryview(chunk)[start:end]
+
+    def _on_end(self) -> None:
+        self._is_closed = True
+
+
+def request_of(form: Mapping[str, bytes], idempotency_key: str | None, traceparent: str | None) -> FusionRequest:
+    """The request that these form fields describe. Raises InvalidInputError."""
+    values: dict[str, Any] = {}
+    for name, raw in form.items():
+        if name in OPTION_FIELDS:
+            try:
+                values[name] = raw.decode("ascii")
+            except UnicodeDecodeError as error:
+                raise InvalidInputError(f"the field {name} is not plain text") from error
+    if "ir_range" in values:
+        values["ir_range"] = tuple(values["ir_range"].split(","))
+    priority = values.pop("priority", Priority.NORMAL)
+    timeout_ms = values.pop("timeout_ms", None)
+    if priority not in list(Priority):
+        raise InvalidInputError(f"priority: accepted are {', '.join(Priority)}")
+    if timeout_ms is not None and not re.fullmatch(r"[0-9]{1,12}", timeout_ms):
+        raise InvalidInputError("timeout_ms: accepted are whole numbers of milliseconds")
+    try:
+        options = FusionOptions.model_validate(values)
+    except ValidationError as error:
+        raise InvalidInputError(problems_of(error)) from error
+    return FusionRequest(
+        vis=form["vis"],
+        ir=form["ir"],
+        options=options,
+        priority=Priority(priority),
+        timeout_s=None if timeout_ms is None else int(timeout_ms) / 1000,
+        idempotency_key=idempotency_key,
+        request_id=request_id.get(),
+        traceparent=traceparent,
+    )
+
+
+def _prefers_async(prefer: str | None) -> bool:
+    return prefer is not None and any(wish.strip().lower() == "respond-async" for wish in re.split("[,;]", prefer))
+
+
+async def _unless_hung_up(request: Request, work: Awaitable[FusionResult]) -> FusionResult | None:
+    """The work's result, or None, with the work cancelled, if the client hangs up first."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for unfinished in (task, watcher):
+            unfinished.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+# answers
+
+
+async def _pictures(result: FusionResult) -> Response:
+    timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in result.timings_s.items())
+    headers = {
+        "Server-Timing": timing,
+        "X-Model-Name": result.model_name,
+        "X-Model-Version": result.model_version,
+        "X-Job-ID": result.job_id,
+    }
+    if len(result.images) == 1:
+        (image,) = result.images.values()
+        return Response(image, media_type=result.media_type, headers=headers)
+    headers["Content-Disposition"] = 'attachment; filename="recofuse.zip"'
+    return Response(await asyncio.to_thread(_zip, result), media_type="application/zip", headers=headers)
+
+
+def _zip(result: FusionResult) -> bytes:
+    """All pictures and a small description; stored, because they are compressed already."""
+    suffix = "npy" if result.media_type.endswith("npy") else result.media_type.removeprefix("image/")
+    description = {
+        "model": {"name": result.model_name, "version": result.model_version},
+        "width": result.width,
+        "height": result.height,
+        "media_type": result.media_type,
+        "timings_s": dict(result.timings_s),
+        "files": {part: f"{part}.{suffix}" for part in result.images},
+    }
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for part in Part:
+            if part in result.images:
+                archive.writestr(f"{part}.{suffix}", result.images[part])
+        archive.writestr("result.json", json.dumps(description, indent=2))
+    return stream.getvalue()
+
+
+def _document(view: JobView) -> dict[str, Any]:
+    def time_of(seconds: float | None) -> datetime | None:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+    document = JobDocument(
+        id=view.id,
+        status=view.status,
+        priority=view.priority,
+        attempts=view.attempts,
+        created_at=datetime.fromtimestamp(view.created_s, UTC),
+        deadline_at=time_of(view.deadline_s),
+        finished_at=time_of(view.finished_s),
+        error=None if view.error_code is None else JobError(code=view.error_code, message=view.error_message),
+        result=f"/v1/jobs/{view.id}/result" if view.status is JobStatus.SUCCEEDED else None,
+    )
+    return document.model_dump(mode="json")
+
+
+def problem(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
+    """The problem document of an error."""
+    body = Problem(
+        type=f"urn:recofuse:problem:{error.code}",
+        title=TITLE[error.code],
+        status=int(error.http_status),
+        detail=error.message,
+        code=error.code,
+        request_id=request_id.get(),
+    )
+    extra = dict(headers or {})
+    if error.retry_after_s is not None:
+        extra["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if error.code is ErrorCode.PAYLOAD_TOO_LARGE or error.code is ErrorCode.UNSUPPORTED_MEDIA:
+        extra["Connection"] = "close"  # the rest of the body will not be read
+    response = JSONResponse(body.model_dump(mode="json"), int(error.http_status), extra, media_type=PROBLEM_TYPE)
+    response.raw_headers.append((b"x-error-code", error.code.encode()))
+    return response
+
+
+async def _on_service_error(_: Request, error: Exception) -> Response:
+    return problem(error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown addresses and methods."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = getattr(error, "headers", None)
+    if status == 404:
+        return problem(RouteNotFoundError("there is nothing at this address; /docs lists what there is"), headers)
+    if status == 405:
+        return problem(MethodNotAllowedError(f"{request.method} is not possible at this address"), headers)
+    return problem(MalformedRequestError("the request cannot be read"), headers)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    lines = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in problems)
+    return problem(InvalidInputError("; ".join(lines)))
+
+
+class _Envelope:
+    """Around every request: its id, its metrics, and an answer even if something unforeseen happens."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        current = given if _REQUEST_ID.match(given) else secrets.token_hex(12)
+        token = request_id.set(current)
+        try:
+            with self._metrics.request("http") as timer:
+                timer.method = scope["method"] if scope["method"] in _METHODS else "other"
+
+                async def send_marked(message: Message) -> None:
+                    if message["type"] == "http.response.start":
+                        timer.status = str(message["status"])
+                        headers = message.setdefault("headers", [])
+                        for index, (name, value) in enumerate(headers):
+                            if name == b"x-error-code":
+                                self._metrics.errors.labels(value.decode()).inc()
+                                del headers[index]
+                                break
+                        headers.append((b"x-request-id", current.encode()))
+                    await send(message)
+
+                try:
+                    await self._app(scope, receive, send_marked)
+                except Exception:
+                    logger.exception("request failed", extra={"method": scope["method"]})
+                    if timer.status != "0":
+                        raise  # half an answer is out; only cutting the connection can tell the client
+                    await problem(InternalError(INTERNAL_MESSAGE))(scope, receive, send_marked)
+                finally:
+                    timer.route = getattr(scope.get("route"), "path", "unmatched")
+        finally:
+            request_id.reset(token)

@@ -1,0 +1,209 @@
+"""The one bridge between jobs and tensors: a batch of decoded pairs in, a batch of pictures out.
+
+An engine is called from one thread at a time. It gets pairs of one shape and one set of options and knows nothing of
+queues or files. `CoreEngine` runs the model; the two others stand in for it where the service itself is measured.
+
+torch is imported when a CoreEngine loads, not before, so that a process without a model stays small and starts fast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InternalError, InvalidInputError, OutOfMemoryError
+from service.jobs import Part
+from service.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from recofuse_core import ReCoFuse
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is running. batch_sizes: the sizes that it runs best, ascending; empty if it does not care."""
+
+    model_name: str
+    model_version: str
+    device: str
+    default_steps: int
+    default_sampler: str
+    batch_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassOptions:
+    """What all jobs of one forward pass have in common, defaults filled in."""
+
+    steps: int
+    sampler: str
+    parts: tuple[Part, ...]
+
+
+class Engine(Protocol):
+    """Loads, warms up, fuses. All calls block; all but `info` may take long."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is running; valid after `load`."""
+
+    def load(self) -> None:
+        """Read weights, move them to the device. Raises recofuse_core's CheckpointError or OSError."""
+
+    def warm_up(self) -> None:
+        """Run once what later passes need, so that the first request is not slower than the others."""
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """From vis (B, H, W, 3) and ir (B, H, W) to the asked parts: fused and vis (B, H, W, 3), ir (B, H, W).
+
+        Item i depends on its own images and seeds[i] alone. Raises OutOfMemoryError (a smaller batch may work),
+        InvalidInputError (the shape can never work) and InternalError.
+        """
+
+
+def build_engine(settings: EngineSettings) -> Engine:
+    """The engine that the settings ask for, not loaded yet."""
+    if settings.kind == "null":
+        return NullEngine()
+    if settings.kind == "fixed":
+        return FixedCostEngine(settings.fixed_batch_s, settings.fixed_item_s)
+    return CoreEngine(settings)
+
+
+class NullEngine:
+    """Costs nothing and returns its input; fused is the vis image. For measuring what the service adds."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        return EngineInfo("null", "1", "none", default_steps=1, default_sampler="ode1")
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def warm_up(self) -> None:
+        """Nothing to warm up."""
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        return {part: ir if part is Part.IR else vis for part in options.parts}
+
+
+class FixedCostEngine(NullEngine):
+    """Takes batch_s + B * item_s for each pass without using the processor, as a GPU would; returns its input."""
+
+    def __init__(self, batch_s: float = 0.020, item_s: float = 0.002) -> None:
+        self._batch_s = batch_s
+        self._item_s = item_s
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        return EngineInfo("fixed", "1", "none", default_steps=1, default_sampler="ode1")
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        time.sleep(self._batch_s + len(vis) * self._item_s)
+        return super().fuse(vis, ir, options, seeds)
+
+
+class CoreEngine:
+    """Runs recofuse_core on a CPU or one GPU."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._model: ReCoFuse | None = None
+        self._device = settings.device
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        model = self._loaded().info
+        return EngineInfo(
+            model_name=model.name,
+            model_version=model.version,
+            device=self._device,
+            default_steps=model.default_steps,
+            default_sampler=model.default_sampler,
+        )
+
+    def load(self) -> None:
+        """See Engine."""
+        import torch
+
+        from recofuse_core import load_pretrained
+
+        if self._device == "auto":
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._settings.num_threads:
+            torch.set_num_threads(self._settings.num_threads)
+        self._model = load_pretrained(self._settings.model, device=self._device)
+
+    def warm_up(self) -> None:
+        """See Engine."""
+        width, height = map(int, self._settings.warm_up_size.split("x"))
+        info = self.info
+        options = PassOptions(info.default_steps, info.default_sampler, tuple(Part))
+        self.fuse(np.zeros((1, height, width, 3), np.uint8), np.zeros((1, height, width), np.uint8), options, [0])
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        import torch
+
+        model = self._loaded()
+        with _translated(vis.shape):
+            vis_tensor = torch.from_numpy(vis).to(self._device).permute(0, 3, 1, 2).float() / 255
+            ir_tensor = torch.from_numpy(ir).to(self._device).unsqueeze(1).float() / 255
+            output = model.fuse(
+                vis_tensor,
+                ir_tensor,
+                steps=options.steps,
+                sampler=options.sampler,
+                seeds=seeds,
+                outputs=tuple(part.value for part in options.parts),
+            )
+            pictures = {part: getattr(output, part.value) for part in options.parts}
+            return {part: _to_pixels(picture) for part, picture in pictures.items()}
+
+    def _loaded(self) -> ReCoFuse:
+        if self._model is None:
+            raise InternalError("the model is not loaded")
+        return self._model
+
+
+def _to_pixels(picture: Any) -> Pixels:
+    """(B, C, H, W) in [0, 1] to (B, H, W, 3) or, for one channel, (B, H, W)."""
+    levels = (picture.float().clamp(0, 1) * 255).round().byte()
+    levels = levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)
+    return np.ascontiguousarray(levels.cpu().numpy())
+
+
+@contextmanager
+def _translated(shape: tuple[int, ...]) -> Iterator[None]:
+    """The only place where the core's and torch's errors become the service's."""
+    import torch
+
+    from recofuse_core.errors import CoreError, ShapeError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit the device's memory") from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
+    except ShapeError as error:
+        raise InvalidInputError(str(error)) from error
+    except CoreError as error:
+        raise InternalError("the model failed on this pair") from error
+    except RuntimeError as error:
+        if "not enough memory" in str(error):  # the CPU allocator's own words; it has no class of its own
+            raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
+        raise

@@ -1,0 +1,75 @@
+"""Structured logs: one JSON object a line on standard error, with the id of the request that each line belongs to.
+
+A line is a constant message; what varies goes into `extra=` and becomes fields of the object. No image content, no
+secrets.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TextIO
+
+from service.settings import LogSettings
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class RequestIdFilter(logging.Filter):
+    """Adds the current request's id to every record that does not bring one of its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Never drops anything."""
+        if not hasattr(record, "request_id") and (current := request_id.get()):
+            record.request_id = current
+        return True
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC, ISO 8601), level, logger, message, request_id, the extra fields, traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        entry: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        entry.update(_extras(record))
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for eyes: time, level, message, and the extra fields as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with a traceback below it if there is one."""
+        time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        fields = "".join(f" {name}={value}" for name, value in _extras(record).items())
+        line = f"{time} {record.levelname.lower():7} {record.getMessage()}{fields}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _extras(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in record.__dict__.items() if name not in _STANDARD and name[0] != "_"}
+
+
+def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
+    """Send the whole process's logs to a stream (standard error), in the chosen form. Replaces earlier handlers."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
+    handler.addFilter(RequestIdFilter())
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(settings.level)
+    logging.getLogger("asyncio").setLevel("WARNING")

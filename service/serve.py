@@ -1,0 +1,205 @@
+"""Putting the parts together: a front end, a worker, or both in one process; and stopping them in the right order.
+
+Each `serve_*` runs until its `stop` event is set, and returns when nothing accepted is left undone. `run` wraps one of
+them into a process: event loop, signals, exit code. Only the front end's half is torch-free, so the engine is an
+argument here and is imported by whoever builds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from importlib import metadata
+from typing import Any
+
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from service import logs
+from service.api import build_app, build_monitor_app
+from service.engine import Engine
+from service.gateway import Gateway
+from service.metrics import Metrics
+from service.queue import JobQueue, MemoryQueue
+from service.settings import HttpSettings, Settings
+from service.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+OnReady = Callable[[str], None]  # receives the address, such as http://127.0.0.1:8000
+
+
+def version() -> str:
+    """The installed version of recofuse, or 0 in a bare source tree."""
+    try:
+        return metadata.version("recofuse")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def new_metrics() -> Metrics:
+    """Metrics on a registry of their own."""
+    metrics = Metrics(CollectorRegistry())
+    metrics.build.info({"version": version(), "python": sys.version.split()[0]})
+    return metrics
+
+
+async def serve_all_in_one(settings: Settings, engine: Engine, stop: asyncio.Event, on_ready: OnReady) -> None:
+    """Front end, in-process queue and one worker. Stopping answers everything that was accepted.
+
+    on_ready is called once the model is warm. Raises what loading the model raises.
+    """
+    metrics = new_metrics()
+    queue = MemoryQueue(settings.queue)
+    worker = Worker(queue, engine, settings, metrics)
+    gateway = Gateway(queue, settings, metrics)
+    async with _listening(build_app(gateway, settings, metrics, version=version()), settings.http) as address:
+        working = asyncio.create_task(worker.run())
+        try:
+            await _until(stop, working, worker, lambda: on_ready(address))
+            gateway.start_drain()
+            logger.info("draining")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.jobs.drain_timeout_s):
+                    while not working.done() and (await queue.stats()).num_unfinished:
+                        await asyncio.sleep(0.02)
+                    await gateway.drained()
+        finally:
+            worker.stop()
+            await working
+            await queue.close()
+
+
+async def serve_front_end(settings: Settings, queue: JobQueue, stop: asyncio.Event, on_ready: OnReady) -> None:
+    """A front end alone; other processes work. Stopping answers the callers that wait, and leaves jobs in the queue."""
+    metrics = new_metrics()
+    gateway = Gateway(queue, settings, metrics)
+    await queue.open()
+    try:
+        async with _listening(build_app(gateway, settings, metrics, version=version()), settings.http) as address:
+            on_ready(address)
+            await stop.wait()
+            gateway.start_drain()
+            logger.info("draining")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.jobs.drain_timeout_s):
+                    await gateway.drained()
+    finally:
+        await queue.close()
+
+
+async def serve_worker(
+    settings: Settings, queue: JobQueue, engine: Engine, stop: asyncio.Event, on_ready: OnReady
+) -> None:
+    """A worker alone, with its own /metrics and /health. Stopping finishes what is held, or hands it back."""
+    metrics = new_metrics()
+    worker = Worker(queue, engine, settings, metrics)
+    monitor = build_monitor_app(lambda: worker.is_warm, metrics)
+    has_monitor = settings.worker.metrics_port >= 0
+    http = settings.http.model_copy(
+        update={"host": settings.worker.metrics_host, "port": max(settings.worker.metrics_port, 0)}
+    )
+    await queue.open()
+    try:
+        async with _listening(monitor, http) if has_monitor else contextlib.nullcontext("") as address:
+            working = asyncio.create_task(worker.run())
+            try:
+                await _until(stop, working, worker, lambda: on_ready(address))
+            finally:
+                worker.stop()
+                await working
+    finally:
+        await queue.close()
+
+
+def run(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], settings: Settings) -> int:
+    """Run one of the above as this process until SIGTERM or SIGINT; returns the exit code."""
+    logs.configure(settings.log)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await serve(stop)
+
+    # What start-up made stays for good; leaving it out of each collection saves pauses.
+    gc.collect()
+    gc.freeze()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+    except Exception:
+        logger.exception("the process ends after an error")
+        return 1
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals belong to `run`, which knows what to finish first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture nothing."""
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _listening(app: ASGIApp, http: HttpSettings) -> AsyncIterator[str]:
+    """Serve an application on a socket of ours for the duration of the block; yields its address."""
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((http.host, http.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from error
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=int(http.keep_alive_s),
+        timeout_graceful_shutdown=10,
+        limit_concurrency=http.max_connections,
+        backlog=http.max_connections,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        host = f"[{http.host}]" if family == socket.AF_INET6 else http.host
+        yield f"http://{host}:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+        listener.close()
+
+
+async def _until(stop: asyncio.Event, working: asyncio.Task[None], worker: Worker, on_warm: Callable[[], None]) -> None:
+    """Wait for the stop, calling on_warm on the way; a worker that ends by itself ends the wait with its error."""
+    stopped = asyncio.create_task(stop.wait())
+    warm = asyncio.create_task(worker.warm.wait())
+    try:
+        await asyncio.wait({stopped, working, warm}, return_when=asyncio.FIRST_COMPLETED)
+        if warm.done():
+            on_warm()
+            await asyncio.wait({stopped, working}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for task in (stopped, warm):
+            task.cancel()
