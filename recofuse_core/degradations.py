@@ -155,8 +155,8 @@ def haze(image: Tensor, airlight: Tensor | float, transmission: Tensor | float) 
 def depth_surrogate(height: int, width: int, clutter: float, generator: Generator) -> Tensor:
     """A smooth stand-in for scene depth, (1, H, W) in [0.4, 1], far at the top and near at the bottom.
 
-    Blurred noise is mixed in; clutter in [0, 1] is the noise's share. The noise is a 5x5 random grid blown up bicubically, which costs next to
-    nothing and has the spectrum of heavily blurred white noise.
+    Blurred noise is mixed in; clutter in [0, 1] is its share. The noise is a 5x5 random grid blown up bicubically,
+    which costs next to nothing and has the spectrum of heavily blurred white noise.
     """
     grid = torch.rand(5, 5, generator=generator).numpy()
     bumps = torch.from_numpy(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)).clamp_(0, 1)
@@ -179,7 +179,8 @@ def stripe_profile(
 ) -> Tensor:
     """Random per-line values of the given std, (length,): white, Gaussian low-pass, or constant in runs.
 
-    smoothing: the low-pass std in px. Runs have 1 to max_run lines. A low-passed profile is scaled back, so that its expected std stays `std`.
+    smoothing: the low-pass std in px. Runs have 1 to max_run lines. A low-passed profile is scaled back, so that its
+    expected std stays `std`.
     """
     if max_run > 1:
         runs = torch.randint(1, max_run + 1, (length,), generator=generator)
