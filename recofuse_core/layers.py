@@ -58,7 +58,7 @@ class TimeEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (scale + 1) + shift with shift and scale (B or 1, C, 1, 1)."""
+    """Return x (scale + 1) + shift with shift and scale (B or 1, C, 1, 1)."""
     return torch.addcmul(shift, x, scale + 1)
 
 
@@ -166,4 +166,5 @@ class ConvBlockAttention(nn.Module):
         batch, num_pools, channels = pooled.shape
         logits = self.excite(F.relu(self.squeeze(pooled.reshape(batch * num_pools, channels, 1, 1))))
         x = x * logits.view(batch, num_pools, channels, 1, 1).sum(dim=1).sigmoid()
-        return x * self.spatial(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)).sigmoid()
+        maps: Tensor = self.spatial(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1))
+        return x * maps.sigmoid()

@@ -96,7 +96,8 @@ class PaperAutoencoder(nn.Module):
         """
         x = self.init_conv(pad_to_multiple(image, self.multiple, "reflect"))
         skips = [x]
-        for level, (first, second) in enumerate(self.encoder_blocks):  # type: ignore[misc]
+        for level, pair in enumerate(self.encoder_blocks):
+            first, second = pair.children()
             x = first(x)
             skips.append(x)
             x = second(x)
@@ -109,7 +110,8 @@ class PaperAutoencoder(nn.Module):
     def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:
         """Latent (B, C, h, w) and skips back to an image (B, 3, *size), not clamped."""
         x = self.post_latent_conv(latent)
-        for level, (first, second) in enumerate(self.decoder_blocks):  # type: ignore[misc]
+        for level, pair in enumerate(self.decoder_blocks):
+            first, second = pair.children()
             x = first(torch.cat([x, skips[8 - 2 * level]], dim=1))
             x = second(torch.cat([x, skips[7 - 2 * level]], dim=1))
             if level == 0:
@@ -254,7 +256,7 @@ class Denoiser(nn.Module):
         self.ending = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor, mu: Tensor, timesteps: Tensor) -> Tensor:
-        """x, mu: (B, C, h, w); timesteps: (B,) or (1,) integers. Returns (B, C, h, w), see DenoiserConfig.prediction."""
+        """x, mu: (B, C, h, w); timesteps: (B,) or (1,) integers. Returns (B, C, h, w) of `prediction`'s meaning."""
         height, width = x.shape[-2:]
         time = self.time(timesteps)
         first = x = self.intro(pad_to_multiple(torch.cat([x - mu, mu], dim=1), self.multiple, "constant"))

@@ -35,17 +35,20 @@ class SDEConfig:
 
 
 def theta_schedule(name: ScheduleName, num_steps: int) -> Tensor:
-    """theta_0 .. theta_T as a float32 tensor of T + 1 entries; theta_0 belongs to no step."""
+    """theta_0 .. theta_T as a float32 tensor of T + 1 entries; theta_0 belongs to no step.
+
+    On the CPU also where the default device is another: a model may be built on the meta device and filled later.
+    """
     if name == "cosine":
         num_knots = num_steps + 2
-        knots = torch.linspace(0, num_knots, num_knots + 1)
+        knots = torch.linspace(0, num_knots, num_knots + 1, device="cpu")
         level = torch.cos((knots / num_knots + 0.008) / 1.008 * (math.pi / 2)) ** 2
         return 1 - (level / level[0])[1:-1]
     if name == "linear":
         scale = 1 / (num_steps + 1)
-        return torch.linspace(0.1 * scale, 20 * scale, num_steps + 1)
+        return torch.linspace(0.1 * scale, 20 * scale, num_steps + 1, device="cpu")
     if name == "constant":
-        return torch.ones(num_steps + 1)
+        return torch.ones(num_steps + 1, device="cpu")
     raise ConfigError(f"unknown schedule {name!r}; known: cosine, linear, constant")
 
 
@@ -75,7 +78,7 @@ class MeanRevertingSDE:
         step_decay = torch.exp(-2 * self.theta * self.dt)  # A**2
         marginal = torch.exp(-2 * self.theta_bar * self.dt)  # B**2 at t, C**2 at t - 1
         radicand = (1 - step_decay[1:]) * (1 - marginal[:-1]) / (1 - marginal[1:])
-        return torch.cat([torch.zeros(1), self.lam * radicand.clamp(min=1e-20 * self.dt).sqrt()])
+        return torch.cat([torch.zeros(1, device="cpu"), self.lam * radicand.clamp(min=1e-20 * self.dt).sqrt()])
 
     def _at(self, table: Tensor, timesteps: Tensor | int, like: Tensor) -> Tensor:
         """Entries of a table as (B, 1, 1, 1), or (1, 1, 1, 1) for one int, on the device of `like`."""
@@ -84,7 +87,7 @@ class MeanRevertingSDE:
         return table.to(like.device)[timesteps.to(like.device)].view(-1, 1, 1, 1)
 
     def marginal(self, x0: Tensor, mu: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Mean and std of x_t given x_0 (Prop. 3.1 of IR-SDE). x0, mu: (B, C, H, W). Returns (B, C, H, W), (B, 1, 1, 1).
+        """Mean (B, C, H, W) and std (B, 1, 1, 1) of x_t given x_0 (Prop. 3.1 of IR-SDE).
 
         Raises ShapeError if x0 and mu differ in shape.
         """
@@ -111,7 +114,7 @@ class MeanRevertingSDE:
         return x - self.reverse_drift(x, mu, noise, timesteps)
 
     def reverse_step(self, x: Tensor, mu: Tensor, noise: Tensor, timesteps: Tensor | int, draw: Tensor) -> Tensor:
-        """Euler-Maruyama step of the reverse SDE; `draw` is standard normal. The minus before it is the published one."""
+        """Euler-Maruyama step of the reverse SDE; `draw` is standard normal, the minus before it the published one."""
         spread = self._at(self.sigma, timesteps, x) * math.sqrt(self.dt)
         return self.reverse_mean(x, mu, noise, timesteps) - spread * draw
 
@@ -166,7 +169,7 @@ class MeanRevertingSDE:
         return (x - mean) / std
 
     def ancestral_jump(self, x: Tensor, x0: Tensor, mu: Tensor, start: int, end: int, draw: Tensor) -> Tensor:
-        """Sample of x_end given x_start and x_0, end < start: the posterior step over any distance (MR sampler, order 1).
+        """Sample of x_end given x_start and x_0: the posterior step over any distance (MR sampler, order 1).
 
         For end = start - 1 it is `posterior_step`.
         """
@@ -179,7 +182,8 @@ class MeanRevertingSDE:
     def ode_jump(self, x: Tensor, x0: Tensor, mu: Tensor, start: int, end: int) -> Tensor:
         """Order-1 exponential step of the probability-flow ODE with data prediction, from `start` to `end` < `start`.
 
-        x_t = mu + (sigma_t/sigma_s)(x_s - mu) + alpha_t (1 - e^-h)(x_0 - mu), h = log_snr_t - log_snr_s. x_0 at end = 0.
+        x_t = mu + (sigma_t/sigma_s)(x_s - mu) + alpha_t (1 - e^-h)(x_0 - mu), h = log_snr_t - log_snr_s.
+        It is x_0 at end = 0.
         """
         ratio = float(self.sigma_bar[end] / self.sigma_bar[start])
         gained = float(self.alpha[end] - self.alpha[start] * ratio)
