@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 def luma(image: Tensor) -> Tensor:
     """Y = 0.299 R + 0.587 G + 0.114 B. (B, 3, H, W) to (B, 1, H, W)."""
-    red, green, blue = image.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    return 0.299 * image[:, 0:1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:3]
 
 
 def chroma(image: Tensor) -> Tensor:
@@ -65,10 +64,8 @@ def fusion_loss(fused: Tensor, vis: Tensor, ir: Tensor, weights: FusionWeights |
     weights = weights or FusionWeights()
     y, y_vis, y_ir = luma(fused), luma(vis), luma(ir)
     intensity = F.l1_loss(y, torch.maximum(y_vis, y_ir))
-    gradient = sum(
-        F.l1_loss(g, torch.maximum(g_vis, g_ir))
-        for g, g_vis, g_ir in zip(sobel(y), sobel(y_vis), sobel(y_ir), strict=True)
-    )
+    (gx, gy), (gx_vis, gy_vis), (gx_ir, gy_ir) = sobel(y), sobel(y_vis), sobel(y_ir)
+    gradient = F.l1_loss(gx, torch.maximum(gx_vis, gx_ir)) + F.l1_loss(gy, torch.maximum(gy_vis, gy_ir))
     cb_cr, cb_cr_vis = chroma(fused), chroma(vis)
     colour = F.l1_loss(cb_cr[:, 0], cb_cr_vis[:, 0]) + F.l1_loss(cb_cr[:, 1], cb_cr_vis[:, 1])
     return FusionTerms(weights.intensity * intensity, weights.gradient * gradient, weights.colour * colour)

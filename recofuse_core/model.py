@@ -1,4 +1,4 @@
-"""ReCoFuse: autoencoder, two denoising branches, latent fusion and the SDE, assembled; image pair in, fused image out."""
+"""ReCoFuse: autoencoder, two denoising branches, latent fusion and the SDE, assembled: image pair in, fused out."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +102,7 @@ class ReCoFuse(nn.Module):
         self.denoiser = DualDenoiser(config.denoiser)
         self.fusion = LatentFusion(config.fusion)
         self.sde = MeanRevertingSDE(config.sde)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
             name=name,
             version=version,
@@ -144,9 +145,10 @@ class ReCoFuse(nn.Module):
     ) -> FusionOutput:
         """Restore and fuse registered pairs.
 
-        vis (B, 3, H, W), ir (B, 1, H, W), floats in [0, 1], sides from 32 px up. `seeds` is one seed for every item or B
-        of them; an item gives the same picture alone and in a batch. Only `outputs` are decoded. `coupled=False` keeps
-        TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels` are worked on in blended tiles.
+        Tensors: vis (B, 3, H, W), ir (B, 1, H, W), floats in [0, 1], sides from 32 px up. `seeds` is one seed for
+        every item or B of them; an item gives the same picture alone and in a batch. Only `outputs` are decoded.
+        `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels` are worked
+        on in blended tiles.
         Raises ShapeError for wrong tensors, ConfigError for unknown names or steps, NumericsError for a result that is
         not finite.
         """
@@ -236,7 +238,9 @@ class _Frame:
             return fuse(clean)
         return blend(self.tiles, (fuse(_cut_pair(tile, clean)) for tile in self.tiles), self.grid, 1)
 
-    def decode(self, decode: Callable[[Tensor, Skips, tuple[int, int]], Tensor], latent: Tensor, skips: Skips) -> Tensor:
+    def decode(
+        self, decode: Callable[[Tensor, Skips, tuple[int, int]], Tensor], latent: Tensor, skips: Skips
+    ) -> Tensor:
         rows, columns = self.grid
         if not self.tiles:
             return decode(latent, skips, (rows * LATENT_FACTOR, columns * LATENT_FACTOR))

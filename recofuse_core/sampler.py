@@ -1,8 +1,8 @@
 """Reverse-time samplers: from the noisy degraded latents of both modalities to their clean latents.
 
 Each sampler is one function of the same signature: the coupled predictor, the SDE, the start state, mu, a noise source
-and the decreasing time steps at which the predictor is evaluated; the last jump ends at 0. The predictor couples the two
-branches (TIM, then both denoisers), so coupling happens at every step of every sampler.
+and the decreasing time steps at which the predictor is evaluated; the last jump ends at 0. The predictor couples the
+two branches (TIM, then both denoisers), so coupling happens at every step of every sampler.
 
 What a newcomer would get wrong: a published (noise-predicting) denoiser is trained such that the Euler mean *from the
 fused state* hits the optimum step of the modality's *own* state. Its clean latent is therefore the inverse of that
@@ -94,7 +94,7 @@ def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu
 
 
 def _within_range(clean: Tensor, mu: Tensor) -> Tensor:
-    """Clamp to the range of mu widened by half its span: early estimates carry errors of up to 1000 times the network's."""
+    """Clamp to the range of mu widened by half its span: early estimates magnify the network's errors up to 1000 times."""
     low, high = mu.amin(dim=(1, 2, 3), keepdim=True), mu.amax(dim=(1, 2, 3), keepdim=True)
     margin = (high - low) / 2
     return clean.clamp(low - margin, high + margin)
@@ -119,10 +119,7 @@ def euler(
             noise = Pair(*(sde.noise_of(x, x0, m, t) for x, x0, m in zip(state, clean, mu, strict=True)))
         draws = draw()
         state = Pair(
-            *(
-                sde.reverse_jump(x, m, eps, t, end, n)
-                for x, m, eps, n in zip(start, mu, noise, draws, strict=True)
-            )
+            *(sde.reverse_jump(x, m, eps, t, end, n) for x, m, eps, n in zip(start, mu, noise, draws, strict=True))
         )
         if on_step is not None:
             on_step(end, state)
@@ -143,10 +140,7 @@ def posterior(
         clean = clean_latents(sde, predict(state, mu, t), state, mu, t)
         draws = draw()
         state = Pair(
-            *(
-                sde.ancestral_jump(x, x0, m, t, end, n)
-                for x, x0, m, n in zip(state, clean, mu, draws, strict=True)
-            )
+            *(sde.ancestral_jump(x, x0, m, t, end, n) for x, x0, m, n in zip(state, clean, mu, draws, strict=True))
         )
         if on_step is not None:
             on_step(end, state)
@@ -162,7 +156,7 @@ def ode1(
     timesteps: Sequence[int],
     on_step: OnStep | None = None,
 ) -> Pair:
-    """Deterministic exponential solver of the probability-flow ODE, data prediction, order 1 (MR sampler; DDIM's form)."""
+    """Deterministic exponential solver of the probability-flow ODE, data prediction, order 1 (the form of MR sampler)."""
     return _solve_ode(predict, sde, state, mu, timesteps, on_step, second_order=False)
 
 

@@ -1,8 +1,9 @@
 """Overlapping tiles with blended borders, for frames whose whole would cost too much memory or attention.
 
-A plan is made once on the latent grid; the same tiles are then cut from tensors of any scale (latent, skips, image), and
-results are summed with weights that ramp linearly over the overlap and add up to one. Blending happens in the latent at
-every sampling step, and the noise belongs to the whole latent, so that neighbouring tiles agree and no seam remains.
+A plan is made once on the latent grid; the same tiles are then cut from tensors of any scale (latent, skips, image),
+and results are summed with weights that ramp linearly over the overlap and add up to one. Blending happens in the
+latent at every sampling step, and the noise belongs to the whole latent, so that neighbouring tiles agree and no seam
+remains.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ class Tile:
     right: int
 
     def cut(self, x: Tensor, scale: int) -> Tensor:
-        """This tile of a tensor that has `scale` pixels per latent position."""
+        """Cut this tile from a tensor that has `scale` pixels per latent position."""
         return x[..., self.top * scale : self.bottom * scale, self.left * scale : self.right * scale]
 
 

@@ -1,0 +1,707 @@
+"""Training in three stages, from one config: autoencoder, branches, coupled (the paper's alternating regularisation).
+
+- "autoencoder": every latent is decoded with degraded skip features and must give the image it belongs to (feature
+  reorganisation), so that content and degradation live in the latent and the decoder learns to distrust the skips.
+- "branches": the autoencoder is frozen; states of random steps are drawn from the marginal, and the prediction is
+  compared with the clean latent ("clean" denoisers) or with the optimum step of the own state ("noise", as published).
+- "coupled": a restoration update of both branches and TIM, then a fusion update of TIM, within every iteration. With
+  `rollout` set, states come from the sampler's own trajectory instead of the marginal and the loss is taken in the
+  image too, with gradients through all its steps; this closes the gap between training and few-step sampling, and lets
+  the decoder meet the latents that it will be given (docs/decisions/0003).
+
+A stage yields a StepReport after each step; `train_from_config` adds checkpoints, a progress bar and TensorBoard.
+All randomness is one torch.Generator whose state is saved, so a resumed run goes on exactly where it stopped.
+"""
+
+import json
+import math
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from recofuse_core.checkpoint import load_checkpoint, save_checkpoint
+from recofuse_core.data import find_pairs, read_pair
+from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
+from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
+from recofuse_core.losses import FusionTerms, fusion_loss, matching_loss, sobel
+from recofuse_core.model import PRESETS, ReCoFuse
+from recofuse_core.networks import Skips
+from recofuse_core.quality import psnr
+from recofuse_core.sampler import SAMPLERS, NoiseSource, Pair, Prediction, clean_latents, plan_timesteps
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+StageName = Literal["autoencoder", "branches", "coupled"]
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pairs come from and how often. `group_weights` maps file-name prefixes to sampling weights."""
+
+    root: str  # relative to the configuration file
+    exclude_prefixes: tuple[str, ...] = ()
+    group_weights: dict[str, float] = field(default_factory=dict)  # prefix -> weight; the rest shares `other_weight`
+    other_weight: float = 1.0
+    rescale_probability: float = 0.5  # crops of a region up to `max_rescale` times larger, reduced: scene-wide context
+    max_rescale: float = 4.0
+    vary_ir_probability: float = 0.65
+    clean_probability: float = 0.05
+    strength: Strength = "medium"
+    validation_root: str = ""  # pairs for the score during training; none if empty
+    dark_below: float = 0.18  # visible images of lower mean are given enhanced targets
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage. The learning rate warms up, then falls along a cosine to `final_ratio` of its peak."""
+
+    name: StageName
+    steps: int
+    batch_size: int
+    crop: int
+    learning_rate: float
+    optimizer: Literal["adamw", "lion"] = "adamw"
+    weight_decay: float = 0.0
+    warmup_steps: int = 200
+    final_ratio: float = 0.02
+    max_minutes: float = math.inf  # the schedule shrinks to fit; makes a run depend on the machine's speed
+    rollout: bool = False
+    image_weight: float = 1.0
+    gradient_weight: float = 0.0
+    latent_weight: float = 0.25
+    fusion_weight: float = 1.0
+    degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
+    unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    preset: str
+    version: str
+    data: DataConfig
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float = 0.99
+    ema_interval: int = 10
+    clip_norm: float = 1.0
+    checkpoint_interval: int = 500
+    log_interval: int = 50
+    validation_interval: int = 500
+    num_threads: int = 0  # CPU threads; 0: torch's default
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a TOML file: top-level keys, [data], [[stages]]. Raises ConfigError for unknown or ill-typed keys."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = raw.pop("data")
+        data["exclude_prefixes"] = tuple(data.get("exclude_prefixes", ()))
+        stages = tuple(StageConfig(**stage) for stage in raw.pop("stages"))
+        config = TrainConfig(data=DataConfig(**data), stages=stages, **raw)
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a training configuration: {error}") from error
+    if not stages:
+        raise ConfigError(f"{path} names no stage")
+    if config.preset not in PRESETS:
+        raise ConfigError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
+    return config
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def enhance_dark(vis: np.ndarray, dark_below: float) -> np.ndarray:
+    """Target for a truly dark visible image: lightly smoothed and lifted by a gamma curve; others come back unchanged.
+
+    (H, W, 3) uint8. The mean is moved half-way to 1.2 * dark_below: a night stays a night, yet shows what is in it.
+    """
+    mean = float(vis.mean()) / 255
+    if mean >= dark_below:
+        return vis
+    smooth = cv2.bilateralFilter(vis, 5, 12, 2)
+    histogram = np.bincount(smooth.ravel(), minlength=256) / smooth.size
+    levels = np.arange(256) / 255
+    gammas = np.linspace(0.3, 1.0, 71)
+    means = np.array([(histogram * levels**gamma).sum() for gamma in gammas])
+    gamma = gammas[np.abs(means - (mean + 0.5 * (1.2 * dark_below - mean))).argmin()]
+    lifted: np.ndarray = cv2.LUT(smooth, (255 * levels**gamma).round().astype(np.uint8))
+    return lifted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean targets and degraded inputs, (B, 3, H, W) each; infrared repeated to three channels."""
+
+    clean: Pair
+    degraded: Pair
+
+
+class PairSource:
+    """Draws training batches from pairs held in memory as uint8. Every draw comes from the generator passed in."""
+
+    def __init__(self, config: DataConfig, pairs: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> None:
+        self.config = config
+        groups: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        for name, vis, ir in pairs:
+            if name.startswith(config.exclude_prefixes):
+                continue
+            prefix = next((p for p in config.group_weights if name.startswith(p)), "")
+            groups.setdefault(prefix, []).append((vis, enhance_dark(vis, config.dark_below), ir))
+        if not groups:
+            raise DatasetError(f"no training pair in {config.root}")
+        self.groups = list(groups.values())
+        weights = torch.tensor([config.group_weights.get(prefix, config.other_weight) for prefix in groups])
+        self.cumulative = (weights / weights.sum()).cumsum(0)
+
+    def draw(self, batch_size: int, crop: int, generator: Generator) -> Batch:
+        """A batch of `crop` x `crop` pairs, degraded anew."""
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for _ in range(batch_size):
+            vis, target, ir = self._crop(crop, generator)
+            ir = self._vary_ir(ir, generator)
+            config = self.config
+            low_vis = degrade_vis(vis, generator, config.strength, clean_probability=config.clean_probability).image
+            low_ir = degrade_ir(ir, generator, config.strength, clean_probability=config.clean_probability).image
+            parts.append((target, ir, low_vis, low_ir))
+        target, ir, low_vis, low_ir = (torch.stack(column) for column in zip(*parts, strict=True))
+        clean = Pair(_fast(target), _fast(ir.expand(-1, 3, -1, -1)))
+        return Batch(clean, Pair(_fast(low_vis), _fast(low_ir.expand(-1, 3, -1, -1))))
+
+    def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        pick, item, zoom, scale, top, left, flip, turn = torch.rand(8, generator=generator).tolist()
+        group = self.groups[min(int((self.cumulative < pick).sum()), len(self.groups) - 1)]
+        images = group[int(item * len(group))]
+        height, width = images[0].shape[:2]
+        side = size
+        if zoom < self.config.rescale_probability:
+            side = int(size * (1 + scale * (self.config.max_rescale - 1)))
+        side = min(side, height, width)
+        y, x = int(top * (height - side + 1)), int(left * (width - side + 1))
+        crops = []
+        for image in images:
+            part = image[y : y + side, x : x + side]
+            if side != size:
+                method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+                part = cv2.resize(part, (size, size), interpolation=method)
+            part = part[:, ::-1] if flip < 0.5 else part
+            part = np.rot90(part) if turn < 0.1 else part
+            tensor = torch.from_numpy(np.ascontiguousarray(part)).float().div_(255)
+            crops.append(tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor[None])
+        return crops[0], crops[1], crops[2]
+
+    def _vary_ir(self, ir: Tensor, generator: Generator) -> Tensor:
+        """Gain, offset and gamma, input and target alike: cameras differ, and a target must stay unambiguous."""
+        chance, gamma, gain, offset = torch.rand(4, generator=generator).tolist()
+        if chance >= self.config.vary_ir_probability:
+            return ir
+        return (ir.pow(math.exp(gamma - 0.5)) * (0.6 + 0.55 * gain) + (-0.05 + 0.3 * offset)).clamp(0, 1)
+
+
+def _fast(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# --- losses of the stages ---------------------------------------------------------------------------------------------
+
+
+def autoencoder_loss(model: ReCoFuse, batch: Batch, stage: StageConfig) -> dict[str, Tensor]:
+    """Two terms of feature reorganisation: a latent decoded with degraded skips gives the image it belongs to."""
+    clean, degraded = torch.cat(batch.clean), torch.cat(batch.degraded)
+    size = (clean.shape[-2], clean.shape[-1])
+    latents, skips = model.autoencoder.encode(torch.cat([clean, degraded]))
+    clean_latent, degraded_latent = latents.chunk(2)
+    degraded_skips: Skips = tuple(skip.chunk(2)[1] for skip in skips)
+    restored = model.autoencoder.decode(clean_latent, degraded_skips, size).float()
+    repeated = model.autoencoder.decode(degraded_latent, degraded_skips, size).float()
+    power = clean_latent.float().square().mean(dim=(0, 2, 3))
+    return {
+        "clean": F.l1_loss(restored, clean),
+        "degraded": stage.degraded_weight * F.l1_loss(repeated, degraded),
+        "unit": stage.unit_weight * (power - 1).square().mean(),
+    }
+
+
+@torch.no_grad()
+def encode_pair(model: ReCoFuse, images: Pair) -> tuple[Pair, Skips, Skips]:
+    """Latents (float32) and the skips of both modalities, without gradient: the encoder is frozen after its stage."""
+    latent, skips = model.autoencoder.encode(torch.cat(images))
+    halves = [skip.chunk(2) for skip in skips]
+    return Pair(*latent.float().chunk(2)), tuple(h[0] for h in halves), tuple(h[1] for h in halves)
+
+
+def restoration_loss(model: ReCoFuse, clean: Pair, mu: Pair, timesteps: Tensor, noise: Pair) -> tuple[Tensor, Tensor]:
+    """Losses of both modalities at random steps of the marginal (model-spec section 7, restoration update).
+
+    clean, mu, noise: (B, C, h, w) pairs; timesteps (B,). "noise" denoisers are compared at the optimum step of the own
+    state, "clean" ones at x_0.
+    """
+    states = []
+    for x0, m, eps in zip(clean, mu, noise, strict=True):
+        mean, std = model.sde.marginal(x0, m, timesteps)
+        states.append(mean + std * eps)
+    state = Pair(*states)
+    prediction = model.predict(state, mu, timesteps)
+    losses = []
+    for start, output, x, x0, m in zip(prediction.start, prediction.output, state, clean, mu, strict=True):
+        if prediction.kind == "clean":
+            losses.append(matching_loss(m + output.float(), x0))
+        else:
+            estimate = model.sde.reverse_mean(start, m, output, timesteps)
+            losses.append(matching_loss(estimate, model.sde.optimum_step(x, x0, m, timesteps)))
+    return losses[0], losses[1]
+
+
+def rollout(model: ReCoFuse, mu: Pair, draw: NoiseSource) -> tuple[Pair, list[Pair]]:
+    """The model's default sampler with gradients. Returns its result and the clean estimate of every evaluation."""
+    estimates: list[Pair] = []
+
+    def predict(state: Pair, mu: Pair, t: int) -> Prediction:
+        prediction = model.predict(state, mu, t)
+        output = Pair(prediction.output.vis.float(), prediction.output.ir.float())
+        prediction = replace(prediction, output=output)
+        estimates.append(clean_latents(model.sde, prediction, state, mu, t))
+        return prediction
+
+    sampler, steps = model.config.sampler, model.config.steps
+    noise = draw()
+    state = Pair(*(model.sde.noise_state(m, n) for m, n in zip(mu, noise, strict=True)))
+    result = SAMPLERS[sampler](predict, model.sde, state, mu, draw, plan_timesteps(sampler, model.sde, steps))
+    return result, estimates
+
+
+def image_loss(image: Tensor, target: Tensor, gradient_weight: float) -> Tensor:
+    """L1 in the image, and optionally in its Sobel responses per channel."""
+    loss = F.l1_loss(image, target)
+    if gradient_weight > 0:
+        pairs = zip(sobel(image.flatten(0, 1)[:, None]), sobel(target.flatten(0, 1)[:, None]), strict=True)
+        loss = loss + gradient_weight * sum(F.l1_loss(a, b) for a, b in pairs)
+    return loss
+
+
+def final_fusion_loss(
+    model: ReCoFuse, clean: Pair, skips: tuple[Skips, Skips], references: Pair
+) -> tuple[FusionTerms, Tensor]:
+    """Fusion update: TIM at step 0 on clean latents, decoded with the fused skips. Returns the terms and the image."""
+    size = (references.vis.shape[-2], references.vis.shape[-1])
+    image = model.autoencoder.decode(model.final_fusion(clean), model.autoencoder.fuse_skips(*skips), size).float()
+    return fusion_loss(image, references.vis, references.ir), image
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum (Chen et al., 2023): sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 3e-5,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(momentum.lerp(parameter.grad, 1 - beta1).sign_(), alpha=group["lr"])
+                momentum.lerp_(parameter.grad, 1 - beta2)
+        return loss
+
+
+def build_optimizer(stage: StageConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The stage's optimizer over some parameters."""
+    if stage.optimizer == "lion":
+        return Lion(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay)
+    return torch.optim.AdamW(parameters, lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=stage.weight_decay)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights with a warm-up of (1 + n) / (10 + n)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.num_updates = 0
+        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move towards the model's present weights."""
+        self.num_updates += 1
+        keep = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for name, tensor in model.state_dict().items():
+            self.weights[name].lerp_(tensor, 1 - keep)
+
+
+def learning_rate(stage: StageConfig, step: int, progress: float) -> float:
+    """Rate at a step (from 0) and a progress in [0, 1]: linear warm-up, then a cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    ramp = min(1.0, (step + 1) / max(stage.warmup_steps, 1))
+    return stage.learning_rate * ramp * (stage.final_ratio + (1 - stage.final_ratio) * cosine)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step gave: losses by name, the rate, and how far the stage is."""
+
+    stage: StageName
+    step: int
+    progress: float
+    learning_rate: float
+    losses: dict[str, float]
+
+
+class Trainer:
+    """A model under training, with everything that a resumed run needs to go on exactly."""
+
+    def __init__(self, config: TrainConfig, source: PairSource) -> None:
+        self.config = config
+        self.source = source
+        torch.manual_seed(config.seed)  # initial weights; everything later draws from self.generator
+        self.model = ReCoFuse(PRESETS[config.preset])
+        self.generator = Generator().manual_seed(config.seed)
+        self.stage_index = 0
+        self.start_stage()
+
+    @property
+    def stage(self) -> StageConfig:
+        """The present stage."""
+        return self.config.stages[self.stage_index]
+
+    def start_stage(self) -> None:
+        """Fresh optimizer and average for the present stage."""
+        self.step = 0
+        self.elapsed_s = 0.0
+        autoencoder, others = self.model.autoencoder, [self.model.denoiser, self.model.fusion]
+        decoder = [p for name, p in autoencoder.named_parameters() if _is_decoder(name)]
+        trained = {
+            "autoencoder": list(autoencoder.parameters()),
+            "branches": [p for m in others for p in m.parameters()],
+            "coupled": [p for m in others for p in m.parameters()] + (decoder if self.stage.rollout else []),
+        }[self.stage.name]
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self.parameters = trained
+        # The published fusion update moves TIM alone; after rollouts the decoder must also learn the fused latents.
+        fusion = list(self.model.fusion.parameters()) + (decoder if self.stage.rollout else [])
+        self.fusion_parameters = fusion
+        self.optimizer = build_optimizer(self.stage, trained)
+        self.average = WeightAverage(self.model, self.config.ema_decay)
+
+    def run_stage(self) -> Iterator[StepReport]:
+        """Train the present stage to its end, one report a step."""
+        started = time.monotonic() - self.elapsed_s
+        while (progress := self._progress()) < 1:
+            rate = learning_rate(self.stage, self.step, progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            losses = self._update(self.source.draw(self.stage.batch_size, self.stage.crop, self.generator))
+            if not all(math.isfinite(loss) for loss in losses.values()):
+                raise NumericsError(f"a loss of step {self.step} of stage {self.stage.name} is not finite: {losses}")
+            self.step += 1
+            self.elapsed_s = time.monotonic() - started
+            if self.step % self.config.ema_interval == 0:
+                self.average.update(self.model)
+            yield StepReport(self.stage.name, self.step, self._progress(), rate, losses)
+
+    def _progress(self) -> float:
+        return max(self.step / self.stage.steps, self.elapsed_s / (60 * self.stage.max_minutes))
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        stage = self.stage
+        if stage.name == "autoencoder":
+            with self._autocast():
+                terms = autoencoder_loss(self.model, batch, stage)
+            self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
+            return {name: float(term.detach()) for name, term in terms.items()}
+        with self._autocast():
+            clean, _, _ = encode_pair(self.model, batch.clean)
+            mu, vis_skips, ir_skips = encode_pair(self.model, batch.degraded)
+            if stage.rollout:
+                return self._rollout_update(batch, clean, mu, (vis_skips, ir_skips))
+            return self._marginal_update(batch, clean, mu, (vis_skips, ir_skips))
+
+    def _marginal_update(self, batch: Batch, clean: Pair, mu: Pair, skips: tuple[Skips, Skips]) -> dict[str, float]:
+        """The published iteration: random steps of the marginal; in the coupled stage then the fusion update of TIM."""
+        timesteps = torch.randint(1, self.model.sde.num_steps + 1, (len(clean.vis),), generator=self.generator)
+        noise = Pair(self._noise(mu.vis), self._noise(mu.ir))
+        vis_loss, ir_loss = restoration_loss(self.model, clean, mu, timesteps, noise)
+        self._descend(vis_loss + ir_loss, self.parameters)
+        losses = {"vis": float(vis_loss.detach()), "ir": float(ir_loss.detach())}
+        if self.stage.name == "coupled":
+            with torch.no_grad():  # the reconstructions of the clean images, not the files (model-spec section 7)
+                size = (batch.clean.vis.shape[-2], batch.clean.vis.shape[-1])
+                decoded = (
+                    self.model.autoencoder.decode(latent, skip, size).float()
+                    for latent, skip in zip(clean, skips, strict=True)
+                )
+                references = Pair(*decoded)
+            losses |= self._fusion_update(clean, skips, references)
+        return losses
+
+    def _rollout_update(self, batch: Batch, clean: Pair, mu: Pair, skips: tuple[Skips, Skips]) -> dict[str, float]:
+        """Restoration through the sampler's own trajectory to the image, then the fusion update on its result."""
+        stage = self.stage
+        size = (batch.clean.vis.shape[-2], batch.clean.vis.shape[-1])
+        result, estimates = rollout(self.model, mu, lambda: Pair(self._noise(mu.vis), self._noise(mu.ir)))
+        losses: dict[str, Tensor] = {}
+        for name, index in (("vis", 0), ("ir", 1)):
+            image = self.model.autoencoder.decode(result[index], skips[index], size).float()
+            losses[name] = stage.image_weight * image_loss(image, batch.clean[index], stage.gradient_weight)
+            latent = sum(matching_loss(estimate[index], clean[index]) for estimate in estimates) / len(estimates)
+            losses[f"{name}_latent"] = stage.latent_weight * torch.as_tensor(latent)
+        self._descend(sum(losses.values(), torch.zeros(())), self.parameters)
+        detached = Pair(result.vis.detach(), result.ir.detach())
+        reports = {name: float(loss.detach()) for name, loss in losses.items()}
+        return reports | self._fusion_update(detached, skips, batch.clean)
+
+    def _fusion_update(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> dict[str, float]:
+        terms, _ = final_fusion_loss(self.model, clean, skips, references)
+        self._descend(self.stage.fusion_weight * terms.total, self.fusion_parameters)
+        return {
+            "intensity": float(terms.intensity.detach()),
+            "gradient": float(terms.gradient.detach()),
+            "colour": float(terms.colour.detach()),
+        }
+
+    def _descend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        moved = {id(parameter) for parameter in parameters}
+        for parameter in self.parameters:
+            if id(parameter) not in moved:
+                parameter.grad = None
+        nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self.optimizer.step()
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def finish_stage(self) -> bool:
+        """Take the averaged weights over and go to the next stage. False if there is none."""
+        self.average.update(self.model)
+        self.model.load_state_dict(self.average.weights)
+        if self.stage_index + 1 == len(self.config.stages):
+            return False
+        self.stage_index += 1
+        self.start_stage()
+        return True
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin the present stage with given weights instead of random ones."""
+        self.model.load_state_dict(weights)
+        self.start_stage()
+
+    def skip_to(self, name: StageName) -> None:
+        """Begin with a later stage. Raises ConfigError if the configuration has none of that name."""
+        names = [stage.name for stage in self.config.stages]
+        if name not in names:
+            raise ConfigError(f"no stage {name!r} in this configuration; it has {', '.join(names)}")
+        self.stage_index = names.index(name)
+        self.start_stage()
+
+    @contextmanager
+    def averaged(self) -> Iterator[ReCoFuse]:
+        """The model with its averaged weights, put back afterwards."""
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.weights)
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(own)
+
+    def save(self, path: Path) -> None:
+        """Write the whole state, atomically."""
+        state = {
+            "config": json.dumps(asdict(self.config)),
+            "stage_index": self.stage_index,
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "model": self.model.state_dict(),
+            "average": self.average.weights,
+            "average_updates": self.average.num_updates,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        temporary = path.with_suffix(".partial")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a saved state. Raises CheckpointError if it is unreadable or of another configuration."""
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+            if state["config"] != json.dumps(asdict(self.config)):
+                raise CheckpointError(f"{path} was written with another configuration; remove it to start anew")
+            self.stage_index = state["stage_index"]
+            self.start_stage()
+            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+            self.model.load_state_dict(state["model"])
+            self.average.weights, self.average.num_updates = state["average"], state["average_updates"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a training state: {error}") from error
+
+
+def _is_decoder(name: str) -> bool:
+    """Whether a parameter of the compact autoencoder lies behind the latent or the skips."""
+    return not name.startswith(("stem", "encoder", "down", "to_latent"))
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def read_images(root: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, visible (H, W, 3) and infrared (H, W) image of every pair below a folder, uint8."""
+    for files in find_pairs(root):
+        pair = read_pair(files)
+        yield files.name, pair.vis.permute(1, 2, 0).contiguous().numpy(), pair.ir[0].numpy()
+
+
+class Validation:
+    """Restoration scores of a model on a fixed set of degraded centre crops."""
+
+    SIDE = 256
+    SEED = 11
+
+    def __init__(self, config: DataConfig, root: Path) -> None:
+        generator = Generator().manual_seed(self.SEED)
+        self.items: list[tuple[Pair, Pair]] = []
+        for name, vis, ir in read_images(root):
+            if name.startswith(config.exclude_prefixes):
+                continue
+            height, width = (min(side, self.SIDE) for side in ir.shape)
+            top, left = (ir.shape[0] - height) // 2, (ir.shape[1] - width) // 2
+            area = np.s_[top : top + height, left : left + width]
+            clean_vis = torch.from_numpy(vis[area].copy()).permute(2, 0, 1).float() / 255
+            clean_ir = torch.from_numpy(ir[area].copy())[None].float() / 255
+            low_vis = degrade_vis(clean_vis, generator, config.strength).image
+            low_ir = degrade_ir(clean_ir, generator, config.strength).image
+            self.items.append((Pair(clean_vis[None], clean_ir[None]), Pair(low_vis[None], low_ir[None])))
+
+    def __call__(self, model: ReCoFuse) -> tuple[dict[str, float], list[Tensor]]:
+        """Mean PSNR of both modalities before and after, in dB, and a few rows (3, H, W) of pictures."""
+        sums = dict.fromkeys(("vis_degraded", "vis", "ir_degraded", "ir"), 0.0)
+        rows: list[Tensor] = []
+        for clean, degraded in self.items:
+            output = model.fuse(degraded.vis, degraded.ir)
+            if output.vis is None or output.ir is None or output.fused is None:
+                raise NumericsError("the model left an output out")
+            sums["vis_degraded"] += float(psnr(degraded.vis[0], clean.vis[0]))
+            sums["ir_degraded"] += float(psnr(degraded.ir[0], clean.ir[0]))
+            sums["vis"] += float(psnr(output.vis[0], clean.vis[0]))
+            sums["ir"] += float(psnr(output.ir[0], clean.ir[0]))
+            if len(rows) < 4:
+                grey = (degraded.ir[0].expand(3, -1, -1), output.ir[0].expand(3, -1, -1))
+                rows.append(torch.cat([degraded.vis[0], output.vis[0], *grey, output.fused[0]], dim=2))
+        return {name: total / len(self.items) for name, total in sums.items()}, rows
+
+
+def train_from_config(
+    path: Path, output: Path, *, initial: Path | None = None, first_stage: StageName | None = None, quiet: bool = False
+) -> Path:
+    """Run every stage of a configuration file; returns the checkpoint that `load_pretrained` reads.
+
+    `output` receives state.pt (a run that finds one of its own configuration goes on from it), tensorboard/ and, after
+    every stage, STAGE.safetensors; the last one is also model.safetensors. `initial` is a checkpoint to start from,
+    `first_stage` skips the stages before it. Raises ConfigError, DatasetError, CheckpointError or NumericsError.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    config = read_config(path)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    trainer = Trainer(config, PairSource(config.data, read_images(path.parent / config.data.root)))
+    validation_root = config.data.validation_root
+    validation = Validation(config.data, path.parent / validation_root) if validation_root else None
+    output.mkdir(parents=True, exist_ok=True)
+    state_path = output / "state.pt"
+    if initial is not None:
+        trainer.start_from(load_checkpoint(initial).state)
+    if first_stage is not None:
+        trainer.skip_to(first_stage)
+    if state_path.exists():
+        trainer.resume(state_path)
+
+    writer = SummaryWriter(str(output / "tensorboard"))
+    written = output / "model.safetensors"
+    try:
+        while True:
+            stage = trainer.stage
+            with tqdm(total=100.0, desc=stage.name, unit="%", disable=quiet, bar_format=_BAR) as bar:
+                for report in trainer.run_stage():
+                    bar.update(100 * report.progress - bar.n)
+                    if report.step % config.log_interval == 0:
+                        _log(writer, report)
+                        bar.set_postfix({name: f"{loss:.4f}" for name, loss in report.losses.items()}, refresh=False)
+                    if report.step % config.checkpoint_interval == 0:
+                        trainer.save(state_path)
+                    if validation and stage.name != "autoencoder" and report.step % config.validation_interval == 0:
+                        with trainer.averaged() as model:
+                            scores, rows = validation(model)
+                        for name, score in scores.items():
+                            writer.add_scalar(f"{stage.name}/psnr_{name}", score, report.step)
+                        for index, row in enumerate(rows):
+                            writer.add_image(f"{stage.name}/{index}", row.clamp(0, 1), report.step)
+            is_last = not trainer.finish_stage()
+            provenance = {"stage": stage.name, "config": asdict(config), "torch": torch.__version__}
+            for target in [output / f"{stage.name}.safetensors"] + [written] * is_last:
+                save_checkpoint(
+                    target,
+                    trainer.model.state_dict(),
+                    trainer.model.config,
+                    name=config.preset,
+                    version=config.version,
+                    preset=config.preset,
+                    provenance=provenance,
+                )
+            if is_last:
+                return written
+            trainer.save(state_path)
+    finally:
+        writer.close()
+
+
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+def _log(writer: SummaryWriter, report: StepReport) -> None:
+    for name, loss in report.losses.items():
+        writer.add_scalar(f"{report.stage}/{name}", loss, report.step)
+    writer.add_scalar(f"{report.stage}/learning_rate", report.learning_rate, report.step)
