@@ -293,9 +293,17 @@ def _gaussian(size: int, std: float, like: Tensor) -> Tensor:
 
 
 def _filter_valid(images: Tensor, kernel: Tensor) -> Tensor:
-    """Separable filter of (N, H, W) by a symmetric (size,) kernel, whole windows only."""
-    rows = functional.conv2d(images.unsqueeze(1), kernel.view(1, 1, 1, -1))
-    return functional.conv2d(rows, kernel.view(1, 1, -1, 1)).squeeze(1)
+    """Separable filter of (N, H, W) by a symmetric (size,) kernel, whole windows only.
+
+    Shifted sums: torch's convolution has no fast path for float64, which the variances need.
+    """
+    for axis in (2, 1):
+        length = images.shape[axis] - len(kernel) + 1
+        filtered = torch.zeros_like(images.narrow(axis, 0, length))
+        for start, weight in enumerate(kernel.tolist()):
+            filtered.add_(images.narrow(axis, start, length), alpha=weight)
+        images = filtered
+    return images
 
 
 def _mean_ssim(first: Tensor, second: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The scores against independent writings: torchmetrics, scikit-image, numpy, and plain loops."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from skimage.measure import shannon_entropy
-from skimage.metrics import normalized_mutual_information, peak_signal_noise_ratio, structural_similarity
+from skimage import measure, metrics
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio as torchmetrics_psnr,
@@ -25,6 +25,9 @@ from recofuse_core import quality
 from recofuse_core.errors import ShapeError
 
 Array = NDArray[np.float64]
+
+skimage_measure: Any = measure  # its functions carry no types
+skimage_metrics: Any = metrics
 
 
 def scene(seed: int, channels: int = 3, height: int = 61, width: int = 72, noise: float = 0.04) -> Tensor:
@@ -51,21 +54,24 @@ def pearson(a: Array, b: Array) -> float:
 def correlate(image: Array, kernel: Array) -> Array:
     """Whole windows only."""
     windows = np.lib.stride_tricks.sliding_window_view(image, kernel.shape)
-    return np.einsum("ijkl,kl->ij", windows, kernel)
+    result: Array = np.einsum("ijkl,kl->ij", windows, kernel)
+    return result
 
 
 def grey_array(image: Tensor) -> Array:
-    array = np.rint(image.double().numpy() * 255)
+    array: Array = np.rint(image.double().numpy() * 255)
     if array.shape[0] == 1:
-        return array[0]
-    return np.rint(0.299 * array[0] + 0.587 * array[1] + 0.114 * array[2])
+        return np.asarray(array[0])
+    return np.asarray(np.rint(0.299 * array[0] + 0.587 * array[1] + 0.114 * array[2]))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_psnr_agrees_with_others(seed: int) -> None:
     image, reference = scene(seed), scene(seed, noise=0.1)
     ours = quality.psnr(image, reference)
-    assert ours == pytest.approx(peak_signal_noise_ratio(reference.numpy(), image.numpy(), data_range=1.0), abs=1e-4)
+    assert ours == pytest.approx(
+        skimage_metrics.peak_signal_noise_ratio(reference.numpy(), image.numpy(), data_range=1.0), abs=1e-4
+    )
     assert ours == pytest.approx(torchmetrics_psnr(image[None], reference[None], data_range=1.0).item(), abs=1e-4)
     assert quality.psnr(image, image) == math.inf
 
@@ -74,7 +80,7 @@ def test_psnr_agrees_with_others(seed: int) -> None:
 def test_ssim_agrees_with_others(seed: int) -> None:
     image, reference = scene(seed), scene(seed, noise=0.1)
     ours = quality.ssim(image, reference)
-    expected = structural_similarity(
+    expected = skimage_metrics.structural_similarity(
         image.double().numpy(),
         reference.double().numpy(),
         channel_axis=0,
@@ -94,12 +100,12 @@ def test_ssim_agrees_with_others(seed: int) -> None:
 def test_entropy_deviation_and_information_agree_with_scikit_image(seed: int) -> None:
     fused, vis, ir = triple(seed)
     levels, source = grey_array(fused), grey_array(vis)
-    assert quality.entropy(fused) == pytest.approx(shannon_entropy(levels, base=2), abs=1e-9)
+    assert quality.entropy(fused) == pytest.approx(skimage_measure.shannon_entropy(levels, base=2), abs=1e-9)
     assert quality.standard_deviation(fused) == pytest.approx(np.std(levels), abs=1e-9)
     # scikit-image gives (H(a) + H(b)) / H(a, b); solve it for the mutual information
-    both = shannon_entropy(levels) + shannon_entropy(source)
+    both = skimage_measure.shannon_entropy(levels) + skimage_measure.shannon_entropy(source)
     edges = np.arange(257) - 0.5
-    ratio = normalized_mutual_information(
+    ratio = skimage_metrics.normalized_mutual_information(
         np.concatenate([source.ravel(), [0, 255]]), np.concatenate([levels.ravel(), [0, 255]]), bins=256
     )
     joint, _, _ = np.histogram2d(source.ravel(), levels.ravel(), bins=(edges, edges))
@@ -179,13 +185,13 @@ def test_edge_preservation_agrees_with_a_plain_writing() -> None:
     numerator = denominator = 0.0
     for source in (vis, ir):
         strength, angle = plain_edges(grey_array(source))
-        for position in np.ndindex(strength.shape):
-            a, f = strength[position], strength_f[position]
-            ratio = 1.0 if a == f else min(a, f) / max(a, f)
-            agreement = abs(abs(angle[position] - angle_f[position]) - math.pi / 2) / (math.pi / 2)
+        for row, column in np.ndindex(*strength.shape):
+            edge, edge_f = float(strength[row, column]), float(strength_f[row, column])
+            ratio = 1.0 if edge == edge_f else min(edge, edge_f) / max(edge, edge_f)
+            agreement = abs(abs(float(angle[row, column] - angle_f[row, column])) - math.pi / 2) / (math.pi / 2)
             kept = 0.9994 / (1 + math.exp(-15 * (ratio - 0.5))) * 0.9879 / (1 + math.exp(-22 * (agreement - 0.8)))
-            numerator += kept * a
-            denominator += a
+            numerator += kept * edge
+            denominator += edge
     assert quality.edge_preservation(fused, vis, ir) == pytest.approx(numerator / denominator, rel=1e-9)
 
 
@@ -200,7 +206,7 @@ def test_agreement_with_the_larger_gradient_agrees_with_numpy() -> None:
     actual, target = gradients(fused), np.maximum(gradients(vis), gradients(ir))
     scores = quality.fusion_scores(fused, vis, ir)
     assert scores.max_corr_gradient == pytest.approx(pearson(actual, target), abs=1e-9)
-    expected = structural_similarity(
+    expected = skimage_metrics.structural_similarity(
         actual,
         target,
         channel_axis=0,
