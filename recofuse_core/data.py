@@ -1,0 +1,386 @@
+"""Aligned visible/infrared pairs on disk: finding them, reading them, writing images.
+
+`find_pairs(root)` walks a folder and pairs files by stem. What a folder holds is read from its path, so that the usual
+data sets need no configuration:
+
+    plain          vis/*.png                        ir/*.png
+    MSRS           train/vi/*.png                   train/ir/*.png
+    FMB            train/Visible/*.png              train/Infrared/*.png
+    LLVIP          visible/train/*.jpg              infrared/train/*.jpg
+    M3FD           Vis/*.png                        Ir/*.png
+    AWMM           Train/Haze/{vi,gt_vi}/*.png      Train/Haze/{ir,gt_ir}/*.png
+    ReCoFuse       FMB/vi/{LQ,HQ}/*.png             FMB/ir/{LQ,HQ}/*.png    (also {LQ,HQ}/{vis,ir}/*.png)
+    MFNet          images/*.png                     the fourth channel of the same file; train.txt lists a split
+
+Letter case does not matter; folders that name neither modality (labels, annotations) are passed over. Where a clean
+copy exists (`HQ`, `gt`), it is the pair's image and the other one its degraded input.
+
+A file manifest.csv in the root or beside it may tell more: columns name, and any of dataset, time_of_day, vis_color.
+
+Images are torch tensors, RGB, uint8 as long as they rest in memory: vis (3, H, W), ir (1, H, W). Deeper files become 8
+bits as in the service: vis keeps its upper eight bits, ir is stretched from its 0.5th to its 99.5th percentile.
+"""
+
+import csv
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recofuse_core.errors import DatasetError, ShapeError
+
+Modality = Literal["vis", "ir"]
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+VIS_NAMES = {"vis", "vi", "visible"}
+IR_NAMES = {"ir", "inf", "infrared", "thermal"}
+CLEAN_NAMES = {"hq", "gt"}
+DEGRADED_NAMES = {"lq"}
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+IR_PERCENTILES = (0.5, 99.5)
+MAX_DEPTH = 5
+_MAX_NAMED = 5  # stems listed in one error
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """Where one registered pair lies. vis and ir are the clean images; the degraded ones exist in LQ/HQ folders only.
+
+    name is unique within one search: the stem, or folder/stem where stems repeat. source names the data set. In the
+    MFNet layout vis and ir are the same four-channel file.
+    """
+
+    name: str
+    vis: Path
+    ir: Path
+    vis_degraded: Path | None = None
+    ir_degraded: Path | None = None
+    source: str = ""
+    split: str | None = None
+    time_of_day: str = "unknown"  # day, night or unknown
+    is_colour: bool = True  # False: a grey visible image stored as RGB
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair in memory, uint8: vis images (3, H, W), ir images (1, H, W), all of one size."""
+
+    files: PairFiles
+    vis: Tensor
+    ir: Tensor
+    vis_degraded: Tensor | None = None
+    ir_degraded: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder of images: what its path says."""
+
+    path: Path
+    modality: Modality
+    quality: Literal["clean", "degraded", "unsaid"]
+    context: tuple[str, ...]  # the other components of its path
+    split: str | None
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_pairs(root: Path, *, split: str | None = None) -> list[PairFiles]:
+    """All pairs below `root`, sorted by name; `split` ("train", "val", "test") keeps one split of a data set.
+
+    Raises DatasetError if there is none, if an image lacks its partner (which it names), or if a folder is ambiguous.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"{root} is not a folder")
+    folders = [folder for folder in _image_folders(root) if split is None or folder.split == split]
+    groups: dict[tuple[str, ...], list[_Folder]] = defaultdict(list)
+    for folder in folders:
+        groups[folder.context].append(folder)
+    pairs = [pair for context, members in groups.items() for pair in _pair_group(root, context, members)]
+    if not pairs:
+        pairs = _packed_pairs(root, split)
+    if not pairs:
+        of_split = f" of the split {split!r}" if split else ""
+        raise DatasetError(
+            f"no image pairs{of_split} in {root}: expected folders such as vis/ and ir/ with files of the same stem"
+        )
+    return sorted(_described(root, _uniquely_named(pairs)), key=lambda pair: pair.name)
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """The image files of one folder by stem. Raises DatasetError for a missing folder or two files of one stem."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder")
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            if path.stem in images:
+                raise DatasetError(f"two images share the stem {path.stem!r}: {images[path.stem]} and {path}")
+            images[path.stem] = path
+    return images
+
+
+def _image_folders(root: Path) -> list[_Folder]:
+    folders = []
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        path = Path(directory)
+        parts = path.relative_to(root).parts
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+        if len(parts) >= MAX_DEPTH:
+            subdirectories.clear()
+        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+            folder = _classify(path, parts)
+            if folder is not None:
+                folders.append(folder)
+    return folders
+
+
+def _classify(path: Path, parts: tuple[str, ...]) -> _Folder | None:
+    """What a path's components say; None if they name no modality or both."""
+    modalities: set[Modality] = set()
+    quality: Literal["clean", "degraded", "unsaid"] = "unsaid"
+    context = []
+    split = None
+    for part in parts:
+        words = set(part.casefold().split("_"))
+        if words <= VIS_NAMES | IR_NAMES | CLEAN_NAMES | DEGRADED_NAMES:
+            if words & VIS_NAMES:
+                modalities.add("vis")
+            if words & IR_NAMES:
+                modalities.add("ir")
+            if words & CLEAN_NAMES:
+                quality = "clean"
+            elif words & DEGRADED_NAMES:
+                quality = "degraded"
+            continue
+        context.append(part)
+        first_word = part.casefold().split("_")[0]
+        if split is None and first_word in SPLIT_NAMES:
+            split = "val" if first_word.startswith("val") else first_word
+    if len(modalities) != 1:
+        return None
+    return _Folder(path, modalities.pop(), quality, tuple(context), split)
+
+
+def _pair_group(root: Path, context: tuple[str, ...], folders: list[_Folder]) -> list[PairFiles]:
+    vis, vis_degraded = _clean_and_degraded([folder for folder in folders if folder.modality == "vis"])
+    ir, ir_degraded = _clean_and_degraded([folder for folder in folders if folder.modality == "ir"])
+    if vis is None or ir is None:
+        found = ", ".join(str(folder.path.relative_to(root)) for folder in folders)
+        missing, names = ("visible", VIS_NAMES) if vis is None else ("infrared", IR_NAMES)
+        raise DatasetError(f"{root}: {found} has no clean {missing} partner folder ({', '.join(sorted(names))})")
+    present = [folder for folder in (vis, ir, vis_degraded, ir_degraded) if folder is not None]
+    images = {folder.path: find_images(folder.path) for folder in present}
+    _require_partners(images)
+    return [
+        PairFiles(
+            name=stem,
+            vis=images[vis.path][stem],
+            ir=images[ir.path][stem],
+            vis_degraded=images[vis_degraded.path][stem] if vis_degraded else None,
+            ir_degraded=images[ir_degraded.path][stem] if ir_degraded else None,
+            source="/".join(part for part in context if part.casefold() not in SPLIT_NAMES),
+            split=vis.split,
+        )
+        for stem in images[vis.path]
+    ]
+
+
+def _clean_and_degraded(folders: list[_Folder]) -> tuple[_Folder | None, _Folder | None]:
+    """The clean folder of one modality and its degraded one; a folder that says nothing is whichever is missing."""
+    by_quality: dict[str, _Folder] = {}
+    for folder in folders:
+        if folder.quality in by_quality:
+            raise DatasetError(f"{by_quality[folder.quality].path} and {folder.path} claim the same place")
+        by_quality[folder.quality] = folder
+    if "clean" in by_quality:
+        if {"degraded", "unsaid"} <= by_quality.keys():
+            raise DatasetError(f"{by_quality['degraded'].path} and {by_quality['unsaid'].path} claim the same place")
+        return by_quality["clean"], by_quality.get("degraded", by_quality.get("unsaid"))
+    return by_quality.get("unsaid"), by_quality.get("degraded")
+
+
+def _require_partners(images: Mapping[Path, Mapping[str, Path]]) -> None:
+    everything = set().union(*images.values())
+    for folder, found in images.items():
+        missing = sorted(everything - found.keys())
+        if missing:
+            named = ", ".join(missing[:_MAX_NAMED]) + (
+                f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+            )
+            partner = next(others[missing[0]] for others in images.values() if missing[0] in others)
+            raise DatasetError(f"{folder} lacks a partner for {named} (such as {partner})")
+
+
+def _packed_pairs(root: Path, split: str | None) -> list[PairFiles]:
+    """The MFNet layout: four-channel PNG files, their split in a text file of stems."""
+    folder = root / "images"
+    if not folder.is_dir():
+        return []
+    images = {stem: path for stem, path in find_images(folder).items() if path.suffix.lower() == ".png"}
+    if split is not None:
+        listing = root / f"{split}.txt"
+        if not listing.is_file():
+            raise DatasetError(f"{root} has no {listing.name}, which lists its split {split!r}")
+        stems = listing.read_text(encoding="utf-8").split()
+        missing = [stem for stem in stems if stem not in images]
+        if missing:
+            raise DatasetError(f"{listing} lists {', '.join(missing[:_MAX_NAMED])}, missing from {folder}")
+        images = {stem: images[stem] for stem in stems}
+    return [PairFiles(name=stem, vis=path, ir=path, split=split) for stem, path in images.items()]
+
+
+def _uniquely_named(pairs: list[PairFiles]) -> list[PairFiles]:
+    counts = Counter(pair.name for pair in pairs)
+    named = [replace(pair, name=f"{_prefix(pair)}/{pair.name}") if counts[pair.name] > 1 else pair for pair in pairs]
+    repeated = [name for name, count in Counter(pair.name for pair in named).items() if count > 1]
+    if repeated:
+        raise DatasetError(f"several pairs are named {', '.join(repeated[:_MAX_NAMED])}")
+    return named
+
+
+def _prefix(pair: PairFiles) -> str:
+    return "/".join(part for part in (pair.split, pair.source) if part)
+
+
+def _described(root: Path, pairs: list[PairFiles]) -> Iterable[PairFiles]:
+    manifest = next((path for path in (root / "manifest.csv", root.parent / "manifest.csv") if path.is_file()), None)
+    if manifest is None:
+        return pairs
+    with manifest.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if "name" not in (reader.fieldnames or ()):
+            return pairs  # somebody else's manifest
+        rows = {row["name"]: row for row in reader}
+    described = []
+    for pair in pairs:
+        row = rows.get(pair.vis.stem, {})
+        described.append(
+            replace(
+                pair,
+                source=row.get("dataset") or pair.source,
+                time_of_day=row.get("time_of_day") or pair.time_of_day,
+                is_colour=(row.get("vis_color") or "true").casefold() != "false",
+            )
+        )
+    return described
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def read_pair(files: PairFiles) -> Pair:
+    """Read one pair. Raises DatasetError for a file that cannot be read and for images that differ in size."""
+    if files.vis == files.ir:
+        vis, ir = _read_packed(files.vis)
+        return Pair(files, vis, ir)
+    pair = Pair(
+        files,
+        read_vis(files.vis),
+        read_ir(files.ir),
+        read_vis(files.vis_degraded) if files.vis_degraded else None,
+        read_ir(files.ir_degraded) if files.ir_degraded else None,
+    )
+    images = (
+        (files.vis, pair.vis),
+        (files.ir, pair.ir),
+        (files.vis_degraded, pair.vis_degraded),
+        (files.ir_degraded, pair.ir_degraded),
+    )
+    sizes = {path: (image.shape[2], image.shape[1]) for path, image in images if path and image is not None}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{path} {width}x{height}" for path, (width, height) in sizes.items())
+        raise DatasetError(f"the images of {files.name} differ in size: {listed}")
+    return pair
+
+
+def read_vis(path: Path) -> Tensor:
+    """A visible image as uint8 (3, H, W), RGB; grey is repeated, alpha dropped. Raises DatasetError."""
+    pixels = _decode(path)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return _tensor(pixels[..., 2::-1])  # the decoder gives BGR(A)
+
+
+def read_ir(path: Path) -> Tensor:
+    """An infrared image as uint8 (1, H, W); colour becomes BT.601 grey, deep files stretched. Raises DatasetError."""
+    pixels = _decode(path)
+    if pixels.ndim == 3:
+        grey = pixels[..., :3].astype(np.float64) @ np.array([0.114, 0.587, 0.299])
+        pixels = np.rint(grey).astype(pixels.dtype)
+    if pixels.dtype == np.uint16:
+        low, high = np.percentile(pixels, IR_PERCENTILES)
+        scaled = (pixels - low) / max(high - low, 1.0)
+        pixels = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+    return _tensor(pixels[..., None])
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Write a (1, H, W) or (3, H, W) image, uint8 or floats in [0, 1], in the format of the suffix; makes the folder.
+
+    Raises ShapeError for another shape, DatasetError if the file cannot be written.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ShapeError(f"expected an image of shape (1, H, W) or (3, H, W), got {tuple(image.shape)}")
+    pixels = to_uint8(image).flip(0).permute(1, 2, 0).contiguous().cpu().numpy()
+    try:
+        done, encoded = cv2.imencode(path.suffix, pixels)
+        if not done:
+            raise DatasetError(f"cannot encode {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded.tobytes())
+    except (cv2.error, OSError) as error:
+        raise DatasetError(f"cannot write {path}: {error}") from error
+
+
+def to_float(image: Tensor) -> Tensor:
+    """A uint8 image of any shape as float32 in [0, 1]."""
+    return image.float() / 255
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Floats in [0, 1], any shape, rounded to uint8 (values outside are clipped); uint8 passes unchanged."""
+    if image.dtype == torch.uint8:
+        return image
+    return (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _decode(path: Path) -> NDArray[Any]:
+    """Pixels as stored: (H, W) or (H, W, 3 or 4) BGR(A), uint8 or uint16."""
+    try:
+        encoded = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
+    except (cv2.error, OSError) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+    if pixels is None:
+        raise DatasetError(f"cannot read {path}: not an image, or damaged")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise DatasetError(f"cannot read {path}: {pixels.dtype} values, expected 8 or 16 bits")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.ndim == 3 and pixels.shape[2] == 2:  # grey with alpha
+        pixels = pixels[..., 0]
+    return pixels
+
+
+def _read_packed(path: Path) -> tuple[Tensor, Tensor]:
+    pixels = _decode(path)
+    if pixels.ndim != 3 or pixels.shape[2] != 4 or pixels.dtype != np.uint8:
+        raise DatasetError(f"{path} should hold 8-bit RGB and infrared in four channels, got shape {pixels.shape}")
+    return _tensor(pixels[..., 2::-1]), _tensor(pixels[..., 3:])
+
+
+def _tensor(pixels: NDArray[Any]) -> Tensor:
+    """(H, W, C) uint8 to (C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
