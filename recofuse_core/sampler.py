@@ -94,7 +94,7 @@ def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu
 
 
 def _within_range(clean: Tensor, mu: Tensor) -> Tensor:
-    """Clamp to the range of mu widened by half its span: early estimates magnify the network's errors up to 1000 times."""
+    """Clamp to the range of mu, widened by half its span: early estimates magnify errors up to 1000 times."""
     low, high = mu.amin(dim=(1, 2, 3), keepdim=True), mu.amax(dim=(1, 2, 3), keepdim=True)
     margin = (high - low) / 2
     return clean.clamp(low - margin, high + margin)
@@ -156,7 +156,7 @@ def ode1(
     timesteps: Sequence[int],
     on_step: OnStep | None = None,
 ) -> Pair:
-    """Deterministic exponential solver of the probability-flow ODE, data prediction, order 1 (the form of MR sampler)."""
+    """Deterministic exponential solver of the probability-flow ODE with data prediction, order 1 (MR sampler)."""
     return _solve_ode(predict, sde, state, mu, timesteps, on_step, second_order=False)
 
 

@@ -211,7 +211,8 @@ class PairSource:
         chance, gamma, gain, offset = torch.rand(4, generator=generator).tolist()
         if chance >= self.config.vary_ir_probability:
             return ir
-        return (ir.pow(math.exp(gamma - 0.5)) * (0.6 + 0.55 * gain) + (-0.05 + 0.3 * offset)).clamp(0, 1)
+        varied: Tensor = (ir.pow(math.exp(gamma - 0.5)) * (0.6 + 0.55 * gain) + (-0.05 + 0.3 * offset)).clamp(0, 1)
+        return varied
 
 
 def _fast(x: Tensor) -> Tensor:
@@ -701,7 +702,7 @@ def train_from_config(
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
-def _log(writer: SummaryWriter, report: StepReport) -> None:
+def _log(writer: "SummaryWriter", report: StepReport) -> None:
     for name, loss in report.losses.items():
         writer.add_scalar(f"{report.stage}/{name}", loss, report.step)
     writer.add_scalar(f"{report.stage}/learning_rate", report.learning_rate, report.step)
