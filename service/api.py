@@ -1,7 +1,7 @@
 """The HTTP face: FastAPI routes that turn requests into gateway calls. Nothing here blocks the event loop.
 
-Errors: routes neither catch nor map; `_Envelope` and the handlers below turn every failure, also an unknown address, into
-an RFC 9457 problem document with the statuses of `service.errors.STATUS`.
+Errors: routes neither catch nor map; `_Envelope` and the handlers below turn every failure, also an unknown address,
+into an RFC 9457 problem document with the statuses of `service.errors.STATUS`.
 
 Uploads are parsed while they arrive, and counted: a body that is too large is refused at the byte that is too many.
 """

@@ -78,9 +78,7 @@ def inspect(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
         _check_size(*_webp_size(data, role), role, limits)
     header = _read_header(data, role, limits)
     _check_size(header.width, header.height, role, limits)
-    if header.format == "PNG":
-        _check_png(data, role)
-    elif header.format == "JPEG":
+    if header.format == "JPEG":
         _check_jpeg(data, role)
     return header
 
@@ -186,7 +184,11 @@ def _read_header(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
             image_format = image.format or ""
             width, height = image.size
             _check_size(width, height, role, limits)
-            orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+            exif = image.getexif() if image_format in ("JPEG", "WEBP") else Image.Exif()
+            if image_format == "PNG":  # Pillow would decode the whole picture to look for its EXIF chunk
+                exif.load(_check_png(data, role))
+            # Pillow's size and OpenCV's pixels of a TIFF file are both upright already.
+            orientation = int(exif.get(_ORIENTATION_TAG, 1))
             if _has_second_frame(image):
                 raise PayloadTooLargeError(f"{role}: the file holds several images; one is accepted")
             if image_format == "TIFF":
@@ -233,16 +235,19 @@ def _cut_short(role: Role, kind: str) -> InvalidInputError:
     return InvalidInputError(f"{role}: the {kind} file is damaged or cut short; accepted are complete files")
 
 
-def _check_png(data: bytes, role: Role) -> None:
-    """Every chunk is there with its checksum, up to the closing one."""
-    at, view = 8, memoryview(data)
+def _check_png(data: bytes, role: Role) -> bytes:
+    """Every chunk is there with its checksum, up to the closing one. Returns the EXIF chunk's content."""
+    at, view, exif = 8, memoryview(data), b""
     while at + 12 <= len(data):
         length = int.from_bytes(view[at : at + 4], "big")
         end = at + 12 + length
         if end > len(data) or zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             break
-        if data[at + 4 : at + 8] == b"IEND":
-            return
+        kind = data[at + 4 : at + 8]
+        if kind == b"IEND":
+            return exif
+        if kind == b"eXIf":
+            exif = data[at + 8 : end - 4]
         at = end
     raise _cut_short(role, "PNG")
 

@@ -72,4 +72,5 @@ def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(settings.level)
-    logging.getLogger("asyncio").setLevel("WARNING")
+    for chatty in ("asyncio", "uvicorn.error"):
+        logging.getLogger(chatty).setLevel("WARNING")

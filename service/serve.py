@@ -69,13 +69,13 @@ async def serve_all_in_one(settings: Settings, engine: Engine, stop: asyncio.Eve
             logger.info("draining")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(settings.jobs.drain_timeout_s):
-                    while not working.done() and (await queue.stats()).num_unfinished:
-                        await asyncio.sleep(0.02)
+                    while not working.done() and (await queue.stats()).num_unfinished:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)  # only while stopping
                     await gateway.drained()
         finally:
             worker.stop()
+            await queue.close()  # wakes the worker if it waits for jobs; what it holds can still be finished
             await working
-            await queue.close()
 
 
 async def serve_front_end(settings: Settings, queue: JobQueue, stop: asyncio.Event, on_ready: OnReady) -> None:
@@ -179,7 +179,7 @@ async def _listening(app: ASGIApp, http: HttpSettings) -> AsyncIterator[str]:
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        while not server.started and not serving.done():
+        while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn offers no event
             await asyncio.sleep(0.005)
         host = f"[{http.host}]" if family == socket.AF_INET6 else http.host
         yield f"http://{host}:{listener.getsockname()[1]}"

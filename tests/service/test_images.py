@@ -1,0 +1,289 @@
+"""Every accepted kind of file decodes to the right pixels; everything else is refused with a reason, and cheaply."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import time
+import zlib
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError, UnsupportedMediaError
+from service.images import decode_pair, encode, inspect, normalise_ir
+from service.jobs import ImageFormat, PixelFormat, RawLayout
+from service.settings import CodecSettings, LimitSettings
+from tests.fakes import file_of, picture
+
+LIMITS = LimitSettings()
+VIS = picture(64, 48)
+IR = picture(64, 48, channels=1)
+VIS_FILE, IR_FILE = file_of(VIS), file_of(IR)
+
+
+def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_lossless_files_come_back_exactly(suffix: str) -> None:
+    pair = decode_pair(file_of(VIS, suffix), file_of(IR, suffix), LIMITS)
+    np.testing.assert_array_equal(pair.vis, VIS)
+    np.testing.assert_array_equal(pair.ir, IR)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_lossy_files_come_back_nearly(suffix: str) -> None:
+    pair = decode_pair(file_of(VIS, suffix), file_of(IR, suffix), LIMITS)
+    assert np.abs(pair.vis.astype(int) - VIS).mean() < 6
+    assert np.abs(pair.ir.astype(int) - IR).mean() < 6
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_mode_of_colour_is_understood(mode: str, image_format: str) -> None:
+    image = Image.fromarray(VIS).convert(mode)
+    pair = decode_pair(saved(image, image_format), saved(image, image_format), LIMITS)
+    expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(pair.vis, expected)
+    grey = np.asarray(image.convert("RGB").convert("L"))
+    assert np.abs(pair.ir.astype(int) - grey).max() <= 2
+
+
+def test_cmyk_jpeg_is_understood() -> None:
+    pair = decode_pair(saved(Image.fromarray(VIS).convert("CMYK"), "JPEG", quality=95), IR_FILE, LIMITS)
+    assert np.abs(pair.vis.astype(int) - VIS).mean() < 8
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_deep_infrared_is_stretched_between_robust_percentiles(image_format: str, dtype: type[np.generic]) -> None:
+    if image_format == "PNG" and dtype is np.float32:
+        return  # there is no such file
+    counts = (7000 + IR.astype(np.float64) * 4).astype(dtype)
+    counts[0, 0], counts[0, 1] = 65000, 1  # a glowing and a dead pixel
+    pair = decode_pair(VIS_FILE, file_of(counts, f".{image_format.lower()}"), LIMITS)
+    low, high = np.percentile(counts.astype(float), (0.5, 99.5))
+    expected = np.clip((counts.astype(float) - low) / (high - low), 0, 1) * 255
+    assert np.abs(pair.ir - expected).max() <= 1.5
+    assert pair.ir.std() > 40
+
+
+def test_ir_range_overrides_the_rule() -> None:
+    counts = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    pair = decode_pair(VIS_FILE, file_of(counts), LIMITS, ir_range=(0, 65535))
+    assert np.abs(pair.ir.astype(float) - counts / 257).max() <= 0.51
+    eight = decode_pair(VIS_FILE, IR_FILE, LIMITS, ir_range=(0, 127.5))
+    assert np.abs(eight.ir.astype(float) - np.clip(IR * 2.0, 0, 255)).max() <= 1
+
+
+def test_a_flat_deep_image_is_black() -> None:
+    assert not normalise_ir(np.full((4, 4), 900, np.uint16)).any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60000))
+def test_counting_finds_the_percentiles_that_sorting_finds(seed: int, spread: int) -> None:
+    values = np.random.default_rng(seed).integers(0, spread + 1, (40, 50)).astype(np.uint16)
+    low, high = np.percentile(values, (0.5, 99.5), method="lower").astype(float)
+    if high > low:
+        expected = np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
+        np.testing.assert_array_equal(normalise_ir(values), expected)
+    else:
+        assert not normalise_ir(values).any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_orientation_is_applied(orientation: int, image_format: str) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    lossless = {"lossless": True} if image_format == "WEBP" else {}
+    data = saved(Image.fromarray(VIS), image_format, exif=exif, **lossless)
+    upright = np.asarray(Image.fromarray(VIS).transpose(TRANSPOSE[orientation]) if orientation > 1 else VIS)
+    header = inspect(data, "vis", LIMITS)
+    assert (header.height, header.width) == upright.shape[:2]
+    ir = file_of(picture(header.width, header.height, channels=1))
+    decoded = decode_pair(data, ir, LIMITS).vis
+    assert np.abs(decoded.astype(int) - upright).mean() < 6
+
+
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 96), (65, 49), (200, 152)])
+def test_infrared_of_the_same_aspect_is_resampled(size: tuple[int, int]) -> None:
+    pair = decode_pair(file_of(picture(256, 256 * size[1] // size[0])), file_of(picture(*size, channels=1)), LIMITS)
+    assert pair.ir.shape == pair.vis.shape[:2]
+
+
+def test_other_aspects_are_refused_with_both_sizes() -> None:
+    with pytest.raises(InvalidInputError, match=r"vis is 64x48 and ir is 64x64; accepted"):
+        decode_pair(VIS_FILE, file_of(picture(64, 64, channels=1)), LIMITS)
+
+
+BAD_FILES = {
+    "empty": (b"", InvalidInputError, "empty"),
+    "text": (b"this is not an image at all" * 9, UnsupportedMediaError, "PNG, JPEG, WebP and TIFF"),
+    "gif": (saved(Image.fromarray(VIS), "GIF"), UnsupportedMediaError, "PNG, JPEG"),
+    "bmp": (saved(Image.fromarray(VIS), "BMP"), UnsupportedMediaError, "PNG, JPEG"),
+    "one pixel": (file_of(VIS[:1, :1]), InvalidInputError, "1x1"),
+    "bomb": (png_header(50_000, 50_000), PayloadTooLargeError, "50000x50000"),
+    "long": (png_header(9000, 40), PayloadTooLargeError, "9000x40"),
+    "only a header": (VIS_FILE[:60], InvalidInputError, "cut short"),
+    "several frames": (
+        saved(Image.fromarray(VIS), "TIFF", save_all=True, append_images=[Image.fromarray(VIS)]),
+        PayloadTooLargeError,
+        "several images",
+    ),
+    "animation": (
+        saved(Image.fromarray(VIS), "WEBP", save_all=True, append_images=[Image.fromarray(255 - VIS)]),
+        PayloadTooLargeError,
+        "several images",
+    ),
+    "float vis": (file_of(VIS.astype(np.float32), ".tiff"), ServiceError, "vis"),
+    "wrong pixels": (png_header(640, 480), InvalidInputError, "cut short"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_with_a_reason(name: str) -> None:
+    data, kind, words = BAD_FILES[name]
+    with pytest.raises(kind, match=words) as refused:
+        decode_pair(data, IR_FILE, LIMITS)
+    assert 400 <= refused.value.http_status < 500
+
+
+def test_not_finite_infrared_is_refused() -> None:
+    values = IR.astype(np.float32)
+    values[3, 3] = np.nan
+    with pytest.raises(InvalidInputError, match="not finite"):
+        decode_pair(VIS_FILE, file_of(values, ".tiff"), LIMITS)
+
+
+def test_a_file_of_too_many_bytes_is_refused() -> None:
+    with pytest.raises(PayloadTooLargeError, match="at most 100"):
+        inspect(VIS_FILE, "vis", LimitSettings(max_image_bytes=100))
+
+
+def test_a_webp_bomb_costs_nothing() -> None:
+    body = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (16382).to_bytes(3, "little") + (16382).to_bytes(3, "little")
+    bomb = b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+    started = time.perf_counter()
+    with pytest.raises(PayloadTooLargeError, match="16383x16383"):
+        inspect(bomb, "vis", LIMITS)
+    assert time.perf_counter() - started < 0.05
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([".png", ".jpg", ".webp", ".tiff"]), st.floats(0, 0.999))
+def test_no_part_of_a_file_passes_for_the_whole(suffix: str, share: float) -> None:
+    whole = file_of(VIS, suffix)
+    cut = whole[: int(len(whole) * share)]
+    with pytest.raises(ServiceError) as refused:
+        decode_pair(cut, IR_FILE, LIMITS)
+    assert 400 <= refused.value.http_status < 500
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from([".png", ".jpg", ".webp", ".tiff"]), st.data())
+def test_damaged_files_are_decoded_or_refused_but_never_worse(suffix: str, data: st.DataObject) -> None:
+    damaged = bytearray(file_of(VIS, suffix))
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    for vis, ir in ((bytes(damaged), IR_FILE), (VIS_FILE, bytes(damaged))):
+        with contextlib.suppress(InvalidInputError, UnsupportedMediaError, PayloadTooLargeError):
+            decoded = decode_pair(vis, ir, LIMITS)
+            assert decoded.vis.shape[:2] == decoded.ir.shape
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0\x08\0\0\0", b"RIFF\xff\0\0\0WEBPVP8 "]),
+    st.binary(max_size=200),
+)
+def test_garbage_is_refused(magic: bytes, rest: bytes) -> None:
+    with pytest.raises(ServiceError) as refused:
+        inspect(magic + rest, "ir", LIMITS)
+    assert 400 <= refused.value.http_status < 500
+
+
+@pytest.mark.parametrize("pixels", [VIS, IR], ids=["colour", "grey"])
+@pytest.mark.parametrize("image_format", list(ImageFormat))
+def test_answers_are_readable_by_others(image_format: ImageFormat, pixels: NDArray[np.uint8]) -> None:
+    data = encode(pixels, image_format, CodecSettings())
+    if image_format is ImageFormat.NPY:
+        read = np.load(io.BytesIO(data), allow_pickle=False)
+    else:
+        with Image.open(io.BytesIO(data)) as image:
+            read = np.asarray(image.convert("RGB" if pixels.ndim == 3 else "L"))
+    if image_format in (ImageFormat.PNG, ImageFormat.NPY):
+        np.testing.assert_array_equal(read, pixels)
+    else:
+        assert np.abs(read.astype(int) - pixels).mean() < 6
+
+
+@pytest.mark.parametrize("level", range(0, 10, 3))
+def test_every_png_level_is_lossless(level: int) -> None:
+    data = encode(VIS, ImageFormat.PNG, CodecSettings(png_compression=level))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), VIS)
+
+
+def test_a_picture_too_large_for_its_format_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="webp"):
+        encode(np.zeros((32, 17_000), np.uint8), ImageFormat.WEBP, CodecSettings())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(PixelFormat), st.integers(0, 20), st.booleans())
+def test_raw_frames_are_read_with_their_stride(pixel_format: PixelFormat, padding: int, is_last_padded: bool) -> None:
+    grey16 = IR.astype(np.uint16) * 257
+    rows = {
+        PixelFormat.MONO8: IR,
+        PixelFormat.MONO16: grey16.astype("<u2").view(np.uint8).reshape(48, 128),
+        PixelFormat.RGB8: VIS.reshape(48, 192),
+        PixelFormat.BGR8: np.ascontiguousarray(VIS[..., ::-1]).reshape(48, 192),
+        PixelFormat.NV12: np.concatenate([IR, np.full((24, 64), 128, np.uint8)]),
+    }[pixel_format]
+    padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
+    data = padded.tobytes() if is_last_padded else padded.tobytes()[: padded.size - padding]
+    layout = RawLayout(pixel_format=pixel_format, width=64, height=48, stride=padded.shape[1])
+    as_vis = decode_pair(data, IR_FILE, LIMITS, vis_layout=layout).vis
+    as_ir = decode_pair(VIS_FILE, data, LIMITS, ir_layout=layout, ir_range=None).ir
+    if pixel_format in (PixelFormat.RGB8, PixelFormat.BGR8):
+        np.testing.assert_array_equal(as_vis, VIS)
+        assert np.abs(as_ir.astype(int) - cv2.cvtColor(VIS, cv2.COLOR_RGB2GRAY)).max() <= 1
+    elif pixel_format is PixelFormat.NV12:
+        assert np.abs(as_vis.astype(int) - as_vis[..., :1]).max() <= 2  # grey stays grey
+        np.testing.assert_array_equal(as_ir, IR)
+    else:
+        np.testing.assert_array_equal(as_vis[..., 0], IR)
+    for wrong in (data[:-21], data + bytes(30)):
+        with pytest.raises(InvalidInputError, match="bytes"):
+            decode_pair(wrong, IR_FILE, LIMITS, vis_layout=layout)

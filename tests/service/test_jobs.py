@@ -1,0 +1,133 @@
+"""Jobs and results come back from their bytes as they were; other bytes are refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import ErrorCode, MalformedRequestError, TimedOutError
+from service.jobs import (
+    FusionJob,
+    FusionOptions,
+    FusionResult,
+    ImageFormat,
+    JobStatus,
+    Output,
+    Part,
+    PixelFormat,
+    Priority,
+    RawLayout,
+    Stage,
+    new_job_id,
+)
+
+TIMES = st.floats(0, 4e9)
+OPTIONS = st.builds(
+    FusionOptions,
+    output=st.sampled_from(Output),
+    format=st.sampled_from(ImageFormat),
+    steps=st.none() | st.integers(1, 1000),
+    sampler=st.none() | st.sampled_from(["euler", "posterior", "ode1", "ode2"]),
+    seed=st.integers(0, 2**63 - 1),
+    ir_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
+)
+LAYOUTS = st.none() | st.builds(
+    RawLayout,
+    pixel_format=st.sampled_from(PixelFormat),
+    width=st.integers(1, 99),
+    height=st.integers(1, 99),
+    stride=st.integers(1, 999),
+)
+JOBS = st.builds(
+    FusionJob,
+    id=st.builds(new_job_id),
+    vis=st.binary(max_size=50),
+    ir=st.binary(max_size=50),
+    width=st.integers(1, 9999),
+    height=st.integers(1, 9999),
+    created_s=TIMES,
+    deadline_s=st.none() | TIMES,
+    options=OPTIONS,
+    priority=st.sampled_from(Priority),
+    request_id=st.text(max_size=20),
+    traceparent=st.none() | st.text(max_size=20),
+    keep_result=st.booleans(),
+    vis_layout=LAYOUTS,
+    ir_layout=LAYOUTS,
+)
+RESULTS = st.builds(
+    FusionResult,
+    job_id=st.builds(new_job_id),
+    images=st.dictionaries(st.sampled_from(Part), st.binary(max_size=50)),
+    media_type=st.sampled_from([kind.media_type for kind in ImageFormat]),
+    timings_s=st.dictionaries(st.sampled_from(Stage), st.floats(0, 100)),
+    model_name=st.text(max_size=10),
+    batch_size=st.integers(0, 99),
+    width=st.integers(0, 9999),
+    error_code=st.none() | st.sampled_from(ErrorCode),
+    error_message=st.text(max_size=50),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(JOBS)
+def test_a_job_survives_its_bytes(job: FusionJob) -> None:
+    assert FusionJob.from_bytes(job.to_bytes()) == job
+    assert FusionJob.from_parts(job.header_bytes(), job.vis, job.ir) == job
+
+
+@settings(deadline=None, max_examples=80)
+@given(RESULTS)
+def test_a_result_survives_its_bytes(result: FusionResult) -> None:
+    back = FusionResult.from_bytes(result.to_bytes())
+    assert back == result
+    assert list(back.images) == list(result.images)
+
+
+@settings(deadline=None, max_examples=80)
+@given(JOBS, st.data())
+def test_cut_or_foreign_bytes_are_refused(job: FusionJob, data: st.DataObject) -> None:
+    raw = job.to_bytes()
+    cut = data.draw(st.integers(0, len(raw) - 1))
+    with pytest.raises(MalformedRequestError):
+        FusionJob.from_bytes(raw[:cut])
+    with pytest.raises(MalformedRequestError):
+        FusionJob.from_bytes(raw + b"!")
+    with pytest.raises(MalformedRequestError):
+        FusionResult.from_bytes(raw)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.binary(max_size=80))
+def test_garbage_is_refused(raw: bytes) -> None:
+    for magic in (b"", b"RFJ1", b"RFJ1\x04\0\0\0"):
+        with pytest.raises(MalformedRequestError):
+            FusionJob.from_bytes(magic + raw)
+
+
+@settings(deadline=None, max_examples=40)
+@given(JOBS, JOBS)
+def test_a_fingerprint_is_of_the_request_alone(one: FusionJob, other: FusionJob) -> None:
+    same = FusionJob(
+        id=new_job_id(), vis=one.vis, ir=one.ir, options=one.options, width=1, height=1, created_s=0.0,
+        vis_layout=one.vis_layout, ir_layout=one.ir_layout,
+    )  # fmt: skip
+    assert same.fingerprint() == one.fingerprint()
+    asked = [(job.vis, job.ir, job.options, job.vis_layout, job.ir_layout) for job in (one, other)]
+    assert (one.fingerprint() == other.fingerprint()) == (asked[0] == asked[1])
+
+
+def test_a_result_knows_its_status_and_error() -> None:
+    late = FusionResult.failed("j", TimedOutError("too late"))
+    assert late.status is JobStatus.EXPIRED
+    with pytest.raises(TimedOutError, match="too late"):
+        late.raise_for_error()
+    fine = FusionResult(job_id="j", images={Part.VIS: b"1234"})
+    fine.raise_for_error()
+    assert (fine.status, fine.size_bytes) == (JobStatus.SUCCEEDED, 4)
+
+
+def test_all_asks_for_every_part_in_order() -> None:
+    assert Output.ALL.parts == (Part.FUSED, Part.VIS, Part.IR)
+    assert [output.parts for output in (Output.FUSED, Output.VIS, Output.IR)] == [(part,) for part in Part]
