@@ -58,7 +58,10 @@ class DataConfig:
     other_weight: float = 1.0
     rescale_probability: float = 0.5  # crops of a region up to `max_rescale` times larger, reduced: scene-wide context
     max_rescale: float = 4.0
-    vary_ir_probability: float = 0.65
+    vary_ir_probability: float = 0.5
+    ir_gain: tuple[float, float] = (0.75, 1.15)
+    ir_offset: tuple[float, float] = (-0.05, 0.1)
+    ir_log_gamma: float = 0.4  # gamma is drawn from e^-x to e^x
     clean_probability: float = 0.05
     strength: Strength = "medium"
     validation_root: str = ""  # pairs for the score during training; none if empty
@@ -112,7 +115,7 @@ def read_config(path: Path) -> TrainConfig:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         data = raw.pop("data")
-        data["exclude_prefixes"] = tuple(data.get("exclude_prefixes", ()))
+        data |= {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
         stages = tuple(StageConfig(**stage) for stage in raw.pop("stages"))
         config = TrainConfig(data=DataConfig(**data), stages=stages, **raw)
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -211,7 +214,10 @@ class PairSource:
         chance, gamma, gain, offset = torch.rand(4, generator=generator).tolist()
         if chance >= self.config.vary_ir_probability:
             return ir
-        varied: Tensor = (ir.pow(math.exp(gamma - 0.5)) * (0.6 + 0.55 * gain) + (-0.05 + 0.3 * offset)).clamp(0, 1)
+        low, high = self.config.ir_gain
+        curve = math.exp((2 * gamma - 1) * self.config.ir_log_gamma)
+        shift = self.config.ir_offset[0] + (self.config.ir_offset[1] - self.config.ir_offset[0]) * offset
+        varied: Tensor = (ir.pow(curve) * (low + (high - low) * gain) + shift).clamp(0, 1)
         return varied
 
 
@@ -676,6 +682,9 @@ def train_from_config(
                     if validation and stage.name != "autoencoder" and report.step % config.validation_interval == 0:
                         with trainer.averaged() as model:
                             scores, rows = validation(model)
+                        bar.write(
+                            f"{report.step} " + ", ".join(f"{name} {score:.2f} dB" for name, score in scores.items())
+                        )
                         for name, score in scores.items():
                             writer.add_scalar(f"{stage.name}/psnr_{name}", score, report.step)
                         for index, row in enumerate(rows):
