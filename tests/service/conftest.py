@@ -1,0 +1,55 @@
+"""A whole server on the loopback interface: uvicorn, gateway, queue and worker are real, the engine is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from service.serve import serve_all_in_one
+from service.settings import Settings
+from tests.fakes import FakeEngine
+
+
+@dataclass
+class Server:
+    """A running server. client: has its address; stop: begins an orderly end; running: ends with it."""
+
+    client: httpx.AsyncClient
+    engine: FakeEngine
+    stop: asyncio.Event
+    running: asyncio.Task[None]
+
+
+Serving = Callable[..., AbstractAsyncContextManager[Server]]
+
+
+@pytest.fixture
+def serving() -> Serving:
+    """`async with serving(engine=..., http={...}, queue={...}) as server:` with changed settings by group."""
+
+    @asynccontextmanager
+    async def start(engine: FakeEngine | None = None, **groups: dict[str, Any]) -> AsyncIterator[Server]:
+        values = {"http": {"port": 0}, "worker": {"take_wait_s": 0.2, "drain_timeout_s": 5.0}}
+        for group, changes in groups.items():
+            values[group] = {**values.get(group, {}), **changes}
+        engine = engine or FakeEngine()
+        stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+        running = asyncio.create_task(serve_all_in_one(Settings.from_values(values), engine, stop, address.set_result))
+        await asyncio.wait({running, address}, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        try:
+            async with httpx.AsyncClient(base_url=await address, timeout=20) as client:
+                yield Server(client, engine, stop, running)
+        finally:
+            engine.gate.set()
+            stop.set()
+            await asyncio.wait_for(running, 15)
+
+    return start

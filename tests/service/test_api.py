@@ -1,0 +1,370 @@
+"""The HTTP contract, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+import socket
+import time
+import zipfile
+from collections.abc import AsyncIterator
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+
+from service.errors import STATUS, ErrorCode
+from service.jobs import Stage
+from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.service.conftest import Server, Serving
+from tests.service.test_images import BAD_FILES, png_header
+
+VIS, IR = pair()
+FILES = {"vis": ("v.png", VIS), "ir": ("i.png", IR)}
+
+
+def problem(answer: httpx.Response, code: ErrorCode) -> dict[str, Any]:
+    """The answer's problem document, checked for everything that all of them have."""
+    document: dict[str, Any] = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    assert document["code"] == code
+    assert answer.status_code == document["status"] == STATUS[code][0]
+    assert document["request_id"] == answer.headers["x-request-id"]
+    assert document["title"]
+    assert document["type"] == f"urn:recofuse:problem:{code}"
+    return document
+
+
+@pytest.fixture
+async def server(serving: Serving) -> AsyncIterator[Server]:
+    async with serving() as running:
+        yield running
+
+
+async def finished(client: httpx.AsyncClient, location: str) -> dict[str, Any]:
+    async with asyncio.timeout(10):
+        while True:
+            document: dict[str, Any] = (await client.get(location)).json()
+            if document["status"] not in ("queued", "running"):
+                return document
+            await asyncio.sleep(0.01)
+
+
+async def test_a_pair_comes_back_fused(server: Server) -> None:
+    answer = await server.client.post("/v1/fuse", files=FILES, headers={"X-Request-ID": "my-id.1"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["x-request-id"] == "my-id.1"
+    assert (answer.headers["x-model-name"], answer.headers["x-model-version"]) == ("fake", "7")
+    assert re.findall(r"(\w+);dur=[\d.]+", answer.headers["server-timing"]) == list(Stage)
+    decoded = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    np.testing.assert_array_equal(decoded, picture())
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "npy"])
+@pytest.mark.parametrize("output", ["fused", "vis", "ir", "all"])
+async def test_outputs_and_formats(server: Server, output: str, kind: str) -> None:
+    answer = await server.client.post("/v1/fuse", files=FILES, data={"output": output, "format": kind})
+    assert answer.status_code == 200
+    if output == "all":
+        assert answer.headers["content-type"] == "application/zip"
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            names = [f"{part}.{kind}" for part in ("fused", "vis", "ir")]
+            assert archive.namelist() == [*names, "result.json"]
+            described = json.loads(archive.read("result.json"))
+            assert described["files"] == dict(zip(("fused", "vis", "ir"), names, strict=True))
+    elif kind == "npy":
+        array = np.load(io.BytesIO(answer.content), allow_pickle=False)
+        assert array.shape == ((48, 64) if output == "ir" else (48, 64, 3))
+    else:
+        assert answer.headers["content-type"] == f"image/{kind}"
+        assert cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_UNCHANGED).shape[:2] == (48, 64)
+
+
+async def test_options_reach_the_engine(server: Server) -> None:
+    data = {
+        "steps": "17",
+        "sampler": "euler",
+        "seed": "99",
+        "priority": "high",
+        "timeout_ms": "5000",
+        "ir_range": "1,9.5",
+    }
+    assert (await server.client.post("/v1/fuse", files=FILES, data=data)).status_code == 200
+    assert server.engine.batches[-1] == [99]
+    assert (server.engine.options[-1].steps, server.engine.options[-1].sampler) == (17, "euler")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("output", "everything"), ("format", "bmp"), ("steps", "0"), ("steps", "many"), ("steps", "1001"),
+        ("sampler", "magic"), ("seed", "-1"), ("seed", str(2**63)), ("priority", "urgent"), ("timeout_ms", "0"),
+        ("timeout_ms", "-5"), ("timeout_ms", "soon"), ("timeout_ms", "999999999"), ("ir_range", "9,1"),
+        ("ir_range", "1"), ("ir_range", "a,b"), ("ir_range", "nan,1"), ("ir_range", "0,inf"), ("seed", "\N{SNOWMAN}"),
+    ],
+)  # fmt: skip
+async def test_options_that_cannot_be_are_refused(server: Server, field: str, value: str) -> None:
+    document = problem(await server.client.post("/v1/fuse", files=FILES, data={field: value}), ErrorCode.INVALID_INPUT)
+    assert field.split("_")[0] in document["detail"]
+
+
+async def test_bad_images_are_the_callers_fault_and_the_server_goes_on(server: Server) -> None:
+    good = file_of(picture(64, 48, channels=1))
+    cases = {
+        **{f"vis {name}": {"vis": case[0], "ir": good} for name, case in BAD_FILES.items()},
+        **{f"ir {name}": {"vis": VIS, "ir": case[0]} for name, case in BAD_FILES.items() if name != "float vis"},
+        "other aspect": {"vis": VIS, "ir": file_of(picture(64, 64, channels=1))},
+    }
+    for name, (fields) in cases.items():
+        answer = await server.client.post("/v1/fuse", files={key: (key, data) for key, data in fields.items()})
+        assert answer.status_code in (413, 415, 422), name
+        problem(answer, ErrorCode(answer.json()["code"]))
+        assert name.split()[0] in answer.json()["detail"] or name == "other aspect"
+    assert server.engine.batches == []
+    assert (await server.client.post("/v1/fuse", files=FILES)).status_code == 200
+
+
+async def test_bad_forms_are_refused(server: Server) -> None:
+    client = server.client
+    missing = problem(await client.post("/v1/fuse", files={"vis": FILES["vis"]}), ErrorCode.INVALID_INPUT)
+    assert "ir is missing" in missing["detail"]
+    problem(await client.post("/v1/fuse", files={**FILES, "extra": b"x"}), ErrorCode.INVALID_INPUT)
+    problem(await client.post("/v1/fuse", files=[*FILES.items(), ("ir", IR)]), ErrorCode.INVALID_INPUT)
+    problem(await client.post("/v1/fuse", files={**FILES, "ir": b""}), ErrorCode.INVALID_INPUT)
+    problem(await client.post("/v1/fuse", json={"vis": 1}), ErrorCode.UNSUPPORTED_MEDIA)
+    problem(await client.post("/v1/fuse"), ErrorCode.UNSUPPORTED_MEDIA)
+    problem(
+        await client.post("/v1/fuse", content=b"x", headers={"Content-Type": "multipart/form-data"}),
+        ErrorCode.MALFORMED_REQUEST,
+    )
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    for body in (b"", b"--b\r\n", b"garbage", b'--b\r\nContent-Disposition: form-data; name="vis"\r\n\r\nabc'):
+        problem(await client.post("/v1/fuse", content=body, headers=form), ErrorCode.MALFORMED_REQUEST)
+    no_name = b"--b\r\nContent-Disposition: form-data\r\n\r\nabc\r\n--b--\r\n"
+    problem(await client.post("/v1/fuse", content=no_name, headers=form), ErrorCode.INVALID_INPUT)
+
+
+async def test_an_endless_body_is_cut_off_while_it_streams(serving: Serving) -> None:
+    async with serving(limits={"max_image_bytes": 100_000}) as server:
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            yield b'--b\r\nContent-Disposition: form-data; name="vis"\r\n\r\n'
+            while sent < 50_000_000:
+                sent += 50_000
+                yield bytes(50_000)
+                await asyncio.sleep(0.001)
+
+        try:
+            answer = await server.client.post(
+                "/v1/fuse", content=endless(), headers={"Content-Type": "multipart/form-data; boundary=b"}
+            )
+        except (httpx.WriteError, httpx.RemoteProtocolError):
+            pass  # the connection was closed while more was being sent
+        else:
+            problem(answer, ErrorCode.PAYLOAD_TOO_LARGE)
+        assert sent < 10_000_000
+        announced = await server.client.post("/v1/fuse", files={**FILES, "vis": bytes(400_000)})
+        problem(announced, ErrorCode.PAYLOAD_TOO_LARGE)
+        assert (await server.client.post("/v1/fuse", files=FILES)).status_code == 200
+
+
+async def test_a_body_that_does_not_end_is_given_up(serving: Serving) -> None:
+    async with serving(http={"body_timeout_s": 0.2}) as server:
+
+        async def stuck() -> AsyncIterator[bytes]:
+            yield b"--b\r\n"
+            await asyncio.sleep(1)
+
+        answer = await server.client.post(
+            "/v1/fuse", content=stuck(), headers={"Content-Type": "multipart/form-data; boundary=b"}
+        )
+        problem(answer, ErrorCode.TIMED_OUT)
+
+
+async def test_unknown_addresses_and_methods(server: Server) -> None:
+    problem(await server.client.get("/v1/nothing"), ErrorCode.ROUTE_NOT_FOUND)
+    wrong = await server.client.get("/v1/fuse")
+    problem(wrong, ErrorCode.METHOD_NOT_ALLOWED)
+    assert wrong.headers["allow"] == "POST"
+    problem(await server.client.get("/v1/jobs/unknown"), ErrorCode.JOB_NOT_FOUND)
+    problem(await server.client.get("/v1/jobs/unknown/result"), ErrorCode.JOB_NOT_FOUND)
+    problem(await server.client.delete("/v1/jobs/unknown"), ErrorCode.JOB_NOT_FOUND)
+    problem(await server.client.get("/v1/jobs/no%20id"), ErrorCode.INVALID_INPUT)
+
+
+async def test_asynchronous_jobs(server: Server) -> None:
+    server.engine.gate.clear()
+    accepted = await server.client.post("/v1/fuse", files=FILES, headers={"Prefer": "respond-async, wait=5"})
+    assert (accepted.status_code, accepted.headers["preference-applied"]) == (202, "respond-async")
+    location = accepted.headers["location"]
+    assert location == f"/v1/jobs/{accepted.json()['id']}"
+    early = await server.client.get(f"{location}/result")
+    problem(early, ErrorCode.NOT_FINISHED)
+    assert early.headers["retry-after"] == "1"
+    server.engine.gate.set()
+    document = await finished(server.client, location)
+    assert document["status"] == "succeeded"
+    for _ in range(2):  # it can be read again
+        answer = await server.client.get(document["result"])
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    assert (await server.client.delete(location)).json()["status"] == "succeeded"
+
+
+async def test_cancelling_a_job(server: Server) -> None:
+    server.engine.gate.clear()
+    await server.client.post("/v1/fuse", files=FILES, headers={"Prefer": "respond-async"})
+    await asyncio.to_thread(server.engine.started.wait, 5)
+    waiting = await server.client.post("/v1/fuse", files=FILES, data={"seed": 7}, headers={"Prefer": "respond-async"})
+    location = waiting.headers["location"]
+    assert (await server.client.delete(location)).json()["status"] == "cancelled"
+    server.engine.gate.set()
+    problem(await server.client.get(f"{location}/result"), ErrorCode.CANCELLED)
+    assert (await server.client.post("/v1/fuse", files=FILES)).status_code == 200
+    assert [7] not in server.engine.batches
+
+
+async def test_idempotency_keys(server: Server) -> None:
+    once = {"Idempotency-Key": "k1"}
+    answers = await asyncio.gather(
+        *(server.client.post("/v1/fuse", files=FILES, data={"seed": 3}, headers=once) for _ in range(4))
+    )
+    assert len({answer.headers["x-job-id"] for answer in answers}) == 1
+    assert {answer.status_code for answer in answers} == {200}
+    assert server.engine.batches == [[3]]
+    other = await server.client.post("/v1/fuse", files=FILES, data={"seed": 4}, headers=once)
+    problem(other, ErrorCode.CONFLICT)
+    spaced = await server.client.post("/v1/fuse", files=FILES, headers={"Idempotency-Key": "k" * 256})
+    problem(spaced, ErrorCode.INVALID_INPUT)
+
+
+async def test_a_full_queue_refuses_at_once(serving: Serving) -> None:
+    async with serving(queue={"max_jobs": 2, "retry_after_s": 3.0}) as server:
+        server.engine.gate.clear()
+        held = [asyncio.create_task(server.client.post("/v1/fuse", files=FILES)) for _ in range(6)]
+        await asyncio.sleep(0.3)
+        refused = [task.result() for task in held if task.done()]
+        assert len(refused) == 4
+        for answer in refused:
+            problem(answer, ErrorCode.OVERLOADED)
+            assert answer.headers["retry-after"] == "3"
+        server.engine.gate.set()
+        assert sorted((await task).status_code for task in held) == [200, 200, 429, 429, 429, 429]
+
+
+async def test_a_deadline_is_kept(server: Server) -> None:
+    server.engine.gate.clear()
+    started = time.perf_counter()
+    late = await server.client.post("/v1/fuse", files=FILES, data={"timeout_ms": "200"})
+    problem(late, ErrorCode.TIMED_OUT)
+    assert time.perf_counter() - started < 2
+
+
+async def test_who_hangs_up_cancels(server: Server) -> None:
+    server.engine.gate.clear()
+    first = asyncio.create_task(server.client.post("/v1/fuse", files=FILES))
+    await asyncio.to_thread(server.engine.started.wait, 5)
+    gone = [
+        asyncio.create_task(server.client.post("/v1/fuse", files=FILES, data={"seed": seed})) for seed in range(1, 9)
+    ]
+    await asyncio.sleep(0.3)
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
+    await asyncio.sleep(0.2)
+    server.engine.gate.set()
+    assert (await first).status_code == 200
+    assert (await server.client.post("/v1/fuse", files=FILES, data={"seed": 50})).status_code == 200
+    assert server.engine.batches == [[0], [50]]
+
+
+async def test_an_unforeseen_failure_is_a_problem_without_detail(serving: Serving) -> None:
+    async with serving(FakeEngine(poison_seeds=frozenset({13}))) as server:
+        answer = await server.client.post("/v1/fuse", files=FILES, data={"seed": 13})
+        assert "poison" not in problem(answer, ErrorCode.INTERNAL)["detail"]
+        assert (await server.client.post("/v1/fuse", files=FILES)).status_code == 200
+
+
+async def test_stopping_answers_what_was_accepted_and_refuses_the_rest(serving: Serving) -> None:
+    async with serving() as server:
+        server.engine.gate.clear()
+        accepted = [asyncio.create_task(server.client.post("/v1/fuse", files=FILES)) for _ in range(5)]
+        await asyncio.sleep(0.3)
+        server.stop.set()
+        await asyncio.sleep(0.1)
+        problem(await server.client.post("/v1/fuse", files=FILES), ErrorCode.UNAVAILABLE)
+        ready = await server.client.get("/health/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "draining")
+        assert (await server.client.get("/health/live")).status_code == 200
+        server.engine.gate.set()
+        assert {(await task).status_code for task in accepted} == {200}
+        await asyncio.wait_for(server.running, 10)
+        with pytest.raises(httpx.ConnectError):
+            await server.client.get("/health/live")
+
+
+async def test_ready_means_warm(serving: Serving) -> None:
+    async with serving() as server:
+        assert (await server.client.get("/health/ready")).json() == {"status": "ready", "reason": "ready"}
+        (model,) = (await server.client.get("/v1/models")).json()["models"]
+        assert (model["name"], model["default_steps"], model["num_workers"]) == ("fake", 3, 1)
+
+
+async def test_metrics_tell_what_happened(server: Server) -> None:
+    await server.client.post("/v1/fuse", files=FILES)
+    await server.client.post("/v1/fuse", files={"vis": FILES["vis"]})
+    await server.client.get("/v1/jobs/some-id")
+    await server.client.get("/random/path")
+    text = (await server.client.get("/metrics")).text
+    for line in (
+        'recofuse_requests_total{method="POST",protocol="http",route="/v1/fuse",status="200"} 1.0',
+        'recofuse_requests_total{method="POST",protocol="http",route="/v1/fuse",status="422"} 1.0',
+        'recofuse_requests_total{method="GET",protocol="http",route="/v1/jobs/{job_id}",status="404"} 1.0',
+        'recofuse_requests_total{method="GET",protocol="http",route="unmatched",status="404"} 1.0',
+        'recofuse_errors_total{code="invalid_input"} 1.0',
+        'recofuse_jobs_finished_total{status="succeeded"} 1.0',
+        'recofuse_stage_seconds_count{stage="model"} 1.0',
+        'recofuse_queue_depth{priority="normal"} 0.0',
+        'recofuse_model_info{device="none",name="fake",version="7"} 1.0',
+        "recofuse_batch_size_count 1.0",
+    ):
+        assert line in text, line
+    assert "some-id" not in text
+
+
+async def test_the_description_is_complete(server: Server) -> None:
+    document = (await server.client.get("/openapi.json")).json()
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    assert len(operations) == 8
+    for operation in operations:
+        for status, answer in operation["responses"].items():
+            if int(status) >= 400 and operation["summary"] not in ("Is new work welcome", "Prometheus metrics"):
+                assert list(answer["content"]) == ["application/problem+json"], (operation["summary"], status)
+    references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))
+    assert set(references) <= set(document["components"]["schemas"])
+    page = (await server.client.get("/docs")).text
+    assert "openapi.json" in page
+    assert not re.findall(r"(?:src|href)=\"https?:", page)
+
+
+async def test_an_id_that_could_forge_log_lines_is_replaced(server: Server) -> None:
+    answer = await server.client.get("/health/live", headers={"X-Request-ID": "a b" + "c" * 200})
+    assert re.fullmatch(r"[0-9a-f]{24}", answer.headers["x-request-id"])
+
+
+async def test_bytes_that_are_not_http_do_not_hurt(server: Server) -> None:
+    port = server.client.base_url.port
+    assert port is not None
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, family=socket.AF_INET)
+    writer.write(b"\x16\x03\x01" + png_header(3, 3))
+    await writer.drain()
+    await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    await writer.wait_closed()
+    assert (await server.client.get("/health/live")).status_code == 200
