@@ -120,11 +120,12 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        q, k, v = self.to_qkv(x).float().view(batch, 3, self.HEADS, self.HEAD_DIM, height * width).unbind(1)
-        q = q.softmax(dim=-2) * self.HEAD_DIM**-0.5  # (B, heads, d, n)
-        context = k.softmax(dim=-1) @ (v / (height * width)).transpose(-1, -2)  # (B, heads, d, e)
-        mixed = (context.transpose(-1, -2) @ q).reshape(batch, -1, height, width)
+        qkv = self.to_qkv(x)
         with torch.autocast(x.device.type, enabled=False):
+            q, k, v = qkv.float().view(batch, 3, self.HEADS, self.HEAD_DIM, height * width).unbind(1)
+            q = q.softmax(dim=-2) * self.HEAD_DIM**-0.5  # (B, heads, d, n)
+            context = k.softmax(dim=-1) @ (v / (height * width)).transpose(-1, -2)  # (B, heads, d, e)
+            mixed = (context.transpose(-1, -2) @ q).reshape(batch, -1, height, width)
             projected = F.conv2d(mixed, self.to_out.weight.float(), _float_or_none(self.to_out.bias))
             return channel_norm(projected, self.out_norm.gain.float()).to(x.dtype)
 
