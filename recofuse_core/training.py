@@ -81,7 +81,7 @@ class StageConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 200
     final_ratio: float = 0.02
-    max_minutes: float = math.inf  # the schedule shrinks to fit; makes a run depend on the machine's speed
+    max_minutes: float | None = None  # the schedule shrinks to fit; makes a run depend on the machine's speed
     rollout: bool = False
     image_weight: float = 1.0
     gradient_weight: float = 0.0
@@ -443,7 +443,8 @@ class Trainer:
             yield StepReport(self.stage.name, self.step, self._progress(), rate, losses)
 
     def _progress(self) -> float:
-        return max(self.step / self.stage.steps, self.elapsed_s / (60 * self.stage.max_minutes))
+        by_time = self.elapsed_s / (60 * self.stage.max_minutes) if self.stage.max_minutes else 0.0
+        return max(self.step / self.stage.steps, by_time)
 
     def _update(self, batch: Batch) -> dict[str, float]:
         stage = self.stage

@@ -1,0 +1,260 @@
+"""Training: batches, updates, exact resumption, and a whole run from a configuration file."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from recofuse_core import load_pretrained
+from recofuse_core.errors import CheckpointError, ConfigError, DatasetError
+from recofuse_core.scenes import make_scene
+from recofuse_core.training import (
+    DataConfig,
+    Lion,
+    PairSource,
+    StageConfig,
+    StageName,
+    TrainConfig,
+    Trainer,
+    WeightAverage,
+    enhance_dark,
+    learning_rate,
+    read_config,
+    train_from_config,
+)
+
+CROP = 32
+
+
+def as_bytes(image: Tensor) -> np.ndarray:
+    pixels: np.ndarray = (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return pixels
+
+
+def scenes() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    for seed, name in enumerate(("street_a", "street_b", "other_c")):
+        scene = make_scene(seed, 64, 80)
+        yield name, as_bytes(scene.vis), as_bytes(scene.ir)[..., 0]
+
+
+def stage(name: StageName, steps: int = 4, *, rollout: bool = False) -> StageConfig:
+    return StageConfig(name=name, steps=steps, batch_size=2, crop=CROP, learning_rate=1e-3, rollout=rollout)
+
+
+def trainer(*stages: StageConfig) -> Trainer:
+    data = DataConfig(root="scenes", group_weights={"street": 0.9}, other_weight=0.1)
+    config = TrainConfig(preset="compact", version="test", data=data, stages=stages)
+    return Trainer(config, PairSource(data, scenes()))
+
+
+def test_batches_depend_on_the_generator_alone_and_hold_valid_images() -> None:
+    source = PairSource(DataConfig(root="scenes"), scenes())
+    first, again = (source.draw(3, CROP, Generator().manual_seed(5)) for _ in range(2))
+    other = source.draw(3, CROP, Generator().manual_seed(6))
+    for image, same, different in zip(
+        (*first.clean, *first.degraded), (*again.clean, *again.degraded), (*other.clean, *other.degraded), strict=True
+    ):
+        assert image.shape == (3, 3, CROP, CROP)
+        assert float(image.min()) >= 0
+        assert float(image.max()) <= 1
+        assert torch.equal(image, same)
+        assert not torch.equal(image, different)
+
+
+def test_groups_are_drawn_by_weight_and_prefixes_are_left_out() -> None:
+    dark, bright = np.full((40, 40, 3), 60, np.uint8), np.full((40, 40, 3), 200, np.uint8)
+    ir = np.full((40, 40), 90, np.uint8)
+    pairs = [("a_1", dark, ir), ("a_2", dark, ir), ("b_1", bright, ir), ("c_1", np.zeros_like(dark), ir)]
+    config = DataConfig(root="x", exclude_prefixes=("c_",), group_weights={"a": 0.25}, other_weight=0.75)
+    batch = PairSource(config, pairs).draw(200, CROP, Generator().manual_seed(0))
+    share = float((batch.clean.vis.mean(dim=(1, 2, 3)) > 0.5).float().mean())
+    assert 0.65 < share < 0.85
+    assert float(batch.clean.vis.min()) > 0.2
+    with pytest.raises(DatasetError, match="no training pair"):
+        PairSource(DataConfig(root="x", exclude_prefixes=("a_",)), pairs[:1])
+
+
+def test_only_dark_targets_are_lifted_and_stay_dark() -> None:
+    rng = np.random.default_rng(0)
+    bright = rng.integers(60, 255, (40, 50, 3), dtype=np.uint8)
+    dark = rng.integers(0, 40, (40, 50, 3), dtype=np.uint8)
+    assert enhance_dark(bright, 0.18) is bright
+    lifted = enhance_dark(dark, 0.18)
+    assert dark.mean() < lifted.mean() < 0.22 * 255
+    assert lifted.shape == dark.shape
+
+
+def test_lion_follows_its_formula() -> None:
+    generator = Generator().manual_seed(0)
+    start, gradients = torch.randn(7, generator=generator), torch.randn(3, 7, generator=generator)
+    parameter = nn.Parameter(start.clone())
+    optimizer = Lion([parameter], lr=0.1, betas=(0.9, 0.99), weight_decay=0.02)
+    wanted, momentum = start.double().numpy(), np.zeros(7)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        g = gradient.double().numpy()
+        wanted = wanted * (1 - 0.1 * 0.02) - 0.1 * np.sign(0.9 * momentum + 0.1 * g)
+        momentum = 0.99 * momentum + 0.01 * g
+    np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=1e-5)
+
+
+def test_learning_rate_warms_up_and_ends_at_its_final_ratio() -> None:
+    config = StageConfig("branches", 1000, 1, 32, 1e-3, warmup_steps=10, final_ratio=0.1)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(1e-4)
+    assert learning_rate(config, 9, 0.0) == pytest.approx(1e-3)
+    assert learning_rate(config, 1000, 1.0) == pytest.approx(1e-4)
+    rates = [learning_rate(config, 10 + i, i / 100) for i in range(101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_average_follows_the_weights_and_starts_quickly() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = WeightAverage(model, 0.99)
+    nn.init.ones_(model.weight)
+    average.update(model)
+    assert float(average.weights["weight"]) == pytest.approx(1 - 2 / 11)
+    for _ in range(2000):
+        average.update(model)
+    assert float(average.weights["weight"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rollout", "still", "moving"),
+    [
+        ("autoencoder", False, ("denoiser.", "fusion."), ("autoencoder.stem", "autoencoder.head")),
+        ("branches", False, ("autoencoder.",), ("denoiser.vis.", "denoiser.ir.", "fusion.")),
+        ("coupled", False, ("autoencoder.",), ("denoiser.vis.", "denoiser.ir.", "fusion.")),
+        (
+            "coupled",
+            True,
+            ("autoencoder.stem", "autoencoder.encoder", "autoencoder.down", "autoencoder.to_latent"),
+            ("denoiser.vis.", "fusion.", "autoencoder.head", "autoencoder.skip_fusion"),
+        ),
+    ],
+)
+def test_each_stage_moves_its_own_networks_alone(
+    name: StageName, rollout: bool, still: tuple[str, ...], moving: tuple[str, ...]
+) -> None:
+    run = trainer(stage(name, 2, rollout=rollout))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    reports = list(run.run_stage())
+    assert [report.step for report in reports] == [1, 2]
+    assert all(math.isfinite(loss) for report in reports for loss in report.losses.values())
+    changed = {key for key, value in run.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert not [key for key in changed if key.startswith(still)]
+    for prefix in moving:
+        assert [key for key in changed if key.startswith(prefix)], prefix
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    stages = (stage("autoencoder", 2), stage("coupled", 4, rollout=True))
+    whole = trainer(*stages)
+    list(whole.run_stage())
+    whole.finish_stage()
+    list(whole.run_stage())
+
+    first = trainer(*stages)
+    list(first.run_stage())
+    first.finish_stage()
+    reports = first.run_stage()
+    next(reports)
+    next(reports)
+    first.save(tmp_path / "state.pt")
+    second = trainer(*stages)
+    second.resume(tmp_path / "state.pt")
+    assert [report.step for report in second.run_stage()] == [3, 4]
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[key]), key
+    for key, value in whole.average.weights.items():
+        assert torch.equal(value, second.average.weights[key]), key
+
+
+def test_states_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    trainer(stage("autoencoder", 2)).save(path)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        trainer(stage("autoencoder", 3)).resume(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a training state"):
+        trainer(stage("autoencoder", 2)).resume(path)
+
+
+CONFIG = """
+preset = "compact"
+version = "9"
+ema_interval = 1
+checkpoint_interval = 1
+log_interval = 1
+validation_interval = 2
+[data]
+root = "pairs"
+validation_root = "pairs"
+[[stages]]
+name = "autoencoder"
+steps = 2
+batch_size = 2
+crop = 32
+learning_rate = 1e-3
+[[stages]]
+name = "coupled"
+rollout = true
+steps = 2
+batch_size = 2
+crop = 32
+learning_rate = 1e-3
+optimizer = "lion"
+"""
+
+
+def test_a_configuration_file_becomes_a_model_that_fuses(tmp_path: Path) -> None:
+    for folder in ("vis", "ir"):
+        (tmp_path / "pairs" / folder).mkdir(parents=True)
+    for name, vis, ir in scenes():
+        cv2.imwrite(str(tmp_path / "pairs" / "vis" / f"{name}.png"), vis[..., ::-1])
+        cv2.imwrite(str(tmp_path / "pairs" / "ir" / f"{name}.png"), ir)
+    (tmp_path / "config.toml").write_text(CONFIG)
+    path = train_from_config(tmp_path / "config.toml", tmp_path / "run", quiet=True)
+    model = load_pretrained(path)
+    assert model.info.version == "9"
+    assert model.info.provenance["stage"] == "coupled"
+    output = model.fuse(torch.rand(1, 3, 40, 48), torch.rand(1, 1, 40, 48))
+    assert output.fused is not None
+    assert output.fused.shape == (1, 3, 40, 48)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "autoencoder.safetensors",
+        "coupled.safetensors",
+        "model.safetensors",
+        "state.pt",
+        "tensorboard",
+    ]
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("preset = ", "perset = "), "not a training configuration"),
+        (('preset = "compact"', 'preset = "huge"'), "unknown preset"),
+        (("steps = 2", "stepz = 2"), "not a training configuration"),
+        (("[data]", "[date]"), "not a training configuration"),
+        (("[[stages]]", "[[stages"), "not a training configuration"),
+    ],
+)
+def test_wrong_configurations_are_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.replace(*change))
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+
+
+def test_the_shipped_configuration_reads() -> None:
+    config = read_config(Path(__file__).parents[2] / "configs" / "compact.toml")
+    assert [s.name for s in config.stages] == ["autoencoder", "branches", "coupled"]
+    assert "llvip_" in config.data.exclude_prefixes
