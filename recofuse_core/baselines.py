@@ -35,7 +35,7 @@ DARK_MEAN = 0.35
 BRIGHT_GOAL = 0.42
 MIN_GAMMA = 0.45
 CLAHE_LIMIT, CLAHE_TILES = 1.2, (8, 8)
-STRIPE_SMOOTHING = 6.0  # px; slower changes across columns belong to the scene
+STRIPE_SMOOTHING = 10.0  # px; slower changes across columns belong to the scene
 WEIGHT_SMOOTHING = 5.0  # px
 
 

@@ -12,10 +12,10 @@ from recofuse_core.errors import ShapeError
 from recofuse_core.quality import chroma_distance, grey, noise_estimate, psnr
 
 
-def blobs(seed: int, channels: int) -> Tensor:
-    """A smooth scene over the whole range: (C, 96, 128) in [0, 1]."""
+def blobs(seed: int, channels: int, width: int = 128) -> Tensor:
+    """A smooth scene over the whole range: (C, 96, width) in [0, 1]."""
     coarse = torch.rand(1, channels, 5, 6, generator=torch.Generator().manual_seed(seed))
-    scene = torch.nn.functional.interpolate(coarse, size=(96, 128), mode="bicubic")[0]
+    scene = torch.nn.functional.interpolate(coarse, size=(96, width), mode="bicubic")[0]
     return (scene - scene.min()) / (scene.max() - scene.min())
 
 
@@ -27,8 +27,8 @@ def test_noise_is_removed() -> None:
 
 
 def test_column_stripes_are_removed() -> None:
-    scene = blobs(2, 1) * 0.8 + 0.1
-    offsets = 0.03 * torch.randn(128, generator=torch.Generator().manual_seed(3))
+    scene = blobs(2, 1, width=512) * 0.8 + 0.1
+    offsets = 0.03 * torch.randn(512, generator=torch.Generator().manual_seed(3))
     striped = to_uint8(scene + offsets)
     cleaned = torch.from_numpy(destripe_columns(striped[0].numpy()))[None]
     assert psnr(cleaned, to_uint8(scene)) > psnr(striped, to_uint8(scene)) + 6
