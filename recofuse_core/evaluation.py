@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -96,6 +96,19 @@ class PairImages:
     vis_restored: Tensor | None
     ir_restored: Tensor | None
     fused: dict[str, Tensor]
+
+    def by_part(self) -> dict[str, Tensor]:
+        """The images there are, by a name fit for a folder: vis_clean, ..., fused_recofuse, fused_opencv-average."""
+        parts = {
+            "vis_clean": self.vis_clean,
+            "vis_degraded": self.vis_degraded,
+            "vis_restored": self.vis_restored,
+            "ir_clean": self.ir_clean,
+            "ir_degraded": self.ir_degraded,
+            "ir_restored": self.ir_restored,
+        }
+        fused = {f"fused_{method}": image for method, image in self.fused.items()}
+        return {name: image for name, image in parts.items() if image is not None} | fused
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------------
@@ -455,24 +468,12 @@ def _finite(value: Any) -> Any:
 
 SHEET_WIDTH = 240  # px of one picture
 _LABEL_HEIGHT, _GAP = 18, 4
-_SHEET_PARTS: dict[str, Callable[[PairImages], Tensor | None]] = {
-    "vis clean": lambda images: images.vis_clean,
-    "vis degraded": lambda images: images.vis_degraded,
-    "vis restored": lambda images: images.vis_restored,
-    "ir clean": lambda images: images.ir_clean,
-    "ir degraded": lambda images: images.ir_degraded,
-    "ir restored": lambda images: images.ir_restored,
-}
 
 
 def sheet_row(name: str, images: PairImages) -> Tensor:
     """One pair as a row of labelled small pictures: uint8 (3, H', W')."""
-    parts = [(label, part(images)) for label, part in _SHEET_PARTS.items()]
-    parts += [("fused" if method == MODEL else method, image) for method, image in images.fused.items()]
     cells: list[NDArray[np.uint8]] = []
-    for label, image in parts:
-        if image is None:
-            continue
+    for label, image in images.by_part().items():
         height = max(1, round(image.shape[1] * SHEET_WIDTH / image.shape[2]))
         pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
         small = cv2.resize(pixels, (SHEET_WIDTH, height), interpolation=cv2.INTER_AREA)

@@ -16,9 +16,11 @@ from recofuse_core import evaluation
 from recofuse_core.data import PairFiles, find_pairs, read_pair, write_image
 from recofuse_core.errors import ConfigError, DatasetError, ShapeError
 from recofuse_core.evaluation import EvaluationSettings, PairImages, PairScores, Report, evaluate, item_seed
-from recofuse_core.model import FusionOutput
+from recofuse_core.model import FusionOutput, ModelConfig, build_model
+from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig
 from recofuse_core.quality import psnr
 from recofuse_core.sampler import SamplerName
+from recofuse_core.sde import SDEConfig
 
 
 class Smoother:
@@ -191,6 +193,29 @@ def test_the_model_is_told_its_seed_and_whether_to_couple(pairs: list[PairFiles]
     assert model.calls == [(item_seed(5, name, "model"), False) for name in "abc"]
 
 
+TINY = ModelConfig(
+    GatedAutoencoderConfig(8, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1), latent_channels=4),
+    DenoiserConfig(4, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1), sinusoid_dim=8, time_dim=16, prediction="clean"),
+    FusionConfig(4, 32, time_dim=128, num_groups=8),
+    SDEConfig(),
+    sampler="ode1",
+    steps=2,
+)
+
+
+def test_a_network_is_scored_reproducibly_and_coupling_matters(pairs: list[PairFiles]) -> None:
+    torch.manual_seed(0)
+    model = build_model(TINY).eval()
+    settings = EvaluationSettings()
+    first = run(pairs[:2], settings, model)
+    assert [item[0] for item in first] == [item[0] for item in run(pairs[:2], settings, model)]
+    alone = run(pairs[:2], replace(settings, coupled=False), model)
+    assert alone[0][0].restoration["recofuse"] != first[0][0].restoration["recofuse"]
+    assert alone[0][0].restoration["degraded"] == first[0][0].restoration["degraded"]
+    more_steps = run(pairs[:2], replace(settings, steps=3, sampler="posterior"), model)
+    assert more_steps[0][0].fusion != first[0][0].fusion
+
+
 def test_a_model_that_leaves_out_an_image_is_refused(pairs: list[PairFiles]) -> None:
     class Half(Identity):
         def fuse(
@@ -217,5 +242,8 @@ def test_the_sheet_shows_every_picture(pairs: list[PairFiles]) -> None:
     assert sheet.shape == (3, sum(row.shape[1] for row in rows), 10 * (evaluation.SHEET_WIDTH + 4))
     without_model = [images for _, images in evaluate(None, pairs[:1], EvaluationSettings())]
     assert evaluation.sheet_row("a", without_model[0]).shape[2] == 4 * (evaluation.SHEET_WIDTH + 4)
+    parts = items[0][1].by_part()
+    assert list(parts)[:6] == ["vis_clean", "vis_degraded", "vis_restored", "ir_clean", "ir_degraded", "ir_restored"]
+    assert torch.equal(parts["fused_recofuse"], items[0][1].fused["recofuse"])
     with pytest.raises(ShapeError):
         evaluation.stack_rows([])
