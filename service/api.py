@@ -9,13 +9,14 @@ Uploads are parsed while they arrive, and counted: a body that is too large is r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
 import re
 import secrets
 import zipfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -65,6 +66,8 @@ logger = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
 CLIENT_CLOSED = 499  # nobody hears it; it only tells the metrics what became of the request
 MAX_OPTION_BYTES = 1024
+MAX_DISCARD_BYTES = 16 << 20  # of a refused body
+DISCARD_S = 2.0
 OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "priority", "timeout_ms")
 IMAGE_FIELDS = ("vis", "ir")
 
@@ -381,6 +384,48 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
     Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
     repeated fields) and TimedOutError (a body that does not come to an end).
     """
+    body = _Body(request)
+    try:
+        return await _parse_body(request, body, settings)
+    except ServiceError:
+        await body.discard_rest()
+        raise
+
+
+class _Body:
+    """A request's body as it arrives."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._is_complete = False
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The next pieces, as they come. Raises MalformedRequestError if the client leaves before the end."""
+        while not self._is_complete:
+            message = await self._request.receive()
+            if message["type"] == "http.disconnect":
+                self._is_complete = True
+                raise MalformedRequestError("the connection was closed before the body's end")
+            self._is_complete = not message.get("more_body", False)
+            yield message.get("body", b"")
+
+    async def discard_rest(self) -> None:
+        """Let a refused client finish a body of bearable size: closing on it would destroy the answer on its way.
+
+        A client that asked before sending (Expect: 100-continue) has nothing on its way yet.
+        """
+        if "expect" in self._request.headers:
+            return
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError, MalformedRequestError):
+            async with asyncio.timeout(DISCARD_S):
+                async for chunk in self.chunks():
+                    num_bytes += len(chunk)
+                    if num_bytes > MAX_DISCARD_BYTES:
+                        return
+
+
+async def _parse_body(request: Request, body: _Body, settings: Settings) -> dict[str, bytes]:
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         raise UnsupportedMediaError("the request body must be multipart/form-data with the files vis and ir")
@@ -395,7 +440,7 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
     num_bytes = 0
     try:
         async with asyncio.timeout(settings.http.body_timeout_s):
-            async for chunk in request.stream():
+            async for chunk in body.chunks():
                 num_bytes += len(chunk)
                 if num_bytes > max_bytes:
                     raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import InternalError, InvalidInputError, OutOfMemoryError
-from service.jobs import Part
+from service.jobs import Part, Sampler
 from service.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class EngineInfo:
     model_version: str
     device: str
     default_steps: int
-    default_sampler: str
+    default_sampler: Sampler
     batch_sizes: tuple[int, ...] = ()
 
 
@@ -44,7 +44,7 @@ class PassOptions:
     """What all jobs of one forward pass have in common, defaults filled in."""
 
     steps: int
-    sampler: str
+    sampler: Sampler
     parts: tuple[Part, ...]
 
 

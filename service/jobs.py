@@ -109,6 +109,9 @@ class Stage(StrEnum):
     ENCODE = "encode"
 
 
+Sampler = Literal["euler", "posterior", "ode1", "ode2"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -123,7 +126,7 @@ class FusionOptions(_Strict):
     output: Output = Output.FUSED
     format: ImageFormat = ImageFormat.PNG
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    sampler: Literal["euler", "posterior", "ode1", "ode2"] | None = None
+    sampler: Sampler | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     ir_range: tuple[float, float] | None = None
 

@@ -35,7 +35,10 @@ def serving() -> Serving:
 
     @asynccontextmanager
     async def start(engine: FakeEngine | None = None, **groups: dict[str, Any]) -> AsyncIterator[Server]:
-        values = {"http": {"port": 0}, "worker": {"take_wait_s": 0.2, "drain_timeout_s": 5.0}}
+        values: dict[str, dict[str, Any]] = {
+            "http": {"port": 0},
+            "worker": {"take_wait_s": 0.2, "drain_timeout_s": 5.0},
+        }
         for group, changes in groups.items():
             values[group] = {**values.get(group, {}), **changes}
         engine = engine or FakeEngine()

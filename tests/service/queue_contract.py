@@ -50,8 +50,8 @@ class World:
         deadline_s = None if ttl_s is None else now + ttl_s
         return new_job(created_s=now, deadline_s=deadline_s, priority=priority, keep_result=keep)
 
-    async def submit(self, count: int = 1, **kind: Priority) -> list[FusionJob]:
-        jobs = [self.job(**kind) for _ in range(count)]
+    async def submit(self, count: int = 1, *, priority: Priority = Priority.NORMAL) -> list[FusionJob]:
+        jobs = [self.job(priority=priority) for _ in range(count)]
         for job in jobs:
             await self.queue.submit(job)
         return jobs
@@ -236,7 +236,7 @@ class QueueContract:
         leases = await world.queue.take("w1", max_jobs=2, wait_s=1)
         await world.queue.cancel(gone.id)
         renewal = await world.queue.renew(leases)
-        assert (renewal.cancelled, renewal.lost) == ({gone.id}, frozenset())
+        assert (renewal.cancelled, renewal.lost) == (frozenset({gone.id}), frozenset[str]())
         assert world.queue.cancelled([gone.id, kept.id]) == {gone.id}
         assert not await world.queue.finish(leases[0], success(gone))
         assert await world.queue.finish(leases[1], success(kept))
@@ -261,7 +261,7 @@ class QueueContract:
     async def test_unknown_jobs_are_said_to_be_unknown(self, world: World) -> None:
         for call in (world.queue.view, world.queue.cancel, world.queue.retry_dead_letter):
             with pytest.raises(JobNotFoundError):
-                await call(new_job_id())  # type: ignore[operator]
+                await call(new_job_id())
         with pytest.raises(JobNotFoundError):
             await world.queue.wait_result(new_job_id(), timeout_s=0)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.jobs import FusionResult, JobStatus, Priority
-from service.queue import MemoryQueue
+from service.jobs import FusionJob, FusionResult, JobStatus, Priority
+from service.queue import Lease, MemoryQueue
 from service.settings import QueueSettings
 from tests.fakes import FakeClock, job
 from tests.service.queue_contract import SETTINGS, QueueContract, World, success
@@ -48,7 +48,9 @@ def test_whatever_happens_every_job_ends_once_and_nothing_is_kept(steps: list[tu
         queue = MemoryQueue(
             QueueSettings(lease_s=3, max_attempts=3, result_ttl_s=1e6, idempotency_ttl_s=1e6), clock=clock
         )
-        jobs, leases, visible = [], [], []
+        jobs: list[FusionJob] = []
+        leases: list[Lease] = []
+        visible: list[str] = []
 
         async def finish(index: int) -> None:
             lease = leases.pop(index % len(leases))
