@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 import types
 import typing
@@ -153,7 +152,8 @@ def load_pretrained(name_or_path: StrPath = "compact", *, device: str | torch.de
     model = blank_model(config)
     model.load_state_dict(state, assign=True)
     model.info = info
-    return model.to(device).eval()
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout everywhere
+    return model.eval()
 
 
 def packaged_names() -> tuple[str, ...]:
@@ -576,7 +576,7 @@ BRANCH_PARTS = ("encoders", "decoders", "intro", "ending", "middle_blks", "ups",
 def _infer_config(files: OfficialFiles, labels: Mapping[str, str], sde: SDEConfig) -> ModelConfig:
     """The sizes that the tensors imply; whether every tensor has them is for the caller to check."""
     for file, tensors in files._asdict().items():
-        if any(name not in tensors or tensors[name].ndim != ndim for name, ndim in ANCHORS[file].items()):
+        if not _is_network(file, tensors):
             _refuse(file, tensors, labels[file])
     generator, fusion, autoencoder = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in files)
     width = autoencoder["init_conv.weight"][0]
@@ -616,14 +616,21 @@ def _infer_config(files: OfficialFiles, labels: Mapping[str, str], sde: SDEConfi
         raise CheckpointError(f"{labels['generator']}: {error}") from error
 
 
+def _is_network(file: str, tensors: State) -> bool:
+    """Whether the entries that tell the sizes of a network are there and can tell them."""
+    return all(
+        name in tensors and tensors[name].ndim == ndim and tensors[name].numel() > 0
+        for name, ndim in ANCHORS[file].items()
+    )
+
+
 def _refuse(file: str, tensors: State, label: str) -> NoReturn:
-    """Say what a file lacks to be the network it was given for, and which one it looks like."""
-    config = PRESETS["paper"]
-    shapes = _shapes_of(blank_model(config))
-    wanted = {p.theirs: _published_shape(p.theirs, shapes[p.ours]) for p in official_names(config) if p.file == file}
+    """Say what a file lacks to be the network it was given for, by name, and which one it looks like."""
+    wanted = {pairing.theirs for pairing in official_names(PRESETS["paper"]) if pairing.file == file}
+    useless = {name: tuple(tensors[name].shape) for name in sorted(ANCHORS[file].keys() & tensors.keys())}
     message = f"{label} is not the {file} network: "
-    message += _differences(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    likely = [other for other, anchors in ANCHORS.items() if anchors.keys() <= tensors.keys()]
+    message += _differences(dict.fromkeys(wanted, ()), dict.fromkeys(tensors, ())) or f"sizes cannot be {useless}"
+    likely = [other for other in ANCHORS if _is_network(other, tensors)]
     if likely:
         message += f"; it looks like the {likely[0]}"
     elif {"intro.weight", "ending.weight"} <= tensors.keys():
@@ -642,20 +649,7 @@ def _read_published(path: Path) -> State:
         raise CheckpointError(f"there is no weights file at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-        OverflowError,
-        MemoryError,
-    ) as error:  # what a damaged stream makes the unpickler stumble over is not documented anywhere
+    except Exception as error:  # noqa: BLE001 - a damaged stream makes the unpickler fail in any way, struct.error included
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no torch file of plain tensors, or is truncated: {reason}") from error
     if not isinstance(content, Mapping) or not content:

@@ -63,7 +63,7 @@ class Weights:
     """A state dict under a prefix, with the convolutions that its entries stand for."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.state = module.state_dict()
+        self.state: dict[str, Tensor] = module.state_dict()
         self.used: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
