@@ -649,7 +649,7 @@ def _read_published(path: Path) -> State:
         raise CheckpointError(f"there is no weights file at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a damaged stream makes the unpickler fail in any way, struct.error included
+    except Exception as error:  # a damaged stream makes the unpickler fail in any way, even with struct.error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no torch file of plain tensors, or is truncated: {reason}") from error
     if not isinstance(content, Mapping) or not content:
