@@ -1,0 +1,536 @@
+"""The `recofuse` command: thin verbs over the library and the service, and the only reader of the environment.
+
+Each verb imports what it needs, because torch takes seconds to import and most verbs of a server's operator do without.
+What the caller can mend is one line on standard error and exit status 2, never a traceback; a fault of ours keeps its
+traceback, since that is what a report needs. Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from service.errors import InvalidInputError, ServiceError
+from service.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from service.files import Cost, FilePair, Fusion, Pixels
+    from service.jobs import FusionOptions, Stage
+
+WEIGHTS_VARIABLE = "RECOFUSE_WEIGHTS"
+DEFAULT_WEIGHTS = "compact"
+MAX_SHEET_ROWS = 12  # of full-size pictures; more would be a file that no viewer opens
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def _mendable() -> tuple[type[BaseException], ...]:
+    """The errors that are the caller's to mend. The library is asked only if a verb has loaded it already."""
+    kinds: list[type[BaseException]] = [ServiceError, SettingsError, OSError]
+    if (core_errors := sys.modules.get("recofuse_core.errors")) is not None:
+        kinds.append(core_errors.CoreError)
+    return tuple(kinds)
+
+
+class OneLineErrors(TyperGroup):
+    """Turns errors that the caller can mend into one line and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except _mendable() as error:
+            complain(str(error))
+            raise typer.Exit(2) from error
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    err.print(f"recofuse: {' '.join(message.split())}", markup=False, soft_wrap=True, style="red")
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Restore and fuse infrared/visible image pairs.",
+)
+
+Weights = Annotated[
+    str,
+    typer.Option(
+        envvar=WEIGHTS_VARIABLE, metavar="NAME_OR_PATH", help="A shipped model's name or the path of a checkpoint file."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")]
+
+
+def _settings() -> Settings:
+    return Settings.from_environment(os.environ, ignore=frozenset({WEIGHTS_VARIABLE}))
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        out.print(f"recofuse {importlib.metadata.version('recofuse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def recofuse(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Restore and fuse infrared/visible image pairs."""
+
+
+# fuse
+
+
+@app.command()
+def fuse(
+    vis: Annotated[Path, typer.Option(help="Visible image, or a folder of them.")],
+    ir: Annotated[Path, typer.Option(help="Infrared image, or a folder of files of the same names.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Fused image to write, or a folder for them.")],
+    all_: Annotated[
+        bool, typer.Option("--all", help="Write the restored inputs too, as NAME_vis and NAME_ir.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="euler, posterior, ode1 or ode2; the model's own if unset.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
+    ir_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Infrared values that become black and white; automatic if unset."),
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Also write inputs and results side by side.")] = None,
+    weights: Weights = DEFAULT_WEIGHTS,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Fuse one pair of files, or two folders of pairs matched by file name."""
+    from service.engine import CoreEngine, PassOptions
+    from service.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
+    from service.jobs import Part
+
+    settings = _settings()
+    pairs, lonely = match_pairs(vis, ir)
+    parts = tuple(Part) if all_ else (Part.FUSED,)
+    is_folder = vis.is_dir()
+    if is_folder and output.exists() and not output.is_dir():
+        raise InvalidInputError(f"output: {output} is a file, but two folders need a folder")
+    targets = [paths_of_parts(output / f"{pair.name}.png" if is_folder else output, parts) for pair in pairs]
+    if sheet is not None:
+        paths_of_parts(sheet, (Part.FUSED,))  # an impossible suffix is told before the work, not after it
+    _refuse_to_overwrite(pairs, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
+    asked = _valid_options(steps=steps, sampler=sampler, seed=seed, ir_range=ir_range)
+    if lonely:
+        complain(
+            f"{len(lonely)} images have no partner and are left out: {', '.join(lonely[:5])}{'...'[: len(lonely)]}"
+        )
+
+    engine = CoreEngine(settings.engine.model_copy(update={"model": weights, "device": device, "num_threads": threads}))
+    engine.load()
+    options = PassOptions(
+        steps=asked.steps or engine.info.default_steps,
+        sampler=asked.sampler or engine.info.default_sampler,
+        parts=parts,
+    )
+    costs: list[Mapping[Stage, Cost]] = []
+    rows: list[list[tuple[str, Pixels]]] = []
+    num_failed = 0
+    with _progress() as progress:
+        for pair, paths in progress.track(list(zip(pairs, targets, strict=True)), description="fusing"):
+            try:
+                fusion = fuse_files(engine, pair, paths, options, seed, settings.limits, settings.codec, asked.ir_range)
+            except ServiceError as error:
+                if not is_folder:
+                    raise
+                num_failed += 1
+                complain(f"{pair.name}: {error}")
+                continue
+            costs.append(fusion.costs)
+            if sheet is not None and len(rows) < MAX_SHEET_ROWS:
+                rows.append(_sheet_row(pair, fusion))
+    if costs:
+        out.print(_cost_table(costs, f"{engine.info.model_name}, {options.sampler}, {options.steps} steps"))
+        out.print(f"wrote {output}", markup=False, soft_wrap=True)
+    if sheet is not None and rows:
+        write_picture(sheet, contact_sheet(rows), settings.codec)
+        first = f" (the first {len(rows)} pairs)" if len(rows) < len(costs) else ""
+        out.print(f"wrote {sheet}{first}", markup=False, soft_wrap=True)
+    if num_failed:
+        complain(f"{num_failed} of {len(pairs)} pairs could not be fused")
+        raise typer.Exit(2)
+
+
+def _valid_options(**values: object) -> FusionOptions:
+    from pydantic import ValidationError
+
+    from service.jobs import FusionOptions, problems_of
+
+    try:
+        return FusionOptions.model_validate(values)
+    except ValidationError as error:
+        raise InvalidInputError(problems_of(error)) from error
+
+
+def _refuse_to_overwrite(pairs: Sequence[FilePair], targets: Sequence[Path]) -> None:
+    sources = {path.resolve() for pair in pairs for path in (pair.vis, pair.ir)}
+    for target in targets:
+        if target.resolve() in sources:
+            raise InvalidInputError(f"output: writing {target} would destroy an input; choose another name or folder")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+    )
+
+
+def _sheet_row(pair: FilePair, fusion: Fusion) -> list[tuple[str, Pixels]]:
+    from service.jobs import Part
+
+    row = [(f"{pair.name}: visible", fusion.inputs.vis), ("infrared", fusion.inputs.ir)]
+    labels = {Part.VIS: "visible, restored", Part.IR: "infrared, restored", Part.FUSED: "fused"}
+    row += [(label, fusion.pictures[part]) for part, label in labels.items() if part in fusion.pictures]
+    return row
+
+
+def _cost_table(costs: Sequence[Mapping[Stage, Cost]], title: str) -> Table:
+    """Mean cost of a pair by stage."""
+    table = Table(title=f"per pair ({len(costs)} fused; {title})", title_justify="left")
+    table.add_column("stage")
+    table.add_column("time, ms", justify="right")
+    table.add_column("processor time, ms", justify="right")
+    totals = [0.0, 0.0]
+    for stage in costs[0]:
+        wall_ms = 1e3 * sum(cost[stage].wall_s for cost in costs) / len(costs)
+        cpu_ms = 1e3 * sum(cost[stage].cpu_s for cost in costs) / len(costs)
+        totals = [totals[0] + wall_ms, totals[1] + cpu_ms]
+        table.add_row(stage.value, f"{wall_ms:.1f}", f"{cpu_ms:.1f}")
+    table.add_section()
+    table.add_row("total", f"{totals[0]:.1f}", f"{totals[1]:.1f}")
+    return table
+
+
+# serve
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="core|null|fixed", help="The model, or a stand-in that measures the service.")
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(metavar="files|ready", help="ready: answer the uploaded file unread (stand-in engines only)."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(envvar=WEIGHTS_VARIABLE, metavar="NAME_OR_PATH", help="A shipped model's name or a checkpoint."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")] = None,
+) -> None:
+    """Serve POST /v1/fuse: front end, queue and worker in one process.
+
+    Every setting can be given as RECOFUSE_GROUP__NAME in the environment; an option here wins over it.
+    """
+    settings = _settings()
+    asked = {
+        "http": {"host": host, "port": port},
+        "codec": {"kind": codec},
+        "engine": {"kind": engine, "model": weights, "device": device, "num_threads": threads},
+    }
+    if sys.stderr.isatty() and not any(name.upper() == "RECOFUSE_LOG__FORMAT" for name in os.environ):
+        asked["log"] = {"format": "text"}  # somebody is reading
+    settings = settings.replace(
+        **{group: {k: v for k, v in values.items() if v is not None} for group, values in asked.items()}
+    )
+    raise typer.Exit(_serve_all_in_one(settings))
+
+
+def _serve_all_in_one(settings: Settings) -> int:
+    """Serve until told to stop; returns the exit status. Raises what the caller can mend, such as a missing file."""
+    from service.engine import build_engine
+    from service.serve import run, serve_all_in_one
+
+    def announce(address: str) -> None:
+        err.print(f"serving on {address} - try {address}/docs; Ctrl-C stops", markup=False, soft_wrap=True)
+
+    mendable: list[BaseException] = []
+
+    async def main(stop: asyncio.Event) -> None:
+        try:
+            await serve_all_in_one(settings, build_engine(settings.engine), stop, announce)
+        except _mendable() as error:  # kept from `run`, which would log it as a fault of ours
+            mendable.append(error)
+
+    status = run(main, settings)
+    if mendable:
+        raise mendable[0]
+    return status
+
+
+# weights
+
+
+@app.command()
+def info(
+    weights: Annotated[
+        str,
+        typer.Argument(
+            envvar=WEIGHTS_VARIABLE, metavar="[NAME_OR_PATH]", help="A shipped model's name or a checkpoint."
+        ),
+    ] = DEFAULT_WEIGHTS,
+    card: Annotated[bool, typer.Option("--card", help="Show a shipped model's card instead.")] = False,
+) -> None:
+    """Show what a model is: size, defaults, configuration, and where its weights come from."""
+    if card:
+        out.print(Markdown(_card_of(weights)))
+        return
+    from recofuse_core import load_pretrained
+
+    model = load_pretrained(weights)
+    facts = Table(show_header=False, title=f"{model.info.name} {model.info.version}", title_justify="left")
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("preset", model.info.preset)
+    facts.add_row("parameters", f"{model.info.num_parameters:,}")
+    facts.add_row("default", f"{model.info.default_sampler}, {model.info.default_steps} steps")
+    for group, values in (("config", asdict(model.config)), ("provenance", model.info.provenance)):
+        facts.add_section()
+        for name, value in _flat(values):
+            facts.add_row(Text(f"{group}.{name}"), Text(str(value)))
+    out.print(facts)
+
+
+def _card_of(name: str) -> str:
+    path = resources.files("recofuse_core") / "weights" / f"{name}.md"
+    if not path.is_file():
+        raise InvalidInputError(f"there is no model card for {name}; cards ship with the packaged weights only")
+    return path.read_text("utf-8")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings under dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@app.command()
+def convert(
+    fusion: Annotated[Path, typer.Option(help="The published fusion network, ReCoFuse_F.pth.")],
+    autoencoder: Annotated[Path, typer.Option(help="The published autoencoder, latent-AE-XY.pth.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint to write, such as paper.safetensors.")],
+    generator: Annotated[Path | None, typer.Option(help="The published branches, ReCoFuse_G.pth.")] = None,
+    branches: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="VIS.pth IR.pth", help="Two single branches instead of --generator."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="What the model is called in answers and logs.")] = "paper",
+    half: Annotated[bool, typer.Option("--half", help="Store float16: half the size, slightly rounded.")] = False,
+) -> None:
+    """Turn the authors' published .pth files into one checkpoint; no code in them is run."""
+    if (generator is None) == (branches is None):
+        raise InvalidInputError("give either --generator or --branches")
+    import torch
+
+    from recofuse_core import convert_official
+
+    header = convert_official(
+        generator if generator is not None else branches,  # type: ignore[arg-type]  # one of them is there
+        fusion,
+        autoencoder,
+        output,
+        name=name,
+        dtype=torch.float16 if half else torch.float32,
+    )
+    out.print(f"wrote {output}: {header.info.num_parameters:,} parameters, {header.checksum}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Training configuration (TOML), such as configs/compact.toml.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the run; a run found there is resumed.")
+    ] = Path("runs/compact"),
+    initial: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    first_stage: Annotated[
+        str | None, typer.Option(metavar="autoencoder|branches|coupled", help="Skip the stages before this one.")
+    ] = None,
+) -> None:
+    """Train a model in its three stages, and write the checkpoint that every other verb reads."""
+    if first_stage not in (None, *(stages := ("autoencoder", "branches", "coupled"))):
+        raise InvalidInputError(f"first-stage: {first_stage!r} is not one of {', '.join(stages)}")
+    if missing := [name for name in ("tensorboard", "tqdm") if importlib.util.find_spec(name) is None]:
+        raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
+    from recofuse_core.training import train_from_config
+
+    written = train_from_config(config, output, initial=initial, first_stage=cast("Any", first_stage))
+    out.print(f"wrote {written}", markup=False, soft_wrap=True)
+
+
+# evaluate
+
+
+@app.command()
+def evaluate(
+    pairs: Annotated[Path, typer.Option(help="Folder of clean pairs: vis/ and ir/ below it, or a known data set.")],
+    strength: Annotated[
+        str, typer.Option(help="Degradations put in: light, medium, strong; clean; given: the files have them already.")
+    ] = "medium",
+    split: Annotated[str | None, typer.Option(help="Only this split of a data set: train, val or test.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the protocol.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="euler, posterior, ode1 or ode2; the model's own if unset.")
+    ] = None,
+    coupling: Annotated[str, typer.Option(help="on, or off: each branch restores alone.")] = "on",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pairs by name.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also score fusion after OpenCV enhancement.")] = False,
+    others: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Also score a folder of another method's fused images.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a pair and method.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a sheet of small pictures.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for all pictures at full size.")] = None,
+    weights: Annotated[
+        str, typer.Option(envvar=WEIGHTS_VARIABLE, metavar="NAME_OR_PATH", help="As for fuse; none: run no model.")
+    ] = DEFAULT_WEIGHTS,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Score a model, baselines and other methods by the protocol of docs/evaluation.md."""
+    import json
+    from typing import cast
+
+    import torch
+
+    from recofuse_core import evaluation, load_pretrained
+    from recofuse_core.data import find_pairs, write_image
+
+    if coupling not in ("on", "off"):
+        raise InvalidInputError(f"coupling must be on or off, not {coupling}")
+    folders = {}
+    for item in others or ():
+        name, separator, folder = item.partition("=")
+        if not (name and separator and folder) or name in folders:
+            raise InvalidInputError(f"others: expected NAME=DIR, each name once, got {item}")
+        folders[name] = Path(folder)
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    files = find_pairs(pairs, split=split)[:limit]
+    model = None if weights == "none" else load_pretrained(weights, device=device)
+    settings = evaluation.EvaluationSettings(
+        strength=cast(evaluation.EvaluationStrength, strength),
+        seed=seed,
+        steps=steps,
+        sampler=cast(Any, sampler),
+        coupled=coupling == "on",
+        with_baselines=baselines,
+    )
+    scores, rows = [], []
+    results = evaluation.evaluate(model, files, settings, others=folders, device=device)
+    with _progress() as progress:
+        for pair_scores, images in progress.track(results, total=len(files), description="evaluating"):
+            scores.append(pair_scores)
+            if sheet is not None:
+                rows.append(evaluation.sheet_row(pair_scores.name, images))
+            if save is not None:
+                for part, image in images.by_part().items():
+                    write_image(save / part / f"{pair_scores.name}.png", image)
+    report = evaluation.Report(
+        tuple(scores),
+        settings,
+        weights=model.info.name if model else None,
+        version=model.info.version if model else None,
+        steps=(steps or model.info.default_steps) if model else None,
+        sampler=(sampler or model.info.default_sampler) if model else None,
+    )
+    texts = {
+        json_path: lambda: json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n",
+        csv_path: report.csv,
+        markdown: report.markdown,
+    }
+    for path, text in texts.items():
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(), encoding="utf-8")
+    if sheet is not None:
+        write_image(sheet, evaluation.stack_rows(rows))
+    out.print(report.markdown(), markup=False, soft_wrap=True)
+    out.print(report.line(), markup=False, soft_wrap=True)
+
+
+# demo
+
+
+@app.command()
+def demo(
+    vis: Annotated[Path | None, typer.Option(help="Your own visible image; a generated pair if unset.")] = None,
+    ir: Annotated[Path | None, typer.Option(help="Your own infrared image of the same view.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.")] = Path("demo"),
+    weights: Weights = DEFAULT_WEIGHTS,
+) -> None:
+    """Start a server on a free loopback port, fuse one pair through it, and stop it again."""
+    from service.demo import run_demo
+
+    if (vis is None) != (ir is None):
+        raise InvalidInputError("give both --vis and --ir, or neither")
+    result = run_demo(output, weights, _settings(), own_pair=None if vis is None or ir is None else (vis, ir))
+    table = Table(show_header=False, box=None)
+    for label, value in (
+        ("fused picture", result.fused),
+        ("side by side", result.sheet),
+        ("server log", result.server_log),
+        ("model", result.model),
+        ("time", result.server_timing),
+    ):
+        table.add_row(label, Text(str(value), overflow="fold"))
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="recofuse")

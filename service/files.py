@@ -1,0 +1,170 @@
+"""Fusing files on disk without a server: pairs found by name, one by one through an engine; and picture sheets.
+
+It uses the server's codec (`images.py`) and engine, so the same pair, options and seed give the same pixels as
+`POST /v1/fuse`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from service import images
+from service.engine import Engine, PassOptions
+from service.errors import InvalidInputError
+from service.jobs import ImageFormat, Part, Stage
+from service.settings import CodecSettings, LimitSettings
+
+Pixels = NDArray[np.uint8]
+
+FORMAT_OF_SUFFIX = {
+    ".png": ImageFormat.PNG,
+    ".jpg": ImageFormat.JPEG,
+    ".jpeg": ImageFormat.JPEG,
+    ".webp": ImageFormat.WEBP,
+    ".npy": ImageFormat.NPY,
+}
+READABLE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"})
+
+_MARGIN, _LABEL_HEIGHT = 8, 28  # pixels of a sheet
+_BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
+
+
+@dataclass(frozen=True, slots=True)
+class FilePair:
+    """The two files of one scene; name is what they are called without suffix."""
+
+    name: str
+    vis: Path
+    ir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a stage took: seconds on the clock, and seconds of processor time over all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One fused pair: what went in (8 bits, on the vis grid), what came out, and what each stage cost."""
+
+    inputs: images.Pair
+    pictures: Mapping[Part, Pixels]
+    costs: Mapping[Stage, Cost]
+
+
+def match_pairs(vis: Path, ir: Path) -> tuple[list[FilePair], list[str]]:
+    """The pairs of two files or of two folders (matched by file name without suffix), and the names without partner.
+
+    Raises InvalidInputError for a missing path, a file beside a folder, two files of one name, and folders that have no
+    name in common.
+    """
+    for role, path in (("vis", vis), ("ir", ir)):
+        if not path.exists():
+            raise InvalidInputError(f"{role}: there is no file or folder {path}")
+    if vis.is_dir() != ir.is_dir():
+        raise InvalidInputError(f"vis and ir must be two files or two folders, not {vis} and {ir}")
+    if not vis.is_dir():
+        return [FilePair(vis.stem, vis, ir)], []
+    vis_files, ir_files = _images_in(vis, "vis"), _images_in(ir, "ir")
+    common = sorted(vis_files.keys() & ir_files.keys())
+    if not common:
+        raise InvalidInputError(
+            f"{vis} ({len(vis_files)} images) and {ir} ({len(ir_files)} images) have no file name in common; "
+            f"pairs carry one name, such as {vis}/001.png and {ir}/001.jpg"
+        )
+    return [FilePair(name, vis_files[name], ir_files[name]) for name in common], sorted(
+        vis_files.keys() ^ ir_files.keys()
+    )
+
+
+def _images_in(folder: Path, role: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in READABLE_SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise InvalidInputError(f"{role}: {found[path.stem].name} and {path.name} in {folder} share one name")
+        found[path.stem] = path
+    return found
+
+
+def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:
+    """Where each picture goes: a single or the fused one to `output`, the others beside it with `_vis` or `_ir`.
+
+    Raises InvalidInputError if the suffix names no format that can be written.
+    """
+    if output.suffix.lower() not in FORMAT_OF_SUFFIX:
+        raise InvalidInputError(
+            f"output: {output.name} does not end in one of {', '.join(FORMAT_OF_SUFFIX)}; two folders need a folder"
+        )
+    if len(parts) == 1:
+        return {parts[0]: output}
+    return {
+        part: output if part is Part.FUSED else output.with_name(f"{output.stem}_{part.value}{output.suffix}")
+        for part in parts
+    }
+
+
+def fuse_files(
+    engine: Engine,
+    pair: FilePair,
+    outputs: Mapping[Part, Path],
+    options: PassOptions,
+    seed: int,
+    limits: LimitSettings,
+    codec: CodecSettings,
+    ir_range: tuple[float, float] | None = None,
+) -> Fusion:
+    """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths."""
+    costs: dict[Stage, Cost] = {}
+    with _measured(costs, Stage.DECODE):
+        inputs = images.decode_pair(pair.vis.read_bytes(), pair.ir.read_bytes(), limits, ir_range=ir_range)
+    with _measured(costs, Stage.MODEL):
+        batch = engine.fuse(inputs.vis[None], inputs.ir[None], options, [seed])
+    pictures = {part: batch[part][0] for part in outputs}
+    with _measured(costs, Stage.ENCODE):
+        for part, path in outputs.items():
+            write_picture(path, pictures[part], codec)
+    return Fusion(inputs, pictures, costs)
+
+
+def write_picture(path: Path, pixels: Pixels, codec: CodecSettings) -> None:
+    """Write a picture in the format that the path's suffix names, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(images.encode(pixels, FORMAT_OF_SUFFIX[path.suffix.lower()], codec))
+
+
+@contextmanager
+def _measured(costs: dict[Stage, Cost], stage: Stage) -> Iterator[None]:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield
+    costs[stage] = Cost(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]]) -> Pixels:
+    """Rows of labelled pictures, (H, W, 3) RGB or (H, W) grey, side by side at full size: (H', W', 3)."""
+    width = max(sum(picture.shape[1] + _MARGIN for _, picture in row) for row in rows) + _MARGIN
+    heights = [max(picture.shape[0] for _, picture in row) + _LABEL_HEIGHT + _MARGIN for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=16)
+    top = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = _MARGIN
+        for label, picture in row:
+            draw.text((left + 2, top + 2), label, fill=_INK, font=font)
+            sheet.paste(Image.fromarray(picture).convert("RGB"), (left, top + _LABEL_HEIGHT))
+            left += picture.shape[1] + _MARGIN
+        top += height
+    return np.asarray(sheet)
