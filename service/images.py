@@ -15,7 +15,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import cv2
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
-from service.jobs import ImageFormat, PixelFormat, RawLayout
+from service.jobs import FusionJob, ImageFormat, Part, PixelFormat, RawLayout
 from service.settings import CodecSettings, LimitSettings
 
 Role = Literal["vis", "ir"]
@@ -162,6 +162,59 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
             f"{pixels.shape[1]}x{pixels.shape[0]} is too large for {image_format.value}; png and npy take any size"
         )
     return encoded.tobytes()
+
+
+class Codec(Protocol):
+    """What a worker does between a job's bytes and pixels. Calls block, and come from several threads at once."""
+
+    def decode(self, job: FusionJob) -> Pair:
+        """A job's pair, as `decode_pair` has it. Raises like `inspect`."""
+
+    def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
+        """One picture of the answer, in the job's format. Raises InvalidInputError."""
+
+
+def build_codec(settings: CodecSettings, limits: LimitSettings) -> Codec:
+    """The codec that the settings ask for."""
+    return ReadyBytes() if settings.kind == "ready" else FileCodec(settings, limits)
+
+
+class FileCodec:
+    """Reads and writes image files."""
+
+    def __init__(self, settings: CodecSettings, limits: LimitSettings) -> None:
+        self._settings = settings
+        self._limits = limits
+
+    def decode(self, job: FusionJob) -> Pair:
+        """See Codec."""
+        return decode_pair(
+            job.vis,
+            job.ir,
+            self._limits,
+            ir_range=job.options.ir_range,
+            vis_layout=job.vis_layout,
+            ir_layout=job.ir_layout,
+        )
+
+    def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
+        """See Codec."""
+        return encode(pixels, job.options.format, self._settings)
+
+
+class ReadyBytes:
+    """Reads and writes nothing: one black pixel stands for each image, and the uploaded file is the answer.
+
+    For measuring what the service costs without its codec. Headers are still checked at admission.
+    """
+
+    def decode(self, job: FusionJob) -> Pair:
+        """See Codec."""
+        return Pair(vis=np.zeros((1, 1, 3), np.uint8), ir=np.zeros((1, 1), np.uint8))
+
+    def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
+        """See Codec."""
+        return job.ir if part is Part.IR else job.vis
 
 
 def _png_flags(level: int) -> list[int]:
@@ -352,9 +405,8 @@ def _orient(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 def _raw_rows(layout: RawLayout) -> tuple[int, int]:
     """Bytes of one row without padding, and the number of rows."""
-    per_pixel = {PixelFormat.MONO16: 2, PixelFormat.RGB8: 3, PixelFormat.BGR8: 3}.get(layout.pixel_format, 1)
     num_rows = layout.height * 3 // 2 if layout.pixel_format is PixelFormat.NV12 else layout.height
-    return layout.width * per_pixel, num_rows
+    return layout.width * layout.pixel_format.bytes_per_pixel, num_rows
 
 
 def _raw_array(data: bytes, layout: RawLayout) -> Pixels:

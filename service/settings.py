@@ -60,8 +60,13 @@ class LimitSettings(Group):
 
 
 class CodecSettings(Group):
-    """How answers are encoded."""
+    """How images are read and answers are encoded."""
 
+    kind: Literal["files", "ready"] = Field(
+        default="files",
+        description="files: decode and encode; ready: answer the uploaded file unread, to measure the service without "
+        "its codec (stand-in engines only)",
+    )
     png_compression: int = Field(
         default=1, ge=0, le=9, description="zlib level of PNG answers; 0 stores, 9 is smallest"
     )
@@ -184,6 +189,12 @@ class Settings(Group):
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _model_needs_pictures(self) -> Self:
+        if self.codec.kind == "ready" and self.engine.kind == "core":
+            raise ValueError("codec.kind=ready works with engine.kind=null or fixed only; a model needs real pictures")
+        return self
 
     @model_validator(mode="after")
     def _heartbeat_beats_lease(self) -> Self:

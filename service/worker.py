@@ -80,6 +80,7 @@ class Worker:
         self._room = asyncio.Event()  # a held job has ended
         self._tasks: set[asyncio.Task[None]] = set()
         self._info: WorkerInfo | None = None
+        self._codec = images.build_codec(settings.codec, settings.limits)
         num_threads = settings.worker.codec_threads or os.cpu_count() or 1
         self._codecs = ThreadPoolExecutor(num_threads, thread_name_prefix="codec")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -198,17 +199,7 @@ class Worker:
                 return
             started = time.perf_counter()
             try:
-                held.pair = await asyncio.get_running_loop().run_in_executor(
-                    self._codecs,
-                    lambda: images.decode_pair(
-                        job.vis,
-                        job.ir,
-                        self._settings.limits,
-                        ir_range=job.options.ir_range,
-                        vis_layout=job.vis_layout,
-                        ir_layout=job.ir_layout,
-                    ),
-                )
+                held.pair = await asyncio.get_running_loop().run_in_executor(self._codecs, self._codec.decode, job)
             except ServiceError as error:
                 await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
                 return
@@ -219,7 +210,8 @@ class Worker:
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
             held.ready_s = self._clock()
             deadline_s = math.inf if job.deadline_s is None else job.deadline_s
-            bucket = (held.pair.ir.shape, self._pass_options(held))
+            # Both sizes are equal, unless a codec stands in for the pictures.
+            bucket = (job.width, job.height, held.pair.ir.shape, self._pass_options(held))
             self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s))
         finally:
             self._num_decoding -= 1
@@ -300,12 +292,11 @@ class Worker:
 
     async def _encode(self, held: _Held, pictures: dict[Part, images.Pixels], batch_size: int) -> None:
         job, info = held.lease.job, self._info
-        codec = self._settings.codec
         started = time.perf_counter()
         try:
             encoded = await asyncio.get_running_loop().run_in_executor(
                 self._codecs,
-                lambda: {part: images.encode(pixels, job.options.format, codec) for part, pixels in pictures.items()},
+                lambda: {part: self._codec.encode(job, part, pixels) for part, pixels in pictures.items()},
             )
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
@@ -315,7 +306,6 @@ class Worker:
             await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
             return
         held.timings_s[Stage.ENCODE] = time.perf_counter() - started
-        height, width = next(iter(pictures.values())).shape[:2]
         result = FusionResult(
             job_id=job.id,
             images=encoded,
@@ -324,8 +314,8 @@ class Worker:
             model_name=info.model_name if info else "",
             model_version=info.model_version if info else "",
             batch_size=batch_size,
-            width=width,
-            height=height,
+            width=job.width,
+            height=job.height,
         )
         await self._finish(held, result)
 
