@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt
+.PHONY: help setup demo serve test check fmt proto
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,3 +36,6 @@ check: $(INSTALLED) ## formatting, lint and types, changing nothing
 fmt: $(INSTALLED) ## format, and mend what lint can mend
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+proto: $(INSTALLED) ## generate service/pb from proto/
+	@$(BIN)/python proto/generate.py

@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import re
-import secrets
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
@@ -57,7 +56,7 @@ from service.jobs import (
     Priority,
     problems_of,
 )
-from service.logs import request_id
+from service.logs import accepted_id, request_id
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -71,7 +70,6 @@ DISCARD_S = 2.0
 OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "priority", "timeout_ms")
 IMAGE_FIELDS = ("vis", "ir")
 
-_REQUEST_ID = re.compile(r"^[0-9A-Za-z_.:-]{1,128}$")
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS"})
 
 
@@ -689,7 +687,7 @@ class _Envelope:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        current = given if _REQUEST_ID.match(given) else secrets.token_hex(12)
+        current = accepted_id(given)
         token = request_id.set(current)
         try:
             with self._metrics.request("http") as timer:

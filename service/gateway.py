@@ -69,7 +69,7 @@ class Gateway:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        self._is_draining = False
+        self._draining = asyncio.Event()
         self._num_waiting = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -138,7 +138,7 @@ class Gateway:
 
     async def readiness(self) -> Readiness:
         """Whether this front end should be sent requests: not draining, queue there, a warm worker there."""
-        if self._is_draining:
+        if self.is_draining:
             return Readiness(False, "draining")
         try:
             workers = await self._queue.workers()
@@ -158,11 +158,15 @@ class Gateway:
     @property
     def is_draining(self) -> bool:
         """Whether new work is refused."""
-        return self._is_draining
+        return self._draining.is_set()
 
     def start_drain(self) -> None:
         """Refuse new work from now on; what was accepted goes on."""
-        self._is_draining = True
+        self._draining.set()
+
+    async def drain_started(self) -> None:
+        """Returns once new work is refused; for a face whose calls have no end of their own."""
+        await self._draining.wait()
 
     async def drained(self) -> None:
         """Returns once no caller waits any more."""
@@ -171,7 +175,7 @@ class Gateway:
     # the parts
 
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
-        if self._is_draining:
+        if self.is_draining:
             raise UnavailableError("this server is stopping; try again, another one may answer", retry_after_s=1.0)
         width, height = await asyncio.to_thread(self._check, request)
         now = self._clock()

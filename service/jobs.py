@@ -96,7 +96,12 @@ class PixelFormat(StrEnum):
     MONO16 = "mono16"  # little endian
     RGB8 = "rgb8"
     BGR8 = "bgr8"
-    NV12 = "nv12"  # full-range or video-range YUV 4:2:0, even width and height
+    NV12 = "nv12"  # video-range YUV 4:2:0 (BT.601), even width and height
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Bytes of one pixel in a row; of NV12, in a row of either plane."""
+        return {PixelFormat.MONO16: 2, PixelFormat.RGB8: 3, PixelFormat.BGR8: 3}.get(self, 1)
 
 
 class Stage(StrEnum):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import secrets
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -17,7 +19,13 @@ from service.settings import LogSettings
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
+_ACCEPTED_ID = re.compile(r"^[0-9A-Za-z_.:-]{1,128}$")
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+def accepted_id(given: str) -> str:
+    """The id that a caller gave, or a fresh one in place of one that could forge lines or fields."""
+    return given if _ACCEPTED_ID.fullmatch(given) else secrets.token_hex(12)
 
 
 class RequestIdFilter(logging.Filter):

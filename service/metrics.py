@@ -34,6 +34,21 @@ class DropReason(StrEnum):
     LOST = "lost"
 
 
+class FlowMode(StrEnum):
+    """What a stream does when frames come faster than they are fused: block their sender, or skip stale ones."""
+
+    ALL = "all"
+    LATEST = "latest"
+
+
+class FrameOutcome(StrEnum):
+    """What became of one frame of a stream."""
+
+    FUSED = "fused"
+    FAILED = "failed"
+    DROPPED = "dropped"
+
+
 class Metrics:
     """The metrics, as attributes. Names start with recofuse_ and end in their base unit, counts in _total."""
 
@@ -48,6 +63,12 @@ class Metrics:
         )  # fmt: skip
         self.in_flight = Gauge("recofuse_in_flight", "Requests being answered.", ["protocol"], registry=registry)
         self.errors = Counter("recofuse_errors", "Errors told to callers.", ["code"], registry=registry)
+        self.stream_frames = Counter(
+            "recofuse_stream_frames",
+            "Frames of streams by what became of them.",
+            ["mode", "outcome"],
+            registry=registry,
+        )
         self.jobs_accepted = Counter(
             "recofuse_jobs_accepted", "Jobs put in the queue.", ["priority"], registry=registry
         )
@@ -97,6 +118,9 @@ class Metrics:
             self.jobs_dropped.labels(reason)
         for stage in Stage:
             self.stage_seconds.labels(stage)
+        for mode in FlowMode:
+            for outcome in FrameOutcome:
+                self.stream_frames.labels(mode, outcome)
 
     @contextmanager
     def request(self, protocol: str) -> Iterator[RequestTimer]:

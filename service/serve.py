@@ -34,7 +34,7 @@ from service.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-OnReady = Callable[[str], None]  # receives the address, such as http://127.0.0.1:8000
+OnReady = Callable[[str], None]  # receives the address, such as http://127.0.0.1:8000 or, for gRPC, 127.0.0.1:8001
 
 
 def version() -> str:
@@ -52,16 +52,19 @@ def new_metrics() -> Metrics:
     return metrics
 
 
-async def serve_all_in_one(settings: Settings, engine: Engine, stop: asyncio.Event, on_ready: OnReady) -> None:
+async def serve_all_in_one(
+    settings: Settings, engine: Engine, stop: asyncio.Event, on_ready: OnReady, on_grpc: OnReady | None = None
+) -> None:
     """Front end, in-process queue and one worker. Stopping answers everything that was accepted.
 
-    on_ready is called once the model is warm. Raises what loading the model raises.
+    on_ready is called once the model is warm, on_grpc as soon as gRPC listens. Raises what loading the model raises,
+    and OSError if it cannot listen.
     """
     metrics = new_metrics()
     queue = MemoryQueue(settings.queue)
     worker = Worker(queue, engine, settings, metrics)
     gateway = Gateway(queue, settings, metrics)
-    async with _listening(build_app(gateway, settings, metrics, version=version()), settings.http) as address:
+    async with _faces(gateway, settings, metrics, on_grpc) as address:
         working = asyncio.create_task(worker.run())
         try:
             await _until(stop, working, worker, lambda: on_ready(address))
@@ -78,13 +81,15 @@ async def serve_all_in_one(settings: Settings, engine: Engine, stop: asyncio.Eve
             await working
 
 
-async def serve_front_end(settings: Settings, queue: JobQueue, stop: asyncio.Event, on_ready: OnReady) -> None:
+async def serve_front_end(
+    settings: Settings, queue: JobQueue, stop: asyncio.Event, on_ready: OnReady, on_grpc: OnReady | None = None
+) -> None:
     """A front end alone; other processes work. Stopping answers the callers that wait, and leaves jobs in the queue."""
     metrics = new_metrics()
     gateway = Gateway(queue, settings, metrics)
     await queue.open()
     try:
-        async with _listening(build_app(gateway, settings, metrics, version=version()), settings.http) as address:
+        async with _faces(gateway, settings, metrics, on_grpc) as address:
             on_ready(address)
             await stop.wait()
             gateway.start_drain()
@@ -141,6 +146,22 @@ def run(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], settings: S
         logger.exception("the process ends after an error")
         return 1
     return 0
+
+
+@contextlib.asynccontextmanager
+async def _faces(gateway: Gateway, settings: Settings, metrics: Metrics, on_grpc: OnReady | None) -> AsyncIterator[str]:
+    """HTTP and gRPC on one gateway for the duration of the block; yields the HTTP address."""
+    async with contextlib.AsyncExitStack() as stack:
+        app = build_app(gateway, settings, metrics, version=version())
+        address = await stack.enter_async_context(_listening(app, settings.http))
+        if settings.grpc.port >= 0:
+            from service import grpc_api  # a worker, and a front end without gRPC, do not pay for it
+
+            grpc_address = await stack.enter_async_context(grpc_api.listening(gateway, settings, metrics))
+            logger.info("listening for gRPC", extra={"address": grpc_address})
+            if on_grpc is not None:
+                on_grpc(grpc_address)
+        yield address
 
 
 class _Server(uvicorn.Server):

@@ -47,6 +47,44 @@ class HttpSettings(Group):
     require_worker: bool = Field(default=True, description="/health/ready asks for at least one warm worker")
 
 
+class GrpcSettings(Group):
+    """The gRPC front end."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(
+        default=8001, ge=-1, le=65535, description="port to listen on; 0 picks a free one, -1 turns gRPC off"
+    )
+    tls_cert: str = Field(default="", description="PEM file of the certificate chain; empty: no TLS")
+    tls_key: str = Field(default="", description="PEM file of the certificate's private key")
+    tls_client_ca: str = Field(
+        default="", description="PEM file of the authorities whose client certificates are required; empty: none are"
+    )
+    max_calls: Count = Field(default=1024, description="calls and streams at once; beyond it they are refused")
+    max_in_flight: Count = Field(
+        default=8, description="frames of one stream being fused or sent back, at most; also its default for mode all"
+    )
+    keep_alive_s: Seconds = Field(default=30.0, description="a silent connection is probed after this many seconds")
+    keep_alive_timeout_s: Seconds = Field(
+        default=10.0, description="a peer that does not answer a probe for this long is gone"
+    )
+    min_ping_interval_s: Seconds = Field(
+        default=10.0, description="clients that probe more often than this are disconnected"
+    )
+    max_connection_age_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="clients are asked to reconnect after this many seconds, to spread over replicas; 0: never",
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key belong together")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca asks for tls_cert and tls_key as well")
+        return self
+
+
 class LimitSettings(Group):
     """What an input may be. Checked before anything is decoded."""
 
@@ -181,6 +219,7 @@ class Settings(Group):
     """All groups."""
 
     http: HttpSettings = HttpSettings()
+    grpc: GrpcSettings = GrpcSettings()
     limits: LimitSettings = LimitSettings()
     codec: CodecSettings = CodecSettings()
     jobs: JobSettings = JobSettings()

@@ -37,6 +37,7 @@ def serving() -> Serving:
     async def start(engine: FakeEngine | None = None, **groups: dict[str, Any]) -> AsyncIterator[Server]:
         values: dict[str, dict[str, Any]] = {
             "http": {"port": 0},
+            "grpc": {"port": -1},
             "worker": {"take_wait_s": 0.2, "drain_timeout_s": 5.0},
         }
         for group, changes in groups.items():

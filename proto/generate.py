@@ -1,0 +1,40 @@
+"""Generates the Python messages and stubs of the public contract: `python proto/generate.py [FOLDER]`.
+
+protoc names the modules after the folders of proto/, as if they lay at the top level. Here they live below service.pb,
+so their imports of each other are rewritten. The descriptors keep their public names (recofuse/v1/fusion.proto), so
+that other code generated from the same files can share a process with this one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+
+from grpc_tools import protoc
+
+SOURCE = Path(__file__).parent
+TARGET = SOURCE.parent / "service" / "pb"
+PACKAGE = "service.pb"
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+IMPORT = re.compile(r"^(from|import) recofuse\.", re.MULTILINE)
+
+
+def generate(target: Path) -> None:
+    """Write the modules of every file below proto/ into a folder. Raises RuntimeError with protoc's status."""
+    sources = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.proto"))
+    plugins = [f"--plugin={name}={Path(sys.executable).parent / name}" for name in PLUGINS]
+    kinds = [f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    includes = [f"-I{SOURCE}", f"-I{resources.files('grpc_tools') / '_proto'}"]
+    target.mkdir(parents=True, exist_ok=True)
+    if status := protoc.main(["protoc", *includes, *plugins, *kinds, *sources]):
+        raise RuntimeError(f"protoc ended with status {status}")
+    for path in [*target.rglob("*.py"), *target.rglob("*.pyi")]:
+        path.write_text(IMPORT.sub(rf"\1 {PACKAGE}.recofuse.", path.read_text("utf-8")), "utf-8")
+    for folder in {target, *(path.parent for path in target.rglob("*_pb2.py")), target / "recofuse"}:
+        (folder / "__init__.py").write_text('"""Generated from proto/ by `make proto`; never edited."""\n', "utf-8")
+
+
+if __name__ == "__main__":
+    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else TARGET)

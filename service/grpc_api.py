@@ -1,0 +1,688 @@
+"""The gRPC face: messages of proto/recofuse/v1 to the same gateway calls as HTTP, health, reflection, TLS.
+
+Errors: servicers neither catch nor map; `_Envelope`, the one interceptor, turns every failure, also a message that
+cannot be parsed or an unknown method, into the statuses of `service.errors.STATUS`, with an `ErrorDetail` in the
+standard `grpc-status-details-bin`. Only what gRPC refuses before a message reaches us keeps gRPC's own status: messages
+beyond the size limit (RESOURCE_EXHAUSTED) and compressed ones (UNIMPLEMENTED).
+
+What a newcomer would get wrong: a stream never holds more than `max_in_flight` frames beside the one that waits. Mode
+`all` reads the next message only when there is room, and HTTP/2's windows carry that to the sender; mode `latest` goes
+on reading and replaces the frame that waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import io
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import numpy as np
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import ValidationError
+
+from service import logs
+from service.errors import (
+    INTERNAL_MESSAGE,
+    InternalError,
+    InvalidInputError,
+    MalformedRequestError,
+    OverloadedError,
+    RouteNotFoundError,
+    ServiceError,
+    TimedOutError,
+    UnavailableError,
+)
+from service.gateway import FusionRequest, Gateway
+from service.jobs import FusionOptions, FusionResult, Part, PixelFormat, Priority, RawLayout, problems_of
+from service.metrics import FlowMode, FrameOutcome, Metrics
+from service.pb.recofuse.v1 import fusion_pb2 as pb
+from service.pb.recofuse.v1 import fusion_pb2_grpc
+from service.settings import GrpcSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["FusionService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+IN_FLIGHT_LATEST = 2  # one in the model and one on its way there; more would only be older
+WATCH_S = 0.5  # how late a change of readiness reaches those who watch it
+STOP_GRACE_S = 10.0  # for answers that are being sent when everything else has stopped
+RETRY_S = (0.01, 0.25)  # first and longest pause of a frame that finds the queue full
+
+_IDEMPOTENCY_KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@contextlib.asynccontextmanager
+async def listening(gateway: Gateway, settings: Settings, metrics: Metrics) -> AsyncIterator[str]:
+    """Serve gRPC for the duration of the block; yields the address, such as 127.0.0.1:8001.
+
+    Raises OSError if the address or a TLS file cannot be used. Leaving the block waits for calls that still run.
+    """
+    options = settings.grpc
+    stopping = asyncio.Event()
+    server = grpc.aio.server(
+        interceptors=[_Envelope(metrics)],
+        options=_channel_options(settings),
+        maximum_concurrent_rpcs=options.max_calls,
+    )
+    fusion_pb2_grpc.add_FusionServiceServicer_to_server(_Fusion(gateway, settings, metrics), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(gateway, stopping), server)
+    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    address = f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
+    try:
+        if (credentials := _credentials(options)) is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:  # all that gRPC tells about a busy port, an unknown host or a useless key
+        raise OSError(f"cannot listen for gRPC on {address}: is it in use, and do the TLS files fit?") from error
+    await server.start()
+    try:
+        yield f"{address.rpartition(':')[0]}:{port}"
+    finally:
+        stopping.set()
+        await server.stop(STOP_GRACE_S)
+
+
+def _channel_options(settings: Settings) -> list[tuple[str, int]]:
+    options = settings.grpc
+    age_ms = int(options.max_connection_age_s * 1000)
+    return [
+        ("grpc.so_reuseport", 0),  # a port that is in use must be an error, not a lottery
+        ("grpc.max_receive_message_length", 2 * settings.limits.max_image_bytes + 64 * 1024),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not unpack to gigabytes
+        ("grpc.keepalive_time_ms", int(options.keep_alive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(options.keep_alive_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(options.min_ping_interval_s * 1000)),
+        *([("grpc.max_connection_age_ms", age_ms)] if age_ms else []),
+    ]
+
+
+def _credentials(options: GrpcSettings) -> grpc.ServerCredentials | None:
+    """TLS as configured, None for none. Raises OSError for files that cannot be read."""
+    if not options.tls_cert:
+        return None
+    pair = (Path(options.tls_key).read_bytes(), Path(options.tls_cert).read_bytes())
+    authorities = Path(options.tls_client_ca).read_bytes() if options.tls_client_ca else None
+    return grpc.ssl_server_credentials(
+        [pair], root_certificates=authorities, require_client_auth=authorities is not None
+    )
+
+
+# around every call
+
+
+class _Envelope(grpc.aio.ServerInterceptor):
+    """Around every call: its id, its metrics, parsing of its messages, and the status of whatever goes wrong."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the method's handler. Messages arrive as bytes and are parsed in here, where failing has a status."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(self._unknown)
+        route, parse, serialise = handler_call_details.method, handler.request_deserializer, handler.response_serializer
+        if handler.unary_unary is not None:
+
+            async def unary(request: bytes, context: Context) -> Any:
+                async with self._call(context, route, "unary"):
+                    return await handler.unary_unary(_parsed(parse, request), context)
+
+            return grpc.unary_unary_rpc_method_handler(unary, response_serializer=serialise)
+
+        # A coroutine that writes, rather than a generator, so that the inner generator is closed within the call.
+        if handler.unary_stream is not None:
+
+            async def server_stream(request: bytes, context: Context) -> None:
+                async with self._call(context, route, "stream"):
+                    await _send(handler.unary_stream(_parsed(parse, request), context), context)
+
+            return grpc.unary_stream_rpc_method_handler(server_stream, response_serializer=serialise)
+
+        async def both_stream(requests: AsyncIterator[bytes], context: Context) -> None:
+            async with self._call(context, route, "stream"):
+                await _send(handler.stream_stream(_all_parsed(parse, requests), context), context)
+
+        return grpc.stream_stream_rpc_method_handler(both_stream, response_serializer=serialise)
+
+    async def _unknown(self, _: AsyncIterator[bytes], context: Context) -> None:
+        async with self._call(context, "unmatched", "other"):
+            raise RouteNotFoundError("there is no such method; reflection lists what there is")
+
+    @contextlib.asynccontextmanager
+    async def _call(self, context: Context, route: str, kind: str) -> AsyncIterator[None]:
+        current = logs.accepted_id(_metadata(context).get("x-request-id", ""))
+        logs.request_id.set(current)  # each call has a task of its own, so nothing needs to be put back
+        with self._metrics.request("grpc") as timer:
+            timer.route, timer.method = route, kind
+            try:
+                yield
+                timer.status = "OK"
+                context.set_trailing_metadata((("x-request-id", current),))
+            except asyncio.CancelledError:
+                timer.status = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+                raise
+            except grpc.aio.AbortError:  # a status that only health checks know
+                timer.status = "NOT_FOUND"
+                raise
+            except ServiceError as error:
+                timer.status = error.grpc_status
+                await self._refuse(context, error)
+            except Exception:  # the process boundary of one call
+                timer.status = "INTERNAL"
+                logger.exception("call failed", extra={"method": route})
+                await self._refuse(context, InternalError(INTERNAL_MESSAGE))
+
+    async def _refuse(self, context: Context, error: ServiceError) -> None:
+        self._metrics.errors.labels(error.code).inc()
+        detail, packed = error_detail(error), AnyMessage()
+        packed.Pack(detail)
+        status = Status(code=detail.status, message=error.message, details=[packed])
+        metadata: list[tuple[str, str | bytes]] = [
+            ("x-request-id", detail.request_id),
+            ("grpc-status-details-bin", status.SerializeToString()),
+        ]
+        if error.retry_after_s is not None:
+            metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
+        await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(metadata))
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    """The call's text metadata."""
+    pairs: Any = context.invocation_metadata() or ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def _parsed(parse: Callable[[bytes], Any], raw: bytes) -> Any:
+    try:
+        return parse(raw)
+    except DecodeError as error:
+        raise MalformedRequestError("a message cannot be parsed as what its method takes") from error
+
+
+async def _all_parsed(parse: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for raw in requests:
+        yield _parsed(parse, raw)
+
+
+async def _send(answers: Any, context: Context) -> None:
+    if inspect.isawaitable(answers):  # a handler that writes by itself
+        await answers
+        return
+    async with aclosing(answers):
+        async for answer in answers:
+            await context.write(answer)
+
+
+def error_detail(error: ServiceError) -> pb.ErrorDetail:
+    """An error as clients see it."""
+    code: tuple[int, str] = grpc.StatusCode[error.grpc_status].value
+    return pb.ErrorDetail(
+        code=error.code,
+        message=error.message,
+        request_id=logs.request_id.get(),
+        retry_after_s=error.retry_after_s,
+        status=code[0],
+    )
+
+
+# health
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc, unused-ignore]
+    """The standard health service, for the server as a whole and for FusionService: the gateway's own readiness."""
+
+    def __init__(self, gateway: Gateway, stopping: asyncio.Event) -> None:
+        self._gateway = gateway
+        self._stopping = stopping
+
+    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802 - the name is the protocol's
+        """SERVING if new work is welcome now. Unknown services are NOT_FOUND, as the protocol has it."""
+        if request.service not in ("", SERVICE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"accepted are the empty name and {SERVICE}")
+        return await self._answer(request.service)
+
+    async def Watch(self, request: Any, _: Context) -> AsyncIterator[Any]:  # noqa: N802
+        """Readiness now and after every change, until the server stops."""
+        last = None
+        while not self._stopping.is_set():
+            answer = await self._answer(request.service)
+            if answer != last:
+                last = answer
+                yield answer
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), WATCH_S)
+
+    async def _answer(self, service: str) -> Any:
+        response = health_pb2.HealthCheckResponse
+        if service not in ("", SERVICE):
+            return response(status=response.SERVICE_UNKNOWN)
+        readiness = await self._gateway.readiness()
+        return response(status=response.SERVING if readiness.is_ready else response.NOT_SERVING)
+
+
+# fusion
+
+
+class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
+    """The public service."""
+
+    def __init__(self, gateway: Gateway, settings: Settings, metrics: Metrics) -> None:
+        self._gateway = gateway
+        self._settings = settings
+        self._metrics = metrics
+
+    async def Fuse(self, request: pb.FuseRequest, context: Context) -> pb.FuseResponse:  # noqa: N802
+        """See fusion.proto."""
+        started_s = time.monotonic()
+        metadata = _metadata(context)
+        key = metadata.get("idempotency-key")
+        if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+            raise InvalidInputError("idempotency-key: accepted are 1 to 255 printable ASCII characters without spaces")
+        options = _Options.of(request.options)
+        result = await self._gateway.fuse(
+            options.request(
+                request.vis,
+                request.ir,
+                timeout_s=self._timeout_s(options.timeout_s, context),
+                idempotency_key=key,
+                request_id=logs.request_id.get(),
+                traceparent=metadata.get("traceparent"),
+            )
+        )
+        fusion = fusion_of(result, is_raw=options.is_raw, started_s=started_s)
+        return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())
+
+    async def FuseStream(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.FuseStreamRequest], context: Context
+    ) -> AsyncIterator[pb.FuseStreamResponse]:
+        """See fusion.proto."""
+        stream = _Stream(
+            self._gateway, self._settings, self._metrics, request_iterator, _metadata(context).get("traceparent")
+        )
+        async with aclosing(stream.answers()) as answers:
+            async for answer in answers:
+                yield answer
+
+    def _timeout_s(self, asked_s: float | None, context: Context) -> float | None:
+        """The earlier of what was asked for and the call's own deadline; None if there is neither."""
+        remaining: float | None = context.time_remaining()
+        if remaining is None:
+            return asked_s
+        # A generous deadline is common and harmless, so it is cut rather than refused.
+        remaining_s = min(remaining, self._settings.jobs.max_timeout_s)
+        if remaining_s <= 0:
+            raise TimedOutError("the call's deadline had passed when it arrived")
+        return remaining_s if asked_s is None else min(asked_s, remaining_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """A FuseOptions message, checked. is_raw: the answer's pictures are wanted without a codec."""
+
+    fusion: FusionOptions
+    priority: Priority
+    timeout_s: float | None
+    is_raw: bool
+
+    @classmethod
+    def of(cls, message: pb.FuseOptions) -> _Options:
+        """Raises InvalidInputError."""
+        image_format = _name_of(pb.ImageFormat, message.format, "format")
+        is_raw = image_format == "raw"
+        named = {
+            "output": _name_of(pb.Output, message.output, "output"),
+            "format": "npy" if is_raw else image_format,
+            "sampler": _name_of(pb.Sampler, message.sampler, "sampler"),
+            "steps": message.steps if message.HasField("steps") else None,
+            "ir_range": (message.ir_range.low, message.ir_range.high) if message.HasField("ir_range") else None,
+        }
+        values = {name: value for name, value in named.items() if value is not None}
+        try:
+            fusion = FusionOptions.model_validate({**values, "seed": message.seed})
+        except ValidationError as error:
+            raise InvalidInputError(problems_of(error)) from error
+        priority = _name_of(pb.Priority, message.priority, "priority")
+        return cls(
+            fusion=fusion,
+            priority=Priority.NORMAL if priority is None else Priority(priority),
+            timeout_s=message.timeout_ms / 1000 if message.HasField("timeout_ms") else None,
+            is_raw=is_raw,
+        )
+
+    def request(
+        self,
+        vis: pb.Image,
+        ir: pb.Image,
+        *,
+        timeout_s: float | None,
+        request_id: str,
+        traceparent: str | None,
+        idempotency_key: str | None = None,
+    ) -> FusionRequest:
+        """The gateway's request for one pair. Raises InvalidInputError."""
+        vis_bytes, vis_layout = _content(vis, "vis")
+        ir_bytes, ir_layout = _content(ir, "ir")
+        return FusionRequest(
+            vis=vis_bytes,
+            ir=ir_bytes,
+            options=self.fusion,
+            priority=self.priority,
+            timeout_s=timeout_s,
+            idempotency_key=idempotency_key,
+            request_id=request_id,
+            traceparent=traceparent,
+            vis_layout=vis_layout,
+            ir_layout=ir_layout,
+        )
+
+
+class _Enum(Protocol):
+    """What protobuf's enum wrappers offer."""
+
+    def Name(self, number: Any) -> str: ...  # noqa: N802
+    def items(self) -> list[tuple[str, Any]]: ...
+
+
+def _name_of(kind: _Enum, number: int, field: str) -> str | None:
+    """The short name of an enum's value, None for the unspecified one. Raises InvalidInputError for unknown numbers."""
+    prefix = kind.Name(0).removesuffix("UNSPECIFIED")
+    try:
+        name = kind.Name(number)
+    except ValueError as error:
+        accepted = ", ".join(name for name, value in kind.items() if value != 0)
+        raise InvalidInputError(f"{field}: there is no value {number}; accepted are {accepted}") from error
+    return None if number == 0 else name.removeprefix(prefix).lower()
+
+
+def _content(image: pb.Image, role: str) -> tuple[bytes, RawLayout | None]:
+    """An image's bytes, and their layout if they are raw pixels. Raises InvalidInputError."""
+    match image.WhichOneof("content"):
+        case "encoded":
+            return image.encoded, None
+        case "raw":
+            raw = image.raw
+        case _:
+            raise InvalidInputError(f"{role}: the image is missing; vis and ir are required, encoded or raw")
+    name = _name_of(pb.PixelFormat, raw.pixel_format, f"{role}.pixel_format")
+    if name is None:
+        raise InvalidInputError(f"{role}.pixel_format is missing; accepted are {', '.join(PixelFormat)}")
+    pixel_format = PixelFormat(name)
+    stride = raw.stride or raw.width * pixel_format.bytes_per_pixel
+    try:
+        layout = RawLayout(pixel_format=pixel_format, width=raw.width, height=raw.height, stride=stride)
+    except ValidationError as error:
+        raise InvalidInputError(f"{role}: {problems_of(error)}") from error
+    return raw.data, layout
+
+
+def fusion_of(result: FusionResult, *, is_raw: bool, started_s: float) -> pb.Fusion:
+    """A result as a message. started_s: of the request, on the monotonic clock."""
+    pictures = [
+        pb.Picture(
+            part=pb.Part.Value(f"PART_{part.name}"),
+            media_type="" if is_raw else result.media_type,
+            image=_raw_image(result.images[part]) if is_raw else pb.Image(encoded=result.images[part]),
+        )
+        for part in Part
+        if part in result.images
+    ]
+    timings = pb.Timings(total_s=time.monotonic() - started_s)
+    for stage, seconds in result.timings_s.items():
+        setattr(timings, f"{stage}_s", seconds)
+    return pb.Fusion(
+        pictures=pictures,
+        width=result.width,
+        height=result.height,
+        model=pb.Model(name=result.model_name, version=result.model_version),
+        timings=timings,
+        batch_size=result.batch_size,
+        job_id=result.job_id,
+    )
+
+
+def _raw_image(npy: bytes) -> pb.Image:
+    pixels = np.load(io.BytesIO(npy), allow_pickle=False)
+    pixel_format = pb.PIXEL_FORMAT_MONO8 if pixels.ndim == 2 else pb.PIXEL_FORMAT_RGB8
+    height, width = pixels.shape[:2]
+    stride = pixels[0].size
+    return pb.Image(
+        raw=pb.RawImage(pixel_format=pixel_format, width=width, height=height, stride=stride, data=pixels.tobytes())
+    )
+
+
+# streams
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A frame, and when it came (monotonic seconds)."""
+
+    frame: pb.Frame
+    arrived_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """After the last frame: what ends the stream, None for its client's own end."""
+
+    error: Exception | None
+
+
+class _Stream:
+    """One FuseStream call. Three parts run at once: one reads, one starts frames as slots get free, one answers.
+
+    A slot is held from a frame's start until its answer has been taken by the client, so that a client that does not
+    read its answers is not read from either.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        settings: Settings,
+        metrics: Metrics,
+        messages: AsyncIterator[pb.FuseStreamRequest],
+        traceparent: str | None,
+    ) -> None:
+        self._gateway = gateway
+        self._settings = settings
+        self._metrics = metrics
+        self._messages = messages
+        self._traceparent = traceparent
+        self._stats = pb.StreamStats()
+        self._last_sequence = -1
+        self._waiting: _Arrived | None = None  # read, and not started yet
+        self._filled = asyncio.Event()  # a frame waits, or no more will come
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+        self._end: _End | None = None
+        self._ordered: asyncio.Queue[asyncio.Task[pb.FuseStreamResponse | None] | _End] = asyncio.Queue()
+        self._fusing: set[asyncio.Task[pb.FuseStreamResponse | None]] = set()
+        self._configure(pb.StreamOptions())
+
+    async def answers(self) -> AsyncGenerator[pb.FuseStreamResponse, None]:
+        """The answers, in the order of the frames. Raises what ended the stream once all before it is answered."""
+        parts = [asyncio.create_task(part) for part in (self._read_until_drain(), self._start_frames())]
+        try:
+            while not isinstance(entry := await self._ordered.get(), _End):
+                answer = await entry
+                self._count(answer)
+                if answer is not None:
+                    answer.stats.CopyFrom(self._stats)
+                    yield answer
+                self._slots.release()
+            if entry.error is not None:
+                raise entry.error
+        finally:
+            unfinished = [*parts, *self._fusing]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+
+    # reading
+
+    async def _read_until_drain(self) -> None:
+        reading = asyncio.create_task(self._read())
+        draining = asyncio.create_task(self._gateway.drain_started())
+        try:
+            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                stopping = UnavailableError("this server is stopping; open the stream again", retry_after_s=1.0)
+                self._finish(stopping)
+        finally:
+            for task in (reading, draining):
+                task.cancel()
+            await asyncio.gather(reading, draining, return_exceptions=True)
+
+    async def _read(self) -> None:
+        is_first = True
+        try:
+            async for message in self._messages:
+                match message.WhichOneof("message"):
+                    case "frame":
+                        await self._accept(message.frame)
+                    case "options" if is_first:
+                        self._configure(message.options)
+                    case "options":
+                        raise InvalidInputError("options are accepted in a stream's first message only")
+                    case _:
+                        raise InvalidInputError("a message holds neither options nor a frame")
+                is_first = False
+        except Exception as error:  # noqa: BLE001 - whatever it is ends the stream, after what came before it
+            self._finish(error)
+        else:
+            self._finish(None)
+
+    def _configure(self, options: pb.StreamOptions) -> None:
+        self._options = _Options.of(options.fuse)
+        mode = _name_of(pb.FlowControl, options.flow_control, "flow_control")
+        self._mode = FlowMode.ALL if mode is None else FlowMode(mode)
+        most = self._settings.grpc.max_in_flight
+        if options.max_in_flight > most:
+            raise InvalidInputError(f"max_in_flight: accepted are at most {most}, not {options.max_in_flight}")
+        default = most if self._mode is FlowMode.ALL else min(most, IN_FLIGHT_LATEST)
+        self._slots = asyncio.Semaphore(options.max_in_flight or default)
+
+    async def _accept(self, frame: pb.Frame) -> None:
+        if frame.sequence <= self._last_sequence:
+            raise InvalidInputError(
+                f"sequence: {frame.sequence} came after {self._last_sequence}; accepted are ascending numbers"
+            )
+        self._last_sequence = frame.sequence
+        arrived = _Arrived(frame, time.monotonic())
+        if self._mode is FlowMode.ALL:
+            await self._emptied.wait()
+        elif self._waiting is not None:
+            self._drop()
+        self._stats.received += 1
+        self._waiting = arrived
+        self._emptied.clear()
+        self._filled.set()
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._end is None:
+            self._end = _End(error)
+            self._filled.set()
+
+    # fusing
+
+    async def _start_frames(self) -> None:
+        while True:
+            await self._filled.wait()
+            if self._waiting is None:
+                break
+            await self._slots.acquire()
+            arrived, self._waiting = self._waiting, None
+            self._emptied.set()
+            if self._end is None:
+                self._filled.clear()
+            task = asyncio.create_task(self._answer(arrived))
+            self._fusing.add(task)
+            task.add_done_callback(self._fusing.discard)
+            self._ordered.put_nowait(task)
+        self._ordered.put_nowait(self._end or _End(None))
+
+    async def _answer(self, arrived: _Arrived) -> pb.FuseStreamResponse | None:
+        """One frame's answer; None if it was dropped for a newer one."""
+        frame = arrived.frame
+        answer = pb.FuseStreamResponse(sequence=frame.sequence, timestamp_ns=frame.timestamp_ns)
+        try:
+            result = await self._fuse(arrived)
+            if result is None:
+                return None
+            fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
+            answer.fusion.CopyFrom(fusion)
+        except ServiceError as error:
+            self._metrics.errors.labels(error.code).inc()
+            answer.error.CopyFrom(error_detail(error))
+        except Exception:  # the process boundary of one frame
+            logger.exception("frame failed", extra={"sequence": frame.sequence})
+            failure = InternalError(INTERNAL_MESSAGE)
+            self._metrics.errors.labels(failure.code).inc()
+            answer.error.CopyFrom(error_detail(failure))
+        return answer
+
+    async def _fuse(self, arrived: _Arrived) -> FusionResult | None:
+        """The frame's result, tried again while the queue is full. None: dropped. Raises ServiceError."""
+        frame = arrived.frame
+        asked_s = frame.timeout_ms / 1000 if frame.HasField("timeout_ms") else self._options.timeout_s
+        timeout_s = self._settings.jobs.default_timeout_s if asked_s is None else asked_s
+        pause_s, longest_s = RETRY_S
+        while True:
+            passed_s = time.monotonic() - arrived.arrived_s
+            if 0 < timeout_s <= passed_s:
+                raise TimedOutError("the frame's deadline passed before it could be queued")
+            request = self._options.request(
+                frame.vis,
+                frame.ir,
+                # What the gateway will refuse, it must see as it was asked for.
+                timeout_s=timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s,
+                request_id=f"{logs.request_id.get()}.{frame.sequence}",
+                traceparent=self._traceparent,
+            )
+            try:
+                return await self._gateway.fuse(request)
+            except OverloadedError:
+                if self._mode is FlowMode.LATEST and self._waiting is not None:
+                    return None
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
+
+    # counting
+
+    def _drop(self) -> None:
+        self._stats.dropped += 1
+        self._metrics.stream_frames.labels(self._mode, FrameOutcome.DROPPED).inc()
+
+    def _count(self, answer: pb.FuseStreamResponse | None) -> None:
+        if answer is None:
+            self._drop()
+        elif answer.WhichOneof("outcome") == "fusion":
+            self._stats.fused += 1
+            self._metrics.stream_frames.labels(self._mode, FrameOutcome.FUSED).inc()
+        else:
+            self._stats.failed += 1
+            self._metrics.stream_frames.labels(self._mode, FrameOutcome.FAILED).inc()
