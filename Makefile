@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto
+.PHONY: help setup demo serve test check fmt proto docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,3 +39,6 @@ fmt: $(INSTALLED) ## format, and mend what lint can mend
 
 proto: $(INSTALLED) ## generate service/pb from proto/
 	@$(BIN)/python proto/generate.py
+
+docs: $(INSTALLED) ## write docs/settings.md from the code
+	@$(BIN)/recofuse settings > docs/settings.md

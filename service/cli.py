@@ -249,6 +249,9 @@ def _cost_table(costs: Sequence[Mapping[Stage, Cost]], title: str) -> Table:
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=-1, max=65535, help="Port for gRPC; 0 picks a free one, -1 turns it off.")
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(metavar="core|null|fixed", help="The model, or a stand-in that measures the service.")
     ] = None,
@@ -263,13 +266,14 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")] = None,
 ) -> None:
-    """Serve POST /v1/fuse: front end, queue and worker in one process.
+    """Serve POST /v1/fuse and the same over gRPC: front end, queue and worker in one process.
 
     Every setting can be given as RECOFUSE_GROUP__NAME in the environment; an option here wins over it.
     """
     settings = _settings()
-    asked = {
+    asked: dict[str, dict[str, Any]] = {
         "http": {"host": host, "port": port},
+        "grpc": {"host": host, "port": grpc_port},
         "codec": {"kind": codec},
         "engine": {"kind": engine, "model": weights, "device": device, "num_threads": threads},
     }
@@ -301,6 +305,17 @@ def _serve_all_in_one(settings: Settings) -> int:
     if mendable:
         raise mendable[0]
     return status
+
+
+@app.command(name="settings")
+def show_settings() -> None:
+    """Print every setting of the service with its default and meaning, as a Markdown document."""
+    typer.echo(
+        "# Settings\n\nWritten by `make docs` from `service/settings.py`. Settings are environment variables; "
+        "a misspelt one stops\nstart-up with a message that names the nearest. Options of `recofuse serve` win over "
+        f"them. `{WEIGHTS_VARIABLE}` names\nthe weights for every command, and wins over `RECOFUSE_ENGINE__MODEL`.\n\n"
+        f"{Settings.table()}"
+    )
 
 
 # weights

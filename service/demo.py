@@ -111,6 +111,7 @@ def _server(weights: str, log: Path) -> Iterator[str]:
     port = _free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "service", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--grpc-port", "-1"]
     with log.open("wb") as stream:
         server = subprocess.Popen([*command, "--weights", weights], stdout=stream, stderr=stream)
         try:
