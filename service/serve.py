@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
@@ -27,6 +28,7 @@ from service import logs
 from service.api import build_app, build_monitor_app
 from service.engine import Engine
 from service.gateway import Gateway
+from service.http_protocol import GuardedProtocol
 from service.metrics import Metrics
 from service.queue import JobQueue, MemoryQueue
 from service.settings import HttpSettings, Settings
@@ -186,7 +188,7 @@ async def _listening(app: ASGIApp, http: HttpSettings) -> AsyncIterator[str]:
         raise OSError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from error
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=cast("type[asyncio.Protocol]", functools.partial(GuardedProtocol, http=http)),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -42,6 +42,8 @@ class HttpSettings(Group):
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     keep_alive_s: Seconds = Field(default=30.0, description="an idle connection is closed after this many seconds")
+    head_timeout_s: Seconds = Field(default=10.0, description="a request's head must arrive within this many seconds")
+    max_head_bytes: NumBytes = Field(default=64 << 10, description="bytes of a request's head: address and headers")
     body_timeout_s: Seconds = Field(default=30.0, description="a request body must arrive within this many seconds")
     max_connections: Count = Field(default=1024, description="open connections; beyond it the answer is 503")
     require_worker: bool = Field(default=True, description="/health/ready asks for at least one warm worker")

@@ -27,6 +27,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.errors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.gateway": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.grpc_api": ("torch", "recofuse_core", "fastapi", "redis"),
+    "service.http_protocol": ("torch", "recofuse_core", "redis", "grpc"),
     "service.images": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.jobs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),

@@ -1,0 +1,99 @@
+"""uvicorn's HTTP protocol with the limits and the error documents that it lacks.
+
+What uvicorn leaves open: a request's head may be as long, and take as long, as a client likes, and a connection that
+never sends anything stays for ever; so a few thousand idle sockets would use up all connections. Here a head is bounded
+in bytes and in time. What uvicorn refuses by itself (bytes that are not HTTP, too many connections) is answered with
+the same problem documents as everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.flow_control import service_unavailable
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.api import problem
+from service.errors import MalformedRequestError, PayloadTooLargeError, UnavailableError
+from service.settings import HttpSettings
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. http: the limits; the other arguments are uvicorn's."""
+
+    def __init__(self, *args: Any, http: HttpSettings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._http = http
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client came; it owes us a request's head."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """The next bytes of a head or a body."""
+        was_in_head = self._is_in_head
+        super().data_received(data)
+        if not self._is_in_head or self.transport.is_closing():
+            return
+        if self._head_timer is None:  # the next request on a kept connection has begun
+            self._expect_head()
+        if was_in_head:  # otherwise the piece may hold the end of a body
+            self._head_bytes += len(data)
+        if self._head_bytes > self._http.max_head_bytes:
+            most = self._http.max_head_bytes
+            self._refuse(PayloadTooLargeError(f"the request's head has more than the accepted {most} bytes"))
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._is_in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """A request's head is complete."""
+        self._is_in_head = False
+        self._head_bytes = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Bytes that are not HTTP."""
+        self._refuse(MalformedRequestError("this is not a readable HTTP/1.1 request"))
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if app is service_unavailable:
+            app = problem(UnavailableError("too many connections are open; try again later", retry_after_s=1.0))
+            app.raw_headers.append((b"connection", b"close"))
+        super()._start_asgi_task(cycle, app)
+
+    def _refuse(self, error: MalformedRequestError | PayloadTooLargeError) -> None:
+        """Answer without the application and hang up."""
+        answer = problem(error, {"Connection": "close"})
+        lines = [STATUS_LINE[answer.status_code]]
+        lines += [b"%b: %b\r\n" % (name, value) for name, value in answer.raw_headers if name != b"x-error-code"]
+        if self.cycle is None or self.cycle.response_complete:  # half an answer cannot be followed by another
+            self.transport.write(b"".join([*lines, b"\r\n", bytes(answer.body)]))
+        self.transport.close()
+
+    def _expect_head(self) -> None:
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(self._http.head_timeout_s, self._give_up)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
