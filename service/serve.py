@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 import uvloop
