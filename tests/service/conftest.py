@@ -18,12 +18,16 @@ from tests.fakes import FakeEngine
 
 @dataclass
 class Server:
-    """A running server. client: has its address; stop: begins an orderly end; running: ends with it."""
+    """A running server. client: has its address; stop: begins an orderly end; running: ends with it.
+
+    grpc_address: where gRPC listens; empty unless the test asks for it with grpc={"port": 0}.
+    """
 
     client: httpx.AsyncClient
     engine: FakeEngine
     stop: asyncio.Event
     running: asyncio.Task[None]
+    grpc_address: str = ""
 
 
 Serving = Callable[..., AbstractAsyncContextManager[Server]]
@@ -44,13 +48,16 @@ def serving() -> Serving:
             values[group] = {**values.get(group, {}), **changes}
         engine = engine or FakeEngine()
         stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
-        running = asyncio.create_task(serve_all_in_one(Settings.from_values(values), engine, stop, address.set_result))
+        grpc_addresses: list[str] = []
+        running = asyncio.create_task(
+            serve_all_in_one(Settings.from_values(values), engine, stop, address.set_result, grpc_addresses.append)
+        )
         await asyncio.wait({running, address}, timeout=10, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()
         try:
             async with httpx.AsyncClient(base_url=await address, timeout=20) as client:
-                yield Server(client, engine, stop, running)
+                yield Server(client, engine, stop, running, *grpc_addresses)
         finally:
             engine.gate.set()
             stop.set()

@@ -1,0 +1,863 @@
+"""The gRPC contract, over a real socket with a real client."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import grpc
+import numpy as np
+import pytest
+import trustme
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from service import jobs
+from service.errors import STATUS, ErrorCode
+from service.metrics import FlowMode
+from service.pb.recofuse.v1 import fusion_pb2 as pb
+from service.pb.recofuse.v1 import fusion_pb2_grpc
+from service.queue import MemoryQueue
+from service.serve import serve_all_in_one, serve_front_end
+from service.settings import Settings, SettingsError
+from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.service.conftest import Server, Serving
+from tests.service.error_cases import ERROR_CASES, IR, VIS, ErrorCase
+
+ROOT = Path(__file__).parents[2]
+FUSE = "/recofuse.v1.FusionService/Fuse"
+STREAM = "/recofuse.v1.FusionService/FuseStream"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass
+class Face:
+    """A running server and a client of its gRPC side."""
+
+    server: Server
+    channel: grpc.aio.Channel
+    stub: fusion_pb2_grpc.FusionServiceAsyncStub
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.server.engine
+
+    def raw_call(self, path: str) -> Callable[..., Awaitable[Any]]:
+        """A method that takes any bytes, for messages that no stub would send."""
+        call: Callable[..., Awaitable[Any]] = self.channel.unary_unary(path)
+        return call
+
+
+Facing = Callable[..., AbstractAsyncContextManager[Face]]
+
+
+@pytest.fixture
+def facing(serving: Serving) -> Facing:
+    @asynccontextmanager
+    async def start(engine: FakeEngine | None = None, **groups: dict[str, Any]) -> AsyncIterator[Face]:
+        groups["grpc"] = {"port": 0, **groups.get("grpc", {})}
+        async with (
+            serving(engine, **groups) as server,
+            grpc.aio.insecure_channel(server.grpc_address, [("grpc.max_receive_message_length", -1)]) as channel,
+        ):
+            yield Face(server, channel, fusion_pb2_grpc.FusionServiceStub(channel))
+
+    return start
+
+
+@pytest.fixture
+async def face(facing: Facing) -> AsyncIterator[Face]:
+    async with facing() as running:
+        yield running
+
+
+def request(vis: bytes = VIS, ir: bytes = IR, **options: Any) -> pb.FuseRequest:
+    return pb.FuseRequest(vis=pb.Image(encoded=vis), ir=pb.Image(encoded=ir), options=pb.FuseOptions(**options))
+
+
+def frame(sequence: int, vis: bytes = VIS, ir: bytes = IR, **fields: Any) -> pb.FuseStreamRequest:
+    return pb.FuseStreamRequest(
+        frame=pb.Frame(sequence=sequence, vis=pb.Image(encoded=vis), ir=pb.Image(encoded=ir), **fields)
+    )
+
+
+def raw_frame(sequence: int, vis: pb.RawImage, ir: pb.RawImage) -> pb.FuseStreamRequest:
+    return pb.FuseStreamRequest(frame=pb.Frame(sequence=sequence, vis=pb.Image(raw=vis), ir=pb.Image(raw=ir)))
+
+
+async def one_by_one(messages: Iterable[pb.FuseStreamRequest]) -> AsyncIterator[pb.FuseStreamRequest]:
+    for message in messages:
+        yield message
+
+
+async def detail_of(call: Awaitable[Any], code: ErrorCode) -> pb.ErrorDetail:
+    """The detail of a call that must fail with this code, checked for everything that all of them have."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    return checked(refused.value, code)
+
+
+def checked(error: grpc.aio.AioRpcError, code: ErrorCode) -> pb.ErrorDetail:
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    detail = pb.ErrorDetail()
+    assert status.details[0].Unpack(detail)
+    assert detail.code == code, detail
+    assert error.code() is grpc.StatusCode[STATUS[code][1]]
+    assert error.code().value[0] == status.code == detail.status
+    assert error.details() == status.message == detail.message
+    assert dict(error.trailing_metadata())["x-request-id"] == detail.request_id
+    return detail
+
+
+def pixels_of(image: pb.Image) -> NDArray[np.uint8]:
+    """An answer's raw picture."""
+    raw = image.raw
+    channels = {pb.PIXEL_FORMAT_RGB8: 3, pb.PIXEL_FORMAT_MONO8: 1}[raw.pixel_format]
+    assert raw.stride == raw.width * channels
+    pixels = np.frombuffer(raw.data, np.uint8).reshape(raw.height, raw.width, channels)
+    return pixels if channels == 3 else pixels[..., 0]
+
+
+# unary
+
+
+async def test_a_pair_comes_back_fused(face: Face) -> None:
+    call = face.stub.Fuse(request(), metadata=(("x-request-id", "my-id.1"),))
+    answer = await call
+    (fused,) = answer.fusion.pictures
+    assert (fused.part, fused.media_type) == (pb.PART_FUSED, "image/png")
+    decoded = cv2.imdecode(np.frombuffer(fused.image.encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    np.testing.assert_array_equal(decoded, picture())
+    assert (answer.fusion.model.name, answer.fusion.model.version) == ("fake", "7")
+    assert (answer.fusion.width, answer.fusion.height, answer.fusion.batch_size) == (64, 48, 1)
+    timings = answer.fusion.timings
+    stages = [getattr(timings, f"{stage}_s") for stage in jobs.Stage]
+    assert min(stages) > 0
+    assert sum(stages) <= timings.total_s
+    assert answer.fusion.job_id
+    assert answer.request_id == "my-id.1"
+    assert dict(await call.trailing_metadata())["x-request-id"] == "my-id.1"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "NPY", "RAW"])
+async def test_outputs_and_formats(face: Face, kind: str) -> None:
+    for output, parts in {"FUSED": 1, "VIS": 1, "IR": 1, "ALL": 3}.items():
+        answer = await face.stub.Fuse(request(output=f"OUTPUT_{output}", format=f"IMAGE_FORMAT_{kind}"))
+        assert len(answer.fusion.pictures) == parts
+        for shown in answer.fusion.pictures:
+            shape = (48, 64) if shown.part == pb.PART_IR else (48, 64, 3)
+            if kind == "RAW":
+                assert shown.media_type == ""
+                assert pixels_of(shown.image).shape == shape
+            elif kind == "NPY":
+                assert np.load(io.BytesIO(shown.image.encoded), allow_pickle=False).shape == shape
+            else:
+                assert shown.media_type == f"image/{kind.lower()}"
+                decoded = cv2.imdecode(np.frombuffer(shown.image.encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+                assert decoded is not None
+                assert decoded.shape == (48, 64, 3)  # WebP has no grey
+
+
+async def test_options_reach_the_engine(face: Face) -> None:
+    await face.stub.Fuse(request(steps=17, sampler="SAMPLER_EULER", seed=99, priority="PRIORITY_HIGH", timeout_ms=5000))
+    assert face.engine.batches[-1] == [99]
+    assert (face.engine.options[-1].steps, face.engine.options[-1].sampler) == (17, "euler")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (pb.Output, jobs.Output), (pb.Part, jobs.Part), (pb.Priority, jobs.Priority), (pb.FlowControl, FlowMode),
+        (pb.PixelFormat, jobs.PixelFormat), (pb.ImageFormat, [*jobs.ImageFormat, "raw"]),
+        (pb.Sampler, ["euler", "posterior", "ode1", "ode2"]),
+    ],
+)  # fmt: skip
+def test_the_contract_names_what_the_service_has(kind: Any, names: Iterable[str]) -> None:
+    prefix = kind.Name(0).removesuffix("UNSPECIFIED")
+    assert {name.removeprefix(prefix).lower() for name in kind.keys()} == {"unspecified", *names}  # noqa: SIM118
+
+
+async def test_idempotency_keys(face: Face) -> None:
+    once = (("idempotency-key", "k1"),)
+    answers = await asyncio.gather(*(face.stub.Fuse(request(seed=3), metadata=once) for _ in range(4)))
+    assert len({answer.fusion.job_id for answer in answers}) == 1
+    assert face.engine.batches == [[3]]
+    await detail_of(face.stub.Fuse(request(seed=4), metadata=once), ErrorCode.CONFLICT)
+    await detail_of(face.stub.Fuse(request(), metadata=(("idempotency-key", "a b"),)), ErrorCode.INVALID_INPUT)
+
+
+# errors: the same ones as over HTTP
+
+
+async def test_the_same_mistake_is_the_same_error_in_both_faces(face: Face) -> None:
+    for name, case in ERROR_CASES.items():
+        answer = await face.server.client.post("/v1/fuse", files=case.files(), data=case.form)
+        assert (name, answer.json()["code"]) == (name, case.code)
+        assert answer.status_code == STATUS[case.code][0]
+        detail = await detail_of(face.stub.Fuse(case.message()), case.code)
+        if case.vis is not None and case.ir is not None and not case.form:  # words about images are shared too
+            assert detail.message == answer.json()["detail"]
+    assert face.engine.batches == []
+    await face.stub.Fuse(request())
+
+
+async def test_the_same_mistake_in_a_stream_is_the_same_error(face: Face) -> None:
+    cases: list[ErrorCase] = [case for case in ERROR_CASES.values() if not case.form]
+    answers = face.stub.FuseStream(
+        one_by_one(
+            pb.FuseStreamRequest(frame=pb.Frame(sequence=number, vis=case.message().vis, ir=case.message().ir))
+            for number, case in enumerate(cases)
+        )
+    )
+    async for answer in answers:
+        code = cases[answer.sequence].code
+        assert (answer.error.code, answer.error.status) == (code, grpc.StatusCode[STATUS[code][1]].value[0])
+        assert answer.stats.failed == answer.sequence + 1
+    assert answer.stats.failed == len(cases)
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1, "retry_after_s": 3.0}) as face:
+        face.engine.gate.clear()
+        held = asyncio.ensure_future(face.stub.Fuse(request()))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await face.stub.Fuse(request())
+        assert checked(refused.value, ErrorCode.OVERLOADED).retry_after_s == 3.0
+        assert dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"] == "3000"
+        face.engine.gate.set()
+        await held
+
+
+async def test_an_unforeseen_failure_has_no_detail(facing: Facing) -> None:
+    async with facing(FakeEngine(poison_seeds=frozenset({13}))) as face:
+        detail = await detail_of(face.stub.Fuse(request(seed=13)), ErrorCode.INTERNAL)
+        assert "poison" not in detail.message
+        await face.stub.Fuse(request())
+
+
+async def test_unknown_methods(face: Face) -> None:
+    for path in ("/recofuse.v1.FusionService/Nothing", "/other.Service/Fuse"):
+        await detail_of(face.raw_call(path)(b"x"), ErrorCode.ROUTE_NOT_FOUND)
+
+
+async def test_bytes_that_are_no_message(face: Face) -> None:
+    await detail_of(face.raw_call(FUSE)(b"\xff\xff"), ErrorCode.MALFORMED_REQUEST)
+    stream: Any = face.channel.stream_stream(STREAM, response_deserializer=pb.FuseStreamResponse.FromString)
+    call = stream()
+    await call.write(frame(1).SerializeToString())
+    await call.write(b"\xff\xff")
+    assert (await call.read()).sequence == 1  # what came before is answered
+    await detail_of(call.read(), ErrorCode.MALFORMED_REQUEST)
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=60), min_size=10, max_size=10), st.data())
+async def test_fuzzed_messages_are_answered_or_refused(
+    facing: Facing, garbage: list[bytes], data: st.DataObject
+) -> None:
+    whole = request().SerializeToString()
+    for _ in range(10):
+        damaged = bytearray(whole)
+        for _ in range(data.draw(st.integers(1, 6))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+        garbage.append(bytes(damaged))
+    async with facing() as face:
+        call = face.raw_call(FUSE)
+        accepted = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DEADLINE_EXCEEDED}  # it may damage a timeout
+        for raw in garbage:
+            try:
+                await call(raw, timeout=10)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() in accepted, error  # noqa: PT017
+        assert isinstance(await face.stub.Fuse(request()), pb.FuseResponse)
+
+
+async def test_messages_that_are_too_large(facing: Facing) -> None:
+    async with facing(limits={"max_image_bytes": 20_000}) as face:
+        await detail_of(face.stub.Fuse(request(vis=bytes(30_000))), ErrorCode.PAYLOAD_TOO_LARGE)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await face.stub.Fuse(request(vis=bytes(200_000)))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await face.stub.Fuse(request())
+
+
+async def test_messages_are_not_unpacked(face: Face) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await face.stub.Fuse(request(vis=bytes(20_000_000)), compression=grpc.Compression.Gzip)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    await face.stub.Fuse(request())
+
+
+# time
+
+
+async def test_deadlines_end_the_job_too(face: Face) -> None:
+    face.engine.gate.clear()
+    first = asyncio.ensure_future(face.stub.Fuse(request()))
+    await asyncio.to_thread(face.engine.started.wait, 5)
+    started = time.perf_counter()
+    with pytest.raises(grpc.aio.AioRpcError) as late:  # by the call's deadline; either side may notice it first
+        await face.stub.Fuse(request(seed=1), timeout=0.3)
+    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await detail_of(face.stub.Fuse(request(seed=2, timeout_ms=300)), ErrorCode.TIMED_OUT)
+    await detail_of(face.stub.Fuse(request(seed=3, timeout_ms=300), timeout=60), ErrorCode.TIMED_OUT)
+    assert time.perf_counter() - started < 3
+    face.engine.gate.set()
+    await first
+    await face.stub.Fuse(request(seed=50), timeout=10_000)  # longer than the longest deadline: cut, not refused
+    assert face.engine.batches == [[0], [50]]
+
+
+async def test_who_hangs_up_cancels(face: Face) -> None:
+    face.engine.gate.clear()
+    first = asyncio.ensure_future(face.stub.Fuse(request()))
+    await asyncio.to_thread(face.engine.started.wait, 5)
+    calls = [face.stub.Fuse(request(seed=seed)) for seed in range(1, 9)]
+    stream = face.stub.FuseStream(
+        one_by_one(
+            [
+                pb.FuseStreamRequest(options=pb.StreamOptions(fuse=pb.FuseOptions(seed=9))),
+                *(frame(number) for number in range(20)),
+            ]
+        )
+    )
+    assert await eventually(face, "recofuse_queue_leased 17.0")
+    for call in (*calls, stream):
+        assert call.cancel()
+    assert await eventually(face, "recofuse_queue_leased 1.0")
+    face.engine.gate.set()
+    await first
+    await face.stub.Fuse(request(seed=50))
+    assert face.engine.batches == [[0], [50]]
+    assert await eventually(face, 'protocol="grpc",route="/recofuse.v1.FusionService/Fuse",status="CANCELLED"} 8.0')
+
+
+async def eventually(face: Face, line: str, timeout_s: float = 5.0) -> bool:
+    """Whether the metrics come to say this."""
+    end = time.monotonic() + timeout_s
+    while line not in (text := (await face.server.client.get("/metrics")).text):
+        if time.monotonic() > end:
+            raise AssertionError(f"{line} is not in\n{text}")
+        await asyncio.sleep(0.02)
+    return True
+
+
+# streams
+
+
+async def test_a_stream_keeps_its_order(face: Face) -> None:
+    sizes = [(64, 48), (48, 64), (96, 64), (33, 47)]
+    files = [pair(*size, seed=index) for index, size in enumerate(sizes)]
+    bad = {7: (b"nonsense", IR), 20: (VIS, file_of(picture(64, 64, channels=1)))}
+    sent = [frame(10 + 3 * number, *bad.get(number, files[number % 4]), timestamp_ns=-number) for number in range(60)]
+    answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
+    assert [answer.sequence for answer in answers] == [10 + 3 * number for number in range(60)]
+    assert [answer.timestamp_ns for answer in answers] == [-number for number in range(60)]
+    for number, answer in enumerate(answers):
+        if number in bad:
+            assert answer.error.code in (ErrorCode.UNSUPPORTED_MEDIA, ErrorCode.INVALID_INPUT)
+            continue
+        encoded = answer.fusion.pictures[0].image.encoded
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        np.testing.assert_array_equal(decoded, picture(*sizes[number % 4], seed=number % 4))
+    assert answers[-1].stats == pb.StreamStats(received=60, fused=58, failed=2)
+    assert max(map(len, face.engine.batches)) > 1  # frames of one stream share passes
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([frame(2), frame(2)], "ascending"),
+        ([frame(2), frame(1)], "ascending"),
+        ([frame(0), pb.FuseStreamRequest(options=pb.StreamOptions())], "first message"),
+        ([frame(0), pb.FuseStreamRequest()], "neither"),
+        ([frame(0), frame(1), frame(0)], "ascending"),
+    ],
+)
+async def test_a_stream_that_breaks_its_rules_ends_after_its_answers(
+    face: Face, messages: list[pb.FuseStreamRequest], words: str
+) -> None:
+    call = face.stub.FuseStream(one_by_one(messages))
+    for message in messages[:-1]:
+        answer = await call.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert (answer.sequence, answer.WhichOneof("outcome")) == (message.frame.sequence, "fusion")
+    assert words in (await detail_of(call.read(), ErrorCode.INVALID_INPUT)).message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pb.StreamOptions(max_in_flight=9),
+        pb.StreamOptions(flow_control=99),  # type: ignore[arg-type]
+        pb.StreamOptions(fuse=pb.FuseOptions(steps=0)),
+    ],
+)
+async def test_a_stream_of_bad_options_ends(face: Face, options: pb.StreamOptions) -> None:
+    call = face.stub.FuseStream(one_by_one([pb.FuseStreamRequest(options=options), frame(0)]))
+    await detail_of(call.read(), ErrorCode.INVALID_INPUT)
+
+
+async def test_an_empty_stream_ends_well(face: Face) -> None:
+    call = face.stub.FuseStream(one_by_one([]))
+    assert [answer async for answer in call] == []
+    assert await call.code() is grpc.StatusCode.OK
+
+
+def grey(width: int, height: int, value: int = 0) -> pb.RawImage:
+    data = np.full((height, width), value, np.uint8).tobytes()
+    return pb.RawImage(pixel_format=pb.PIXEL_FORMAT_MONO8, width=width, height=height, data=data)
+
+
+async def test_mode_all_slows_the_sender_and_loses_nothing(face: Face) -> None:
+    face.engine.gate.clear()
+    total, num_sent = 80, 0
+
+    async def sending() -> AsyncIterator[pb.FuseStreamRequest]:
+        nonlocal num_sent
+        plane = grey(640, 480)  # 0.6 MB a pair
+        for number in range(total):
+            yield raw_frame(number, plane, plane)
+            num_sent += 1
+
+    answers = face.stub.FuseStream(sending())
+    while True:  # until the sender stands still
+        before = num_sent
+        await asyncio.sleep(0.4)
+        if num_sent and num_sent == before:
+            break
+    assert num_sent < total / 2
+    face.engine.gate.set()
+    assert [answer.sequence async for answer in answers] == list(range(total))
+
+
+async def test_a_client_that_does_not_read_is_not_read_from(face: Face) -> None:
+    num_sent = 0
+
+    async def sending() -> AsyncIterator[pb.FuseStreamRequest]:
+        nonlocal num_sent
+        plane = grey(640, 480)
+        options = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW))
+        yield pb.FuseStreamRequest(options=options)
+        for number in range(200):
+            yield raw_frame(number, plane, plane)
+            num_sent += 1
+
+    call = face.stub.FuseStream(sending())
+    await call.read()
+    while True:
+        before = num_sent
+        await asyncio.sleep(0.4)
+        if num_sent and num_sent == before:
+            break
+    assert num_sent < 100
+    assert sum(map(len, face.engine.batches)) < 100
+    call.cancel()
+
+
+async def test_mode_latest_skips_what_is_stale_and_says_so(face: Face) -> None:
+    face.engine.gate.clear()
+    call = face.stub.FuseStream()
+    options = pb.StreamOptions(flow_control=pb.FLOW_CONTROL_LATEST)
+    await call.write(pb.FuseStreamRequest(options=options))
+    for number in range(40):
+        await call.write(frame(number))
+    await call.done_writing()
+    assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="dropped"} 37.0')
+    face.engine.gate.set()
+    answers = [answer async for answer in call]
+    assert [answer.sequence for answer in answers] == [0, 1, 39]
+    assert answers[-1].stats == pb.StreamStats(received=40, fused=3, dropped=37)
+    assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="fused"} 3.0')
+
+
+@pytest.mark.parametrize("mode", [pb.FLOW_CONTROL_ALL, pb.FLOW_CONTROL_LATEST])
+async def test_a_full_queue_does_not_fail_a_stream(facing: Facing, mode: pb.FlowControl.ValueType) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+
+        async def sending() -> AsyncIterator[pb.FuseStreamRequest]:
+            yield pb.FuseStreamRequest(options=pb.StreamOptions(flow_control=mode, max_in_flight=4))
+            for number in range(12):
+                yield frame(number)
+
+        answers = [answer async for answer in face.stub.FuseStream(sending())]
+        assert {answer.WhichOneof("outcome") for answer in answers} == {"fusion"}
+        sequences = [answer.sequence for answer in answers]
+        assert sequences == sorted(sequences)
+        stats = answers[-1].stats
+        assert stats.fused == len(answers)
+        if mode == pb.FLOW_CONTROL_ALL:
+            assert sequences == list(range(12))
+        else:
+            assert sequences[-1] == 11
+            assert stats.dropped == 12 - len(answers)
+
+
+async def test_frames_have_deadlines_of_their_own(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+        options = pb.StreamOptions(fuse=pb.FuseOptions(timeout_ms=60_000))
+        sent = [frame(0), frame(1, timeout_ms=200), frame(2, timeout_ms=0), frame(3, timeout_ms=2**32 - 1), frame(4)]
+        call = face.stub.FuseStream(one_by_one([pb.FuseStreamRequest(options=options), *sent]))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        await asyncio.sleep(0.4)
+        face.engine.gate.set()
+        codes = [answer.error.code async for answer in call]
+        assert codes == ["", ErrorCode.TIMED_OUT, ErrorCode.INVALID_INPUT, ErrorCode.INVALID_INPUT, ""]
+
+
+async def test_stopping_answers_a_streams_frames_and_ends_it(face: Face) -> None:
+    face.engine.gate.clear()
+    call = face.stub.FuseStream()
+    for number in range(4):
+        await call.write(frame(number))
+    assert await eventually(face, "recofuse_queue_leased 4.0")
+    face.server.stop.set()
+    await asyncio.sleep(0.1)
+    await detail_of(face.stub.Fuse(request()), ErrorCode.UNAVAILABLE)
+    face.engine.gate.set()
+    for number in range(4):
+        answer = await call.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert (answer.sequence, answer.WhichOneof("outcome")) == (number, "fusion")
+    await detail_of(call.read(), ErrorCode.UNAVAILABLE)
+    await asyncio.wait_for(face.server.running, 8)
+
+
+# raw frames
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """A raw pair, drawn."""
+
+    width: int
+    height: int
+    vis_format: jobs.PixelFormat
+    ir_format: jobs.PixelFormat
+    padding: int  # bytes after each row, -1: stride is left out
+    is_last_padded: bool
+    seed: int
+
+
+RAW_CASES = st.builds(
+    RawCase,
+    width=st.integers(16, 30).map(lambda half: 2 * half),
+    height=st.integers(16, 24).map(lambda half: 2 * half),
+    vis_format=st.sampled_from(jobs.PixelFormat),
+    ir_format=st.sampled_from([jobs.PixelFormat.MONO8, jobs.PixelFormat.MONO16, jobs.PixelFormat.NV12]),
+    padding=st.integers(-1, 9),
+    is_last_padded=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+
+
+def raw_image(case: RawCase, pixel_format: jobs.PixelFormat, seed: int) -> tuple[pb.RawImage, NDArray[Any]]:
+    """A frame of random bytes, and its rows without padding, as the bytes of each."""
+    rng = np.random.default_rng(seed)
+    row_bytes = case.width * pixel_format.bytes_per_pixel
+    num_rows = case.height * 3 // 2 if pixel_format is jobs.PixelFormat.NV12 else case.height
+    rows = rng.integers(0, 256, (num_rows, row_bytes), dtype=np.uint8)
+    padding = max(case.padding, 0)
+    padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
+    data = padded.tobytes() if case.is_last_padded else padded.tobytes()[: padded.size - padding]
+    image = pb.RawImage(
+        pixel_format=pb.PixelFormat.Value(f"PIXEL_FORMAT_{pixel_format.name}"),
+        width=case.width,
+        height=case.height,
+        stride=0 if case.padding == -1 else row_bytes + padding,
+        data=data,
+    )
+    return image, rows
+
+
+def expected_vis(rows: NDArray[Any], case: RawCase) -> NDArray[Any]:
+    match case.vis_format:
+        case jobs.PixelFormat.MONO8:
+            return np.stack([rows] * 3, axis=2)
+        case jobs.PixelFormat.MONO16:  # little endian: the second byte of each pixel is the upper one
+            return np.stack([rows[:, 1::2]] * 3, axis=2)
+        case jobs.PixelFormat.RGB8:
+            return np.stack([rows[:, channel::3] for channel in (0, 1, 2)], axis=2)
+        case jobs.PixelFormat.BGR8:
+            return np.stack([rows[:, channel::3] for channel in (2, 1, 0)], axis=2)
+        case jobs.PixelFormat.NV12:
+            return np.asarray(cv2.cvtColor(rows, cv2.COLOR_YUV2RGB_NV12))
+
+
+def expected_ir(rows: NDArray[Any], case: RawCase, low: float, high: float) -> NDArray[Any]:
+    values = rows[: case.height].astype(np.float64)
+    if case.ir_format is jobs.PixelFormat.MONO16:
+        values = values[:, ::2] + 256 * values[:, 1::2]
+    return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cases=st.lists(RAW_CASES, min_size=1, max_size=12),
+    ir_range=st.tuples(st.integers(-50, 100), st.integers(120, 60_000)),
+)
+async def test_raw_frames_arrive_as_numpy_reads_them(
+    facing: Facing, cases: list[RawCase], ir_range: tuple[int, int]
+) -> None:
+    async with facing() as face:
+        fuse = pb.FuseOptions(
+            output=pb.OUTPUT_ALL,
+            format=pb.IMAGE_FORMAT_RAW,
+            ir_range=pb.IrRange(low=ir_range[0], high=ir_range[1]),
+        )
+        pairs = [
+            (raw_image(case, case.vis_format, case.seed), raw_image(case, case.ir_format, ~case.seed & 0xFFFF))
+            for case in cases
+        ]
+        messages = [raw_frame(number, vis[0], ir[0]) for number, (vis, ir) in enumerate(pairs)]
+        call = face.stub.FuseStream(one_by_one([pb.FuseStreamRequest(options=pb.StreamOptions(fuse=fuse)), *messages]))
+        answers = [answer async for answer in call]
+    assert [answer.sequence for answer in answers] == list(range(len(cases)))
+    for case, (vis, ir), answer in zip(cases, pairs, answers, strict=True):
+        fused, clean_vis, clean_ir = answer.fusion.pictures
+        assert [fused.part, clean_vis.part, clean_ir.part] == [pb.PART_FUSED, pb.PART_VIS, pb.PART_IR]
+        np.testing.assert_array_equal(pixels_of(clean_vis.image), expected_vis(vis[1], case))
+        np.testing.assert_array_equal(pixels_of(clean_ir.image), expected_ir(ir[1], case, *ir_range))
+
+
+async def test_nv12_shows_the_colours_that_it_was_made_from(face: Face) -> None:
+    colours = cv2.resize(picture(8, 6), (64, 48), interpolation=cv2.INTER_LINEAR)
+    planar = cv2.cvtColor(colours, cv2.COLOR_RGB2YUV_I420)
+    chroma = planar[48:].reshape(2, 24, 32)
+    nv12 = np.concatenate([planar[:48], np.stack([chroma[0], chroma[1]], axis=2).reshape(24, 64)])
+    vis = pb.RawImage(pixel_format=pb.PIXEL_FORMAT_NV12, width=64, height=48, data=nv12.tobytes())
+    answer = await face.stub.Fuse(
+        pb.FuseRequest(
+            vis=pb.Image(raw=vis), ir=pb.Image(encoded=IR), options=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW)
+        )
+    )
+    (fused,) = answer.fusion.pictures
+    assert np.abs(pixels_of(fused.image).astype(int) - colours).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pixel_format": 0}, "pixel_format is missing"),
+        ({"pixel_format": 99}, "no value 99"),
+        ({"width": 0}, "width"),
+        ({"height": 2_000_000}, "height"),
+        ({"stride": 20}, "stride"),
+        ({"stride": 1 << 31}, "stride"),
+        ({"data": b"short"}, "bytes"),
+        ({"width": 16, "height": 16, "data": bytes(256)}, "at least 32"),
+        ({"pixel_format": pb.PIXEL_FORMAT_NV12, "width": 63}, "even"),
+    ],
+)
+async def test_raw_frames_that_cannot_be_are_refused(face: Face, change: dict[str, Any], words: str) -> None:
+    raw = grey(64, 48)
+    for name, value in change.items():
+        setattr(raw, name, value)
+    message = pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(raw=raw))
+    detail = await detail_of(face.stub.Fuse(message), ErrorCode.INVALID_INPUT)
+    assert words in detail.message
+
+
+# health, reflection, metrics
+
+
+async def test_health_is_readiness() -> None:
+    allowed, stop = threading.Event(), asyncio.Event()
+    ready, address = asyncio.get_running_loop().create_future(), asyncio.get_running_loop().create_future()
+
+    def load() -> None:
+        assert allowed.wait(10)
+
+    engine = FakeEngine(on_load=load)
+    values = Settings.from_values({"http": {"port": 0}, "grpc": {"port": 0}, "worker": {"take_wait_s": 0.2}})
+    running = asyncio.create_task(serve_all_in_one(values, engine, stop, ready.set_result, address.set_result))
+    async with grpc.aio.insecure_channel(await address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "recofuse.v1.FusionService"):
+            assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await health.Check(health_pb2.HealthCheckRequest(service="other"))
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == NOT_SERVING
+        allowed.set()
+        await asyncio.wait_for(ready, 10)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
+        assert (await asyncio.wait_for(watch.read(), 5)).status == SERVING
+        engine.gate.clear()
+        held = asyncio.ensure_future(fusion_pb2_grpc.FusionServiceStub(channel).Fuse(request()))
+        await asyncio.to_thread(engine.started.wait, 5)
+        stop.set()
+        assert (await asyncio.wait_for(watch.read(), 5)).status == NOT_SERVING
+        engine.gate.set()
+        await held
+        assert await watch.read() is grpc.aio.EOF
+        await asyncio.wait_for(running, 10)
+
+
+async def test_a_front_end_alone_is_not_ready_without_workers() -> None:
+    stop = asyncio.Event()
+    ready, address = asyncio.get_running_loop().create_future(), asyncio.get_running_loop().create_future()
+    values = Settings.from_values({"http": {"port": 0}, "grpc": {"port": 0}})
+    queue = MemoryQueue(values.queue)
+    running = asyncio.create_task(serve_front_end(values, queue, stop, ready.set_result, address.set_result))
+    async with grpc.aio.insecure_channel(await address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        await detail_of(stub.Fuse(request(timeout_ms=100)), ErrorCode.TIMED_OUT)
+        stop.set()
+        await asyncio.wait_for(running, 10)
+
+
+async def test_reflection_lists_and_describes_the_services(face: Face) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(face.channel)
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="recofuse.v1.FusionService"),
+    ]
+    listed, described = [answer async for answer in stub.ServerReflectionInfo(iter(asked))]
+    assert {service.name for service in listed.list_services_response.service} == {
+        "recofuse.v1.FusionService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    (raw,) = described.file_descriptor_response.file_descriptor_proto
+    file = FileDescriptorProto.FromString(raw)
+    assert file.name == "recofuse/v1/fusion.proto"
+    assert [method.name for method in file.service[0].method] == ["Fuse", "FuseStream"]
+
+
+async def test_metrics_tell_what_happened(face: Face) -> None:
+    await face.stub.Fuse(request())
+    await detail_of(face.stub.Fuse(pb.FuseRequest()), ErrorCode.INVALID_INPUT)
+    await detail_of(face.raw_call("/some/path-of-mine")(b""), ErrorCode.ROUTE_NOT_FOUND)
+    assert len([answer async for answer in face.stub.FuseStream(one_by_one([frame(0), frame(1, vis=b"x")]))]) == 2
+    text = (await face.server.client.get("/metrics")).text
+    for line in (
+        f'recofuse_requests_total{{method="unary",protocol="grpc",route="{FUSE}",status="OK"}} 1.0',
+        f'recofuse_requests_total{{method="unary",protocol="grpc",route="{FUSE}",status="INVALID_ARGUMENT"}} 1.0',
+        f'recofuse_requests_total{{method="stream",protocol="grpc",route="{STREAM}",status="OK"}} 1.0',
+        'recofuse_requests_total{method="other",protocol="grpc",route="unmatched",status="UNIMPLEMENTED"} 1.0',
+        f'recofuse_request_seconds_count{{protocol="grpc",route="{FUSE}"}} 2.0',
+        'recofuse_in_flight{protocol="grpc"} 0.0',
+        'recofuse_errors_total{code="invalid_input"} 1.0',
+        'recofuse_errors_total{code="unsupported_media"} 1.0',
+        'recofuse_stream_frames_total{mode="all",outcome="fused"} 1.0',
+        'recofuse_stream_frames_total{mode="all",outcome="failed"} 1.0',
+    ):
+        assert line in text, line
+    assert "path-of-mine" not in text
+
+
+# TLS and listening
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files of a server, and credentials of clients with and without a certificate of their own."""
+
+    cert: str
+    key: str
+    authority: str
+    anonymous: grpc.ChannelCredentials
+    known: grpc.ChannelCredentials
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    server, client = authority.issue_cert("localhost", "127.0.0.1"), authority.issue_cert("client.example")
+    server.private_key_pem.write_to_path(str(folder / "key.pem"))
+    for blob in server.cert_chain_pems:
+        blob.write_to_path(str(folder / "cert.pem"), append=True)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    root = authority.cert_pem.bytes()
+    return Certificates(
+        cert=str(folder / "cert.pem"),
+        key=str(folder / "key.pem"),
+        authority=str(folder / "ca.pem"),
+        anonymous=grpc.ssl_channel_credentials(root),
+        known=grpc.ssl_channel_credentials(
+            root, client.private_key_pem.bytes(), b"".join(blob.bytes() for blob in client.cert_chain_pems)
+        ),
+    )
+
+
+async def is_served(server: Server, credentials: grpc.ChannelCredentials | None) -> bool:
+    """Whether a client with these credentials (None: no TLS) gets an answer."""
+    address = server.grpc_address
+    channel = grpc.aio.secure_channel(address, credentials) if credentials else grpc.aio.insecure_channel(address)
+    async with channel:
+        try:
+            answer = await fusion_pb2_grpc.FusionServiceStub(channel).Fuse(request(), timeout=5)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017
+            return False
+        return bool(answer.fusion.pictures)
+
+
+async def test_tls(serving: Serving, certificates: Certificates) -> None:
+    async with serving(grpc={"port": 0, "tls_cert": certificates.cert, "tls_key": certificates.key}) as server:
+        assert await is_served(server, certificates.anonymous)
+        assert not await is_served(server, None)
+        assert not await is_served(server, grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes()))
+
+
+async def test_mutual_tls(serving: Serving, certificates: Certificates) -> None:
+    files = {"tls_cert": certificates.cert, "tls_key": certificates.key, "tls_client_ca": certificates.authority}
+    async with serving(grpc={"port": 0, **files}) as server:
+        assert await is_served(server, certificates.known)
+        assert not await is_served(server, certificates.anonymous)
+
+
+async def test_what_cannot_be_listened_with_stops_the_start(serving: Serving, certificates: Certificates) -> None:
+    async with serving(grpc={"port": 0}) as first:
+        taken = int(first.grpc_address.rpartition(":")[2])
+        for wrong in (
+            {"port": taken},
+            {"tls_cert": "/nowhere/cert.pem", "tls_key": certificates.key},
+            {"tls_cert": certificates.cert, "tls_key": certificates.cert},
+        ):
+            with pytest.raises(OSError, match=r"listen|nowhere"):
+                async with serving(grpc={"port": 0, **wrong}):
+                    pass
+        assert await is_served(first, None)
+
+
+@pytest.mark.parametrize("wrong", [{"tls_cert": "a"}, {"tls_key": "b"}, {"tls_client_ca": "c"}, {"port": -2}])
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError):
+        Settings.from_values({"grpc": wrong})
+
+
+# generated code
+
+
+def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(ROOT / "proto" / "generate.py"), str(tmp_path)], check=True)
+    fresh = {path.relative_to(tmp_path): path.read_text("utf-8") for path in tmp_path.rglob("*.py*")}
+    folder = ROOT / "service" / "pb"
+    kept = {path.relative_to(folder) for path in folder.rglob("*.py*") if "__pycache__" not in path.parts}
+    assert set(fresh) == kept
+    for path, text in fresh.items():
+        assert (folder / path).read_text("utf-8") == text, f"{path} differs; run make proto"
