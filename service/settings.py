@@ -128,7 +128,11 @@ class JobSettings(Group):
 class QueueSettings(Group):
     """The queue between front ends and workers."""
 
-    url: str = Field(default="memory://", description="memory:// within one process, or the URL of a Redis server")
+    url: str = Field(
+        default="memory://",
+        description="memory:// within one process; or redis://, rediss:// (TLS), unix://, redis+sentinel://, "
+        "rediss+sentinel:// (docs/redis.md)",
+    )
     max_jobs: Count = Field(default=512, description="jobs waiting or running; beyond it requests are refused (429)")
     max_bytes: NumBytes = Field(default=1 << 30, description="bytes of waiting jobs and unread results; beyond it: 429")
     retry_after_s: Seconds = Field(default=1.0, description="what a refused request is told to wait, in seconds")

@@ -33,6 +33,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.queue": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.redis_queue": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.serve": ("torch", "recofuse_core", "grpc"),
     "service.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.worker": ("fastapi", "grpc"),
