@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ class Gateway:
             try:
                 result = await self._queue.wait_result(job_id, timeout_s=remaining_s)
             except UnavailableError:
-                await asyncio.sleep(min(pause_s, remaining_s))
+                await asyncio.sleep(min(pause_s * random.uniform(0.5, 1.0), remaining_s))
                 pause_s = min(2 * pause_s, 2.0)
                 continue
             except JobNotFoundError as error:
@@ -249,5 +250,5 @@ class Gateway:
             except UnavailableError:
                 if time.monotonic() + pause_s > until_s:
                     raise
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # not all at once when it is back
             pause_s *= 2

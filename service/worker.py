@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import os
+import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -408,7 +409,7 @@ class Worker:
                 return await call()
             except UnavailableError as error:
                 logger.warning("queue cannot be reached", extra={"error": str(error), "retry_in_s": pause_s})
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # not all at once when it is back
             pause_s = min(2 * pause_s, longest_s)
 
 
