@@ -510,6 +510,25 @@ async def test_a_full_queue_does_not_fail_a_stream(facing: Facing, mode: pb.Flow
             assert stats.dropped == 12 - len(answers)
 
 
+async def test_mode_latest_does_not_queue_up_for_a_full_queue(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+        held = asyncio.ensure_future(face.stub.Fuse(request()))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        call = face.stub.FuseStream()
+        options = pb.StreamOptions(flow_control=pb.FLOW_CONTROL_LATEST, max_in_flight=1)
+        await call.write(pb.FuseStreamRequest(options=options))
+        for number in range(3):  # each finds its predecessor still without a place in the queue
+            await call.write(frame(number))
+            dropped = f'recofuse_stream_frames_total{{mode="latest",outcome="dropped"}} {number}.0'
+            assert await eventually(face, dropped)
+        await call.done_writing()
+        face.engine.gate.set()
+        await held
+        (answer,) = [answer async for answer in call]
+        assert (answer.sequence, answer.stats) == (2, pb.StreamStats(received=3, fused=1, dropped=2))
+
+
 async def test_frames_have_deadlines_of_their_own(facing: Facing) -> None:
     async with facing(queue={"max_jobs": 1}) as face:
         face.engine.gate.clear()
