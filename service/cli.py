@@ -30,9 +30,11 @@ from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Awaitable, Callable
 
     from service.files import Cost, FilePair, Fusion, Pixels
     from service.jobs import FusionOptions, Stage
+    from service.queue import JobQueue
 
 WEIGHTS_VARIABLE = "RECOFUSE_WEIGHTS"
 DEFAULT_WEIGHTS = "compact"
@@ -270,41 +272,229 @@ def serve(
 
     Every setting can be given as RECOFUSE_GROUP__NAME in the environment; an option here wins over it.
     """
-    settings = _settings()
     asked: dict[str, dict[str, Any]] = {
         "http": {"host": host, "port": port},
         "grpc": {"host": host, "port": grpc_port},
         "codec": {"kind": codec},
         "engine": {"kind": engine, "model": weights, "device": device, "num_threads": threads},
     }
-    if sys.stderr.isatty() and not any(name.upper() == "RECOFUSE_LOG__FORMAT" for name in os.environ):
-        asked["log"] = {"format": "text"}  # somebody is reading
-    settings = settings.replace(
-        **{group: {k: v for k, v in values.items() if v is not None} for group, values in asked.items()}
-    )
-    raise typer.Exit(_serve_all_in_one(settings))
+    raise typer.Exit(_serve_all_in_one(_changed(_settings(), asked)))
 
 
 def _serve_all_in_one(settings: Settings) -> int:
     """Serve until told to stop; returns the exit status. Raises what the caller can mend, such as a missing file."""
     from service.engine import build_engine
-    from service.serve import run, serve_all_in_one
+    from service.serve import serve_all_in_one
 
     def announce(address: str) -> None:
         err.print(f"serving on {address} - try {address}/docs; Ctrl-C stops", markup=False, soft_wrap=True)
+
+    return _run(lambda stop: serve_all_in_one(settings, build_engine(settings.engine), stop, announce), settings)
+
+
+def _run(serve: Callable[[asyncio.Event], Awaitable[None]], settings: Settings) -> int:
+    """Run one of `service.serve` as this process; what the caller can mend is raised, not logged as a fault of ours."""
+    from service.serve import run
 
     mendable: list[BaseException] = []
 
     async def main(stop: asyncio.Event) -> None:
         try:
-            await serve_all_in_one(settings, build_engine(settings.engine), stop, announce)
-        except _mendable() as error:  # kept from `run`, which would log it as a fault of ours
+            await serve(stop)
+        except _mendable() as error:
             mendable.append(error)
 
     status = run(main, settings)
     if mendable:
         raise mendable[0]
     return status
+
+
+def _changed(settings: Settings, asked: dict[str, dict[str, Any]]) -> Settings:
+    """Settings with the options that were given."""
+    if sys.stderr.isatty() and not any(name.upper() == "RECOFUSE_LOG__FORMAT" for name in os.environ):
+        asked["log"] = {"format": "text"}  # somebody is reading
+    return settings.replace(
+        **{group: {k: v for k, v in values.items() if v is not None} for group, values in asked.items()}
+    )
+
+
+# the split deployment: front ends and workers around one Redis
+
+QueueUrl = Annotated[
+    str | None,
+    typer.Option("--queue", metavar="URL", help="The shared queue: redis://HOST, rediss://..., redis+sentinel://..."),
+]
+
+
+def _shared_queue(settings: Settings) -> JobQueue:
+    from service.redis_queue import build_queue
+
+    if settings.queue.url == "memory://":
+        raise SettingsError(
+            "this command shares its queue with other processes: give --queue redis://HOST "
+            "or RECOFUSE_QUEUE__URL (or use `recofuse serve`, which needs none)"
+        )
+    return build_queue(settings.queue)
+
+
+@app.command()
+def api(
+    queue: QueueUrl = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=-1, max=65535, help="Port for gRPC; 0 picks a free one, -1 turns it off.")
+    ] = None,
+) -> None:
+    """Run a front end alone, HTTP and gRPC; workers take the jobs from the shared queue."""
+    from service.serve import serve_front_end
+
+    asked: dict[str, dict[str, Any]]
+    asked = {"queue": {"url": queue}, "http": {"host": host, "port": port}, "grpc": {"host": host, "port": grpc_port}}
+    settings = _changed(_settings(), asked)
+    shared = _shared_queue(settings)
+
+    def announce(address: str) -> None:
+        err.print(f"serving on {address} - try {address}/docs; Ctrl-C stops", markup=False, soft_wrap=True)
+
+    raise typer.Exit(_run(lambda stop: serve_front_end(settings, shared, stop, announce), settings))
+
+
+@app.command()
+def worker(
+    queue: QueueUrl = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="core|null|fixed", help="The model, or a stand-in that measures the service.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(envvar=WEIGHTS_VARIABLE, metavar="NAME_OR_PATH", help="A shipped model's name or a checkpoint."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(metavar="files|ready", help="ready: answer the uploaded file unread (stand-in engines only)."),
+    ] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="Address of its own /metrics and /health.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=-1, max=65535, help="Port of them; 0 picks a free one, -1 turns them off.")
+    ] = None,
+) -> None:
+    """Run a worker alone; it serves /metrics, /health/live and /health/ready on a port of its own."""
+    from service.engine import build_engine
+    from service.serve import serve_worker
+
+    asked: dict[str, dict[str, Any]] = {
+        "queue": {"url": queue},
+        "codec": {"kind": codec},
+        "engine": {"kind": engine, "model": weights, "device": device, "num_threads": threads},
+        "worker": {"metrics_host": metrics_host, "metrics_port": metrics_port},
+    }
+    settings = _changed(_settings(), asked)
+    shared = _shared_queue(settings)
+
+    def announce(address: str) -> None:
+        watched = f"; metrics and health on {address}" if address else ""
+        err.print(f"working{watched}; Ctrl-C stops", markup=False, soft_wrap=True)
+
+    raise typer.Exit(
+        _run(lambda stop: serve_worker(settings, shared, build_engine(settings.engine), stop, announce), settings)
+    )
+
+
+letters_app = typer.Typer(no_args_is_help=True, help="Jobs that failed through no fault of their request.")
+app.add_typer(letters_app, name="dead-letters")
+
+LetterIds = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Job ids, as `list` shows them.")]
+AllLetters = Annotated[bool, typer.Option("--all", help="Every dead letter.")]
+
+
+def _with_queue(url: str | None, use: Callable[[JobQueue], Awaitable[None]]) -> None:
+    """Open the shared queue, use it, close it."""
+    import asyncio
+
+    queue = _shared_queue(_changed(_settings(), {"queue": {"url": url}}))
+
+    async def main() -> None:
+        await queue.open()
+        try:
+            await use(queue)
+        finally:
+            await queue.close()
+
+    asyncio.run(main())
+
+
+async def _chosen(queue: JobQueue, ids: Sequence[str] | None, is_all: bool) -> list[str]:
+    if bool(ids) == is_all:
+        raise InvalidInputError("give job ids, or --all")
+    return list(ids) if ids else [letter.job.id for letter in await queue.dead_letters(limit=1 << 20)]
+
+
+@letters_app.command(name="list")
+def list_dead_letters(
+    queue: QueueUrl = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, oldest first.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
+) -> None:
+    """Show the dead letters, oldest first."""
+    import json
+    from datetime import UTC, datetime
+
+    async def show(shared: JobQueue) -> None:
+        table = Table("job", "failed", "error", "attempts", "size", "request")
+        for letter in await shared.dead_letters(limit=limit):
+            failed = datetime.fromtimestamp(letter.failed_s, UTC).isoformat(timespec="seconds")
+            job, error = letter.job, f"{letter.error_code}: {letter.error_message}"
+            if as_json:
+                typer.echo(
+                    json.dumps(
+                        {
+                            "id": job.id,
+                            "failed_at": failed,
+                            "code": letter.error_code,
+                            "message": letter.error_message,
+                            "attempts": letter.attempts,
+                            "width": job.width,
+                            "height": job.height,
+                            "size_bytes": job.size_bytes,
+                            "request_id": job.request_id,
+                        }
+                    )
+                )
+            else:
+                cells = (job.id, failed, error, letter.attempts, f"{job.width}x{job.height}", job.request_id)
+                table.add_row(*(Text(str(cell), overflow="fold") for cell in cells))
+        if not as_json:
+            out.print(table if table.row_count else "no dead letters")
+
+    _with_queue(queue, show)
+
+
+@letters_app.command(name="retry")
+def retry_dead_letters(ids: LetterIds = None, queue: QueueUrl = None, is_all: AllLetters = False) -> None:
+    """Submit these jobs again, as new ones without a deadline; prints old and new id."""
+
+    async def retry(shared: JobQueue) -> None:
+        for job_id in await _chosen(shared, ids, is_all):
+            admission = await shared.retry_dead_letter(job_id)
+            typer.echo(f"{job_id} {admission.job_id}")
+
+    _with_queue(queue, retry)
+
+
+@letters_app.command(name="drop")
+def drop_dead_letters(ids: LetterIds = None, queue: QueueUrl = None, is_all: AllLetters = False) -> None:
+    """Forget these jobs and their images."""
+
+    async def drop(shared: JobQueue) -> None:
+        for job_id in await _chosen(shared, ids, is_all):
+            await shared.drop_dead_letter(job_id)
+            typer.echo(job_id)
+
+    _with_queue(queue, drop)
 
 
 @app.command(name="settings")
