@@ -225,7 +225,7 @@ async def test_what_is_handed_back_wakes_a_waiting_taker(server: RedisServer) ->
         started = time.monotonic()
         await first.release([lease])
         assert (await taking).job == job
-        assert time.monotonic() - started < 0.5  # its own looks are a second apart
+        assert time.monotonic() - started < 0.9  # its own looks are a second apart
 
 
 async def test_a_process_under_a_dead_ones_id_receives_its_jobs_at_once(server: RedisServer) -> None:
