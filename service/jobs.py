@@ -171,8 +171,11 @@ class _JobHeader(_Strict):
 
 
 def new_job_id() -> str:
-    """A fresh, unguessable id: whoever knows it may read the result."""
-    return secrets.token_urlsafe(18)
+    """A fresh, unguessable id: whoever knows it may read the result.
+
+    Hexadecimal, because ids are typed into command lines, where a leading dash would make one an option.
+    """
+    return secrets.token_hex(18)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

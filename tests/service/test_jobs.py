@@ -131,3 +131,9 @@ def test_a_result_knows_its_status_and_error() -> None:
 def test_all_asks_for_every_part_in_order() -> None:
     assert Output.ALL.parts == (Part.FUSED, Part.VIS, Part.IR)
     assert [output.parts for output in (Output.FUSED, Output.VIS, Output.IR)] == [(part,) for part in Part]
+
+
+def test_fresh_ids_can_be_typed_into_a_command_line() -> None:
+    ids = {new_job_id() for _ in range(500)}
+    assert len(ids) == 500
+    assert not any(each.startswith("-") for each in ids)
