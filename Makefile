@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs
+.PHONY: help setup demo serve test check fmt proto docs bench drills
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,7 +14,7 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recofuse needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,train]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,otel,train]' -c constraints.txt
 	@touch $@
 
 setup: $(INSTALLED) ## install everything into .venv
@@ -42,3 +42,9 @@ proto: $(INSTALLED) ## generate service/pb from proto/
 
 docs: $(INSTALLED) ## write docs/settings.md from the code
 	@$(BIN)/recofuse settings > docs/settings.md
+
+bench: $(INSTALLED) ## measure what the service costs without the model, on an otherwise idle machine
+	@$(BIN)/recofuse bench service
+
+drills: $(INSTALLED) ## prove the promises of docs/reliability.md on real processes, in under ten minutes
+	@$(BIN)/python -m benchmarks.drills

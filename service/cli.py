@@ -708,6 +708,28 @@ def evaluate(
     out.print(report.line(), markup=False, soft_wrap=True)
 
 
+# bench
+
+bench = typer.Typer(no_args_is_help=True, help="Measure; the tools are in the source tree's benchmarks folder.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="service")
+def bench_service(
+    quick: Annotated[bool, typer.Option("--quick", help="Windows of a second, for a first look.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What the service costs without the model: real servers with stand-in engines under load from 1 to 32 clients."""
+    if importlib.util.find_spec("benchmarks") is None:
+        raise InvalidInputError("bench needs the source tree: run it from a checkout of recofuse")
+    from benchmarks import service as measured
+
+    window_s, warm_up_s = (1.0, 0.5) if quick else (6.0, 1.5)
+    outcome = measured.run(window_s=window_s, warm_up_s=warm_up_s, json_path=json_path, say=typer.echo)
+    if outcome.num_failed:
+        raise typer.Exit(1)
+
+
 # demo
 
 
