@@ -734,6 +734,34 @@ def bench_service(
 
 
 @app.command()
+def sample(
+    output: Annotated[Path, typer.Argument(help="Folder for vis.png and ir.png.")],
+    seed: Annotated[int, typer.Option(min=0, help="Which street.")] = 7,
+    vis: Annotated[str, typer.Option(help="What is done to vis, comma-separated.")] = "low_light,gaussian_noise",
+    ir: Annotated[str, typer.Option(help="What is done to ir.")] = "low_contrast,stripes,gaussian_noise",
+    degradation_seed: Annotated[int, typer.Option(min=0, help="How exactly.")] = 3,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "640x480",
+) -> None:
+    """Write a generated, degraded pair: something to try the other commands on."""
+    from recofuse_core.degradations import IrKind, VisKind
+    from service.demo import SampleRecipe, write_sample
+
+    kinds = []
+    for name, given, known in (("vis", vis, tuple(VisKind)), ("ir", ir, tuple(IrKind))):
+        chosen = tuple(filter(None, given.split(",")))
+        if unknown := set(chosen) - set(known):
+            raise InvalidInputError(f"{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        kinds.append(chosen)
+    width, _, height = size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 64 and len(size) <= 9):
+        raise InvalidInputError(f"size: expected WIDTHxHEIGHT with sides of 64 px and more, got {size}")
+    recipe = SampleRecipe(seed, degradation_seed, kinds[0], kinds[1], int(width), int(height))
+    output.mkdir(parents=True, exist_ok=True)
+    vis_path, ir_path, _ = write_sample(output, recipe, _settings().codec)
+    out.print(f"wrote {vis_path} and {ir_path}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     vis: Annotated[Path | None, typer.Option(help="Your own visible image; a generated pair if unset.")] = None,
     ir: Annotated[Path | None, typer.Option(help="Your own infrared image of the same view.")] = None,

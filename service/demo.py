@@ -22,18 +22,25 @@ from numpy.typing import NDArray
 from service import images
 from service.errors import InvalidInputError, UnavailableError
 from service.files import contact_sheet, write_picture
-from service.settings import Settings
+from service.settings import CodecSettings, Settings
 
 READY_TIMEOUT_S = 120.0  # importing torch on a cold disk takes most of it
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
 
-# A night street with every modality degraded on its own; seeds and kinds are fixed so that the demo is one picture.
-SCENE_SEED, DEGRADATION_SEED = 7, 3
-VIS_KINDS = ("low_light", "gaussian_noise")
-IR_KINDS = ("low_contrast", "stripes", "gaussian_noise")
-
 Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecipe:
+    """A generated street and what is done to it. The defaults are the demonstration's, so that it is one picture."""
+
+    scene_seed: int = 7
+    degradation_seed: int = 3
+    vis_kinds: tuple[str, ...] = ("low_light", "gaussian_noise")
+    ir_kinds: tuple[str, ...] = ("low_contrast", "stripes", "gaussian_noise")
+    width: int = 640
+    height: int = 480
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Pat
     folder.mkdir(parents=True, exist_ok=True)
     clean: list[tuple[str, Pixels]] = []
     if own_pair is None:
-        vis_path, ir_path, clean = write_sample(folder, settings)
+        vis_path, ir_path, clean = write_sample(folder, SampleRecipe(), settings.codec)
     else:
         vis_path, ir_path = own_pair
     vis, ir = vis_path.read_bytes(), ir_path.read_bytes()
@@ -83,8 +90,13 @@ def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Pat
     )
 
 
-def write_sample(folder: Path, settings: Settings) -> tuple[Path, Path, list[tuple[str, Pixels]]]:
-    """A generated street: degraded vis and ir as files, and the labelled clean pictures that they were made from."""
+def write_sample(
+    folder: Path, recipe: SampleRecipe, codec: CodecSettings
+) -> tuple[Path, Path, list[tuple[str, Pixels]]]:
+    """A generated street: degraded vis and ir as files, and the labelled clean pictures that they were made from.
+
+    Raises recofuse_core's ConfigError for unknown kinds and ShapeError for sides that are too small.
+    """
     from torch import Generator, Tensor
 
     from recofuse_core.degradations import degrade_ir, degrade_vis
@@ -94,13 +106,13 @@ def write_sample(folder: Path, settings: Settings) -> tuple[Path, Path, list[tup
         levels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
         return np.ascontiguousarray(levels[..., 0] if levels.shape[2] == 1 else levels)
 
-    scene = make_scene(SCENE_SEED)
-    generator = Generator().manual_seed(DEGRADATION_SEED)
-    vis = degrade_vis(scene.vis, generator, kinds=VIS_KINDS).image
-    ir = degrade_ir(scene.ir, generator, kinds=IR_KINDS).image
+    scene = make_scene(recipe.scene_seed, recipe.height, recipe.width)
+    generator = Generator().manual_seed(recipe.degradation_seed)
+    vis = degrade_vis(scene.vis, generator, kinds=recipe.vis_kinds).image
+    ir = degrade_ir(scene.ir, generator, kinds=recipe.ir_kinds).image
     vis_path, ir_path = folder / "vis.png", folder / "ir.png"
-    write_picture(vis_path, pixels(vis), settings.codec)
-    write_picture(ir_path, pixels(ir), settings.codec)
+    write_picture(vis_path, pixels(vis), codec)
+    write_picture(ir_path, pixels(ir), codec)
     clean = [("visible, as it was before", pixels(scene.vis)), ("infrared, as it was before", pixels(scene.ir))]
     return vis_path, ir_path, clean
 

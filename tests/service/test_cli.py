@@ -291,6 +291,21 @@ def test_serve_refuses_bad_settings_in_one_line(weights: Path) -> None:
         assert word in done.stderr.splitlines()[-1]
 
 
+def test_a_sample_is_a_degraded_pair_that_its_options_decide(tmp_path: Path) -> None:
+    options = ("--size", "96x64", "--seed", 2)
+    for folder, more in (("a", ()), ("b", ()), ("c", ("--vis", "haze", "--ir", "stripes"))):
+        result = run("sample", tmp_path / folder, *options, *more)
+        assert result.exit_code == 0, result.output
+    read = {folder: read_vis(tmp_path / folder / "vis.png") for folder in "abc"}
+    assert read["a"].shape == (3, 64, 96)
+    assert torch.equal(read["a"], read["b"])
+    assert not torch.equal(read["a"], read["c"])
+    assert_one_line(run("sample", tmp_path / "d", "--vis", "fog"), "fog is none of", "haze")
+    assert_one_line(run("sample", tmp_path / "d", "--size", "640"), "size", "got 640")
+    assert_one_line(run("sample", tmp_path / "d", "--size", "8x8"), "64 px")
+    assert not (tmp_path / "d").exists()
+
+
 def test_demo_serves_fuses_and_stops(tmp_path: Path, weights: Path) -> None:
     folder = tmp_path / "demo"
     result = run("demo", "-o", folder, "--weights", weights)
