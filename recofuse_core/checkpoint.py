@@ -35,6 +35,7 @@ from recofuse_core.networks import (
     FusionConfig,
     GatedAutoencoderConfig,
     PaperAutoencoderConfig,
+    ToneConfig,
 )
 from recofuse_core.sde import SDEConfig
 
@@ -283,6 +284,8 @@ def _config_from(values: Any) -> ModelConfig:
         "fusion": FusionConfig,
         "sde": SDEConfig,
     }
+    if values.get("tone") is not None:
+        sections["tone"] = ToneConfig
     values.update({key: _build(section, values[key], key) for key, section in sections.items()})
     config: ModelConfig = _build(ModelConfig, values, "config")
     return config

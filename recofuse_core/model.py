@@ -17,6 +17,8 @@ from recofuse_core.networks import (
     LatentFusion,
     PaperAutoencoderConfig,
     Skips,
+    ToneConfig,
+    ToneEstimator,
     build_autoencoder,
     pad_to_multiple,
 )
@@ -38,6 +40,7 @@ class ModelConfig:
     denoiser: DenoiserConfig
     fusion: FusionConfig
     sde: SDEConfig
+    tone: ToneConfig | None = None
     sampler: SamplerName = "euler"
     steps: int = 100
 
@@ -64,6 +67,7 @@ PRESETS = {
         ),
         FusionConfig(latent_channels=16),
         SDEConfig(),
+        tone=ToneConfig(),
         sampler="ode2",
         steps=3,
     ),
@@ -102,6 +106,7 @@ class ReCoFuse(nn.Module):
         self.denoiser = DualDenoiser(config.denoiser)
         self.fusion = LatentFusion(config.fusion)
         self.sde = MeanRevertingSDE(config.sde)
+        self.tone = None if config.tone is None else ToneEstimator(config.tone)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
             name=name,
@@ -129,6 +134,17 @@ class ReCoFuse(nn.Module):
         """TIM at step 0 on the restored latents: the latent (B, C, h, w) of the fused image."""
         fused: Tensor = self.fusion(clean.vis, clean.ir, torch.zeros(1, dtype=torch.long, device=clean.vis.device))
         return fused
+
+    def normalise(self, images: Pair, context: Pair | None = None) -> Pair:
+        """Images under the tone curves of `context`, whole frames (the images themselves if None), ir of one channel.
+
+        Images come back unchanged from a model without a tone estimator.
+        """
+        if self.tone is None:
+            return images
+        frames = images if context is None else context
+        vis_curves, ir_curves = self.tone(frames.vis, frames.ir)
+        return Pair(vis_curves(images.vis), ir_curves(images.ir))
 
     @torch.inference_mode()
     def fuse(
@@ -161,6 +177,7 @@ class ReCoFuse(nn.Module):
             raise ShapeError(f"{batch} pairs need {batch} seeds or one, got {len(seed_list)}")
 
         tiling = tiling or TilingConfig()
+        vis, ir = self.normalise(Pair(vis, ir))
         padded = Pair(
             pad_to_multiple(vis, 16, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(ir, 16, "reflect").expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last),

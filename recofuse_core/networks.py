@@ -1,12 +1,13 @@
-"""The three networks of ReCoFuse, each beside its frozen config: autoencoder, denoiser (DiM), latent fusion (TIM).
+"""The networks of ReCoFuse, each beside its frozen config: autoencoder, denoiser (DiM), latent fusion (TIM), tone.
 
-Two autoencoders share one interface (`encode`, `decode`, `fuse_skips`): `PaperAutoencoder` is the published one, whose
+The tone estimator is ours and optional: one curve a channel for the whole frame, applied before the encoder. Two
+autoencoders share one interface (`encode`, `decode`, `fuse_skips`): `PaperAutoencoder` is the published one, whose
 official weights can be loaded; `GatedAutoencoder` is the compact one, with a denser latent and a gated skip at quarter
 resolution. Letters: B batch, H and W image size, h and w latent size (an eighth, rounded up), C latent channels.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -353,3 +354,87 @@ class LatentFusion(nn.Module):
         """vis, ir: (B, C, h, w); timesteps: (B,) or (1,) integers, 0 for the final fusion. Returns (B, C, h, w)."""
         vis_weight, ir_weight = self.weights(vis, ir, timesteps)
         return ir_weight * ir + vis_weight * vis
+
+
+# --- tone -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToneConfig:
+    """Sizes of the tone estimator (docs/decisions/0005)."""
+
+    grid: int = 64  # the frame is averaged to this many cells a side, so that noise hardly moves the quantiles
+    num_quantiles: int = 24
+    width: int = 256
+
+
+class ToneCurves(NamedTuple):
+    """y = clamp((x + shift) * gain, 0, 1) ** gamma, one curve an image and channel; each (B, C, 1, 1)."""
+
+    shift: Tensor
+    gain: Tensor
+    gamma: Tensor
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] to the same."""
+        # The floor keeps the gradient of the power finite, and stays dark under any gamma.
+        return ((image + self.shift) * self.gain).clamp(1e-5, 1).pow(self.gamma)
+
+
+class ToneEstimator(nn.Module):
+    """Curves that undo what acts on a whole frame alike: dark exposure, veil, colour cast, squeezed infrared contrast.
+
+    Each of these is, or nearly is, a shift, a gain and a power a channel, whose inverse is a curve of the same family.
+    Convolutions see too little of a frame to tell it from the scene; the quantiles of both whole frames do.
+    """
+
+    CHANNELS = 4  # vis, then ir
+    SHIFT_UNIT = 0.3
+    GAMMA_UNIT = 0.5
+
+    def __init__(self, config: ToneConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_features = self.CHANNELS * (config.num_quantiles + 3)
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.layers = nn.Sequential(
+            nn.Linear(num_features, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, 3 * self.CHANNELS),
+        )
+        nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]  # identity to start from
+        nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
+
+    def features(self, vis: Tensor, ir: Tensor) -> Tensor:
+        """Quantiles of the averaged frames, then std, minimum and maximum of the full ones: (B, features).
+
+        vis: (B, 3, H, W), ir: (B, 1, H, W), float32 in [0, 1].
+        """
+        grid, count = self.config.grid, self.config.num_quantiles
+        image = torch.cat([vis, ir], dim=1)
+        cells = F.adaptive_avg_pool2d(image, grid).flatten(2).sort(dim=-1).values  # (B, 4, grid**2)
+        ranks = [round(rank * (grid**2 - 1) / (count - 1)) for rank in range(count)]
+        quantiles = torch.stack([cells[..., rank] for rank in ranks], dim=-1)
+        flat = image.flatten(2)
+        spread = torch.stack([flat.std(dim=-1), flat.amin(dim=-1), flat.amax(dim=-1)], dim=1)  # (B, 3, 4)
+        return torch.cat([quantiles.flatten(1), spread.flatten(1)], dim=1)
+
+    def calibrate(self, features: Tensor) -> None:
+        """Take the scale of the features (N, F) of a training set over, so that all weigh alike."""
+        self.get_buffer("mean").copy_(features.mean(dim=0))
+        self.get_buffer("std").copy_(features.std(dim=0) + 1e-3)
+
+    def curves(self, features: Tensor) -> ToneCurves:
+        """(B, features) to curves of four channels: vis, then ir."""
+        scaled = (features - self.get_buffer("mean")) / self.get_buffer("std")
+        values = self.layers(scaled)[:, :, None, None]
+        shift, gain, gamma = values.chunk(3, dim=1)
+        return ToneCurves(self.SHIFT_UNIT * shift, gain.exp(), (self.GAMMA_UNIT * gamma).exp())
+
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[ToneCurves, ToneCurves]:
+        """The curves of both modalities: (B, 3, 1, 1) and (B, 1, 1, 1) parameters. See `features` for the input."""
+        curves = self.curves(self.features(vis, ir))
+        return ToneCurves(*(x[:, :3] for x in curves)), ToneCurves(*(x[:, 3:] for x in curves))

@@ -1,5 +1,7 @@
-"""Training in three stages, from one config: autoencoder, branches, coupled (the paper's alternating regularisation).
+"""Training in stages, from one config: tone, autoencoder, branches, coupled (the paper's alternating regularisation).
 
+- "tone" is ours, for models that have a tone estimator (docs/decisions/0005). Features and sampled cells of many
+  degraded frames are drawn once and kept, so that a step costs milliseconds.
 - "autoencoder": every latent is decoded with degraded skip features and must give the image it belongs to (feature
   reorganisation), so that content and degradation live in the latent and the decoder learns to distrust the skips.
 - "branches": the autoencoder is frozen; states of random steps are drawn from the marginal, and the prediction is
@@ -36,14 +38,14 @@ from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
 from recofuse_core.losses import FusionTerms, fusion_loss, matching_loss
 from recofuse_core.model import PRESETS, ReCoFuse
-from recofuse_core.networks import Skips
+from recofuse_core.networks import Skips, ToneEstimator
 from recofuse_core.quality import psnr
 from recofuse_core.sampler import SAMPLERS, NoiseSource, Pair, Prediction, clean_latents, plan_timesteps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-StageName = Literal["autoencoder", "branches", "coupled"]
+StageName = Literal["tone", "autoencoder", "branches", "coupled"]
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -63,7 +65,8 @@ class DataConfig:
     ir_offset: tuple[float, float] = (-0.05, 0.1)
     ir_log_gamma: float = 0.4  # gamma is drawn from e^-x to e^x
     clean_probability: float = 0.05
-    strength: Strength = "medium"
+    strengths: tuple[Strength, ...] = ("medium",)  # one is drawn for every pair
+    context: int = 0  # side of the frames that the tone curves are taken from; crops are cut from them. 0: the crops
     validation_root: str = ""  # pairs for the score during training; none if empty
     dark_below: float = 0.18  # visible images of lower mean are given enhanced targets
 
@@ -89,6 +92,7 @@ class StageConfig:
     fusion_weight: float = 1.0
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
+    num_frames: int = 18_000  # tone: degraded frames that are drawn once and kept
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,14 @@ def enhance_dark(vis: np.ndarray, dark_below: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean targets and degraded inputs, (B, 3, H, W) each; infrared repeated to three channels."""
+    """Clean targets and degraded inputs, (B, 3, H, W) each; infrared repeated to three channels.
+
+    context: the degraded frames that the inputs were cut from, infrared of one channel; None if they are the inputs.
+    """
 
     clean: Pair
     degraded: Pair
+    context: Pair | None = None
 
 
 class PairSource:
@@ -175,17 +183,29 @@ class PairSource:
 
     def draw(self, batch_size: int, crop: int, generator: Generator) -> Batch:
         """A batch of `crop` x `crop` pairs, degraded anew."""
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        config = self.config
+        side = max(crop, config.context)
+        parts: list[tuple[Tensor, ...]] = []
         for _ in range(batch_size):
-            vis, target, ir = self._crop(crop, generator)
-            ir = self._vary_ir(ir, generator)
-            config = self.config
-            low_vis = degrade_vis(vis, generator, config.strength, clean_probability=config.clean_probability).image
-            low_ir = degrade_ir(ir, generator, config.strength, clean_probability=config.clean_probability).image
-            parts.append((target, ir, low_vis, low_ir))
-        target, ir, low_vis, low_ir = (torch.stack(column) for column in zip(*parts, strict=True))
+            target, ir, low_vis, low_ir = self.frame(side, generator)
+            top, left = (torch.rand(2, generator=generator) * (side - crop + 1)).int().tolist()
+            area = np.s_[..., top : top + crop, left : left + crop]
+            parts.append((target[area], ir[area], low_vis[area], low_ir[area], low_vis, low_ir))
+        target, ir, low_vis, low_ir, vis_frame, ir_frame = (torch.stack(column) for column in zip(*parts, strict=True))
         clean = Pair(_fast(target), _fast(ir.expand(-1, 3, -1, -1)))
-        return Batch(clean, Pair(_fast(low_vis), _fast(low_ir.expand(-1, 3, -1, -1))))
+        degraded = Pair(_fast(low_vis), _fast(low_ir.expand(-1, 3, -1, -1)))
+        return Batch(clean, degraded, Pair(vis_frame, ir_frame) if config.context else None)
+
+    def frame(self, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One square: clean vis (3, side, side) and ir (1, side, side), then both degraded."""
+        vis, target, ir = self._crop(side, generator)
+        ir = self._vary_ir(ir, generator)
+        config = self.config
+        pick = float(torch.rand(1, generator=generator))
+        strength = config.strengths[int(pick * len(config.strengths))]
+        low_vis = degrade_vis(vis, generator, strength, clean_probability=config.clean_probability).image
+        low_ir = degrade_ir(ir, generator, strength, clean_probability=config.clean_probability).image
+        return target, ir, low_vis, low_ir
 
     def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         pick, item, zoom, scale, top, left, flip, turn = torch.rand(8, generator=generator).tolist()
@@ -226,6 +246,46 @@ def _fast(x: Tensor) -> Tensor:
 
 
 # --- losses of the stages ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToneSamples:
+    """Degraded frames, drawn once: features (N, F), and cells of the averaged frames, degraded and clean, (N, 4, P)."""
+
+    features: Tensor
+    degraded: Tensor
+    clean: Tensor
+
+    @classmethod
+    def draw(cls, tone: ToneEstimator, source: PairSource, count: int, generator: Generator) -> "ToneSamples":
+        """Frames of the source's context side; every seventh cell is kept, in half precision."""
+        side = source.config.context
+        if side < tone.config.grid:
+            raise ConfigError(f"data.context must be at least {tone.config.grid} for the tone stage, got {side}")
+        features: list[Tensor] = []
+        degraded: list[Tensor] = []
+        clean: list[Tensor] = []
+        for _ in range(count):
+            target, ir, low_vis, low_ir = source.frame(side, generator)
+            features.append(tone.features(low_vis[None], low_ir[None])[0])
+            for kept, pair in ((degraded, (low_vis, low_ir)), (clean, (target, ir))):
+                cells = F.adaptive_avg_pool2d(torch.cat(pair), tone.config.grid)
+                kept.append(cells.flatten(1)[:, ::7].half())
+        return cls(torch.stack(features), torch.stack(degraded), torch.stack(clean))
+
+
+def tone_loss(tone: ToneEstimator, samples: ToneSamples, batch: Tensor) -> dict[str, Tensor]:
+    """Image loss of the corrected cells of the samples with the indices `batch`, for both modalities."""
+    curves = tone.curves(samples.features[batch])
+    corrected = curves(samples.degraded[batch].float()[..., None])
+    clean = samples.clean[batch].float()[..., None]
+    return {
+        "vis": image_loss(corrected[:, :3], clean[:, :3], TONE_LOG_WEIGHT),
+        "ir": image_loss(corrected[:, 3:], clean[:, 3:], TONE_LOG_WEIGHT),
+    }
+
+
+TONE_LOG_WEIGHT = 0.05
 
 
 def autoencoder_loss(model: ReCoFuse, batch: Batch, stage: StageConfig) -> dict[str, Tensor]:
@@ -410,7 +470,9 @@ class Trainer:
         self.elapsed_s = 0.0
         autoencoder, others = self.model.autoencoder, [self.model.denoiser, self.model.fusion]
         decoder = [p for name, p in autoencoder.named_parameters() if _is_decoder(name)]
+        tone = [] if self.model.tone is None else list(self.model.tone.parameters())
         trained = {
+            "tone": tone,
             "autoencoder": list(autoencoder.parameters()),
             "branches": [p for m in others for p in m.parameters()],
             "coupled": [p for m in others for p in m.parameters()] + (decoder if self.stage.rollout else []),
@@ -424,16 +486,19 @@ class Trainer:
         fusion = list(self.model.fusion.parameters()) + (decoder if self.stage.rollout else [])
         self.fusion_parameters = fusion
         self.optimizer = build_optimizer(self.stage, trained)
+        self.tone_samples: ToneSamples | None = None
         self.average = WeightAverage(self.model, self.config.ema_decay)
 
     def run_stage(self) -> Iterator[StepReport]:
-        """Train the present stage to its end, one report a step."""
+        """Train the present stage to its end, one report a step. Raises ConfigError if the model lacks its part."""
+        if self.stage.name == "tone":
+            self._draw_tone_samples()
         started = time.monotonic() - self.elapsed_s
         while (progress := self._progress()) < 1:
             rate = learning_rate(self.stage, self.step, progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            losses = self._update(self.source.draw(self.stage.batch_size, self.stage.crop, self.generator))
+            losses = self._update()
             if not all(math.isfinite(loss) for loss in losses.values()):
                 raise NumericsError(f"a loss of step {self.step} of stage {self.stage.name} is not finite: {losses}")
             self.step += 1
@@ -446,16 +511,36 @@ class Trainer:
         by_time = self.elapsed_s / (60 * self.stage.max_minutes) if self.stage.max_minutes else 0.0
         return max(self.step / self.stage.steps, by_time)
 
-    def _update(self, batch: Batch) -> dict[str, float]:
+    def _draw_tone_samples(self) -> None:
+        """The stage's frames, from a generator of their own: a resumed run draws the same again."""
+        tone = self.model.tone
+        if tone is None:
+            raise ConfigError(f"preset {self.config.preset!r} has no tone estimator to train")
+        generator = Generator().manual_seed(self.config.seed + 1)
+        self.tone_samples = ToneSamples.draw(tone, self.source, self.stage.num_frames, generator)
+        if self.step == 0:
+            tone.calibrate(self.tone_samples.features)
+            self.average = WeightAverage(self.model, self.config.ema_decay)
+
+    def _update(self) -> dict[str, float]:
         stage = self.stage
+        if self.tone_samples is not None and self.model.tone is not None:
+            chosen = torch.randint(len(self.tone_samples.features), (stage.batch_size,), generator=self.generator)
+            terms = tone_loss(self.model.tone, self.tone_samples, chosen)
+            self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
+            return {name: float(term.detach()) for name, term in terms.items()}
+        batch = self.source.draw(stage.batch_size, stage.crop, self.generator)
         if stage.name == "autoencoder":
             with self._autocast():
                 terms = autoencoder_loss(self.model, batch, stage)
             self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
             return {name: float(term.detach()) for name, term in terms.items()}
+        with torch.no_grad():
+            context = batch.context or Pair(batch.degraded.vis, batch.degraded.ir[:, :1])
+            degraded = self.model.normalise(batch.degraded, context)
         with self._autocast():
             clean, _, _ = encode_pair(self.model, batch.clean)
-            mu, vis_skips, ir_skips = encode_pair(self.model, batch.degraded)
+            mu, vis_skips, ir_skips = encode_pair(self.model, degraded)
             if stage.rollout:
                 return self._rollout_update(batch, clean, mu, (vis_skips, ir_skips))
             return self._marginal_update(batch, clean, mu, (vis_skips, ir_skips))
@@ -618,8 +703,9 @@ class Validation:
             area = np.s_[top : top + height, left : left + width]
             clean_vis = torch.from_numpy(vis[area].copy()).permute(2, 0, 1).float() / 255
             clean_ir = torch.from_numpy(ir[area].copy())[None].float() / 255
-            low_vis = degrade_vis(clean_vis, generator, config.strength).image
-            low_ir = degrade_ir(clean_ir, generator, config.strength).image
+            strength = config.strengths[0]
+            low_vis = degrade_vis(clean_vis, generator, strength).image
+            low_ir = degrade_ir(clean_ir, generator, strength).image
             self.items.append((Pair(clean_vis[None], clean_ir[None]), Pair(low_vis[None], low_ir[None])))
 
     def __call__(self, model: ReCoFuse) -> tuple[dict[str, float], list[Tensor]]:
@@ -680,7 +766,8 @@ def train_from_config(
                         bar.set_postfix({name: f"{loss:.4f}" for name, loss in report.losses.items()}, refresh=False)
                     if report.step % config.checkpoint_interval == 0:
                         trainer.save(state_path)
-                    if validation and stage.name != "autoencoder" and report.step % config.validation_interval == 0:
+                    is_due = report.step % config.validation_interval == 0 and stage.name not in ("tone", "autoencoder")
+                    if validation and is_due:
                         with trainer.averaged() as model:
                             scores, rows = validation(model)
                         bar.write(

@@ -1,4 +1,4 @@
-"""The three networks against a second writing in plain functions, and what their sizes and names must stay.
+"""The networks against a second writing in plain functions, and what their sizes and names must stay.
 
 The second writing takes a network's state dict, reads its entries by name and spells every step out as model-spec
 sections 2 to 4 do; tests/core/test_layers.py has checked the blocks themselves.
@@ -28,6 +28,9 @@ from recofuse_core.networks import (
     LatentFusion,
     PaperAutoencoder,
     PaperAutoencoderConfig,
+    ToneConfig,
+    ToneCurves,
+    ToneEstimator,
     build_autoencoder,
     pad_to_multiple,
 )
@@ -338,6 +341,45 @@ def blank(preset: str) -> ReCoFuse:
         return ReCoFuse(PRESETS[preset])
 
 
+def test_tone_curves_start_as_the_identity_and_have_one_curve_a_channel() -> None:
+    tone = ToneEstimator(ToneConfig(width=8))
+    vis, ir = torch.rand(2, 3, 40, 56), torch.rand(2, 1, 40, 56)
+    for curves, image in zip(tone(vis, ir), (vis, ir), strict=True):
+        assert torch.allclose(curves(image), image.clamp_min(1e-5))
+    nn.init.normal_(tone.layers[-1].weight)  # type: ignore[arg-type]
+    tone.calibrate(tone.features(vis, ir))
+    vis_curves, ir_curves = tone(vis, ir)
+    alone, _ = tone(vis[:1], ir[:1])
+    for curves, channels in ((vis_curves, 3), (ir_curves, 1)):
+        assert [part.shape for part in curves] == [(2, channels, 1, 1)] * 3
+    for part, single in zip(vis_curves, alone, strict=True):
+        assert torch.allclose(part[:1], single, atol=1e-6)
+
+
+def test_tone_curves_invert_exposure_gamma_veil_and_contrast() -> None:
+    clean = torch.rand(1, 3, 16, 16) * 0.8 + 0.1
+    dark = 0.5 * clean**2.2
+    dark_inverse = ToneCurves(torch.zeros(1), torch.tensor(2.0), torch.tensor(1 / 2.2))
+    assert torch.allclose(dark_inverse(dark), clean, atol=1e-4)
+    veiled = 0.4 * clean + 0.6 * 0.9
+    assert torch.allclose(ToneCurves(torch.tensor(-0.54), torch.tensor(2.5), torch.ones(1))(veiled), clean, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 33), (64, 64), (131, 77)])
+def test_tone_features_are_quantiles_and_spread(size: tuple[int, int]) -> None:
+    tone = ToneEstimator(ToneConfig(grid=8, num_quantiles=5, width=8))
+    vis, ir = torch.rand(1, 3, *size), torch.rand(1, 1, *size)
+    features = tone.features(vis, ir)[0]
+    assert features.shape == (4 * (5 + 3),)
+    quantiles, spread = features[:20].view(4, 5), features[20:].view(3, 4)
+    cells = F.adaptive_avg_pool2d(torch.cat([vis, ir], dim=1)[0], 8).flatten(1)
+    assert torch.equal(quantiles[:, 0], cells.amin(dim=1))
+    assert torch.equal(quantiles[:, -1], cells.amax(dim=1))
+    assert (quantiles.diff(dim=1) >= 0).all()
+    whole = torch.cat([vis, ir], dim=1)[0].flatten(1)
+    assert torch.allclose(spread, torch.stack([whole.std(dim=1), whole.amin(dim=1), whole.amax(dim=1)]))
+
+
 def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -410,4 +452,6 @@ def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
     """Files of weights are read by these names: a changed one makes every file unreadable. # stands for an index."""
     expected = {f"autoencoder.{name}" for name in autoencoder_names} | {f"fusion.{name}" for name in FUSION_NAMES}
     expected |= {f"denoiser.{branch}.{name}" for branch in ("vis", "ir") for name in BRANCH_NAMES}
+    if preset == "compact":
+        expected |= {"tone.mean", "tone.std"} | both("tone.layers.#")
     assert {re.sub(r"\.\d+(?=\.)", ".#", name) for name in blank(preset).state_dict()} == expected

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -43,11 +44,13 @@ def scenes() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def stage(name: StageName, steps: int = 4, *, rollout: bool = False) -> StageConfig:
-    return StageConfig(name=name, steps=steps, batch_size=2, crop=CROP, learning_rate=1e-3, rollout=rollout)
+    return StageConfig(
+        name=name, steps=steps, batch_size=2, crop=CROP, learning_rate=1e-3, rollout=rollout, num_frames=4
+    )
 
 
-def trainer(*stages: StageConfig) -> Trainer:
-    data = DataConfig(root="scenes", group_weights={"street": 0.9}, other_weight=0.1)
+def trainer(*stages: StageConfig, context: int = 0) -> Trainer:
+    data = DataConfig(root="scenes", group_weights={"street": 0.9}, other_weight=0.1, context=context)
     config = TrainConfig(preset="compact", version="test", data=data, stages=stages)
     return Trainer(config, PairSource(data, scenes()))
 
@@ -64,6 +67,17 @@ def test_batches_depend_on_the_generator_alone_and_hold_valid_images() -> None:
         assert float(image.max()) <= 1
         assert torch.equal(image, same)
         assert not torch.equal(image, different)
+
+
+def test_inputs_are_cut_from_the_frames_around_them() -> None:
+    source = PairSource(DataConfig(root="scenes", context=48), scenes())
+    batch = source.draw(4, CROP, Generator().manual_seed(3))
+    assert batch.context is not None
+    assert batch.context.vis.shape == (4, 3, 48, 48)
+    assert batch.context.ir.shape == (4, 1, 48, 48)
+    for image, frame in zip(batch.degraded.vis, batch.context.vis, strict=True):
+        places = frame.unfold(1, CROP, 1).unfold(2, CROP, 1)  # (3, 17, 17, CROP, CROP)
+        assert (places == image[:, None, None]).flatten(3).all(dim=3).all(dim=0).any()
 
 
 def test_groups_are_drawn_by_weight_and_prefixes_are_left_out() -> None:
@@ -128,13 +142,14 @@ def test_average_follows_the_weights_and_starts_quickly() -> None:
 @pytest.mark.parametrize(
     ("name", "rollout", "still", "moving"),
     [
-        ("autoencoder", False, ("denoiser.", "fusion."), ("autoencoder.stem", "autoencoder.head")),
-        ("branches", False, ("autoencoder.",), ("denoiser.vis.", "denoiser.ir.", "fusion.")),
-        ("coupled", False, ("autoencoder.",), ("denoiser.vis.", "denoiser.ir.", "fusion.")),
+        ("tone", False, ("autoencoder.", "denoiser.", "fusion."), ("tone.layers", "tone.mean", "tone.std")),
+        ("autoencoder", False, ("tone.", "denoiser.", "fusion."), ("autoencoder.stem", "autoencoder.head")),
+        ("branches", False, ("tone.", "autoencoder."), ("denoiser.vis.", "denoiser.ir.", "fusion.")),
+        ("coupled", False, ("tone.", "autoencoder."), ("denoiser.vis.", "denoiser.ir.", "fusion.")),
         (
             "coupled",
             True,
-            ("autoencoder.stem", "autoencoder.encoder", "autoencoder.down", "autoencoder.to_latent"),
+            ("tone.", "autoencoder.stem", "autoencoder.encoder", "autoencoder.down", "autoencoder.to_latent"),
             ("denoiser.vis.", "fusion.", "autoencoder.head", "autoencoder.skip_fusion"),
         ),
     ],
@@ -142,7 +157,7 @@ def test_average_follows_the_weights_and_starts_quickly() -> None:
 def test_each_stage_moves_its_own_networks_alone(
     name: StageName, rollout: bool, still: tuple[str, ...], moving: tuple[str, ...]
 ) -> None:
-    run = trainer(stage(name, 2, rollout=rollout))
+    run = trainer(stage(name, 2, rollout=rollout), context=64)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     reports = list(run.run_stage())
     assert [report.step for report in reports] == [1, 2]
@@ -153,27 +168,49 @@ def test_each_stage_moves_its_own_networks_alone(
         assert [key for key in changed if key.startswith(prefix)], prefix
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    stages = (stage("autoencoder", 2), stage("coupled", 4, rollout=True))
-    whole = trainer(*stages)
+@pytest.mark.parametrize(
+    "first_stage", [stage("autoencoder", 2), replace(stage("tone", 3), num_frames=6)], ids=lambda each: each.name
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, first_stage: StageConfig) -> None:
+    stages = (first_stage, stage("coupled", 4, rollout=True))
+    whole = trainer(*stages, context=64)
     list(whole.run_stage())
     whole.finish_stage()
     list(whole.run_stage())
 
-    first = trainer(*stages)
-    list(first.run_stage())
-    first.finish_stage()
-    reports = first.run_stage()
-    next(reports)
-    next(reports)
+    first = trainer(*stages, context=64)
+    next(first.run_stage())
     first.save(tmp_path / "state.pt")
-    second = trainer(*stages)
+    second = trainer(*stages, context=64)
+    second.resume(tmp_path / "state.pt")
+    list(second.run_stage())
+    second.finish_stage()
+    reports = second.run_stage()
+    next(reports)
+    next(reports)
+    second.save(tmp_path / "state.pt")
+    second = trainer(*stages, context=64)
     second.resume(tmp_path / "state.pt")
     assert [report.step for report in second.run_stage()] == [3, 4]
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[key]), key
     for key, value in whole.average.weights.items():
         assert torch.equal(value, second.average.weights[key]), key
+
+
+def test_tone_curves_learn_to_undo_what_acts_on_whole_frames() -> None:
+    run = trainer(replace(stage("tone", 150), batch_size=16, num_frames=60), context=64)
+    losses = [sum(report.losses.values()) for report in run.run_stage()]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_the_tone_stage_asks_for_frames_and_an_estimator() -> None:
+    with pytest.raises(ConfigError, match="context must be at least 64"):
+        next(trainer(stage("tone"), context=0).run_stage())
+    run = trainer(stage("tone"), context=64)
+    run.model.tone = None
+    with pytest.raises(ConfigError, match="no tone estimator"):
+        next(run.run_stage())
 
 
 def test_states_that_do_not_belong_are_refused(tmp_path: Path) -> None:
