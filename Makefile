@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs bench drills
+.PHONY: help setup demo serve test check fmt proto docs pictures bench drills
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ proto: $(INSTALLED) ## generate service/pb from proto/
 
 docs: $(INSTALLED) ## write docs/settings.md from the code
 	@$(BIN)/recofuse settings > docs/settings.md
+
+pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes
+	@$(BIN)/python -m docs.make_pictures
 
 bench: $(INSTALLED) ## measure what the service costs without the model, on an otherwise idle machine
 	@$(BIN)/recofuse bench service

@@ -1,7 +1,9 @@
 """Seeded physical degradations of clean visible and infrared images, each with its model and range.
 
 `degrade_vis` and `degrade_ir` draw a recipe and apply it in the order in which light meets lens, scene, sensor and
-codec: blur, then low light or haze (infrared: low contrast), then colour cast, stripes, noise, JPEG, rounding to 8 bit.
+codec: blur, then low light, haze, rain or snow (infrared: low contrast), then colour cast, stripes, fixed pattern,
+noise, dead pixels, JPEG, rounding to 8 bit. Recipes are drawn from the kinds that have a weight below; rain, snow,
+fixed pattern and dead pixels come only when asked for by name. docs/degradations.md shows each.
 The single functions take explicit parameters and, `jpeg` aside, do not clip: a sensor clips once, in `quantise`, and
 clipping every part would bias the noise. All randomness comes from the `torch.Generator` passed in (a CPU generator);
 images are CPU float32 in [0, 1]. Letters: C channels (3 vis, 1 ir), H and W height and width, at least 16.
@@ -35,9 +37,12 @@ class VisKind(StrEnum):
     BLUR = "blur"
     LOW_LIGHT = "low_light"
     HAZE = "haze"
+    RAIN = "rain"
+    SNOW = "snow"
     COLOUR_CAST = "colour_cast"
     GAUSSIAN_NOISE = "gaussian_noise"
     POISSON_NOISE = "poisson_noise"
+    DEAD_PIXELS = "dead_pixels"
     JPEG = "jpeg"
 
 
@@ -47,7 +52,9 @@ class IrKind(StrEnum):
     BLUR = "blur"
     LOW_CONTRAST = "low_contrast"
     STRIPES = "stripes"
+    FIXED_PATTERN = "fixed_pattern"
     GAUSSIAN_NOISE = "gaussian_noise"
+    DEAD_PIXELS = "dead_pixels"
     JPEG = "jpeg"
 
 
@@ -106,6 +113,9 @@ VIS_BLUR_SIGMA = Range(0.6, 2.2)
 VIS_MOTION_LENGTH = Range(3.0, 13.0)
 VIS_JPEG_QUALITY = Range(80.0, 25.0)
 CAST_DEVIATION = Range(0.0, 0.2)
+RAIN_DENSITY = Range(0.001, 0.006)
+RAIN_LENGTH = Range(9.0, 27.0)
+SNOW_DENSITY = Range(0.001, 0.006)
 
 IR_CONTRAST = Range(0.75, 0.25)
 IR_STRIPE_STD = Range(1.5 / 255, 12 / 255)
@@ -114,6 +124,10 @@ IR_NOISE_SIGMA = Range(4 / 255, 25 / 255)
 IR_BLUR_SIGMA = Range(0.6, 1.5)
 IR_MOTION_LENGTH = Range(3.0, 7.0)
 IR_JPEG_QUALITY = Range(90.0, 40.0)
+IR_PATTERN_STD = Range(1.5 / 255, 8 / 255)
+IR_SHADING = Range(0.02, 0.12)
+
+DEAD_PIXEL_SHARE = Range(0.0005, 0.005)
 
 VIS_WEIGHTS = {
     VisKind.LOW_LIGHT: 0.28,
@@ -164,6 +178,39 @@ def depth_surrogate(height: int, width: int, clutter: float, generator: Generato
     return bumps.mul_(clutter).add_(slope * (1 - clutter)).mul_(0.6).add_(0.4).unsqueeze(0)
 
 
+def precipitation(image: Tensor, cover: Tensor, brightness: float) -> Tensor:
+    """Rain or snow in front of a scene: I * (1 - cover) + brightness * cover; cover (1, H, W) in [0, 1]."""
+    return image * (1 - cover) + brightness * cover
+
+
+def rain_cover(
+    height: int, width: int, density: float, length: float, angle: float, opacity: float, generator: Generator
+) -> Tensor:
+    """What falling drops cover while the shutter is open, (1, H, W) in [0, opacity]: short, parallel streaks.
+
+    density: drops a pixel, in [0.001, 0.006]; length: of a streak in px, in [9, 27]; angle: from the x axis, radians.
+    """
+    drops = (torch.rand(1, height, width, generator=generator) < density).float()
+    drops *= torch.rand(drops.shape, generator=generator)
+    kernel = _line_kernel(length, angle)
+    kernel /= kernel.max()
+    streaks = _filter_planes(drops, lambda plane: cv2.filter2D(plane, -1, kernel, borderType=cv2.BORDER_CONSTANT))
+    return streaks.clamp_(0, 1) * opacity  # large kernels go through a Fourier transform, which may dip below zero
+
+
+def snow_cover(height: int, width: int, density: float, opacity: float, generator: Generator) -> Tensor:
+    """What falling flakes cover, (1, H, W) in [0, opacity]: soft discs of three sizes, the large (near) ones rarer.
+
+    density: flakes a pixel, in [0.001, 0.006].
+    """
+    cover = torch.zeros(1, height, width)
+    for sigma, share in ((0.7, 0.7), (1.3, 0.25), (2.4, 0.05)):
+        flakes = (torch.rand(1, height, width, generator=generator) < density * share).float()
+        soft = gaussian_blur(flakes, sigma) * (2 * math.pi * sigma**2)  # a lone flake's peak is one
+        cover = torch.maximum(cover, soft)
+    return cover.clamp_(0, 1) * opacity
+
+
 def colour_cast(image: Tensor, gains: Tensor) -> Tensor:
     """Wrong white balance: one gain per channel, gains (3,) in [0.8, 1.2]."""
     return image * gains.view(-1, 1, 1)
@@ -212,6 +259,19 @@ def stripes(
     if gains is not None:
         image = image * (1 + gains.view(view))
     return image + offsets.view(view)
+
+
+def fixed_pattern(image: Tensor, offsets: Tensor, gains: Tensor) -> Tensor:
+    """Non-uniformity of an uncooled sensor: I * (1 + gains) + offsets, one value a pixel; offsets, gains (1, H, W).
+
+    Offset std in [1.5, 8] / 255, with a smooth shading of up to 0.12 from the warm housing; gain std half of it.
+    """
+    return image * (1 + gains) + offsets
+
+
+def dead_pixels(image: Tensor, is_dead: Tensor, levels: Tensor) -> Tensor:
+    """Defective elements: pixels that show `levels` whatever the scene; is_dead (1, H, W), share in [.05, .5] %."""
+    return torch.where(is_dead, levels, image)
 
 
 def gaussian_noise(image: Tensor, sigma: float, generator: Generator, correlation: float = 0.0) -> Tensor:
@@ -360,6 +420,35 @@ def _draw_haze(image: Tensor, generator: Generator, strength: Strength) -> tuple
     return haze(image, airlight, transmission), {"airlight": tone, "transmission": transmission}
 
 
+def _draw_rain(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    density, length = RAIN_DENSITY.draw(generator, strength), RAIN_LENGTH.draw(generator, strength)
+    angle, opacity = math.pi / 2 + _uniform(generator, -0.35, 0.35), _uniform(generator, 0.35, 0.7)
+    cover = rain_cover(image.shape[1], image.shape[2], density, length, angle, opacity, generator)
+    parameters: _Parameters = {"density": density, "length": length, "angle": angle, "opacity": opacity}
+    return precipitation(image, cover, 0.85), parameters
+
+
+def _draw_snow(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    density, opacity = SNOW_DENSITY.draw(generator, strength), _uniform(generator, 0.6, 0.95)
+    cover = snow_cover(image.shape[1], image.shape[2], density, opacity, generator)
+    return precipitation(image, cover, 0.95), {"density": density, "opacity": opacity}
+
+
+def _draw_fixed_pattern(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    std, shading = IR_PATTERN_STD.draw(generator, strength), IR_SHADING.draw(generator, strength)
+    dome = depth_surrogate(image.shape[1], image.shape[2], 1.0, generator).sub_(0.7).mul_(shading / 0.3)
+    offsets = torch.randn(image.shape, generator=generator) * std + dome
+    gains = torch.randn(image.shape, generator=generator) * (std / 2)
+    return fixed_pattern(image, offsets, gains), {"std": std, "shading": shading}
+
+
+def _draw_dead_pixels(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    share = DEAD_PIXEL_SHARE.draw(generator, strength)
+    is_dead = torch.rand(1, *image.shape[1:], generator=generator) < share
+    levels = (torch.rand(image.shape, generator=generator) < 0.5).float()  # stuck at black or at white
+    return dead_pixels(image, is_dead, levels), {"share": share}
+
+
 def _draw_colour_cast(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
     red, green, blue = (
         1 + CAST_DEVIATION.draw(generator, strength) * (1 if _chance(generator, 0.5) else -1) for _ in range(3)
@@ -434,16 +523,21 @@ _VIS_MODELS: dict[VisKind, _Model] = {
     VisKind.BLUR: _blur_model(VIS_BLUR_SIGMA, VIS_MOTION_LENGTH),
     VisKind.LOW_LIGHT: _draw_low_light,
     VisKind.HAZE: _draw_haze,
+    VisKind.RAIN: _draw_rain,
+    VisKind.SNOW: _draw_snow,
     VisKind.COLOUR_CAST: _draw_colour_cast,
     VisKind.GAUSSIAN_NOISE: _draw_vis_noise,
     VisKind.POISSON_NOISE: _draw_poisson,
+    VisKind.DEAD_PIXELS: _draw_dead_pixels,
     VisKind.JPEG: _jpeg_model(VIS_JPEG_QUALITY),
 }
 _IR_MODELS: dict[IrKind, _Model] = {
     IrKind.BLUR: _blur_model(IR_BLUR_SIGMA, IR_MOTION_LENGTH),
     IrKind.LOW_CONTRAST: _draw_low_contrast,
     IrKind.STRIPES: _draw_stripes,
+    IrKind.FIXED_PATTERN: _draw_fixed_pattern,
     IrKind.GAUSSIAN_NOISE: _draw_ir_noise,
+    IrKind.DEAD_PIXELS: _draw_dead_pixels,
     IrKind.JPEG: _jpeg_model(IR_JPEG_QUALITY),
 }
 

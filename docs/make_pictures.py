@@ -1,0 +1,95 @@
+"""Make the pictures of README.md, docs/gallery.md and docs/degradations.md from generated scenes: `make pictures`.
+
+Nothing of a data set enters them, so that they may be shipped and made again by anybody.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from recofuse_core import load_pretrained
+from recofuse_core.data import to_uint8
+from recofuse_core.degradations import IrKind, VisKind, degrade_ir, degrade_vis
+from recofuse_core.scenes import make_scene
+from service.files import contact_sheet, write_picture
+from service.settings import CodecSettings
+
+IMAGES = Path(__file__).parent / "images"
+CODEC = CodecSettings(webp_quality=80)
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One entry of the gallery; the fields are the options of `recofuse sample`."""
+
+    name: str
+    seed: int
+    vis: tuple[str, ...]
+    ir: tuple[str, ...]
+    degradation_seed: int = 3
+
+
+GALLERY = (
+    Exhibit("night", 7, ("low_light", "gaussian_noise"), ("low_contrast", "stripes", "gaussian_noise")),
+    Exhibit("haze", 12, ("haze",), ("gaussian_noise",), 5),
+    Exhibit("stripes", 21, ("poisson_noise",), ("stripes",), 8),
+    Exhibit("contrast", 33, ("low_light",), ("low_contrast",), 2),
+    Exhibit("blur", 40, ("blur", "jpeg"), ("blur", "gaussian_noise"), 6),
+    Exhibit("everything", 58, ("haze", "colour_cast", "gaussian_noise"), ("low_contrast", "stripes", "jpeg"), 9),
+)
+
+
+def pixels(image: Tensor) -> Pixels:
+    """(C, H, W) in [0, 1] to (H, W, 3) or (H, W) levels."""
+    levels = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
+    return levels[..., 0] if levels.shape[2] == 1 else levels
+
+
+def make_gallery() -> None:
+    """Degraded inputs, restored inputs and the fused image of every exhibit."""
+    model = load_pretrained("compact")
+    for exhibit in GALLERY:
+        scene = make_scene(exhibit.seed)
+        generator = Generator().manual_seed(exhibit.degradation_seed)
+        vis = degrade_vis(scene.vis, generator, kinds=exhibit.vis).image
+        ir = degrade_ir(scene.ir, generator, kinds=exhibit.ir).image
+        result = model.fuse(vis[None], ir[None])
+        if result.vis is None or result.ir is None or result.fused is None:
+            raise RuntimeError("the model left an output out")
+        rows = [
+            [
+                ("visible, degraded", pixels(vis)),
+                ("visible, restored", pixels(result.vis[0])),
+                ("restored and fused", pixels(result.fused[0])),
+            ],
+            [
+                ("infrared, degraded", pixels(ir)),
+                ("infrared, restored", pixels(result.ir[0])),
+                ("visible, as it was before", pixels(scene.vis)),
+            ],
+        ]
+        write_picture(IMAGES / f"gallery-{exhibit.name}.webp", contact_sheet(rows), CODEC)
+
+
+def make_degradations() -> None:
+    """Every kind alone, at strong strength, on one crop."""
+    scene = make_scene(7, 320, 448)
+    for modality, clean, kinds, degrade in (
+        ("vis", scene.vis, list(VisKind), degrade_vis),
+        ("ir", scene.ir, list(IrKind), degrade_ir),
+    ):
+        cells = [("clean", pixels(clean))]
+        for kind in kinds:
+            low = degrade(clean, Generator().manual_seed(1), "strong", kinds=[kind]).image
+            cells.append((str(kind), pixels(low)))
+        rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
+        write_picture(IMAGES / f"degradations-{modality}.webp", contact_sheet(rows), CODEC)
+
+
+if __name__ == "__main__":
+    make_degradations()
+    make_gallery()
