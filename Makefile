@@ -47,7 +47,7 @@ pictures: $(INSTALLED) ## make the pictures of the documents from generated scen
 	@$(BIN)/python -m docs.make_pictures
 
 bench: $(INSTALLED) ## measure what the service costs without the model, on an otherwise idle machine
-	@$(BIN)/recofuse bench service
+	@$(BIN)/recofuse bench service $(ARGS)
 
 drills: $(INSTALLED) ## prove the promises of docs/reliability.md on real processes, in under ten minutes
-	@$(BIN)/python -m benchmarks.drills
+	@$(BIN)/python -m benchmarks.drills $(ARGS)

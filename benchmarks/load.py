@@ -57,12 +57,20 @@ def fuse_request(vis: bytes, ir: bytes, fields: dict[str, str] | None = None, he
 
 @dataclass(slots=True)
 class Tally:
-    """What came back. latencies_s: of answers with status 200. num_broken: connections that ended mid-request."""
+    """What came back. latencies_s: of answers with status 200.
+
+    broken_s: of each request whose connection ended before its answer, when it was sent (time.perf_counter).
+    """
 
     statuses: Counter[int] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)
-    num_broken: int = 0
+    broken_s: list[float] = field(default_factory=list)
     answer_bytes: int = 0
+
+    @property
+    def num_broken(self) -> int:
+        """Connections that ended mid-request."""
+        return len(self.broken_s)
 
     @property
     def num_answers(self) -> int:
@@ -78,6 +86,51 @@ class Tally:
         """Latency that this share (0 to 1) of the good answers did not exceed; NaN without any."""
         ordered = sorted(self.latencies_s)
         return 1e3 * ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer. headers: names in lower case; seconds: from connecting to its last byte."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    seconds: float
+
+
+async def ask(address: tuple[str, int], request: bytes, *, timeout_s: float = 60.0) -> Answer:
+    """Send one request over a connection of its own.
+
+    Raises ConnectionError if the connection ends before the answer's end, TimeoutError if there is none in time.
+    """
+    started = time.perf_counter()
+    async with asyncio.timeout(timeout_s):
+        try:
+            reader, writer = await asyncio.open_connection(*address, limit=1 << 20)
+        except OSError as error:
+            raise ConnectionError(f"no connection to {address[0]}:{address[1]}") from error
+        try:
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise ConnectionError("the connection ended before the answer did") from error
+        finally:
+            writer.transport.abort()
+    return Answer(int(head[0].split()[1]), headers, body, time.perf_counter() - started)
+
+
+def get_request(path: str) -> bytes:
+    """The bytes of one GET."""
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
+async def scrape(address: tuple[str, int]) -> dict[str, float]:
+    """The metrics of one process by `name{labels}`, as it exposes them."""
+    text = (await ask(address, get_request("/metrics"))).body.decode()
+    pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
 
 
 class Load:
@@ -113,7 +166,8 @@ class Load:
     def broken(self, client: _Client) -> None:
         """A connection ended; open another one in its place."""
         self._clients.remove(client)
-        self.tally.num_broken += client.is_busy
+        if client.is_busy:
+            self.tally.broken_s.append(client.sent_s)
         if self.is_running:
             task = asyncio.ensure_future(self._reconnect(client.index))
             self._reconnecting.add(task)
@@ -146,7 +200,8 @@ class _Client(asyncio.BufferedProtocol):
         self._head = bytearray()
         self._missing = -1  # bytes of the body still to come; -1 while reading the head
         self._status = 0
-        self._sent_s = 0.0
+        self._is_last = False  # the server will hang up after this answer
+        self.sent_s = 0.0
         self._transport: asyncio.Transport | None = None
         self.is_busy = False
 
@@ -166,7 +221,7 @@ class _Client(asyncio.BufferedProtocol):
         self.is_busy = True
         self._missing = -1
         self._head.clear()
-        self._sent_s = time.perf_counter()
+        self.sent_s = time.perf_counter()
         self._transport.write(self._load.next_request())
 
     def close(self) -> None:
@@ -189,6 +244,7 @@ class _Client(asyncio.BufferedProtocol):
             start = head.find(b"\r\ncontent-length:")
             length = int(head[start + 17 :].split(b"\r\n", 1)[0]) if start >= 0 else 0
             self._missing = length - (len(self._head) - end - 4)
+            self._is_last = b"\r\nconnection: close" in head
             self._load.tally.answer_bytes += length
         else:
             self._missing -= nbytes
@@ -196,7 +252,10 @@ class _Client(asyncio.BufferedProtocol):
             tally = self._load.tally
             tally.statuses[self._status] += 1
             if self._status == 200:
-                tally.latencies_s.append(time.perf_counter() - self._sent_s)
+                tally.latencies_s.append(time.perf_counter() - self.sent_s)
             self.is_busy = False
-            if self._load.is_running:
+            if self._is_last:
+                self.close()
+                self._load.broken(self)
+            elif self._load.is_running:
                 self.send()

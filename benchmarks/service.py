@@ -177,6 +177,21 @@ def judge(rows: Sequence[Measurement], lone_ms: float) -> list[Check]:
     return checks
 
 
+def markdown(rows: Sequence[Measurement]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| Topology | Engine | Codec | Clients | Images/s | p50 ms | p95 ms | p99 ms | Processor ms | Memory MiB |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        figures = (row.images_s, row.p50_ms, row.p95_ms, row.p99_ms)
+        lines.append(
+            f"| {row.topology} | {row.engine} | {row.codec} | {row.concurrency} | "
+            f"{' | '.join(f'{figure:.1f}' for figure in figures)} | {row.cpu_ms:.2f} | {row.peak_rss_mib:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def summary(checks: Sequence[Check], num_failed: int, why_not: str, load_average: float) -> str:
     """The last line."""
     parts = [check.text() for check in checks]

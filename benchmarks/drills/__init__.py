@@ -15,8 +15,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a drill found. line: one readable line of figures; figures: the same for programs."""
+    """What a drill found. line: one readable line of figures; figures: the same for programs; table: Markdown."""
 
     is_passed: bool
     line: str
     figures: dict[str, Any] = field(default_factory=dict)
+    table: str = ""

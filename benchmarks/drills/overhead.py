@@ -23,5 +23,8 @@ def run(*, is_quick: bool, say: Say) -> Report:
     )
     is_met = all(check.ratio >= 1 for check in outcome.checks)
     return Report(
-        outcome.num_failed == 0 and (is_met or is_busy), outcome.line.removeprefix("service: "), outcome.document
+        outcome.num_failed == 0 and (is_met or is_busy),
+        outcome.line.removeprefix("service: "),
+        outcome.document,
+        service.markdown(outcome.rows),
     )
