@@ -29,6 +29,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import auth
 from service.errors import (
     INTERNAL_MESSAGE,
     STATUS,
@@ -58,7 +59,7 @@ from service.jobs import (
 )
 from service.logs import accepted_id, request_id
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import HttpSettings, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,16 @@ DISCARD_S = 2.0
 OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "priority", "timeout_ms")
 IMAGE_FIELDS = ("vis", "ir")
 
+# What needs no key: pages, probes, and metrics, which a reverse proxy keeps to itself (deploy/nginx).
+PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/metrics"})
+PUBLIC_PREFIXES = ("/health/", "/v2/health/", "/playground")
+
+_SECURE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
+_PAGE_POLICY = (
+    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    b"img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+_DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS"})
 
 
@@ -179,8 +190,10 @@ _HEADERS = {
 }
 
 
-def build_app(gateway: Gateway, settings: Settings, metrics: Metrics, *, version: str = "0") -> FastAPI:
-    """The application. Routes of other faces are added by including their routers."""
+def build_app(
+    gateway: Gateway, settings: Settings, metrics: Metrics, *, guard: auth.Guard | None = None, version: str = "0"
+) -> FastAPI:
+    """The application. Routes of other faces are added by including their routers. guard: None asks for no keys."""
     app = FastAPI(
         title="recofuse",
         version=version,
@@ -188,7 +201,9 @@ def build_app(gateway: Gateway, settings: Settings, metrics: Metrics, *, version
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(_Envelope, metrics=metrics)
+    if guard is not None:
+        app.add_middleware(_Gate, guard=guard)
+    app.add_middleware(_Envelope, metrics=metrics, http=settings.http)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -650,6 +665,8 @@ def problem(error: ServiceError, headers: Mapping[str, str] | None = None) -> Re
     if error.code is ErrorCode.PAYLOAD_TOO_LARGE or error.code is ErrorCode.UNSUPPORTED_MEDIA:
         extra["Connection"] = "close"  # the rest of the body will not be read
     response = JSONResponse(body.model_dump(mode="json"), int(error.http_status), extra, media_type=PROBLEM_TYPE)
+    if error.code is ErrorCode.UNAUTHENTICATED:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="recofuse"'
     response.raw_headers.append((b"x-error-code", error.code.encode()))
     return response
 
@@ -678,9 +695,11 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
 class _Envelope:
     """Around every request: its id, its metrics, and an answer even if something unforeseen happens."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, http: HttpSettings | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        has_tls = http is not None and bool(http.tls_cert)
+        self._secure = _SECURE + [(b"strict-transport-security", b"max-age=31536000")] * has_tls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -703,6 +722,13 @@ class _Envelope:
                                 del headers[index]
                                 break
                         headers.append((b"x-request-id", current.encode()))
+                        headers += self._secure
+                        names = dict(headers)
+                        is_page = names.get(b"content-type", b"").startswith(b"text/html")
+                        if b"content-security-policy" not in names:
+                            headers.append((b"content-security-policy", _PAGE_POLICY if is_page else _DATA_POLICY))
+                        if b"cache-control" not in names and not is_page:
+                            headers.append((b"cache-control", b"no-store"))
                     await send(message)
 
                 try:
@@ -716,3 +742,39 @@ class _Envelope:
                     timer.route = getattr(scope.get("route"), "path", "unmatched")
         finally:
             request_id.reset(token)
+
+
+class _Gate:
+    """Asks who makes a request before its body is read; inside `_Envelope`, which counts what is refused here."""
+
+    def __init__(self, app: ASGIApp, guard: auth.Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path: str = scope["path"]
+        if path not in PUBLIC_PATHS and not path.startswith(PUBLIC_PREFIXES):
+            request = Request(scope, receive)
+            try:
+                await self._admit(request, path)
+            except ServiceError as error:
+                await _Body(request).discard_rest()
+                await problem(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _admit(self, request: Request, path: str) -> None:
+        is_post = request.method == "POST"
+        # A job's id lets its reader fetch the pictures, so it stays out of the log.
+        shown = re.sub(r"^(/v1/jobs/)[^/]+", r"\1{job_id}", path)[:80]
+        await self._guard.admit(
+            request.headers,
+            auth.Scope.READ if request.method in ("GET", "HEAD", "OPTIONS") else auth.Scope.FUSE,
+            is_charged=is_post,
+            face="http",
+            action=f"{request.method} {shown}",
+            peer=request.client.host if request.client is not None else "",
+        )

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from service import images
+from service import auth, images
 from service.errors import (
     InvalidInputError,
     JobNotFoundError,
@@ -212,7 +212,8 @@ class Gateway:
         return sizes[0]
 
     async def _submit(self, job: FusionJob, request: FusionRequest) -> str:
-        admission = await self._patiently(lambda: self._queue.submit(job, idempotency_key=request.idempotency_key))
+        own_key = auth.own_idempotency_key(request.idempotency_key)
+        admission = await self._patiently(lambda: self._queue.submit(job, idempotency_key=own_key))
         if admission.is_new:
             self._metrics.jobs_accepted.labels(job.priority).inc()
             self._metrics.payload_bytes.observe(job.size_bytes)

@@ -34,7 +34,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
-from service import logs
+from service import auth, logs
 from service.errors import (
     INTERNAL_MESSAGE,
     InternalError,
@@ -62,21 +62,26 @@ WATCH_S = 0.5  # how late a change of readiness reaches those who watch it
 STOP_GRACE_S = 10.0  # for answers that are being sent when everything else has stopped
 RETRY_S = (0.01, 0.25)  # first and longest pause of a frame that finds the queue full
 
+# What needs no key: probes, and the description of what there is.
+PUBLIC_METHODS = ("/grpc.health.", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
+
 _IDEMPOTENCY_KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @contextlib.asynccontextmanager
-async def listening(gateway: Gateway, settings: Settings, metrics: Metrics) -> AsyncIterator[str]:
-    """Serve gRPC for the duration of the block; yields the address, such as 127.0.0.1:8001.
+async def listening(
+    gateway: Gateway, settings: Settings, metrics: Metrics, guard: auth.Guard | None = None
+) -> AsyncIterator[str]:
+    """Serve gRPC for the duration of the block; yields the address, such as 127.0.0.1:8001. guard: None asks no keys.
 
     Raises OSError if the address or a TLS file cannot be used. Leaving the block waits for calls that still run.
     """
     options = settings.grpc
     stopping = asyncio.Event()
     server = grpc.aio.server(
-        interceptors=[_Envelope(metrics)],
+        interceptors=[_Envelope(metrics, guard)],
         options=_channel_options(settings),
         maximum_concurrent_rpcs=options.max_calls,
     )
@@ -130,10 +135,11 @@ def _credentials(options: GrpcSettings) -> grpc.ServerCredentials | None:
 
 
 class _Envelope(grpc.aio.ServerInterceptor):
-    """Around every call: its id, its metrics, parsing of its messages, and the status of whatever goes wrong."""
+    """Around every call: its id, its metrics, who makes it, parsing of its messages, and the status of any failure."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, guard: auth.Guard | None) -> None:
         self._metrics = metrics
+        self._guard = guard
 
     async def intercept_service(
         self,
@@ -179,6 +185,8 @@ class _Envelope(grpc.aio.ServerInterceptor):
         with self._metrics.request("grpc") as timer:
             timer.route, timer.method = route, kind
             try:
+                if self._guard is not None and not route.startswith(PUBLIC_METHODS):
+                    await self._admit(self._guard, context, route, kind)
                 yield
                 timer.status = "OK"
                 context.set_trailing_metadata((("x-request-id", current),))
@@ -195,6 +203,18 @@ class _Envelope(grpc.aio.ServerInterceptor):
                 timer.status = "INTERNAL"
                 logger.exception("call failed", extra={"method": route})
                 await self._refuse(context, InternalError(INTERNAL_MESSAGE))
+
+    @staticmethod
+    async def _admit(guard: auth.Guard, context: Context, route: str, kind: str) -> None:
+        is_work = "Fuse" in route or "Infer" in route
+        await guard.admit(
+            _metadata(context),
+            auth.Scope.FUSE if is_work else auth.Scope.READ,
+            is_charged=is_work and kind == "unary",  # streams are charged by frame
+            face="grpc",
+            action=route,
+            peer=context.peer(),
+        )
 
     async def _refuse(self, context: Context, error: ServiceError) -> None:
         self._metrics.errors.labels(error.code).inc()
@@ -630,6 +650,7 @@ class _Stream:
         frame = arrived.frame
         answer = pb.FuseStreamResponse(sequence=frame.sequence, timestamp_ns=frame.timestamp_ns)
         try:
+            await auth.charge()
             result = await self._fuse(arrived)
             if result is None:
                 return None

@@ -14,6 +14,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from importlib import metadata
@@ -24,17 +25,19 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from service import logs
+from service import auth, logs
 from service.api import build_app, build_monitor_app
 from service.engine import Engine
 from service.gateway import Gateway
 from service.http_protocol import GuardedProtocol
 from service.metrics import Metrics
 from service.queue import JobQueue, MemoryQueue
-from service.settings import HttpSettings, Settings
+from service.settings import HttpSettings, Settings, SettingsError
 from service.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 OnReady = Callable[[str], None]  # receives the address, such as http://127.0.0.1:8000 or, for gRPC, 127.0.0.1:8001
 
@@ -112,7 +115,11 @@ async def serve_worker(
     monitor = build_monitor_app(lambda: worker.is_warm, metrics)
     has_monitor = settings.worker.metrics_port >= 0
     http = settings.http.model_copy(
-        update={"host": settings.worker.metrics_host, "port": max(settings.worker.metrics_port, 0)}
+        update={
+            "host": settings.worker.metrics_host,
+            "port": max(settings.worker.metrics_port, 0),
+            **dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), ""),  # probes and Prometheus come from within
+        }
     )
     await queue.open()
     try:
@@ -154,16 +161,44 @@ def run(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], settings: S
 async def _faces(gateway: Gateway, settings: Settings, metrics: Metrics, on_grpc: OnReady | None) -> AsyncIterator[str]:
     """HTTP and gRPC on one gateway for the duration of the block; yields the HTTP address."""
     async with contextlib.AsyncExitStack() as stack:
-        app = build_app(gateway, settings, metrics, version=version())
+        guard = _guard(settings)
+        if guard is not None:
+            stack.push_async_callback(guard.close)
+        app = build_app(gateway, settings, metrics, guard=guard, version=version())
         address = await stack.enter_async_context(_listening(app, settings.http))
         if settings.grpc.port >= 0:
             from service import grpc_api  # a worker, and a front end without gRPC, do not pay for it
 
-            grpc_address = await stack.enter_async_context(grpc_api.listening(gateway, settings, metrics))
+            grpc_address = await stack.enter_async_context(grpc_api.listening(gateway, settings, metrics, guard))
             logger.info("listening for gRPC", extra={"address": grpc_address})
             if on_grpc is not None:
                 on_grpc(grpc_address)
         yield address
+
+
+def key_store(settings: Settings) -> auth.KeyStore:
+    """Where API keys are kept. Raises SettingsError if that is nowhere."""
+    if (path := auth.file_of(settings.auth.keys)) is not None:
+        return auth.FileKeys(path)
+    if settings.auth.keys != "redis":
+        raise SettingsError("name the place of the keys: RECOFUSE_AUTH__KEYS=file:PATH, or redis")
+    from service.redis_auth import RedisKeys  # processes without Redis do not pay for it
+
+    return RedisKeys(settings.queue)
+
+
+def _guard(settings: Settings) -> auth.Guard | None:
+    """Who asks for keys, None if nobody does; what is reachable from elsewhere without them is warned of."""
+    if not settings.auth.keys:
+        if not {settings.http.host, settings.grpc.host} <= LOOPBACK:
+            logger.warning("listening beyond loopback without API keys: whoever can connect may call")
+        return None
+    limiter: auth.Limiter = auth.LocalLimiter()
+    if settings.queue.url != "memory://":
+        from service.redis_auth import RedisLimiter
+
+        limiter = RedisLimiter(settings.queue)
+    return auth.Guard(key_store(settings), limiter, settings.auth)
 
 
 class _Server(uvicorn.Server):
@@ -198,14 +233,24 @@ async def _listening(app: ASGIApp, http: HttpSettings) -> AsyncIterator[str]:
         timeout_graceful_shutdown=10,
         limit_concurrency=http.max_connections,
         backlog=http.max_connections,
+        forwarded_allow_ips=http.trusted_proxies,
+        ssl_certfile=http.tls_cert or None,
+        ssl_keyfile=http.tls_key or None,
+        ssl_ca_certs=http.tls_client_ca or None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if http.tls_client_ca else ssl.CERT_NONE,
     )
+    try:
+        config.load()
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot serve HTTP with TLS: do the TLS files exist, and fit? ({error})") from error
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn offers no event
             await asyncio.sleep(0.005)
         host = f"[{http.host}]" if family == socket.AF_INET6 else http.host
-        yield f"http://{host}:{listener.getsockname()[1]}"
+        yield f"{'https' if http.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         await serving

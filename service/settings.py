@@ -1,14 +1,16 @@
 """Every knob of the service, with its unit and default.
 
-`RECOFUSE_BATCH__MAX_WAIT_S=0.02` is `settings.batch.max_wait_s`. Nothing here reads the environment: `cli.py` hands it
-over as a mapping (`Settings.from_environment(os.environ)`), and a misspelt name or value stops start-up with a message
-that lists what there is. Every object receives its own group.
+`RECOFUSE_BATCH__MAX_WAIT_S=0.02` is `settings.batch.max_wait_s`, and `RECOFUSE_QUEUE__URL_FILE=/run/secrets/url` reads
+a value from a file. Nothing here reads the environment: `cli.py` hands it over as a mapping
+(`Settings.from_environment(os.environ)`), and a misspelt name or value stops start-up with a message that lists what
+there is. Every object receives its own group.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from service.jobs import problems_of
 
 PREFIX = "RECOFUSE_"
+FILE_SUFFIX = "_FILE"
 
 Seconds = Annotated[float, Field(gt=0, le=86400 * 30)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,7 +39,25 @@ class Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class HttpSettings(Group):
+class FaceSettings(Group):
+    """What both front ends have: TLS."""
+
+    tls_cert: str = Field(default="", description="PEM file of the certificate chain; empty: no TLS")
+    tls_key: str = Field(default="", description="PEM file of the certificate's private key")
+    tls_client_ca: str = Field(
+        default="", description="PEM file of the authorities whose client certificates are required; empty: none are"
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key belong together")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca asks for tls_cert and tls_key as well")
+        return self
+
+
+class HttpSettings(FaceSettings):
     """The HTTP front end."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
@@ -47,19 +68,18 @@ class HttpSettings(Group):
     body_timeout_s: Seconds = Field(default=30.0, description="a request body must arrive within this many seconds")
     max_connections: Count = Field(default=1024, description="open connections; beyond it the answer is 503")
     require_worker: bool = Field(default=True, description="/health/ready asks for at least one warm worker")
+    trusted_proxies: str = Field(
+        default="127.0.0.1",
+        description="addresses or networks, comma separated, whose X-Forwarded-For is believed; * for all",
+    )
 
 
-class GrpcSettings(Group):
+class GrpcSettings(FaceSettings):
     """The gRPC front end."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(
         default=8001, ge=-1, le=65535, description="port to listen on; 0 picks a free one, -1 turns gRPC off"
-    )
-    tls_cert: str = Field(default="", description="PEM file of the certificate chain; empty: no TLS")
-    tls_key: str = Field(default="", description="PEM file of the certificate's private key")
-    tls_client_ca: str = Field(
-        default="", description="PEM file of the authorities whose client certificates are required; empty: none are"
     )
     max_calls: Count = Field(default=1024, description="calls and streams at once; beyond it they are refused")
     max_in_flight: Count = Field(
@@ -78,13 +98,23 @@ class GrpcSettings(Group):
         description="clients are asked to reconnect after this many seconds, to spread over replicas; 0: never",
     )
 
-    @model_validator(mode="after")
-    def _tls_is_complete(self) -> Self:
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("tls_cert and tls_key belong together")
-        if self.tls_client_ca and not self.tls_cert:
-            raise ValueError("tls_client_ca asks for tls_cert and tls_key as well")
-        return self
+
+class AuthSettings(Group):
+    """API keys. Without them everybody who can connect may call, which is meant for loopback addresses."""
+
+    keys: str = Field(
+        default="",
+        pattern=r"^(|redis|file:.+)$",
+        description="where API keys are: file:PATH, or redis for the queue's Redis; empty: no key is asked for",
+    )
+    rate_per_s: float = Field(
+        default=0.0, ge=0, description="pictures a second of a key that has no rate of its own; 0: unlimited"
+    )
+    burst: Count = Field(default=16, description="pictures at once that rate_per_s allows")
+    cache_s: float = Field(
+        default=5.0, ge=0, le=3600, description="a verified key is trusted this long; how late a revocation is noticed"
+    )
+    audit: bool = Field(default=True, description="log who was admitted or refused, one line a request")
 
 
 class LimitSettings(Group):
@@ -226,6 +256,7 @@ class Settings(Group):
 
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
+    auth: AuthSettings = AuthSettings()
     limits: LimitSettings = LimitSettings()
     codec: CodecSettings = CodecSettings()
     jobs: JobSettings = JobSettings()
@@ -242,6 +273,12 @@ class Settings(Group):
         return self
 
     @model_validator(mode="after")
+    def _keys_are_reachable(self) -> Self:
+        if self.auth.keys == "redis" and self.queue.url == "memory://":
+            raise ValueError("auth.keys=redis keeps keys in the queue's Redis, but queue.url names none; use file:PATH")
+        return self
+
+    @model_validator(mode="after")
     def _heartbeat_beats_lease(self) -> Self:
         if self.worker.heartbeat_s * 2 > self.queue.lease_s:
             raise ValueError(
@@ -253,8 +290,9 @@ class Settings(Group):
     def from_environment(cls, environ: Mapping[str, str], *, ignore: frozenset[str] = frozenset()) -> Self:
         """Settings from `RECOFUSE_GROUP__NAME` entries; other names are not looked at.
 
-        ignore: full names with the prefix that belong to someone else, such as a model path for the command line.
-        Raises SettingsError that names every unknown variable with the nearest known one, and every bad value.
+        `RECOFUSE_GROUP__NAME_FILE` names a file that holds the value, for secrets. ignore: full names with the prefix
+        that belong to someone else, such as a model path for the command line. Raises SettingsError that names every
+        unknown variable with the nearest known one, and every bad value.
         """
         known = {name: path for path in cls.names() for name in (variable_of(*path),)}
         values: dict[str, dict[str, str]] = {}
@@ -264,6 +302,13 @@ class Settings(Group):
                 continue
             if (path := known.get(name.upper())) is not None:
                 values.setdefault(path[0], {})[path[1]] = value
+            elif (path := known.get(name.upper().removesuffix(FILE_SUFFIX))) is not None:
+                if variable_of(*path) in map(str.upper, environ):
+                    raise SettingsError(f"{variable_of(*path)} and {name} are both set; keep one")
+                try:
+                    values.setdefault(path[0], {})[path[1]] = Path(value).read_text("utf-8").strip()
+                except (OSError, UnicodeDecodeError) as error:
+                    raise SettingsError(f"{name}: {value} cannot be read: {error}") from error
             else:
                 near = difflib.get_close_matches(name.upper(), known, n=1)
                 unknown.append(f"{name}{f' (did you mean {near[0]}?)' if near else ''}")

@@ -19,6 +19,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.__main__": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.api": ("torch", "recofuse_core", "redis", "grpc"),
+    "service.auth": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.batcher": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.cli": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),  # each verb imports what it needs
     "service.demo": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
@@ -33,6 +34,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.queue": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.redis_auth": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.redis_queue": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.serve": ("torch", "recofuse_core", "grpc"),
     "service.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
