@@ -40,8 +40,9 @@ fmt: $(INSTALLED) ## format, and mend what lint can mend
 proto: $(INSTALLED) ## generate service/pb from proto/
 	@$(BIN)/python proto/generate.py
 
-docs: $(INSTALLED) ## write docs/settings.md from the code
+docs: $(INSTALLED) ## write docs/settings.md and docs/metrics.md from the code
 	@$(BIN)/recofuse settings > docs/settings.md
+	@$(BIN)/recofuse metrics > docs/metrics.md
 
 pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes
 	@$(BIN)/python -m docs.make_pictures

@@ -57,9 +57,10 @@ from service.jobs import (
     Priority,
     problems_of,
 )
-from service.logs import accepted_id, request_id
+from service.logs import accepted_id, request_id, traceparent
 from service.metrics import Metrics
 from service.settings import HttpSettings, Settings
+from service.tracing import NO_TRACES, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,13 @@ _HEADERS = {
 
 
 def build_app(
-    gateway: Gateway, settings: Settings, metrics: Metrics, *, guard: auth.Guard | None = None, version: str = "0"
+    gateway: Gateway,
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    guard: auth.Guard | None = None,
+    version: str = "0",
+    tracer: Tracer = NO_TRACES,
 ) -> FastAPI:
     """The application. Routes of other faces are added by including their routers. guard: None asks for no keys."""
     app = FastAPI(
@@ -203,7 +210,7 @@ def build_app(
     )
     if guard is not None:
         app.add_middleware(_Gate, guard=guard)
-    app.add_middleware(_Envelope, metrics=metrics, http=settings.http)
+    app.add_middleware(_Envelope, metrics=metrics, http=settings.http, tracer=tracer)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -275,7 +282,7 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
         ] = None,
     ) -> Response:
         form = await read_form(request, settings)
-        wanted = request_of(form, idempotency_key, request.headers.get("traceparent"))
+        wanted = request_of(form, idempotency_key, traceparent.get())
         if _prefers_async(prefer):
             view = await gateway.submit(wanted)
             headers = {"Location": f"/v1/jobs/{view.id}", "Preference-Applied": "respond-async"}
@@ -538,8 +545,8 @@ class _Form:
         self._is_closed = True
 
 
-def request_of(form: Mapping[str, bytes], idempotency_key: str | None, traceparent: str | None) -> FusionRequest:
-    """The request that these form fields describe. Raises InvalidInputError."""
+def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: str) -> FusionRequest:
+    """The request that these form fields describe. parent: its traceparent, or nothing. Raises InvalidInputError."""
     values: dict[str, Any] = {}
     for name, raw in form.items():
         if name in OPTION_FIELDS:
@@ -567,7 +574,7 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, tracepare
         timeout_s=None if timeout_ms is None else int(timeout_ms) / 1000,
         idempotency_key=idempotency_key,
         request_id=request_id.get(),
-        traceparent=traceparent,
+        traceparent=parent or None,
     )
 
 
@@ -693,11 +700,14 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
 
 
 class _Envelope:
-    """Around every request: its id, its metrics, and an answer even if something unforeseen happens."""
+    """Around every request: its id, metrics and trace, and an answer even if something unforeseen happens."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, http: HttpSettings | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, http: HttpSettings | None = None, tracer: Tracer = NO_TRACES
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
         has_tls = http is not None and bool(http.tls_cert)
         self._secure = _SECURE + [(b"strict-transport-security", b"max-age=31536000")] * has_tls
 
@@ -705,11 +715,13 @@ class _Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        current = accepted_id(given)
+        current = accepted_id(_header(scope, b"x-request-id"))
         token = request_id.set(current)
         try:
-            with self._metrics.request("http") as timer:
+            with (
+                self._metrics.request("http") as timer,
+                self._tracer.request(scope["path"], timer, _header(scope, b"traceparent")),
+            ):
                 timer.method = scope["method"] if scope["method"] in _METHODS else "other"
 
                 async def send_marked(message: Message) -> None:
@@ -778,3 +790,9 @@ class _Gate:
             action=f"{request.method} {shown}",
             peer=request.client.host if request.client is not None else "",
         )
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    """A header's first value; empty if it is not there. wanted: in lower case."""
+    value: bytes = next((value for name, value in scope["headers"] if name == wanted), b"")
+    return value.decode("latin-1")

@@ -89,7 +89,9 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: 
 
 
 def _settings() -> Settings:
-    return Settings.from_environment(os.environ, ignore=frozenset({WEIGHTS_VARIABLE}))
+    settings = Settings.from_environment(os.environ, ignore=frozenset({WEIGHTS_VARIABLE}))
+    standard = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    return settings.replace(trace={"endpoint": standard}) if standard and not settings.trace.endpoint else settings
 
 
 def _show_version(is_asked: bool) -> None:
@@ -617,6 +619,15 @@ def show_settings() -> None:
 
 
 # weights
+
+
+@app.command(name="metrics")
+def show_metrics() -> None:
+    """Print every metric of the service, as Markdown."""
+    from service.metrics import Metrics
+
+    out.print("# Metrics\n\nWritten by `make docs`; docs/observability.md says how to read them.\n", markup=False)
+    out.print(Metrics.table(), markup=False, soft_wrap=True)
 
 
 @app.command()

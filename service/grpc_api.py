@@ -52,6 +52,7 @@ from service.metrics import FlowMode, FrameOutcome, Metrics
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from service.pb.recofuse.v1 import fusion_pb2_grpc
 from service.settings import GrpcSettings, Settings
+from service.tracing import NO_TRACES, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @contextlib.asynccontextmanager
 async def listening(
-    gateway: Gateway, settings: Settings, metrics: Metrics, guard: auth.Guard | None = None
+    gateway: Gateway,
+    settings: Settings,
+    metrics: Metrics,
+    guard: auth.Guard | None = None,
+    tracer: Tracer = NO_TRACES,
 ) -> AsyncIterator[str]:
     """Serve gRPC for the duration of the block; yields the address, such as 127.0.0.1:8001. guard: None asks no keys.
 
@@ -81,7 +86,7 @@ async def listening(
     options = settings.grpc
     stopping = asyncio.Event()
     server = grpc.aio.server(
-        interceptors=[_Envelope(metrics, guard)],
+        interceptors=[_Envelope(metrics, guard, tracer)],
         options=_channel_options(settings),
         maximum_concurrent_rpcs=options.max_calls,
     )
@@ -135,11 +140,12 @@ def _credentials(options: GrpcSettings) -> grpc.ServerCredentials | None:
 
 
 class _Envelope(grpc.aio.ServerInterceptor):
-    """Around every call: its id, its metrics, who makes it, parsing of its messages, and the status of any failure."""
+    """Around every call: its id, metrics, trace and caller, parsing of its messages, the status of any failure."""
 
-    def __init__(self, metrics: Metrics, guard: auth.Guard | None) -> None:
+    def __init__(self, metrics: Metrics, guard: auth.Guard | None, tracer: Tracer) -> None:
         self._metrics = metrics
         self._guard = guard
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -180,9 +186,13 @@ class _Envelope(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context, route: str, kind: str) -> AsyncIterator[None]:
-        current = logs.accepted_id(_metadata(context).get("x-request-id", ""))
+        metadata = _metadata(context)
+        current = logs.accepted_id(metadata.get("x-request-id", ""))
         logs.request_id.set(current)  # each call has a task of its own, so nothing needs to be put back
-        with self._metrics.request("grpc") as timer:
+        with (
+            self._metrics.request("grpc") as timer,
+            self._tracer.request(route, timer, metadata.get("traceparent", "")),
+        ):
             timer.route, timer.method = route, kind
             try:
                 if self._guard is not None and not route.startswith(PUBLIC_METHODS):
@@ -330,7 +340,7 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
                 timeout_s=self._timeout_s(options.timeout_s, context),
                 idempotency_key=key,
                 request_id=logs.request_id.get(),
-                traceparent=metadata.get("traceparent"),
+                traceparent=logs.traceparent.get() or None,
             )
         )
         fusion = fusion_of(result, is_raw=options.is_raw, started_s=started_s)
@@ -340,9 +350,7 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
         self, request_iterator: AsyncIterator[pb.FuseStreamRequest], context: Context
     ) -> AsyncIterator[pb.FuseStreamResponse]:
         """See fusion.proto."""
-        stream = _Stream(
-            self._gateway, self._settings, self._metrics, request_iterator, _metadata(context).get("traceparent")
-        )
+        stream = _Stream(self._gateway, self._settings, self._metrics, request_iterator, logs.traceparent.get() or None)
         async with aclosing(stream.answers()) as answers:
             async for answer in answers:
                 yield answer

@@ -18,6 +18,7 @@ from typing import TextIO
 from service.settings import LogSettings
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+traceparent: ContextVar[str] = ContextVar("traceparent", default="")  # W3C, of the current request; empty for none
 
 _ACCEPTED_ID = re.compile(r"^[0-9A-Za-z_.:-]{1,128}$")
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
@@ -29,17 +30,19 @@ def accepted_id(given: str) -> str:
 
 
 class RequestIdFilter(logging.Filter):
-    """Adds the current request's id to every record that does not bring one of its own."""
+    """Adds the current request's id, and its trace's, to every record that does not bring one of its own."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Never drops anything."""
         if not hasattr(record, "request_id") and (current := request_id.get()):
             record.request_id = current
+        if not hasattr(record, "trace_id") and (traced := traceparent.get()):
+            record.trace_id = traced.split("-")[1]
         return True
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC, ISO 8601), level, logger, message, request_id, the extra fields, traceback."""
+    """One JSON object a line: time (UTC), level, logger, message, request_id, trace_id, extra fields, traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""

@@ -14,10 +14,12 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from service.errors import ErrorCode
+from service.gpu import GAUGES
 from service.jobs import JobStatus, Priority, Stage, WorkerInfo
 from service.queue import QueueStats
 
@@ -153,6 +155,19 @@ class Metrics:
     def set_model(self, worker: WorkerInfo) -> None:
         """Show which model runs here."""
         self.model.info({"name": worker.model_name, "version": worker.model_version, "device": worker.device})
+
+    @classmethod
+    def table(cls) -> str:
+        """A Markdown table of all metrics under their exposed names: type, labels, meaning."""
+        rows = ["| Metric | Type | Labels | Meaning |", "|---|---|---|---|"]
+        for metric in vars(cls(CollectorRegistry())).values():
+            if isinstance(metric, MetricWrapperBase):
+                (family,) = metric.describe()
+                name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+                labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+                rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
+        rows += [f"| `{name}` | gauge | `gpu`, `model` | {meaning} |" for name, meaning in GAUGES.items()]
+        return "\n".join(rows)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its content type, in the form that an Accept header asks for."""

@@ -25,14 +25,16 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from service import auth, logs
+from service import auth, logs, tracing
 from service.api import build_app, build_monitor_app
 from service.engine import Engine
 from service.gateway import Gateway
+from service.gpu import watch_gpus
 from service.http_protocol import GuardedProtocol
 from service.metrics import Metrics
 from service.queue import JobQueue, MemoryQueue
 from service.settings import HttpSettings, Settings, SettingsError
+from service.tracing import Tracer
 from service.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -66,10 +68,14 @@ async def serve_all_in_one(
     and OSError if it cannot listen.
     """
     metrics = new_metrics()
+    watch_gpus(metrics.registry)
     queue = MemoryQueue(settings.queue)
-    worker = Worker(queue, engine, settings, metrics)
     gateway = Gateway(queue, settings, metrics)
-    async with _faces(gateway, settings, metrics, on_grpc) as address:
+    async with (
+        tracing.opened(settings.trace, "all-in-one", version()) as tracer,
+        _faces(gateway, settings, metrics, tracer, on_grpc) as address,
+    ):
+        worker = Worker(queue, engine, settings, metrics, tracer=tracer)
         working = asyncio.create_task(worker.run())
         try:
             await _until(stop, working, worker, lambda: on_ready(address))
@@ -94,7 +100,10 @@ async def serve_front_end(
     gateway = Gateway(queue, settings, metrics)
     await queue.open()
     try:
-        async with _faces(gateway, settings, metrics, on_grpc) as address:
+        async with (
+            tracing.opened(settings.trace, "front-end", version()) as tracer,
+            _faces(gateway, settings, metrics, tracer, on_grpc) as address,
+        ):
             on_ready(address)
             await stop.wait()
             gateway.start_drain()
@@ -111,8 +120,7 @@ async def serve_worker(
 ) -> None:
     """A worker alone, with its own /metrics and /health. Stopping finishes what is held, or hands it back."""
     metrics = new_metrics()
-    worker = Worker(queue, engine, settings, metrics)
-    monitor = build_monitor_app(lambda: worker.is_warm, metrics)
+    watch_gpus(metrics.registry)
     has_monitor = settings.worker.metrics_port >= 0
     http = settings.http.model_copy(
         update={
@@ -123,7 +131,11 @@ async def serve_worker(
     )
     await queue.open()
     try:
-        async with _listening(monitor, http) if has_monitor else contextlib.nullcontext("") as address:
+        async with contextlib.AsyncExitStack() as stack:
+            tracer = await stack.enter_async_context(tracing.opened(settings.trace, "worker", version()))
+            worker = Worker(queue, engine, settings, metrics, tracer=tracer)
+            monitor = build_monitor_app(lambda: worker.is_warm, metrics)
+            address = await stack.enter_async_context(_listening(monitor, http)) if has_monitor else ""
             working = asyncio.create_task(worker.run())
             try:
                 await _until(stop, working, worker, lambda: on_ready(address))
@@ -158,18 +170,21 @@ def run(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], settings: S
 
 
 @contextlib.asynccontextmanager
-async def _faces(gateway: Gateway, settings: Settings, metrics: Metrics, on_grpc: OnReady | None) -> AsyncIterator[str]:
+async def _faces(
+    gateway: Gateway, settings: Settings, metrics: Metrics, tracer: Tracer, on_grpc: OnReady | None
+) -> AsyncIterator[str]:
     """HTTP and gRPC on one gateway for the duration of the block; yields the HTTP address."""
     async with contextlib.AsyncExitStack() as stack:
         guard = _guard(settings)
         if guard is not None:
             stack.push_async_callback(guard.close)
-        app = build_app(gateway, settings, metrics, guard=guard, version=version())
+        app = build_app(gateway, settings, metrics, guard=guard, version=version(), tracer=tracer)
         address = await stack.enter_async_context(_listening(app, settings.http))
         if settings.grpc.port >= 0:
             from service import grpc_api  # a worker, and a front end without gRPC, do not pay for it
 
-            grpc_address = await stack.enter_async_context(grpc_api.listening(gateway, settings, metrics, guard))
+            listening = grpc_api.listening(gateway, settings, metrics, guard, tracer)
+            grpc_address = await stack.enter_async_context(listening)
             logger.info("listening for gRPC", extra={"address": grpc_address})
             if on_grpc is not None:
                 on_grpc(grpc_address)

@@ -251,6 +251,22 @@ class LogSettings(Group):
     )
 
 
+class TraceSettings(Group):
+    """OpenTelemetry traces; they need the extra `otel`."""
+
+    endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://\S+)?$",
+        description="OTLP/HTTP collector, such as http://localhost:4318; empty: no traces. OTEL_EXPORTER_OTLP_ENDPOINT "
+        "is taken if this is not set",
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests to trace whose caller has not decided it"
+    )
+    service_name: str = Field(default="recofuse", min_length=1, description="service.name of the spans")
+    delay_s: Seconds = Field(default=1.0, description="longest time that a span waits to be sent with others")
+
+
 class Settings(Group):
     """All groups."""
 
@@ -265,6 +281,7 @@ class Settings(Group):
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
+    trace: TraceSettings = TraceSettings()
 
     @model_validator(mode="after")
     def _model_needs_pictures(self) -> Self:

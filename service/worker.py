@@ -29,6 +29,7 @@ from service import images, logs
 from service.batcher import Batcher, BatchPolicy, Waiting
 from service.engine import Engine, PassOptions
 from service.errors import (
+    FAULTS,
     INTERNAL_MESSAGE,
     InternalError,
     InvalidInputError,
@@ -41,6 +42,7 @@ from service.jobs import FusionResult, Part, Stage, WorkerInfo
 from service.metrics import DropReason, Metrics
 from service.queue import Clock, JobQueue, Lease
 from service.settings import Settings
+from service.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -58,19 +60,28 @@ class _Held:
     ready_s: float = 0.0
     timings_s: dict[Stage, float] = field(default_factory=dict)
     is_running: bool = False  # in the model or beyond
+    trace: JobTrace = NO_JOB_TRACE
 
 
 class Worker:
     """Serves a queue with an engine until told to stop. One `run` per object."""
 
     def __init__(
-        self, queue: JobQueue, engine: Engine, settings: Settings, metrics: Metrics, *, clock: Clock = time.time
+        self,
+        queue: JobQueue,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        clock: Clock = time.time,
+        tracer: Tracer = NO_TRACES,
     ) -> None:
         self._queue = queue
         self._engine = engine
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
+        self._tracer = tracer
         self.id = settings.worker.id or f"{socket.gethostname()}-{os.getpid()}"
         self._held: dict[str, _Held] = {}
         self._num_decoding = 0
@@ -158,6 +169,8 @@ class Worker:
                     await self._queue.release([held.lease for held in self._held.values()])
                     await self._queue.announce(info.model_copy(update={"is_warm": False}), ttl_s=0)
             logger.info("worker has stopped", extra={"worker": self.id, "handed_back": len(self._held)})
+            for held in self._held.values():
+                held.trace.end("handed_back")
             self._held.clear()
             self._metrics.jobs_held.set(0)
 
@@ -186,7 +199,7 @@ class Worker:
                 if (known := self._held.get(lease.job.id)) is not None:
                     known.lease = lease  # our own job came back after a stall; the work on it goes on
                     continue
-                held = _Held(lease=lease)
+                held = _Held(lease=lease, trace=self._tracer.job(lease, now))
                 held.timings_s[Stage.QUEUE] = max(0.0, now - lease.job.created_s)
                 self._held[lease.job.id] = held
                 self._num_decoding += 1
@@ -209,6 +222,7 @@ class Worker:
                 await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
                 return
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
+            held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
             held.ready_s = self._clock()
             deadline_s = math.inf if job.deadline_s is None else job.deadline_s
             # Both sizes are equal, unless a codec stands in for the pictures.
@@ -247,6 +261,7 @@ class Worker:
         for held in batch:
             held.is_running = True
             held.timings_s[Stage.BATCH] = max(0.0, now - held.ready_s)
+            held.trace.stage(Stage.BATCH, held.timings_s[Stage.BATCH], batch_size=len(batch))
         options = self._pass_options(batch[0])
         started = time.perf_counter()
         try:
@@ -260,6 +275,7 @@ class Worker:
         self._metrics.padded_items.inc(self._batcher.policy.padded(len(batch)) - len(batch))
         for index, held in enumerate(batch):
             held.timings_s[Stage.MODEL] = seconds
+            held.trace.stage(Stage.MODEL, seconds, batch_size=len(batch))
             held.pair = None
             self._spawn(self._encode(held, {part: stack[index] for part, stack in parts.items()}, len(batch)))
 
@@ -307,6 +323,7 @@ class Worker:
             await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
             return
         held.timings_s[Stage.ENCODE] = time.perf_counter() - started
+        held.trace.stage(Stage.ENCODE, held.timings_s[Stage.ENCODE])
         result = FusionResult(
             job_id=job.id,
             images=encoded,
@@ -325,6 +342,7 @@ class Worker:
         if is_visible:
             self._metrics.jobs_finished.labels(result.status).inc()
             self._metrics.observe_stages(result.timings_s)
+        held.trace.end(result.error_code or result.status, is_error=result.error_code in FAULTS)
         self._let_go(held)
 
     # dropping what nobody wants
@@ -347,6 +365,7 @@ class Worker:
     def _drop(self, held: _Held, reason: DropReason) -> None:
         self._metrics.jobs_dropped.labels(reason).inc()
         self._batcher.remove(held.lease.job.id)
+        held.trace.end(reason)
         self._let_go(held)
 
     def _let_go(self, held: _Held) -> None:

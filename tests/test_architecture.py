@@ -27,6 +27,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.files": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.errors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.gateway": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.gpu": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.grpc_api": ("torch", "recofuse_core", "fastapi", "redis"),
     "service.http_protocol": ("torch", "recofuse_core", "redis", "grpc"),
     "service.images": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
@@ -38,6 +39,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.redis_queue": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.serve": ("torch", "recofuse_core", "grpc"),
     "service.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.tracing": ("torch", "recofuse_core", "fastapi", "grpc", "redis", "opentelemetry.sdk"),
     "service.worker": ("fastapi", "grpc"),
 }
 

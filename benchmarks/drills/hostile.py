@@ -12,7 +12,6 @@ import contextlib
 import io
 import itertools
 import json
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.core.result import Ok
 
 from benchmarks.drills import Report, Say
-from benchmarks.load import BOUNDARY, fuse_request, picture_pair
+from benchmarks.load import BOUNDARY, fuse_request, picture_pair, png
 from benchmarks.processes import Process, all_in_one, free_port
 
 NUM_GENERATED = 2400
@@ -273,16 +272,6 @@ def bombs() -> dict[str, bytes]:
         "WebP head": b"RIFF\xff\xff\xff\xffWEBPVP8X" + bytes(100),
         "GIF": b"GIF89a" + bytes(1000),
     }
-
-
-def png(width: int, height: int, data: bytes, chunks: list[tuple[bytes, bytes]] | None = None) -> bytes:
-    """An 8-bit RGB PNG file of these parts, whatever they are; check sums are right."""
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *(chunks or []), (b"IDAT", data)]
-    body = b"".join(
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in (*parts, (b"IEND", b""))
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 async def attack_http(address: tuple[str, int], verdict: Verdict) -> None:
