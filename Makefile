@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit
+.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit check-deploy
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,7 +26,7 @@ serve: $(INSTALLED) ## keep a server running
 	@$(BIN)/recofuse serve
 
 test: $(INSTALLED) ## run the tests that need no GPU
-	@$(BIN)/python -m pytest -m 'not gpu'
+	@$(BIN)/python -m pytest -m 'not gpu and not stack'
 
 check: $(INSTALLED) ## formatting, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
@@ -40,9 +40,10 @@ fmt: $(INSTALLED) ## format, and mend what lint can mend
 proto: $(INSTALLED) ## generate service/pb from proto/
 	@$(BIN)/python proto/generate.py
 
-docs: $(INSTALLED) ## write docs/settings.md and docs/metrics.md from the code
+docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md and .env.example from the code
 	@$(BIN)/recofuse settings > docs/settings.md
 	@$(BIN)/recofuse metrics > docs/metrics.md
+	@{ cat deploy/compose.env; $(BIN)/recofuse settings --env; } > .env.example
 
 pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes
 	@$(BIN)/python -m docs.make_pictures
@@ -57,3 +58,6 @@ audit: $(INSTALLED) ## check the installed packages, and with pip-audit their kn
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@if command -v pip-audit >/dev/null; then pip-audit --requirement constraints.txt --no-deps --disable-pip; \
 	else echo "pip-audit is not installed: known vulnerabilities were not looked up"; fi
+
+check-deploy: $(INSTALLED) ## check everything in deploy/, and run docker-compose.yml as local processes (STRICT=1: all tools)
+	@CHECK_DEPLOY_STRICT=$(STRICT) $(BIN)/python -m pytest tests/deploy

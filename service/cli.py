@@ -607,8 +607,13 @@ def drop_dead_letters(ids: LetterIds = None, queue: QueueUrl = None, is_all: All
 
 
 @app.command(name="settings")
-def show_settings() -> None:
+def show_settings(
+    as_env: Annotated[bool, typer.Option("--env", help="As the lines of an environment file instead.")] = False,
+) -> None:
     """Print every setting of the service with its default and meaning, as a Markdown document."""
+    if as_env:
+        typer.echo(Settings.as_environment())
+        return
     typer.echo(
         "# Settings\n\nWritten by `make docs` from `service/settings.py`. Settings are environment variables; "
         "a misspelt one stops\nstart-up with a message that names the nearest. With `_FILE` behind its name a variable "

@@ -30,7 +30,7 @@ class SettingsError(ValueError):
 
 
 def _split_sizes(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 class Group(BaseModel):
@@ -357,6 +357,18 @@ class Settings(Group):
             if isinstance(field.annotation, type) and issubclass(field.annotation, Group)
             for name in field.annotation.model_fields
         ]
+
+    @classmethod
+    def as_environment(cls) -> str:
+        """Every setting with its default as a commented line of an environment file, its meaning above it."""
+        lines: list[str] = []
+        defaults = cls()
+        for group, name in cls.names():
+            owner = getattr(defaults, group)
+            lines += [f"# {type(owner).model_fields[name].description}", f"# {variable_of(group, name)}="]
+            value = getattr(owner, name)
+            lines[-1] += ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return "\n".join(lines)
 
     @classmethod
     def table(cls) -> str:

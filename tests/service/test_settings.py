@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -10,7 +12,7 @@ from service.settings import Settings, SettingsError, variable_of
 
 def test_values_come_from_a_mapping() -> None:
     settings = Settings.from_environment(
-        {"RECOFUSE_BATCH__MAX_WAIT_S": "0.02", "RECOFUSE_BATCH__SIZES": "1,4,8", "HOME": "/home/me"}
+        {"RECOFUSE_BATCH__MAX_WAIT_S": "0.02", "RECOFUSE_BATCH__SIZES": "1,4,8,", "HOME": "/home/me"}
     )
     assert settings.batch.max_wait_s == 0.02
     assert settings.batch.sizes == (1, 4, 8)
@@ -55,3 +57,8 @@ def test_every_setting_is_described_and_in_the_table(group: str, name: str) -> N
     field = type(getattr(Settings(), group)).model_fields[name]
     assert field.description
     assert variable_of(group, name) in Settings.table()
+
+
+def test_the_example_of_an_environment_file_is_up_to_date() -> None:
+    example = (Path(__file__).parents[2] / ".env.example").read_text("utf-8")
+    assert example.endswith(f"\n{Settings.as_environment()}\n"), "run `make docs`"
