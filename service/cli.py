@@ -844,14 +844,30 @@ def bench_service(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """What the service costs without the model: real servers with stand-in engines under load from 1 to 32 clients."""
-    if importlib.util.find_spec("benchmarks") is None:
-        raise InvalidInputError("bench needs the source tree: run it from a checkout of recofuse")
+    _need_source_tree()
     from benchmarks import service as measured
 
     window_s, warm_up_s = (1.0, 0.5) if quick else (6.0, 1.5)
     outcome = measured.run(window_s=window_s, warm_up_s=warm_up_s, json_path=json_path, say=typer.echo)
     if outcome.num_failed:
         raise typer.Exit(1)
+
+
+@bench.command(name="codec")
+def bench_codec(
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each setting is tried.")] = 20,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What PNG settings cost and bring: processor time and size of answers."""
+    _need_source_tree()
+    from benchmarks import codec
+
+    codec.run(repeats=repeats, json_path=json_path, say=typer.echo)
+
+
+def _need_source_tree() -> None:
+    if importlib.util.find_spec("benchmarks") is None:
+        raise InvalidInputError("bench needs the source tree: run it from a checkout of recofuse")
 
 
 # demo

@@ -20,9 +20,9 @@ from benchmarks.drills import Report, Say
 from benchmarks.load import Load, fuse_request, picture_pair
 from benchmarks.processes import Stack, all_in_one, can_split, split
 
-NUM_REQUESTS = {"all-in-one": 3000, "split": 5000}
+NUM_REQUESTS = 5000  # of each topology
 CONCURRENCY = 8
-WARM_UP_SHARE = 0.5  # of the requests; allocators settle meanwhile
+WARM_UP_SHARE = 0.5  # of the requests; the allocators of all threads need about 2,000 to settle
 MAX_SLOPE_KIB = 2048.0  # per 1,000 requests of 605 kB in and 430 kB out: a leak of 0.2 % of the bytes would show
 MAX_FD_GROWTH = 8  # a pool of connections grows to the most calls that ever were at once; a leak knows no bound
 MAX_REDIS_GROWTH_KIB = 512
@@ -44,7 +44,7 @@ def run(*, is_quick: bool, say: Say) -> Report:
         if topology == "split" and why_not:
             parts.append(f"split skipped: {why_not}")
             continue
-        num_requests = 600 if is_quick else NUM_REQUESTS[topology]
+        num_requests = 600 if is_quick else NUM_REQUESTS
         with _stack(topology) as stack:
             outcome = soak(stack, num_requests, say)
         figures[topology] = outcome

@@ -70,7 +70,7 @@ def test_a_document_without_marks_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_the_document_of_the_figures_has_its_marks() -> None:
-    text = Path("docs/reliability.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs/reliability.md").read_text("utf-8")
     assert text.count(__main__.MARKS[0]) == text.count(__main__.MARKS[1]) == 1
     for name in MODULES:
         assert f"`{name}`" in text

@@ -13,6 +13,7 @@ from benchmarks.drills.hostile import SETTINGS, Verdict, attack_grpc, attack_htt
 from benchmarks.processes import Stack, all_in_one, free_port
 
 Address = tuple[str, int]
+TIMEOUT_S = 1.5  # long enough that a busy machine does not make an honest request late
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def grpc_address() -> Address:
 
 @pytest.fixture(scope="module")
 def stack(grpc_address: Address) -> Iterator[Stack]:
-    limits = {"http": {**SETTINGS["http"], "head_timeout_s": 0.6, "body_timeout_s": 0.6, "max_connections": 40}}
+    limits = {
+        "http": {**SETTINGS["http"], "head_timeout_s": TIMEOUT_S, "body_timeout_s": TIMEOUT_S, "max_connections": 40}
+    }
     with all_in_one({**SETTINGS, **limits, "grpc": {"port": grpc_address[1]}}) as running:
         yield running
         (process,) = running.processes.values()
@@ -35,7 +38,7 @@ async def exchange(address: Address, payload: bytes) -> tuple[bytes, float]:
     started = time.monotonic()
     reader, writer = await asyncio.open_connection(*address)
     writer.write(payload)
-    received = await asyncio.wait_for(reader.read(), 10)
+    received = await asyncio.wait_for(reader.read(), 60)
     writer.close()
     await writer.wait_closed()
     return received, time.monotonic() - started
@@ -97,7 +100,7 @@ async def test_an_endless_head_is_cut_off(stack: Stack) -> None:
 @pytest.mark.parametrize("sent", [b"", b"GET /health", b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\nGET /he"])
 async def test_a_head_that_does_not_end_is_hung_up_on(stack: Stack, sent: bytes) -> None:
     answer, seconds = await exchange(stack.address, sent)
-    assert 0.4 < seconds < 5
+    assert 0.9 * TIMEOUT_S < seconds < 30
     assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
 
 
@@ -106,10 +109,10 @@ async def test_a_request_that_takes_longer_than_a_head_may_is_served(stack: Stac
     reader, writer = await asyncio.open_connection(*stack.address)
     for _ in range(2):
         writer.write(b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\n")
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
         assert answer.startswith(b"HTTP/1.1 200")
         await reader.readexactly(int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
-        await asyncio.sleep(0.9)
+        await asyncio.sleep(1.2 * TIMEOUT_S)
     writer.close()
     await writer.wait_closed()
 
@@ -123,6 +126,9 @@ async def test_too_many_connections_are_refused_with_a_problem_document(stack: S
     finally:
         for _, writer in idle:
             writer.close()
-    await asyncio.sleep(0.3)
-    answer, _ = await exchange(stack.address, b"GET /health/live HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200")
+    for _ in range(100):  # until the server has seen that they are gone
+        answer, _ = await exchange(stack.address, b"GET /health/live HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        if answer.startswith(b"HTTP/1.1 200"):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(answer)

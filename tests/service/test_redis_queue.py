@@ -495,6 +495,58 @@ async def test_tls_with_a_known_certificate(server: RedisServer) -> None:
             await queue.close()
 
 
+async def test_tls_with_a_password() -> None:
+    with folder() as one, folder() as two:
+        server = RedisServer(one)
+        server.start()
+        server.command("CONFIG", "SET", "requirepass", "r%g@t/")
+        try:
+            async with tls_in_front(server, two) as (port, certificate):
+                query = f"?ssl_ca_certs={certificate}"
+                async with opened(f"rediss://:r%25g%40t%2F@localhost:{port}{query}") as queue:
+                    job = fresh()
+                    await queue.submit(job)
+                    lease = await take_one(queue)
+                    waiting = asyncio.create_task(queue.wait_result(job.id, timeout_s=20))
+                    await queue.finish(lease, success(job))
+                    assert await waiting == success(job)  # pushed over a connection with TLS and password too
+                queue = RedisQueue(QueueSettings(url=f"rediss://:wrong@localhost:{port}{query}"))
+                with pytest.raises(SettingsError, match="credentials"):
+                    await queue.open()
+                await queue.close()
+        finally:
+            server.kill()
+
+
+async def test_sentinels_and_servers_may_each_ask_for_a_password() -> None:
+    with folder() as one, folder() as two:
+        ports = free_port(), free_port()
+        primary = RedisServer(one, port=ports[0])
+        config = two / "sentinel.conf"
+        config.write_text(f"sentinel monitor main 127.0.0.1 {ports[0]} 1\nsentinel auth-pass main inner\n")
+        sentinel = RedisServer(two, port=ports[1], config=config)
+        try:
+            for server in (primary, sentinel):
+                server.start()
+            primary.command("CONFIG", "SET", "requirepass", "inner")
+            assert sentinel.command("ACL", "SETUSER", "default", "resetpass", ">outer") == b"+OK\r\n"
+            address = f"redis+sentinel://:inner@127.0.0.1:{ports[1]}/main"
+            async with opened(f"{address}?sentinel_password=outer") as queue:
+                job = fresh()
+                await queue.submit(job)
+                lease = await take_one(queue)
+                await queue.finish(lease, success(job))
+                assert await queue.wait_result(job.id, timeout_s=20) == success(job)
+            for query in ("", "?sentinel_password=wrong"):
+                queue = RedisQueue(QueueSettings(url=f"{address}{query}"))
+                with pytest.raises((SettingsError, UnavailableError)):
+                    await queue.stats()
+                await queue.close()
+        finally:
+            for server in (primary, sentinel):
+                server.kill()
+
+
 async def test_a_failover_is_survived() -> None:
     with folder() as one, folder() as two, folder() as three:
         ports = free_port(), free_port(), free_port()
