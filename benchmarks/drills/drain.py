@@ -1,11 +1,11 @@
 """Drain: SIGTERM under load. No accepted request may fail, every process ends with status 0 and leaves none behind.
 
-All in one: 16 clients in a closed loop, SIGTERM to the server. Split: the same at two front ends and two workers over
-Redis; first a worker gets SIGTERM, then a front end, then all that is left. Some clients ask for jobs (202) as well,
-which must have ended at the end.
+All in one: 16 HTTP and 8 gRPC clients in a closed loop, SIGTERM to the server. Split, HTTP only: the same at two front
+ends and two workers over Redis; first a worker gets SIGTERM, then a front end, then all that is left. Some clients ask
+for jobs (202) as well, which must have ended at the end.
 
-What counts as refused rather than failed: 503 with Retry-After, said before anything was accepted, and a connection
-that ends although its request was sent after the signal.
+What counts as refused rather than failed: 503 (UNAVAILABLE) from the server itself, said before anything was accepted,
+and a connection that ends or cannot be made although its request was sent after the signal.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import uvloop
 
 from benchmarks.drills import Report, Say
 from benchmarks.load import Load, ask, fuse_request, get_request, picture_pair
-from benchmarks.processes import Process, all_in_one, can_split, split
+from benchmarks.processes import Process, all_in_one, can_split, free_port, split
+from service.pb.recofuse.v1 import fusion_pb2 as pb
+from service.pb.recofuse.v1 import fusion_pb2_grpc
 
 CONCURRENCY = 16
 NUM_JOBS = 40  # asynchronous ones, split only
@@ -39,8 +42,9 @@ def run(*, is_quick: bool, say: Say) -> Report:
     """All in one, then split over Redis if that is possible here."""
     load_s = 0.7 if is_quick else 2.0
     tally = Tally()
-    with all_in_one(SETTINGS) as stack:
-        uvloop.run(_all_in_one(stack.address, stack.processes["serve"], load_s, tally))
+    grpc_port = free_port()
+    with all_in_one({**SETTINGS, "grpc": {"port": grpc_port}}) as stack:
+        uvloop.run(_all_in_one(stack.address, f"127.0.0.1:{grpc_port}", stack.processes["serve"], load_s, tally))
     say(f"all-in-one: {tally.text()}")
     parts = [f"all-in-one {tally.text()}"]
     figures: dict[str, Any] = {"all-in-one": tally.figures()}
@@ -89,6 +93,15 @@ class Tally:
         if failed:
             self.problems.append(f"answers {dict(tally.statuses)}, {len(broken)} broken connections")
 
+    def add_calls(self, calls: _Calls, signal_s: float) -> None:
+        """Count the gRPC clients' calls, after their end."""
+        self.num_served += calls.num_served
+        self.num_refused += calls.num_refused
+        broken = [heard for started_s, heard in calls.broken if started_s < signal_s]
+        self.num_late += len(calls.broken) - len(broken)
+        self.num_failed += len(broken)
+        self.problems += broken[:3]
+
     async def stop(self, process: Process) -> None:
         """SIGTERM, and what it comes to."""
         started = time.perf_counter()
@@ -120,18 +133,61 @@ class Tally:
         }
 
 
-async def _all_in_one(address: tuple[str, int], process: Process, load_s: float, tally: Tally) -> None:
+async def _all_in_one(
+    address: tuple[str, int], grpc_address: str, process: Process, load_s: float, tally: Tally
+) -> None:
     load = Load([address], [fuse_request(*picture_pair())], CONCURRENCY)
+    calls = _Calls(grpc_address, *picture_pair())
     await load.start()
+    calling = asyncio.create_task(calls.run())
     await asyncio.sleep(load_s)
-    num_before = load.tally.statuses[200]
+    num_before, calls_before = load.tally.statuses[200], calls.num_served
     signals_s = [time.perf_counter()]
     await tally.stop(process)
-    num_after = load.tally.statuses[200] - num_before
-    await load.stop()
+    num_after, calls_after = load.tally.statuses[200] - num_before, calls.num_served - calls_before
+    calls.is_running = False
+    await asyncio.gather(load.stop(), calling)
     tally.add(load, signals_s)
-    if num_before == 0 or num_after == 0:
-        tally.problems.append(f"{num_before} served before and {num_after} after the signal")
+    tally.add_calls(calls, signals_s[0])
+    if not (num_before and num_after and calls_before and calls_after):
+        tally.problems.append(
+            f"served before and after the signal: {num_before} and {num_after} over HTTP, {calls_before} and "
+            f"{calls_after} over gRPC"
+        )
+
+
+class _Calls:
+    """gRPC clients in a closed loop. broken: when each call that was neither served nor refused was
+    made, and what it heard.
+    """
+
+    def __init__(self, address: str, vis: bytes, ir: bytes) -> None:
+        self._address = address
+        self._request = pb.FuseRequest(vis=pb.Image(encoded=vis), ir=pb.Image(encoded=ir))
+        self.is_running = True
+        self.num_served = 0
+        self.num_refused = 0
+        self.broken: list[tuple[float, str]] = []
+
+    async def run(self) -> None:
+        """Call until told to stop."""
+        options = [("grpc.max_receive_message_length", -1)]
+        async with grpc.aio.insecure_channel(self._address, options) as channel:
+            stub = fusion_pb2_grpc.FusionServiceStub(channel)
+            await asyncio.gather(*(self._client(stub) for _ in range(CONCURRENCY // 2)))
+
+    async def _client(self, stub: fusion_pb2_grpc.FusionServiceAsyncStub) -> None:
+        while self.is_running:
+            started_s = time.perf_counter()
+            try:
+                await stub.Fuse(self._request, timeout=STOP_S)
+                self.num_served += 1
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE and "stopping" in (error.details() or ""):
+                    self.num_refused += 1
+                else:
+                    self.broken.append((started_s, f"{error.code().name} {error.details()}"))
+                await asyncio.sleep(0.05)
 
 
 async def _split(addresses: list[tuple[str, int]], processes: list[Process], load_s: float, tally: Tally) -> None:

@@ -102,6 +102,21 @@ async def test_a_call_over_grpc_is_one_trace(stack: Stack, receiver: Receiver, g
     assert request.attributes["recofuse.status"] == "OK"
 
 
+async def test_frames_of_a_stream_belong_to_its_trace(stack: Stack, receiver: Receiver, grpc_port: int) -> None:
+    vis, ir = (pb.Image(encoded=data) for data in (VIS, IR))
+    frames = [pb.FuseStreamRequest(frame=pb.Frame(sequence=number, vis=vis, ir=ir)) for number in range(3)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        answers = [answer async for answer in stub.FuseStream(iter(frames), metadata=(("traceparent", PARENT),))]
+    assert [answer.sequence for answer in answers] == [0, 1, 2]
+    spans = await asyncio.to_thread(receiver.wait_for, 3 * 6 + 1)
+    stream = one(spans, "/recofuse.v1.FusionService/FuseStream")
+    assert stream.parent_id == CALLER
+    jobs = [span for span in spans if span.name == "job"]
+    assert [job.parent_id for job in jobs] == [stream.span_id] * 3
+    assert len({job.attributes["recofuse.request_id"] for job in jobs}) == 3
+
+
 async def test_a_request_without_a_parent_starts_a_trace_of_its_own(stack: Stack, receiver: Receiver) -> None:
     for given in ("", "traceparent: 00-zz\r\n"):
         assert (await ask(stack.address, fuse_request(VIS, IR, headers=given))).status == 200
