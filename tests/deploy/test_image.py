@@ -1,0 +1,115 @@
+"""The Dockerfile's front end without Docker: its own COPY and RUN lines in a folder, and what they made, started.
+
+`make check-deploy` runs this; it installs some fifty packages into a fresh environment and so needs a package index.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.deploy.compose import ROOT, Container
+from tests.deploy.conftest import missing
+from tests.service.redis_server import RedisServer, find_redis, free_port
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+OFFLINE = ("connection", "timed out", "resolution", "unreachable")
+
+
+def _lines_of(stages: tuple[str, ...]) -> list[str]:
+    """The instructions of these stages, in order."""
+    text = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+    parts = re.split(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
+    by_stage = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return [line for stage in stages for line in by_stage[stage].splitlines()]
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Path]:
+    """A folder in the place of `/`, as the stages of the target `api` leave it."""
+    with tempfile.TemporaryDirectory(prefix="rq-") as folder:
+        root = Path(folder)
+        build = root / "build"
+        build.mkdir()
+        environ = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RECOFUSE_", "PYTHONPATH"))
+        }
+        for line in _lines_of(("api-packages", "application")):
+            verb, _, rest = line.partition(" ")
+            if verb == "COPY":
+                *sources, target = rest.split()
+                for source in sources:
+                    _copy(ROOT / source, build / target if (ROOT / source).is_dir() else build / Path(source).name)
+            elif verb == "RUN":
+                command = rest.replace("/opt/", f"{root}/opt/")
+                command = re.sub(r"^python ", f"{sys.executable} ", command)
+                done = subprocess.run(
+                    command, shell=True, cwd=build, env=environ, capture_output=True, text=True, check=False
+                )
+                if done.returncode and any(word in done.stderr.lower() for word in OFFLINE):
+                    missing("a package index")
+                assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+        yield root
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, target)
+
+
+def test_the_front_ends_image_serves_without_torch(image: Path) -> None:
+    if find_redis() is None:
+        missing("redis-server")
+    bins = [str(image / "opt" / part / "bin") for part in ("recofuse", "packages")]
+    runtime = "\n".join(_lines_of(("runtime",)))
+    assert "PATH=/opt/recofuse/bin:/opt/packages/bin:" in runtime
+    assert "PYTHONPATH=/opt/recofuse" in runtime
+    assert 'ENTRYPOINT ["recofuse"]' in runtime
+    http, grpc = free_port(), free_port()
+    environ = {
+        "PATH": os.pathsep.join([*bins, "/usr/bin", "/bin"]),
+        "PYTHONPATH": str(image / "opt" / "recofuse"),
+        "HOME": str(image),
+        "RECOFUSE_HTTP__PORT": str(http),
+        "RECOFUSE_GRPC__PORT": str(grpc),
+    }
+    listed = subprocess.run(
+        ["python", "-m", "pip", "list", "--format=freeze"], env=environ, capture_output=True, text=True, check=True
+    ).stdout
+    pins = {
+        line.lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+        if "==" in line
+    }
+    found = {line.lower().replace("_", "-") for line in listed.split()}
+    assert not {line for line in found if line.startswith(("torch", "nvidia-cu", "triton"))}
+    assert found - pins <= {line for line in found if line.startswith(("pip==", "setuptools==", "recofuse=="))}
+    with tempfile.TemporaryDirectory(prefix="rq-") as folder:
+        redis = RedisServer(Path(folder), port=free_port())
+        redis.start()
+        environ["RECOFUSE_QUEUE__URL"] = f"redis://127.0.0.1:{redis.port}"
+        recofuse = shutil.which("recofuse", path=environ["PATH"])
+        assert recofuse is not None
+        api = Container("api", "127.0.0.1", [recofuse, "api"], environ, Path(folder))
+        api.start()
+        try:
+            for port in (http, grpc):
+                api.wait_healthy(port)
+            live = httpx.get(f"http://127.0.0.1:{http}/health/live", trust_env=False)
+            assert live.json()["status"] == "live"
+            assert api.stop() == 0, api.log.read_text()
+        finally:
+            api.stop()
+            redis.kill()
