@@ -2,8 +2,8 @@
 
 A trace holds the request's span at the front end, and below it the job's span at the worker with one span for each
 stage: queue, decode, batch, model, encode. The W3C `traceparent` of the caller becomes the request's parent; the
-request's own travels in the job's header to the worker, whatever queue lies between them. A job that is delivered
-twice has two spans, which tell their attempt.
+request's own travels in the job's header to the worker, whatever queue lies between them. Each delivery of a job has a
+span of its own, which tells its attempt; that of a worker that was killed dies with it.
 
 What a newcomer would get wrong: a caller's `traceparent` is passed on even where tracing is off, so that a front end
 without and a worker with an endpoint still belong to the caller's trace. OpenTelemetry is an optional extra and is

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.load import ask, fuse_request, get_request, png
 from benchmarks.processes import Stack, all_in_one, can_split, clean_environ, free_port, split
-from service import logs, tracing
+from service import cli, logs, tracing
 from service.jobs import Stage
 from service.metrics import RequestTimer
 from service.pb.recofuse.v1 import fusion_pb2 as pb
@@ -171,6 +171,13 @@ def test_without_an_endpoint_nothing_is_imported() -> None:
         "sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=clean_environ({})).returncode == 0
+
+
+def test_the_standard_variable_is_taken_unless_ours_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://theirs:4318")
+    assert cli._settings().trace.endpoint == "http://theirs:4318"
+    monkeypatch.setenv("RECOFUSE_TRACE__ENDPOINT", "http://ours:4318")
+    assert cli._settings().trace.endpoint == "http://ours:4318"
 
 
 async def test_an_endpoint_without_the_extra_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
