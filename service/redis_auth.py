@@ -6,6 +6,7 @@ it would be full again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,9 @@ return tostring(wait)
 """
 
 
+MAX_CALLS = 16  # at once, and thereby connections of each object
+
+
 @contextmanager
 def _reaching() -> Iterator[None]:
     try:
@@ -48,11 +52,13 @@ class RedisKeys:
         # Untyped as in redis_queue: redis-py's annotations name every protocol's answers at once.
         self._client: Any = RedisAddress.parse(settings.url).connect()
         self._hash = f"{prefix}:api-keys"
+        self._calls = asyncio.Semaphore(MAX_CALLS)
 
     async def get(self, key_id: str) -> ApiKey | None:
         """See KeyStore."""
-        with _reaching():
-            record = await self._client.hget(self._hash, key_id)
+        async with self._calls:
+            with _reaching():
+                record = await self._client.hget(self._hash, key_id)
         return None if record is None else ApiKey.from_json(record)
 
     async def all(self) -> list[ApiKey]:
@@ -78,13 +84,15 @@ class RedisLimiter:
         self._client: Any = RedisAddress.parse(settings.url).connect()
         self._take = self._client.register_script(TAKE)
         self._prefix = f"{prefix}:bucket"
+        self._calls = asyncio.Semaphore(MAX_CALLS)
         self._local = LocalLimiter()
 
     async def take(self, key: ApiKey) -> float:
         """See Limiter."""
         try:
-            with _reaching():
-                return float(await self._take(keys=[f"{self._prefix}:{key.id}"], args=[key.rate_per_s, key.burst]))
+            async with self._calls:
+                with _reaching():
+                    return float(await self._take(keys=[f"{self._prefix}:{key.id}"], args=[key.rate_per_s, key.burst]))
         except UnavailableError:
             return await self._local.take(key)
 

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import httpx
@@ -62,18 +61,13 @@ class Deployed:
         self.address = stack.containers["proxy"][0].address
         self.certificate = stack.folder / "deploy" / "secrets" / "tls_cert.pem"
 
-    def http(self, **options: Any) -> httpx.Client:
+    def http(self, source: str = "127.0.0.1") -> httpx.Client:
+        """A client at this address of the loopback network."""
         context = ssl.create_default_context(cafile=str(self.certificate))
         context.check_hostname = False  # the address is this test's
+        transport = httpx.HTTPTransport(verify=context, local_address=source)
         headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.Client(
-            base_url=f"https://{self.address}:8443",
-            verify=context,
-            headers=headers,
-            trust_env=False,
-            timeout=90,
-            **options,
-        )
+        return httpx.Client(base_url=f"https://{self.address}:8443", transport=transport, headers=headers, timeout=90)
 
     def grpc(self) -> grpc.Channel:
         options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.service_config", RETRYING)]
@@ -151,6 +145,17 @@ def test_both_protocols_pass_the_proxy_and_strangers_do_not(deployed: Deployed) 
         frames = [pb.FuseStreamRequest(frame=pb.Frame(sequence=n, vis=request.vis, ir=request.ir)) for n in range(3)]
         answers = list(stub.FuseStream(iter(frames), metadata=(("x-api-key", deployed.key),), timeout=60))
         assert [entry.WhichOneof("outcome") for entry in answers] == ["fusion"] * 3
+
+
+def test_callers_are_named_in_the_log_and_their_keys_are_not(deployed: Deployed) -> None:
+    with deployed.http("127.0.9.9") as client:
+        client.get("/v1/models")
+    logs = [container.log.read_text("utf-8") for name in deployed.stack.containers.values() for container in name]
+    entries = [json.loads(line) for text in logs for line in text.splitlines() if '"recofuse.audit"' in line]
+    (named,) = [entry for entry in entries if entry["action"] == "GET /v1/models"]
+    assert (named["key_name"], named["peer"]) == ("laptop", "127.0.9.9")  # the client's own address, not the proxy's
+    secrets = [deployed.key, *((deployed.stack.folder / "deploy" / "secrets" / "queue_url").read_text().split("@")[:1])]
+    assert not [text for text in logs for secret in secrets if secret in text]
 
 
 def _scraped(deployed: Deployed) -> set[str]:
