@@ -41,7 +41,7 @@ MAX_CALLS = 16  # at once, and thereby connections of each object
 def _reaching() -> Iterator[None]:
     try:
         yield
-    except (exceptions.RedisError, OSError) as error:
+    except (exceptions.RedisError, OSError, ValueError) as error:  # ValueError: not a record of ours
         raise UnavailableError("API keys cannot be checked at the moment", retry_after_s=1.0) from error
 
 
@@ -59,13 +59,13 @@ class RedisKeys:
         async with self._calls:
             with _reaching():
                 record = await self._client.hget(self._hash, key_id)
-        return None if record is None else ApiKey.from_json(record)
+                return None if record is None else ApiKey.from_json(record)
 
     async def all(self) -> list[ApiKey]:
         """See KeyStore."""
         with _reaching():
             records = await self._client.hvals(self._hash)
-        return sorted(map(ApiKey.from_json, records), key=lambda key: key.created_s)
+            return sorted(map(ApiKey.from_json, records), key=lambda key: key.created_s)
 
     async def put(self, key: ApiKey) -> None:
         """See KeyStore."""

@@ -97,14 +97,18 @@ def deployed() -> Iterator[Deployed]:
             ):
                 if not stack.can_run(name):
                     stack.start(name)[0].wait_healthy(port)
-            words = _readme_command("docker compose exec -T api recofuse ")
-            made = subprocess.run(
-                [sys.executable, "-m", "service", *words],
-                env=apis[0].environ, cwd=folder, capture_output=True, text=True, check=True,
-            )  # fmt: skip
-            yield Deployed(stack, made.stdout.strip())
+            key = _recofuse(stack, *_readme_command("docker compose exec -T api recofuse "))
+            yield Deployed(stack, key)
         finally:
             stack.close()
+
+
+def _recofuse(stack: LocalStack, *words: str) -> str:
+    """What a command says in a front end's container."""
+    command = [sys.executable, "-m", "service", *words]
+    environ = stack.containers["api"][0].environ
+    done = subprocess.run(command, env=environ, cwd=stack.folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _readme_command(start: str) -> list[str]:
@@ -145,6 +149,23 @@ def test_both_protocols_pass_the_proxy_and_strangers_do_not(deployed: Deployed) 
         frames = [pb.FuseStreamRequest(frame=pb.Frame(sequence=n, vis=request.vis, ir=request.ir)) for n in range(3)]
         answers = list(stub.FuseStream(iter(frames), metadata=(("x-api-key", deployed.key),), timeout=60))
         assert [entry.WhichOneof("outcome") for entry in answers] == ["fusion"] * 3
+
+
+def test_front_ends_share_rates_and_revocations(deployed: Deployed) -> None:
+    key = _recofuse(deployed.stack, "keys", "create", "slow", "--rate", "0.001", "--burst", "3")
+    headers = {"Authorization": f"Bearer {key}"}
+    with deployed.http() as client:
+
+        def ask() -> int:
+            return client.post("/v1/fuse", files={"vis": VIS, "ir": IR}, headers=headers).status_code
+
+        assert [ask() for _ in range(6)] == [200] * 3 + [429] * 3
+        _recofuse(deployed.stack, "keys", "revoke", key.split("_")[1])
+        in_a_row, end = 0, time.monotonic() + 60
+        while in_a_row < 20:  # the proxy picks either front end each time
+            in_a_row = in_a_row + 1 if ask() == 401 else 0
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 def test_callers_are_named_in_the_log_and_their_keys_are_not(deployed: Deployed) -> None:

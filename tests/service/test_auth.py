@@ -20,6 +20,8 @@ import httpx
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service import auth
 from service.auth import ApiKey, FileKeys, Guard, LocalLimiter, Scope, new_key
@@ -100,6 +102,19 @@ async def test_a_key_file_is_its_owners_alone_and_a_broken_one_lets_nobody_in(tm
     path.write_text('{"version": 2, "keys": []}')
     with pytest.raises(UnavailableError):
         await store.all()
+
+
+@pytest.mark.redis
+async def test_a_record_in_redis_that_is_none_lets_nobody_in() -> None:
+    with tempfile.TemporaryDirectory(prefix="rq-") as folder:
+        server = RedisServer(Path(folder))
+        server.start()
+        store = RedisKeys(QueueSettings(url=server.url))
+        server.command("HSET", "{recofuse}:api-keys", "a" * 12, "{}")
+        with pytest.raises(UnavailableError):
+            await store.get("a" * 12)
+        await store.close()
+        server.kill()
 
 
 async def test_a_bucket_fills_at_its_rate() -> None:
@@ -209,6 +224,16 @@ async def test_wrong_keys_are_refused_alike(door: Door) -> None:
     for missing in ({}, {"authorization": "Bearer "}, {"authorization": f"Basic {key}"}, {"x-api-key": ""}):
         with pytest.raises(UnauthenticatedError, match="is needed"):
             await door.guard.admit(missing, Scope.READ, is_charged=False, face="http", action="GET /", peer="me")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(["authorization", "x-api-key"]), st.text(max_size=80), st.booleans())
+async def test_nothing_that_is_presented_gets_in_or_breaks_the_door(
+    header: str, text: str, is_like_a_key: bool
+) -> None:
+    presented = f"rf_{'0' * 12}_{text}" if is_like_a_key else text
+    with pytest.raises(UnauthenticatedError):
+        await Door().knock(presented, header=header)
 
 
 async def test_revocation_is_noticed_within_the_cache_time_and_expiry_at_once(door: Door) -> None:
