@@ -1,20 +1,35 @@
 """Blocks that the networks share: time embedding, channel norm, gated convolution block, attentions.
 
-Everything is NCHW by meaning; memory may be channels_last, which is the fast layout for all of it.
+Everything is NCHW by meaning; memory may be channels_last, which is the fast layout for all of it. A block computes in
+the dtype of its weights; the statistics of its norms are float32 in every dtype.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MAX_ROWS_OF_PRODUCT = 1024
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
 
 
-def channel_norm(x: Tensor, gain: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """Normalise every position over its channels, biased variance, times `gain` (C,). x: (B, C, H, W)."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain.to(x.dtype), None, eps).permute(0, 3, 1, 2)
+def channel_norm(x: Tensor, gain: Tensor, eps: float = NORM_EPS, bias: Tensor | None = None) -> Tensor:
+    """Normalise every position over its channels, biased variance, times `gain` (C,) plus `bias`. x: (B, C, H, W)."""
+    shift = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain.to(x.dtype), shift, eps).permute(0, 3, 1, 2)
+
+
+class Modulation(NamedTuple):
+    """What a time vector makes of a norm's output: times `scale` plus `shift`.
+
+    (C,) each for one step of the whole batch, the norm's gain folded into `scale`, so that it costs nothing beside
+    the norm; (B, C, 1, 1) each for a step per item, applied after the gain.
+    """
+
+    scale: Tensor
+    shift: Tensor
 
 
 class ChannelNorm(nn.Module):
@@ -24,8 +39,29 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return channel_norm(x, self.gain)
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        if modulation is None:
+            return channel_norm(x, self.gain)
+        if modulation.scale.ndim == 1:
+            return channel_norm(x, modulation.scale, bias=modulation.shift)
+        return torch.addcmul(modulation.shift, channel_norm(x, self.gain), modulation.scale)
+
+    def modulation(self, shift: Tensor, scale: Tensor) -> Modulation:
+        """The `Modulation` for x (scale + 1) + shift; shift, scale: (B, C), or (1, C) for the whole batch."""
+        if len(scale) == 1:
+            return Modulation(self.gain.to(scale.dtype) * (scale[0] + 1), shift[0])
+        return Modulation((scale + 1)[:, :, None, None], shift[:, :, None, None])
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution. With few positions in bfloat16 a matrix product over the rows is the faster form of it.
+
+    A CPU convolution rearranges its weights on every call, which is most of the time of a wide layer on a small grid.
+    """
+    few = x.is_cuda or x.shape[0] * x.shape[2] * x.shape[3] <= MAX_ROWS_OF_PRODUCT
+    if not few or conv.weight.dtype != torch.bfloat16:
+        return conv(x)  # type: ignore[no-any-return]
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def gate(x: Tensor) -> Tensor:
@@ -83,22 +119,20 @@ class GatedConvBlock(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        """(shift1, scale1, shift2, scale2), each (B, C, 1, 1), from time vectors (B, time_dim)."""
+    def modulation(self, time: Tensor) -> tuple[Modulation, Modulation]:
+        """What both norms are modulated by, from time vectors (B, time_dim), in the dtype of the convolutions."""
         assert self.time_projection is not None, "this block was built without a time vector"
-        return self.time_projection(gate(time))[:, :, None, None].chunk(4, dim=1)  # type: ignore[no-any-return]
+        projected = self.time_projection(gate(time)).to(self.expand1.weight.dtype)
+        shift1, scale1, shift2, scale2 = projected.chunk(4, dim=1)
+        return self.norm1.modulation(shift1, scale1), self.norm2.modulation(shift2, scale2)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...] | None = None) -> Tensor:
-        u = self.norm1(x)
-        if modulation is not None:
-            u = modulate(u, modulation[0], modulation[1])
-        u = gate(self.depthwise(self.expand1(u)))
+    def forward(self, x: Tensor, modulation: tuple[Modulation, Modulation] | None = None) -> Tensor:
+        first, second = modulation or (None, None)
+        u = gate(self.depthwise(pointwise(self.norm1(x, first), self.expand1)))
         u = u * self.attention(u.mean(dim=(2, 3), keepdim=True))
-        y = torch.addcmul(x, self.project1(u), self.beta)
-        v = self.norm2(y)
-        if modulation is not None:
-            v = modulate(v, modulation[2], modulation[3])
-        return torch.addcmul(y, self.project2(gate(self.expand2(v))), self.gamma)
+        y = torch.addcmul(x, pointwise(u, self.project1), self.beta)
+        v = gate(pointwise(self.norm2(y, second), self.expand2))
+        return torch.addcmul(y, pointwise(v, self.project2), self.gamma)
 
 
 class LinearAttention(nn.Module):
@@ -149,8 +183,9 @@ class CrossAttention(nn.Module):
             part.flatten(2).transpose(1, 2).contiguous()[:, None]
             for part in (self.query(query), self.key(context), self.value(context))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, 1, n, C)
-        return mixed[:, 0].transpose(1, 2).reshape(query.shape) + query
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, 1, n, C), which is (B, C, h, w) in channels_last
+        batch, channels, height, width = query.shape
+        return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2) + query
 
 
 class ConvBlockAttention(nn.Module):

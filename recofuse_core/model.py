@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.networks import (
     AutoencoderConfig,
+    BlockModulations,
     DenoiserConfig,
     DualDenoiser,
     FusionConfig,
@@ -22,14 +23,24 @@ from recofuse_core.networks import (
     build_autoencoder,
     pad_to_multiple,
 )
-from recofuse_core.sampler import SAMPLERS, Pair, Prediction, SamplerName, plan_timesteps, seeded_noise
+from recofuse_core.sampler import (
+    SAMPLERS,
+    NoiseSource,
+    Pair,
+    Prediction,
+    SamplerName,
+    num_draws,
+    plan_timesteps,
+    seeded_noise,
+)
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
-from recofuse_core.tiling import Tile, TilingConfig, blend, plan_tiles
+from recofuse_core.tiling import Mosaic, Tile, TilingConfig, blend, plan_tiles
 
 OutputName = Literal["fused", "vis", "ir"]
 ALL_OUTPUTS: tuple[OutputName, ...] = ("fused", "vis", "ir")
 MIN_SIDE = 32
 LATENT_FACTOR = 8
+PADDING = 16  # images are padded to multiples of it
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,44 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class FusionOutput:
-    """Images in [0, 1]; None where not asked for. fused, vis: (B, 3, H, W). ir: (B, 1, H, W)."""
+    """Images in [0, 1], or uint8 levels if the input was; None where not asked for.
+
+    fused, vis: (B, 3, H, W). ir: (B, 1, H, W).
+    """
 
     fused: Tensor | None
     vis: Tensor | None
     ir: Tensor | None
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """A checked request without its images: hashable, and all that decides what is computed for a shape."""
+
+    sampler: SamplerName
+    timesteps: tuple[int, ...]
+    outputs: frozenset[OutputName]
+    coupled: bool
+    tiling: TilingConfig
+
+    @property
+    def num_draws(self) -> int:
+        """Pairs of noise that a run draws."""
+        return num_draws(self.sampler, len(self.timesteps))
+
+    def tiles(self, height: int, width: int) -> bool:
+        """Whether a frame of this size is worked on in tiles."""
+        return _padded(height) * _padded(width) > self.tiling.max_pixels
+
+
+class Conditioning(NamedTuple):
+    """What the networks make of a time step alone (no image enters it): TIM's share and both branches'."""
+
+    fusion: tuple[Tensor, ...]
+    denoiser: tuple[BlockModulations, BlockModulations]
+
+
+Conditions = Callable[[int], Conditioning]
 
 
 class ReCoFuse(nn.Module):
@@ -117,22 +161,38 @@ class ReCoFuse(nn.Module):
             num_parameters=sum(p.numel() for p in self.parameters()),
         )
 
-    def predict(self, state: Pair, mu: Pair, t: Tensor | int, *, coupled: bool = True) -> Prediction:
+    def condition(self, timesteps: Tensor | int) -> Conditioning:
+        """Conditioning of one step for the whole batch, or of (B,) steps."""
+        if isinstance(timesteps, int):
+            timesteps = torch.tensor([timesteps], device=next(self.parameters()).device)
+        return Conditioning(self.fusion.conditioning(timesteps), self.denoiser.conditioning(timesteps))
+
+    def predict(
+        self,
+        state: Pair,
+        mu: Pair,
+        t: Tensor | int,
+        *,
+        coupled: bool = True,
+        conditioning: Conditioning | None = None,
+    ) -> Prediction:
         """One evaluation: TIM fuses both states, both branches start from the result (from their own if not coupled).
 
-        state, mu: pairs of (B, C, h, w); t: one step, or (B,) steps. Differentiable.
+        state, mu: pairs of (B, C, h, w); t: one step, or (B,) steps; conditioning: that of t, if it is made already.
+        Differentiable.
         """
-        timesteps = torch.tensor([t], device=state.vis.device) if isinstance(t, int) else t
+        conditioning = conditioning or self.condition(t)
         start = state
         if coupled:
-            fused = self.fusion(state.vis, state.ir, timesteps)
+            fused = self.fusion.fuse(state.vis, state.ir, conditioning.fusion)
             start = Pair(fused, fused)
-        output = Pair(*self.denoiser(start.vis, mu.vis, start.ir, mu.ir, timesteps))
+        output = Pair(*self.denoiser.denoise(start.vis, mu.vis, start.ir, mu.ir, conditioning.denoiser))
         return Prediction(start, output, self.config.denoiser.prediction)
 
-    def final_fusion(self, clean: Pair) -> Tensor:
+    def final_fusion(self, clean: Pair, conditioning: Conditioning | None = None) -> Tensor:
         """TIM at step 0 on the restored latents: the latent (B, C, h, w) of the fused image."""
-        fused: Tensor = self.fusion(clean.vis, clean.ir, torch.zeros(1, dtype=torch.long, device=clean.vis.device))
+        steps = self.condition(0) if conditioning is None else conditioning
+        fused: Tensor = self.fusion.fuse(clean.vis, clean.ir, steps.fusion)
         return fused
 
     def normalise(self, images: Pair, context: Pair | None = None) -> Pair:
@@ -145,6 +205,25 @@ class ReCoFuse(nn.Module):
         frames = images if context is None else context
         vis_curves, ir_curves = self.tone(frames.vis, frames.ir)
         return Pair(vis_curves(images.vis), ir_curves(images.ir))
+
+    def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(B, C, h, w) of the latents of images of a size."""
+        channels = self.config.autoencoder.latent_channels
+        return batch, channels, _padded(height) // LATENT_FACTOR, _padded(width) // LATENT_FACTOR
+
+    def plan(
+        self,
+        *,
+        steps: int | None = None,
+        sampler: SamplerName | None = None,
+        outputs: Collection[OutputName] = ALL_OUTPUTS,
+        coupled: bool = True,
+        tiling: TilingConfig | None = None,
+    ) -> FusionPlan:
+        """Check a request and fill in the model's defaults. Raises ConfigError for unknown names or steps."""
+        sampler = sampler or self.config.sampler
+        timesteps = plan_timesteps(sampler, self.sde, self.config.steps if steps is None else steps)
+        return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig())
 
     @torch.inference_mode()
     def fuse(
@@ -161,94 +240,131 @@ class ReCoFuse(nn.Module):
     ) -> FusionOutput:
         """Restore and fuse registered pairs.
 
-        Tensors: vis (B, 3, H, W), ir (B, 1, H, W), floats in [0, 1], sides from 32 px up. `seeds` is one seed for
-        every item or B of them; an item gives the same picture alone and in a batch. Only `outputs` are decoded.
-        `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels` are worked
-        on in blended tiles.
+        Tensors: vis (B, 3, H, W), ir (B, 1, H, W), floats in [0, 1] or 8-bit levels, sides from 32 px up. `seeds` is
+        one seed for every item or B of them; an item gives the same picture alone and in a batch. Only `outputs` are
+        decoded. `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels`
+        are worked on in blended tiles.
         Raises ShapeError for wrong tensors, ConfigError for unknown names or steps, NumericsError for a result that is
         not finite.
         """
-        batch, height, width = _require_pair(vis, ir)
-        wanted = _require_outputs(outputs)
-        sampler = sampler or self.config.sampler
-        timesteps = plan_timesteps(sampler, self.sde, steps or self.config.steps)
-        seed_list = [seeds] * batch if isinstance(seeds, int) else list(seeds)
-        if len(seed_list) != batch:
-            raise ShapeError(f"{batch} pairs need {batch} seeds or one, got {len(seed_list)}")
+        batch, height, width = require_pair(vis, ir)
+        plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling)
+        like = torch.empty(self.latent_shape(batch, height, width), device=vis.device)
+        output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like))
+        require_finite(is_finite)
+        return output
 
-        tiling = tiling or TilingConfig()
-        vis, ir = self.normalise(Pair(vis, ir))
+    def run(
+        self, vis: Tensor, ir: Tensor, plan: FusionPlan, draw: NoiseSource, conditions: Conditions | None = None
+    ) -> tuple[FusionOutput, Tensor]:
+        """What `fuse` computes, for checked arguments: the images, and whether all of them are finite (no dimensions).
+
+        `draw` gives noise of `latent_shape`; `conditions` gives the conditioning of a step. Nothing here waits for the
+        device or copies to it, so that a run can be captured.
+        """
+        conditions = conditions or self.condition
+        height, width = vis.shape[-2:]
+        levels = vis.dtype == torch.uint8
+        images = self.normalise(Pair(_unit_range(vis), _unit_range(ir)))
         padded = Pair(
-            pad_to_multiple(vis, 16, "reflect").contiguous(memory_format=torch.channels_last),
-            pad_to_multiple(ir, 16, "reflect").expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last),
+            pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
+            pad_to_multiple(images.ir, PADDING, "reflect")
+            .expand(-1, 3, -1, -1)
+            .contiguous(memory_format=torch.channels_last),
         )
-        frame = _Frame(padded.vis.shape[-2] // LATENT_FACTOR, padded.vis.shape[-1] // LATENT_FACTOR, tiling)
+        grid = (padded.vis.shape[-2] // LATENT_FACTOR, padded.vis.shape[-1] // LATENT_FACTOR)
+        frame = _Frame(grid, plan.tiling if plan.tiles(height, width) else None)
 
         vis_mu, vis_skips = frame.encode(self.autoencoder.encode, padded.vis)
         ir_mu, ir_skips = frame.encode(self.autoencoder.encode, padded.ir)
         mu = Pair(vis_mu, ir_mu)
-        draw = seeded_noise(seed_list, mu.vis)
         noise = draw()
         state = Pair(self.sde.noise_state(mu.vis, noise.vis), self.sde.noise_state(mu.ir, noise.ir))
 
         def predict(state: Pair, mu: Pair, t: int) -> Prediction:
-            return frame.predict(lambda s, m: self.predict(s, m, t, coupled=coupled), state, mu)
+            conditioning = conditions(t)
+            return frame.predict(
+                lambda s, m: self.predict(s, m, t, coupled=plan.coupled, conditioning=conditioning), state, mu
+            )
 
-        clean = SAMPLERS[sampler](predict, self.sde, state, mu, draw, timesteps)
+        clean = SAMPLERS[plan.sampler](predict, self.sde, state, mu, draw, plan.timesteps)
 
-        def decode(latent: Tensor, skips: Skips) -> Tensor:
+        flags: list[Tensor] = []
+
+        def decode(latent: Tensor, skips: Skips, channels: int) -> Tensor:
             image = frame.decode(self.autoencoder.decode, latent, skips)[..., :height, :width]
-            if not bool(torch.isfinite(image).all()):
-                raise NumericsError("the decoded image is not finite")
-            return image.clamp(0, 1)
+            flags.append(torch.isfinite(image).all())
+            image = image.clamp(0, 1)
+            if channels == 1:
+                image = image.mean(dim=1, keepdim=True)
+            return (image * 255).round().byte() if levels else image
 
         fused = restored_vis = restored_ir = None
-        if "fused" in wanted:
-            latent = frame.fuse(self.final_fusion, clean)
-            fused = decode(latent, self.autoencoder.fuse_skips(vis_skips, ir_skips))
-        if "vis" in wanted:
-            restored_vis = decode(clean.vis, vis_skips)
-        if "ir" in wanted:
-            restored_ir = decode(clean.ir, ir_skips).mean(dim=1, keepdim=True)
-        return FusionOutput(fused, restored_vis, restored_ir)
+        if "fused" in plan.outputs:
+            conditioning = conditions(0)
+            latent = frame.fuse(lambda pair: self.final_fusion(pair, conditioning), clean)
+            fused = decode(latent, self.autoencoder.fuse_skips(vis_skips, ir_skips), 3)
+        if "vis" in plan.outputs:
+            restored_vis = decode(clean.vis, vis_skips, 3)
+        if "ir" in plan.outputs:
+            restored_ir = decode(clean.ir, ir_skips, 1)
+        return FusionOutput(fused, restored_vis, restored_ir), torch.stack(flags).all()
+
+
+def _padded(side: int) -> int:
+    return -(-side // PADDING) * PADDING
+
+
+def _unit_range(image: Tensor) -> Tensor:
+    """Floats in [0, 1] of floats or levels."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
 class _Frame:
     """Applies the networks to a whole latent grid, tile by tile where it is larger than the limit."""
 
-    def __init__(self, rows: int, columns: int, tiling: TilingConfig) -> None:
-        self.grid = (rows, columns)
+    def __init__(self, grid: tuple[int, int], tiling: TilingConfig | None) -> None:
+        self.grid = grid
         self.tiles: tuple[Tile, ...] = ()
-        if rows * columns * LATENT_FACTOR**2 > tiling.max_pixels:
-            self.tiles = plan_tiles(rows, columns, tiling.tile // LATENT_FACTOR, tiling.overlap // LATENT_FACTOR)
+        if tiling is not None:
+            self.tiles = plan_tiles(*grid, tiling.tile // LATENT_FACTOR, tiling.overlap // LATENT_FACTOR)
 
-    def _join(self, parts: list[tuple[Tensor, ...]], scales: Sequence[int]) -> tuple[Tensor, ...]:
-        def column(index: int) -> Iterator[Tensor]:
-            return (part[index] for part in parts)
-
-        return tuple(blend(self.tiles, column(i), self.grid, scale) for i, scale in enumerate(scales))
+    def _join(self, parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Join the results of all tiles, each a tuple of tensors of any scales; one tile's tuple is alive at a time."""
+        mosaics: list[Mosaic] = []
+        for tile, part in zip(self.tiles, parts, strict=True):
+            if not mosaics:
+                scales = [tensor.shape[-2] // (tile.bottom - tile.top) for tensor in part]
+                mosaics = [Mosaic(self.tiles, self.grid, scale) for scale in scales]
+            for mosaic, tensor in zip(mosaics, part, strict=True):
+                mosaic.add(tile, tensor)
+        return tuple(mosaic.joined() for mosaic in mosaics)
 
     def encode(self, encode: Callable[[Tensor], tuple[Tensor, Skips]], image: Tensor) -> tuple[Tensor, Skips]:
         if not self.tiles:
             return encode(image)
-        parts = []
-        for tile in self.tiles:
-            latent, skips = encode(tile.cut(image, LATENT_FACTOR).contiguous(memory_format=torch.channels_last))
-            parts.append((latent, *skips))
-        tile_rows = self.tiles[0].bottom - self.tiles[0].top
-        scales = [part.shape[-2] // tile_rows for part in parts[0]]
-        latent, *skips_list = self._join(parts, scales)
-        return latent, tuple(skips_list)
+
+        def parts() -> Iterator[tuple[Tensor, ...]]:
+            for tile in self.tiles:
+                latent, skips = encode(tile.cut(image, LATENT_FACTOR).contiguous(memory_format=torch.channels_last))
+                yield latent, *skips
+
+        latent, *skips = self._join(parts())
+        return latent, tuple(skips)
 
     def predict(self, predict: Callable[[Pair, Pair], Prediction], state: Pair, mu: Pair) -> Prediction:
         if not self.tiles:
             return predict(state, mu)
-        parts: list[tuple[Tensor, ...]] = []
-        for tile in self.tiles:
-            prediction = predict(_cut_pair(tile, state), _cut_pair(tile, mu))
-            parts.append((*prediction.start, *prediction.output))
-        start_vis, start_ir, output_vis, output_ir = self._join(parts, [1] * 4)
-        return Prediction(Pair(start_vis, start_ir), Pair(output_vis, output_ir), prediction.kind)
+        predictions = (predict(_cut_pair(tile, state), _cut_pair(tile, mu)) for tile in self.tiles)
+        kinds: list[Literal["noise", "clean"]] = []
+
+        def parts() -> Iterator[tuple[Tensor, ...]]:
+            for prediction in predictions:
+                kinds.append(prediction.kind)
+                yield *prediction.start, *prediction.output
+
+        start_vis, start_ir, output_vis, output_ir = self._join(parts())
+        return Prediction(Pair(start_vis, start_ir), Pair(output_vis, output_ir), kinds[0])
 
     def fuse(self, fuse: Callable[[Pair], Tensor], clean: Pair) -> Tensor:
         if not self.tiles:
@@ -275,18 +391,33 @@ def _cut_pair(tile: Tile, pair: Pair) -> Pair:
     return Pair(tile.cut(pair.vis, 1).contiguous(), tile.cut(pair.ir, 1).contiguous())
 
 
-def _require_pair(vis: Tensor, ir: Tensor) -> tuple[int, int, int]:
+def require_pair(vis: Tensor, ir: Tensor) -> tuple[int, int, int]:
     """(B, H, W) of a valid pair; ShapeError otherwise."""
     if vis.ndim != 4 or vis.shape[1] != 3:
         raise ShapeError(f"vis must be (B, 3, H, W), got {tuple(vis.shape)}")
     if ir.shape != (vis.shape[0], 1, *vis.shape[-2:]):
         raise ShapeError(f"ir must be (B, 1, H, W) of the size of vis {tuple(vis.shape)}, got {tuple(ir.shape)}")
-    if not vis.is_floating_point() or not ir.is_floating_point():
-        raise ShapeError(f"vis and ir must be floating point in [0, 1], got {vis.dtype} and {ir.dtype}")
+    levels = vis.dtype == ir.dtype == torch.uint8
+    if not levels and not (vis.is_floating_point() and ir.is_floating_point()):
+        raise ShapeError(f"vis and ir must be floating point in [0, 1] or both uint8, got {vis.dtype} and {ir.dtype}")
     height, width = vis.shape[-2:]
     if vis.shape[0] < 1 or min(height, width) < MIN_SIDE:
         raise ShapeError(f"both sides must be at least {MIN_SIDE} px, got {width}x{height}")
     return vis.shape[0], height, width
+
+
+def seed_list(seeds: int | Sequence[int], batch: int) -> list[int]:
+    """One seed an item. Raises ShapeError if there are neither one nor `batch`."""
+    result = [seeds] * batch if isinstance(seeds, int) else list(seeds)
+    if len(result) != batch:
+        raise ShapeError(f"{batch} pairs need {batch} seeds or one, got {len(result)}")
+    return result
+
+
+def require_finite(is_finite: Tensor) -> None:
+    """Raise NumericsError unless the flag of a run is true. Waits for the device."""
+    if not bool(is_finite):
+        raise NumericsError("a decoded image is not finite")
 
 
 def _require_outputs(outputs: Collection[OutputName]) -> frozenset[OutputName]:

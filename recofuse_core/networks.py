@@ -3,9 +3,14 @@
 The tone estimator is ours and optional: one curve a channel for the whole frame, applied before the encoder. Two
 autoencoders share one interface (`encode`, `decode`, `fuse_skips`): `PaperAutoencoder` is the published one, whose
 official weights can be loaded; `GatedAutoencoder` is the compact one, with a denser latent and a gated skip at quarter
-resolution. Letters: B batch, H and W image size, h and w latent size (an eighth, rounded up), C latent channels.
+resolution. A network computes in the dtype of its weights; images and latents cross its border in float32, skips do
+not. What a denoiser and TIM make of the time step alone is their `conditioning`: it depends on no image, so it can be
+made once for a schedule.
+
+Letters: B batch, H and W image size, h and w latent size (an eighth, rounded up), C latent channels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,6 +25,7 @@ from recofuse_core.layers import (
     CrossAttention,
     GatedConvBlock,
     LinearAttention,
+    Modulation,
     TimeEmbedding,
     modulate,
 )
@@ -95,7 +101,7 @@ class PaperAutoencoder(nn.Module):
 
         Raises ShapeError if the image is too small for the reflection padding.
         """
-        x = self.init_conv(pad_to_multiple(image, self.multiple, "reflect"))
+        x = self.init_conv(pad_to_multiple(image, self.multiple, "reflect")).to(self.latent_conv.weight.dtype)
         skips = [x]
         for level, pair in enumerate(self.encoder_blocks):
             first, second = pair.children()
@@ -106,11 +112,11 @@ class PaperAutoencoder(nn.Module):
                 x = x + self.encoder_attention(self.encoder_norm(x))
             skips.append(x)
             x = self.downs[level](x)
-        return self.latent_conv(x), tuple(skips)
+        return self.latent_conv(x).float(), tuple(skips)
 
     def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:
         """Latent (B, C, h, w) and skips back to an image (B, 3, *size), not clamped."""
-        x = self.post_latent_conv(latent)
+        x = self.post_latent_conv(latent.to(self.post_latent_conv.weight.dtype))
         for level, pair in enumerate(self.decoder_blocks):
             first, second = pair.children()
             x = first(torch.cat([x, skips[8 - 2 * level]], dim=1))
@@ -120,7 +126,7 @@ class PaperAutoencoder(nn.Module):
             if level < 3:
                 x = F.interpolate(x, scale_factor=2, mode="nearest")
             x = self.ups[level](x)
-        image: Tensor = self.final_conv(x + skips[0])
+        image: Tensor = self.final_conv((x + skips[0]).to(self.final_conv.weight.dtype)).float()
         return image[..., : size[0], : size[1]]
 
     def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
@@ -175,17 +181,17 @@ class GatedAutoencoder(nn.Module):
         Raises ShapeError if the image is too small for the reflection padding.
         """
         padded = pad_to_multiple(image, self.multiple, "reflect") - 0.5
-        skip = self.stem(F.pixel_unshuffle(padded, 4))
+        skip = self.stem(F.pixel_unshuffle(padded, 4).to(self.stem.weight.dtype))
         for block in self.encoder_quarter:
             skip = block(skip)
         x = self.down(skip)
         for block in self.encoder_eighth:
             x = block(x)
-        return self.to_latent(x), (skip,)
+        return self.to_latent(x).float(), (skip,)
 
     def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:
         """Latent (B, C, h, w) and the skip back to an image (B, 3, *size), not clamped."""
-        x = self.from_latent(latent)
+        x = self.from_latent(latent.to(self.from_latent.weight.dtype))
         for block in self.decoder_eighth:
             x = block(x)
         x = F.pixel_shuffle(self.up(x), 2)
@@ -193,7 +199,7 @@ class GatedAutoencoder(nn.Module):
         x = x + self.skip_mix(torch.cat([x, trust * skips[0]], dim=1))
         for block in self.decoder_quarter:
             x = block(x)
-        return F.pixel_shuffle(self.head(x), 4)[..., : size[0], : size[1]] + 0.5
+        return F.pixel_shuffle(self.head(x), 4)[..., : size[0], : size[1]].float() + 0.5
 
     def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
         """Skip for the fused image: both, weighed by position and channel from both together."""
@@ -234,6 +240,9 @@ class DenoiserConfig:
             raise ConfigError("a denoiser needs as many decoder levels as encoder levels")
 
 
+BlockModulations = tuple[tuple[Modulation, Modulation], ...]
+
+
 class Denoiser(nn.Module):
     """One DiM branch: a time-conditioned U-Net of gated convolution blocks over [x - mu; mu]."""
 
@@ -256,26 +265,41 @@ class Denoiser(nn.Module):
             self.decoders.append(nn.ModuleList(GatedConvBlock(width, time_dim) for _ in range(num_blocks)))
         self.ending = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
+    def blocks(self) -> Iterator[GatedConvBlock]:
+        """All blocks in the order of execution."""
+        for level in (*self.encoders, self.middle, *self.decoders):
+            yield from level.children()
+
+    def conditioning(self, timesteps: Tensor) -> BlockModulations:
+        """What the steps (B,), or (1,) for the whole batch, make of every block; no image enters it."""
+        time = self.time(timesteps)
+        return tuple(block.modulation(time) for block in self.blocks())
+
     def forward(self, x: Tensor, mu: Tensor, timesteps: Tensor) -> Tensor:
         """x, mu: (B, C, h, w); timesteps: (B,) or (1,) integers. Returns (B, C, h, w) of `prediction`'s meaning."""
+        return self.denoise(x, mu, self.conditioning(timesteps))
+
+    def denoise(self, x: Tensor, mu: Tensor, conditioning: BlockModulations) -> Tensor:
+        """`forward` with the steps' conditioning made already."""
         height, width = x.shape[-2:]
-        time = self.time(timesteps)
-        first = x = self.intro(pad_to_multiple(torch.cat([x - mu, mu], dim=1), self.multiple, "constant"))
+        modulations = iter(conditioning)
+        both = torch.cat([x - mu, mu], dim=1).to(self.intro.weight.dtype)
+        first = x = self.intro(pad_to_multiple(both, self.multiple, "constant"))
         kept = []
         for blocks, down in zip(self.encoders, self.downs, strict=True):
-            x = _through(blocks, x, time)
+            x = _through(blocks, x, modulations)
             kept.append(x)
             x = down(x)
-        x = _through(self.middle, x, time)
+        x = _through(self.middle, x, modulations)
         for blocks, up in zip(self.decoders, self.ups, strict=True):
-            x = _through(blocks, F.pixel_shuffle(up(x), 2) + kept.pop(), time)
+            x = _through(blocks, kept.pop() + F.pixel_shuffle(up(x), 2), modulations)
         out: Tensor = self.ending(x + first)
-        return out[..., :height, :width]
+        return out[..., :height, :width].float()
 
 
-def _through(blocks: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-    for block in blocks:  # type: ignore[attr-defined]
-        x = block(x, block.modulation(time))
+def _through(blocks: nn.Module, x: Tensor, modulations: Iterator[tuple[Modulation, Modulation]]) -> Tensor:
+    for block in blocks.children():
+        x = block(x, next(modulations))
     return x
 
 
@@ -288,11 +312,26 @@ class DualDenoiser(nn.Module):
         self.vis = Denoiser(config)
         self.ir = Denoiser(config)
 
+    def conditioning(self, timesteps: Tensor) -> tuple[BlockModulations, BlockModulations]:
+        """What the steps (B,), or (1,) for the whole batch, make of both branches."""
+        return self.vis.conditioning(timesteps), self.ir.conditioning(timesteps)
+
     def forward(
         self, vis: Tensor, vis_mu: Tensor, ir: Tensor, ir_mu: Tensor, timesteps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """States and degraded latents (B, C, h, w) of both modalities to both predictions."""
-        return self.vis(vis, vis_mu, timesteps), self.ir(ir, ir_mu, timesteps)
+        return self.denoise(vis, vis_mu, ir, ir_mu, self.conditioning(timesteps))
+
+    def denoise(
+        self,
+        vis: Tensor,
+        vis_mu: Tensor,
+        ir: Tensor,
+        ir_mu: Tensor,
+        conditioning: tuple[BlockModulations, BlockModulations],
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with the steps' conditioning made already."""
+        return self.vis.denoise(vis, vis_mu, conditioning[0]), self.ir.denoise(ir, ir_mu, conditioning[1])
 
 
 # --- fusion -----------------------------------------------------------------------------------------------------------
@@ -341,9 +380,18 @@ class LatentFusion(nn.Module):
         self.ir_weight = NormActConv(width, channels, groups)
         self.vis_weight = NormActConv(width, channels, groups)
 
+    def conditioning(self, timesteps: Tensor) -> tuple[Tensor, ...]:
+        """(shift1, scale1, shift2, scale2), each (B, width, 1, 1), of the steps (B,), or (1,) for the whole batch."""
+        time: Tensor = self.time(timesteps).to(self.intro.weight.dtype)
+        return time[:, :, None, None].chunk(4, dim=1)
+
     def weights(self, vis: Tensor, ir: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (B, C, h, w) in (0, 1) of the visible and of the infrared latent."""
-        shift1, scale1, shift2, scale2 = self.time(timesteps)[:, :, None, None].chunk(4, dim=1)
+        return self._weights(vis, ir, self.conditioning(timesteps))
+
+    def _weights(self, vis: Tensor, ir: Tensor, conditioning: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        shift1, scale1, shift2, scale2 = conditioning
+        vis, ir = vis.to(self.intro.weight.dtype), ir.to(self.intro.weight.dtype)
         attended = torch.cat([self.vis_attention(vis, ir), self.ir_attention(ir, vis)], dim=1)
         x = self.shared_attention(self.shared(self.intro(attended)))
         for_ir = self.ir_branch_attention(modulate(self.ir_branch(x), shift1, scale1))
@@ -352,7 +400,11 @@ class LatentFusion(nn.Module):
 
     def forward(self, vis: Tensor, ir: Tensor, timesteps: Tensor) -> Tensor:
         """vis, ir: (B, C, h, w); timesteps: (B,) or (1,) integers, 0 for the final fusion. Returns (B, C, h, w)."""
-        vis_weight, ir_weight = self.weights(vis, ir, timesteps)
+        return self.fuse(vis, ir, self.conditioning(timesteps))
+
+    def fuse(self, vis: Tensor, ir: Tensor, conditioning: tuple[Tensor, ...]) -> Tensor:
+        """`forward` with the steps' conditioning made already. The latents themselves are never rounded."""
+        vis_weight, ir_weight = self._weights(vis, ir, conditioning)
         return ir_weight * ir + vis_weight * vis
 
 

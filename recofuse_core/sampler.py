@@ -81,6 +81,11 @@ def seeded_noise(seeds: Sequence[int], like: Tensor) -> NoiseSource:
     return lambda: Pair(draw_one(), draw_one())
 
 
+def num_draws(sampler: SamplerName, steps: int) -> int:
+    """How many pairs of noise a whole run draws, the start state's included."""
+    return 1 if sampler in ("ode1", "ode2") else steps + 1
+
+
 def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu: Pair, t: int) -> Pair:
     """Estimates of both clean latents from one coupled evaluation at step t."""
     if prediction.kind == "clean":

@@ -81,13 +81,16 @@ class MeanRevertingSDE:
         return torch.cat([torch.zeros(1, device="cpu"), self.lam * radicand.clamp(min=1e-20 * self.dt).sqrt()])
 
     def _at(self, table: Tensor, timesteps: Tensor | int, like: Tensor) -> Tensor:
-        """Entries of a table as (B, 1, 1, 1), or (1, 1, 1, 1) for one int, on the device of `like`."""
+        """Entries of a table as (B, 1, 1, 1) on the device of `like`, or for one int as a number on the CPU.
+
+        A number (no dimensions) goes along with every kernel; nothing is copied to the device and nothing waits.
+        """
         if isinstance(timesteps, int):
-            return table[timesteps].to(like.device).view(1, 1, 1, 1)
+            return table[timesteps]
         return table.to(like.device)[timesteps.to(like.device)].view(-1, 1, 1, 1)
 
     def marginal(self, x0: Tensor, mu: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and std (B, 1, 1, 1) of x_t given x_0 (Prop. 3.1 of IR-SDE).
+        """Mean (B, C, H, W) and std (B, 1, 1, 1), or a number for one int, of x_t given x_0 (Prop. 3.1 of IR-SDE).
 
         Raises ShapeError if x0 and mu differ in shape.
         """
@@ -133,7 +136,7 @@ class MeanRevertingSDE:
         return x - (theta * (mu - x) - 0.5 * sigma**2 * self.score(noise, timesteps)) * self.dt
 
     def optimum_weights(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (k1, k2) of x_t - mu and x_0 - mu in the optimum of x_{t-1}; (B, 1, 1, 1) each."""
+        """Weights (k1, k2) of x_t - mu and x_0 - mu in the optimum of x_{t-1}; (B, 1, 1, 1), or numbers for one int."""
         earlier = timesteps - 1
         step_decay = torch.exp(-self._at(self.theta, timesteps, like) * self.dt)
         at_t = self._at(self.alpha, timesteps, like)

@@ -57,24 +57,44 @@ def _spread(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, min(start + tile, length)) for start in starts]
 
 
-def blend(tiles: Sequence[Tile], parts: Iterator[Tensor], grid: tuple[int, int], scale: int) -> Tensor:
-    """Join tile results (B, C, rows * scale, columns * scale) into (B, C, *grid * scale), ramping over the overlaps.
+class Mosaic:
+    """Joins tile results (B, C, rows * scale, columns * scale) into (B, C, *grid * scale), ramping over the overlaps.
 
-    `parts` is consumed one by one: only one tile's result is alive at a time.
+    Tiles are added one by one, so that only one tile's result need be alive beside the whole.
     """
-    total: Tensor | None = None
-    norm: Tensor | None = None
+
+    def __init__(self, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> None:
+        if not tiles:
+            raise ConfigError("a tiling needs at least one tile")
+        self.tiles, self.grid, self.scale = tiles, grid, scale
+        windows = {tile: _window(tile, tiles, grid, scale) for tile in tiles}
+        norm = torch.zeros(grid[0] * scale, grid[1] * scale)
+        for tile, window in windows.items():
+            tile.cut(norm, scale).add_(window)
+        # Divided here: what is summed later has weights that add up to one, and needs no second pass over the whole.
+        self.windows = {tile: window / tile.cut(norm, scale) for tile, window in windows.items()}
+        self.whole: Tensor | None = None
+
+    def add(self, tile: Tile, part: Tensor) -> None:
+        """Add one tile's result."""
+        if self.whole is None:
+            shape = (*part.shape[:2], self.grid[0] * self.scale, self.grid[1] * self.scale)
+            self.whole = part.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+        tile.cut(self.whole, self.scale).add_(part * self.windows[tile].to(part))
+
+    def joined(self) -> Tensor:
+        """The whole, when every tile has been added."""
+        if self.whole is None:
+            raise ConfigError("no tile has been added")
+        return self.whole
+
+
+def blend(tiles: Sequence[Tile], parts: Iterator[Tensor], grid: tuple[int, int], scale: int) -> Tensor:
+    """Join the results of all tiles, in their order; `parts` is consumed one by one."""
+    mosaic = Mosaic(tiles, grid, scale)
     for tile, part in zip(tiles, parts, strict=True):
-        if total is None or norm is None:
-            shape = (grid[0] * scale, grid[1] * scale)
-            total = part.new_zeros(*part.shape[:2], *shape)
-            norm = part.new_zeros(1, 1, *shape)
-        window = _window(tile, tiles, grid, scale).to(part)
-        tile.cut(total, scale).add_(part * window)
-        tile.cut(norm, scale).add_(window)
-    if total is None or norm is None:
-        raise ConfigError("a tiling needs at least one tile")
-    return total / norm
+        mosaic.add(tile, part)
+    return mosaic.joined()
 
 
 def _window(tile: Tile, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> Tensor:
