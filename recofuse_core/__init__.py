@@ -10,6 +10,7 @@ from recofuse_core.checkpoint import (
 )
 from recofuse_core.errors import CheckpointError, ConfigError, CoreError, DatasetError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, FusionOutput, ModelConfig, ModelInfo, ReCoFuse, build_model
+from recofuse_core.runtime import Runtime
 from recofuse_core.tiling import TilingConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ModelInfo",
     "NumericsError",
     "ReCoFuse",
+    "Runtime",
     "ShapeError",
     "TilingConfig",
     "build_model",

@@ -509,6 +509,11 @@ class Runtime:
         return self.model.info
 
     @property
+    def records(self) -> bool:
+        """Whether runs are recorded at all."""
+        return self._programs is not None
+
+    @property
     def num_recorded(self) -> int:
         """Recorded runs that are held."""
         return 0 if self._programs is None else len(self._programs)

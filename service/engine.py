@@ -22,7 +22,7 @@ from service.jobs import Part, Sampler
 from service.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from recofuse_core import ReCoFuse
+    from recofuse_core import Runtime
 
 Pixels = NDArray[np.uint8]
 
@@ -120,70 +120,78 @@ class CoreEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._model: ReCoFuse | None = None
+        self._runtime: Runtime | None = None
         self._device = settings.device
 
     @property
     def info(self) -> EngineInfo:
         """See Engine."""
-        model = self._loaded().info
+        runtime = self._loaded()
+        model = runtime.info
         return EngineInfo(
             model_name=model.name,
             model_version=model.version,
             device=self._device,
             default_steps=model.default_steps,
             default_sampler=model.default_sampler,
+            batch_sizes=runtime.batch_sizes if runtime.records else (),
         )
 
     def load(self) -> None:
         """See Engine."""
         import torch
 
-        from recofuse_core import load_pretrained
+        from recofuse_core import Runtime, load_pretrained
 
+        settings = self._settings
         if self._device == "auto":
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self._settings.num_threads:
-            torch.set_num_threads(self._settings.num_threads)
-        self._model = load_pretrained(self._settings.model, device=self._device)
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
+        self._runtime = Runtime(
+            load_pretrained(settings.model, device=self._device),
+            precision=settings.precision,
+            graphs=None if settings.graphs == "auto" else settings.graphs == "on",
+            max_graphs=settings.max_graphs,
+            batch_sizes=settings.batch_sizes,
+        )
 
     def warm_up(self) -> None:
         """See Engine."""
-        width, height = map(int, self._settings.warm_up_size.split("x"))
-        info = self.info
-        options = PassOptions(info.default_steps, info.default_sampler, tuple(Part))
-        self.fuse(np.zeros((1, height, width, 3), np.uint8), np.zeros((1, height, width), np.uint8), options, [0])
+        runtime = self._loaded()
+        sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
+        batches = runtime.batch_sizes if runtime.records else (1,)
+        shapes = [(batch, height, width) for width, height in sizes for batch in batches]
+        # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
+        for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
+            runtime.record(shapes, outputs=outputs, levels=True)
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
         import torch
 
-        model = self._loaded()
+        runtime = self._loaded()
         with _translated(vis.shape):
-            vis_tensor = torch.from_numpy(vis).to(self._device).permute(0, 3, 1, 2).float() / 255
-            ir_tensor = torch.from_numpy(ir).to(self._device).unsqueeze(1).float() / 255
-            output = model.fuse(
-                vis_tensor,
-                ir_tensor,
+            output = runtime.fuse(
+                torch.from_numpy(vis).permute(0, 3, 1, 2),
+                torch.from_numpy(ir).unsqueeze(1),
                 steps=options.steps,
                 sampler=options.sampler,
                 seeds=seeds,
                 outputs=tuple(part.value for part in options.parts),
             )
-            pictures = {part: getattr(output, part.value) for part in options.parts}
-            return {part: _to_pixels(picture) for part, picture in pictures.items()}
+            return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
 
-    def _loaded(self) -> ReCoFuse:
-        if self._model is None:
+    def _loaded(self) -> Runtime:
+        if self._runtime is None:
             raise InternalError("the model is not loaded")
-        return self._model
+        return self._runtime
 
 
-def _to_pixels(picture: Any) -> Pixels:
-    """(B, C, H, W) in [0, 1] to (B, H, W, 3) or, for one channel, (B, H, W)."""
-    levels = (picture.float().clamp(0, 1) * 255).round().byte()
+def _to_pixels(levels: Any) -> Pixels:
+    """(B, C, H, W) levels to (B, H, W, 3) or, for one channel, (B, H, W)."""
     levels = levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)
-    return np.ascontiguousarray(levels.cpu().numpy())
+    return np.ascontiguousarray(levels.numpy())
 
 
 @contextmanager

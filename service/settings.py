@@ -23,6 +23,7 @@ FILE_SUFFIX = "_FILE"
 Seconds = Annotated[float, Field(gt=0, le=86400 * 30)]
 Count = Annotated[int, Field(ge=1)]
 NumBytes = Annotated[int, Field(ge=1)]
+FrameSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")]
 
 
 class SettingsError(ValueError):
@@ -209,10 +210,19 @@ class EngineSettings(Group):
     model: str = Field(default="compact", description="a shipped model's name or the path of a checkpoint file")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU")
     num_threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: one per core")
-    warm_up_size: str = Field(
-        default="640x480",
-        pattern=r"^\d+x\d+$",
-        description="width x height that is run once before the service is ready",
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the networks; auto: bfloat16 where the device computes in it natively"
+    )
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto", description="record whole runs and replay them (CUDA graphs); auto: on a GPU"
+    )
+    max_graphs: Count = Field(default=16, description="recorded runs held; beyond it the one used longest ago goes")
+    batch_sizes: Annotated[tuple[Count, ...], BeforeValidator(_split_sizes)] = Field(
+        default=(1, 2, 4, 8), description="batch sizes to record; other batches are filled up to the next"
+    )
+    warm_up_sizes: Annotated[tuple[FrameSize, ...], BeforeValidator(_split_sizes)] = Field(
+        default=("640x480",),
+        description="width x height, such as 640x480,1280x1024, run or recorded before the service is ready",
     )
     fixed_batch_s: float = Field(default=0.020, ge=0, description="kind=fixed: seconds per forward pass")
     fixed_item_s: float = Field(default=0.002, ge=0, description="kind=fixed: seconds per job in the pass")

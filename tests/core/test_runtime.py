@@ -1,0 +1,375 @@
+"""The runtime computes what the model computes: frozen, stacked, in half precision, and recorded.
+
+The recorder of these tests runs everything again instead of replaying a graph: the cache, the static buffers, the
+filling of batches and the order of transfers are the same as on a GPU. What only a GPU can show is marked `gpu`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from recofuse_core.errors import ConfigError, NumericsError, ShapeError
+from recofuse_core.layers import GatedConvBlock
+from recofuse_core.model import FusionOutput, ModelConfig, ReCoFuse
+from recofuse_core.networks import DualDenoiser
+from recofuse_core.runtime import (
+    EagerRecorder,
+    Results,
+    Runtime,
+    ScheduleCache,
+    StackedBlock,
+    StackedDenoiser,
+    frozen_copy,
+    native_dtype,
+)
+from recofuse_core.sampler import SAMPLERS, SamplerName
+from recofuse_core.tiling import TilingConfig
+from tests.core.tiny import GATED, PUBLISHED, pairs, tiny_model
+
+CPU = torch.device("cpu")
+CONFIGS = pytest.mark.parametrize("config", [GATED, PUBLISHED], ids=["gated", "published"])
+
+
+def images_of(output: FusionOutput) -> list[Tensor]:
+    return [image for image in (output.fused, output.vis, output.ir) if image is not None]
+
+
+def largest_difference(one: FusionOutput, other: FusionOutput) -> float:
+    together = zip(images_of(one), images_of(other), strict=True)
+    return max(float((a.float() - b.float()).abs().max()) for a, b in together)
+
+
+class CountingRecorder(EagerRecorder):
+    """Says what was done, in order, and hands out poisoned buffers, so that a stale read shows."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.num_recorded = 0
+
+    def record(self, function: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
+        self.num_recorded += 1
+        return super().record(function)
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        fill = float("nan") if dtype.is_floating_point else 77
+        return super().host_buffer(shape, dtype).fill_(fill)
+
+    def upload(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.events.append("upload")
+        super().upload(pairs)
+
+    def run(self, replay: Callable[[], None]) -> None:
+        self.events.append("run")
+        super().run(replay)
+
+    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.events.append("download")
+        for target, result in pairs:
+            target.copy_(result)
+
+
+def recording(model: ReCoFuse, **options: object) -> tuple[Runtime, CountingRecorder]:
+    recorder = CountingRecorder()
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder, **options)  # type: ignore[arg-type]
+    return runtime, recorder
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@CONFIGS
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_frozen_model_gives_the_same_picture(config: ModelConfig, sampler: SamplerName) -> None:
+    model = tiny_model(config)
+    vis, ir = pairs(2, 40, 50)
+    runtime = Runtime(model, precision="float32")
+    for _ in range(2):  # the second time every schedule is there already
+        output = runtime.fuse(vis, ir, sampler=sampler, steps=3, seeds=[1, 2])
+        assert largest_difference(output, model.fuse(vis, ir, sampler=sampler, steps=3, seeds=[1, 2])) == 0
+    assert runtime.info == model.info
+    assert not runtime.records
+
+
+def test_the_runtime_keeps_the_weights_it_was_given() -> None:
+    model = tiny_model()
+    vis, ir = pairs(1, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    runtime = Runtime(model, precision="bfloat16", stacked=True)
+    first = runtime.fuse(vis, ir)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert largest_difference(runtime.fuse(vis, ir), first) == 0
+
+
+@CONFIGS
+def test_half_precision_keeps_the_picture(config: ModelConfig) -> None:
+    """Random weights magnify rounding more than trained ones; docs/performance.md has the cost of those."""
+    model = tiny_model(config)
+    vis, ir = pairs(1, 64, 80)
+    exact = model.fuse(vis, ir, sampler="ode2", steps=3)
+    half = Runtime(model, precision="bfloat16").fuse(vis, ir, sampler="ode2", steps=3)
+    assert largest_difference(exact, half) > 0
+    for a, b in zip(images_of(exact), images_of(half), strict=True):
+        assert b.dtype == torch.float32
+        assert float((a - b).square().mean().sqrt()) < 0.01
+
+
+def test_what_stays_in_float32() -> None:
+    model = frozen_copy(tiny_model(PUBLISHED), torch.bfloat16, stacked=False)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes["autoencoder.init_conv.weight"] == torch.float32
+    assert dtypes["autoencoder.final_conv.weight"] == torch.float32
+    assert dtypes["denoiser.vis.time.expand.weight"] == torch.float32
+    assert dtypes["denoiser.vis.encoders.0.0.time_projection.weight"] == torch.float32
+    assert dtypes["denoiser.vis.encoders.0.0.expand1.weight"] == torch.bfloat16
+    assert dtypes["autoencoder.latent_conv.weight"] == torch.bfloat16
+    assert dtypes["fusion.intro.weight"] == torch.float32  # on a CPU
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@CONFIGS
+def test_latents_cross_every_border_in_float32(config: ModelConfig) -> None:
+    model = frozen_copy(tiny_model(config), torch.bfloat16, stacked=False)
+    vis, _ = pairs(1, 32, 48)
+    latent, skips = model.autoencoder.encode(vis)
+    assert latent.dtype == torch.float32
+    assert model.autoencoder.decode(latent, skips, (32, 48)).dtype == torch.float32
+    prediction = model.denoiser.denoise(latent, latent, latent, latent, model.condition(9).denoiser)
+    assert all(output.dtype == torch.float32 for output in prediction)
+    assert model.fusion(latent, latent, torch.tensor([3])).dtype == torch.float32
+
+
+def test_precision_by_name() -> None:
+    assert native_dtype("float32", CPU) == torch.float32
+    assert native_dtype("bfloat16", CPU) == torch.bfloat16
+    assert native_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ConfigError, match="precision must be auto, float32 or bfloat16, got 'float16'"):
+        native_dtype("float16", CPU)  # type: ignore[arg-type]
+
+
+def test_a_schedule_is_made_once() -> None:
+    model = tiny_model()
+    cache = ScheduleCache(model)
+    assert cache(5) is cache(5)
+    assert cache(5) is not cache(6)
+
+
+# --- both branches in one pass ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height", [4, 7])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_stacked_branches_are_the_two_branches(batch: int, height: int) -> None:
+    dual = tiny_model(PUBLISHED).denoiser
+    generator = torch.Generator().manual_seed(batch)
+    states = torch.randn(4, batch, 4, height, 10, generator=generator)
+    step = torch.tensor([42])
+    expected = dual.denoise(*states, dual.conditioning(step))
+    stacked = StackedDenoiser(copy.deepcopy(dual))
+    actual = stacked.denoise(*states, stacked.conditioning(step))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*expected)
+
+
+def test_a_stacked_block_is_both_blocks() -> None:
+    dual = tiny_model(PUBLISHED).denoiser
+    vis, ir = next(dual.vis.blocks()), next(dual.ir.blocks())
+    assert isinstance(vis, GatedConvBlock)
+    block = StackedBlock(vis, ir)
+    x = torch.randn(2, 2, 5, 6, vis.expand1.in_channels)
+    plain = torch.stack([one(part.permute(0, 3, 1, 2)) for one, part in zip((vis, ir), x, strict=True)])
+    gains = [
+        torch.stack([getattr(b, norm).gain for b in (vis, ir)])[:, None, None, None] for norm in ("norm1", "norm2")
+    ]
+    zero = torch.zeros_like(gains[0])
+    actual = block(x, (gains[0], zero, gains[1], zero))
+    torch.testing.assert_close(actual.permute(0, 1, 4, 2, 3), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_stacked_branches_give_the_same_picture_and_give_memory_back() -> None:
+    model = tiny_model(PUBLISHED)
+    vis, ir = pairs(2, 40, 50)
+    runtime = Runtime(model, precision="float32", stacked=True)
+    assert largest_difference(runtime.fuse(vis, ir, seeds=5), model.fuse(vis, ir, seeds=5)) < 1e-4
+    kept = [p for p in runtime.model.denoiser.parameters() if not p.is_meta]
+    buffers = sum(buffer.numel() for buffer in runtime.model.denoiser.buffers())
+    whole = sum(p.numel() for p in model.denoiser.parameters())
+    assert sum(p.numel() for p in kept) + buffers <= whole
+
+
+def test_stacked_branches_take_one_step_at_a_time() -> None:
+    dual = tiny_model(PUBLISHED).denoiser
+    assert isinstance(dual, DualDenoiser)
+    with pytest.raises(ConfigError, match="one time step"):
+        StackedDenoiser(dual).conditioning(torch.tensor([1, 2]))
+
+
+# --- recorded runs ----------------------------------------------------------------------------------------------------
+
+
+@CONFIGS
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("shape", [(1, 32, 32), (2, 40, 50), (1, 33, 64)], ids=str)
+def test_recorded_equals_eager_for_every_seed(
+    config: ModelConfig, sampler: SamplerName, shape: tuple[int, int, int]
+) -> None:
+    model = tiny_model(config)
+    runtime, recorder = recording(model)
+    runtime.record([shape], sampler=sampler, steps=2)
+    for seed in (0, 7, 123456):
+        vis, ir = pairs(*shape, seed=seed)  # other images each time: what was recorded must not come back
+        recorded = runtime.fuse(vis, ir, sampler=sampler, steps=2, seeds=seed)
+        assert largest_difference(recorded, model.fuse(vis, ir, sampler=sampler, steps=2, seeds=seed)) == 0
+    assert recorder.num_recorded == 1
+    assert recorder.events == ["upload", "run", "download"] * 4
+
+
+def test_results_outlive_the_next_run() -> None:
+    runtime, _ = recording(tiny_model())
+    runtime.record([(1, 32, 32)])
+    first = runtime.fuse(*pairs(1, 32, 32))
+    kept = [image.clone() for image in images_of(first)]
+    runtime.fuse(*pairs(1, 32, 32, seed=4))
+    assert all(torch.equal(image, copied) for image, copied in zip(images_of(first), kept, strict=True))
+
+
+def test_a_shape_is_recorded_when_it_comes_again() -> None:
+    runtime, recorder = recording(tiny_model())
+    vis, ir = pairs(1, 32, 48)
+    outputs = [runtime.fuse(vis, ir, seeds=3)]
+    assert (runtime.num_recorded, recorder.num_recorded) == (0, 0)
+    outputs += [runtime.fuse(vis, ir, seeds=3) for _ in range(3)]
+    assert (runtime.num_recorded, recorder.num_recorded) == (1, 1)
+    assert all(largest_difference(outputs[0], output) == 0 for output in outputs)
+
+
+def test_the_program_used_longest_ago_goes() -> None:
+    model = tiny_model()
+    runtime, recorder = recording(model, max_graphs=2)
+    sizes = [(1, 32, 32), (1, 32, 48), (1, 48, 32)]
+    runtime.record(sizes[:2])
+    runtime.fuse(*pairs(*sizes[0]))  # used last, so the second goes
+    runtime.record(sizes[2:])
+    assert (runtime.num_recorded, recorder.num_recorded) == (2, 3)
+    runtime.record(sizes[:1])
+    assert recorder.num_recorded == 3
+    runtime.record(sizes[1:2])
+    assert (runtime.num_recorded, recorder.num_recorded) == (2, 4)
+    vis, ir = pairs(*sizes[1])
+    assert largest_difference(runtime.fuse(vis, ir), model.fuse(vis, ir)) == 0
+
+
+def test_a_program_is_for_one_request_shape() -> None:
+    model = tiny_model()
+    runtime, recorder = recording(model)
+    vis, ir = pairs(1, 32, 32)
+    runtime.record([(1, 32, 32)])
+    levels = ((vis * 255).round().byte(), (ir * 255).round().byte())
+    others: list[dict[str, object]] = [{"steps": 2}, {"sampler": "ode1"}, {"outputs": ("ir",)}, {"coupled": False}]
+    for options in others:
+        for _ in range(2):
+            output = runtime.fuse(vis, ir, **options)  # type: ignore[arg-type]
+        assert largest_difference(output, model.fuse(vis, ir, **options)) == 0  # type: ignore[arg-type]
+    for _ in range(2):
+        output = runtime.fuse(*levels)
+    assert largest_difference(output, model.fuse(*levels)) == 0
+    assert recorder.num_recorded == 2 + len(others)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6])
+def test_batches_are_filled_up_to_the_next_recorded_size(batch: int) -> None:
+    model = tiny_model()
+    runtime, recorder = recording(model, batch_sizes=(4, 1, 5))
+    shapes = [(1, 32, 32), (4, 32, 32), (5, 32, 32)]
+    runtime.record(shapes)
+    vis, ir = pairs(batch, 32, 32)
+    seeds = list(range(batch))
+    output = runtime.fuse(vis, ir, seeds=seeds)
+    assert all(len(image) == batch for image in images_of(output))
+    assert largest_difference(output, model.fuse(vis, ir, seeds=seeds)) < 2e-5
+    assert recorder.num_recorded == 3  # 6 is above all sizes: it ran eagerly
+
+
+def test_tiled_frames_and_long_runs_are_not_recorded() -> None:
+    runtime, recorder = recording(tiny_model())
+    vis, ir = pairs(1, 64, 96)
+    tiling = TilingConfig(max_pixels=32 * 32, tile=64, overlap=32)
+    for _ in range(3):
+        runtime.fuse(vis, ir, tiling=tiling)
+        runtime.fuse(vis, ir, sampler="euler", steps=40)
+    assert recorder.num_recorded == 0
+
+
+def test_a_recorded_run_reports_what_is_not_finite_and_recovers() -> None:
+    model = tiny_model()
+    runtime, _ = recording(model)
+    runtime.record([(1, 32, 32)])
+    vis, ir = pairs(1, 32, 32)
+    broken = vis.clone()
+    broken[0, 1, 3, 3] = float("inf")
+    with pytest.raises(NumericsError, match="not finite"):
+        runtime.fuse(broken, ir)
+    assert largest_difference(runtime.fuse(vis, ir), model.fuse(vis, ir)) == 0
+
+
+def test_wrong_arguments_are_refused_before_anything_runs() -> None:
+    runtime, recorder = recording(tiny_model())
+    vis, ir = pairs(2, 32, 32)
+    with pytest.raises(ShapeError, match="seeds"):
+        runtime.fuse(vis, ir, seeds=[1])
+    with pytest.raises(ShapeError, match="ir must be"):
+        runtime.fuse(vis, ir[:1])
+    with pytest.raises(ConfigError, match="unknown sampler"):
+        runtime.fuse(vis, ir, sampler="none")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_graphs"):
+        Runtime(tiny_model(), graphs=True, max_graphs=0)
+    assert recorder.events == []
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 64, 80), (2, 96, 64), (4, 70, 90)], ids=str)
+def test_captured_sampling_equals_eager(precision: str, shape: tuple[int, int, int]) -> None:
+    model = tiny_model().cuda()
+    eager = Runtime(model, precision=precision, graphs=False)  # type: ignore[arg-type]
+    captured = Runtime(model, precision=precision, graphs=True)  # type: ignore[arg-type]
+    captured.record([shape])
+    tolerance = 1e-4 if precision == "float32" else 2e-2
+    for seed in (0, 1, 99):
+        vis, ir = pairs(*shape, seed=seed)
+        assert largest_difference(captured.fuse(vis, ir, seeds=seed), eager.fuse(vis, ir, seeds=seed)) < tolerance
+        on_device = captured.fuse(vis.cuda(), ir.cuda(), seeds=seed)
+        assert images_of(on_device)[0].is_cuda
+    assert captured.num_recorded == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_gpu_gives_the_picture_of_a_cpu(stacked: bool) -> None:
+    model = tiny_model()
+    vis, ir = pairs(2, 64, 80)
+    expected = model.fuse(vis, ir, seeds=[3, 4])
+    runtime = Runtime(copy.deepcopy(model).cuda(), precision="float32", stacked=stacked)
+    for _ in range(3):
+        assert largest_difference(runtime.fuse(vis, ir, seeds=[3, 4]), expected) < 1e-3
+
+
+@pytest.mark.gpu
+def test_captured_programs_of_one_pool_do_not_disturb_each_other() -> None:
+    model = tiny_model().cuda()
+    runtime = Runtime(model, precision="float32")
+    shapes = [(1, 64, 80), (2, 96, 64), (1, 48, 48)]
+    runtime.record(shapes)
+    inputs = [pairs(*shape) for shape in shapes]
+    first = [runtime.fuse(*pair) for pair in inputs]
+    for _ in range(2):
+        for index in (2, 0, 1):
+            assert largest_difference(runtime.fuse(*inputs[index]), first[index]) == 0
