@@ -44,8 +44,8 @@ from recofuse_core.tiling import TilingConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Parts of a parameter's name. Tone is a power of pixels; time vectors are made once a schedule; the two convolutions read and write pixels, and
-# bfloat16 near 1 is as coarse as an 8-bit level.
+# Parts of a parameter's name. Time vectors are made once a schedule; tone curves and the two convolutions read and
+# write pixels, and bfloat16 near 1 is as coarse as an 8-bit level.
 KEPT_IN_FLOAT32 = frozenset({"tone", "time", "time_projection", "init_conv", "final_conv"})
 
 MAX_RECORDED_STEPS = 32  # a graph of 100 published steps would hold a quarter of a million nodes

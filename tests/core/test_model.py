@@ -50,7 +50,9 @@ def test_a_batch_equals_its_items_one_by_one(model: ReCoFuse, sampler: SamplerNa
     for i, seed in enumerate(seeds):
         alone = model.fuse(vis[i : i + 1], ir[i : i + 1], sampler=sampler, steps=3, seeds=seed)
         for batch, item in zip(images_of(together), images_of(alone), strict=True):
-            torch.testing.assert_close(batch[i : i + 1], item, rtol=0, atol=2e-5)
+            # A noise predictor's early estimates magnify rounding, which differs between batch sizes.
+            torch.testing.assert_close(batch[i : i + 1], item, rtol=0, atol=1e-3)
+            assert float((batch[i - 1] - item[0]).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
