@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from recofuse_core import load_pretrained
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.layers import GatedConvBlock
-from recofuse_core.model import FusionOutput, ModelConfig, ReCoFuse
+from recofuse_core.model import ModelConfig, ReCoFuse
 from recofuse_core.networks import DualDenoiser
 from recofuse_core.runtime import (
     EagerRecorder,
@@ -26,20 +27,12 @@ from recofuse_core.runtime import (
     native_dtype,
 )
 from recofuse_core.sampler import SAMPLERS, SamplerName
+from recofuse_core.scenes import make_scene
 from recofuse_core.tiling import TilingConfig
-from tests.core.tiny import GATED, PUBLISHED, pairs, tiny_model
+from tests.core.tiny import GATED, PUBLISHED, images_of, largest_difference, pairs, tiny_model
 
 CPU = torch.device("cpu")
 CONFIGS = pytest.mark.parametrize("config", [GATED, PUBLISHED], ids=["gated", "published"])
-
-
-def images_of(output: FusionOutput) -> list[Tensor]:
-    return [image for image in (output.fused, output.vis, output.ir) if image is not None]
-
-
-def largest_difference(one: FusionOutput, other: FusionOutput) -> float:
-    together = zip(images_of(one), images_of(other), strict=True)
-    return max(float((a.float() - b.float()).abs().max()) for a, b in together)
 
 
 class CountingRecorder(EagerRecorder):
@@ -107,7 +100,7 @@ def test_the_runtime_keeps_the_weights_it_was_given() -> None:
 
 @CONFIGS
 def test_half_precision_keeps_the_picture(config: ModelConfig) -> None:
-    """Random weights magnify rounding more than trained ones; docs/performance.md has the cost of those."""
+    """Random weights magnify rounding more than trained ones, and by how much varies from run to run."""
     model = tiny_model(config)
     vis, ir = pairs(1, 64, 80)
     exact = model.fuse(vis, ir, sampler="ode2", steps=3)
@@ -115,7 +108,15 @@ def test_half_precision_keeps_the_picture(config: ModelConfig) -> None:
     assert largest_difference(exact, half) > 0
     for a, b in zip(images_of(exact), images_of(half), strict=True):
         assert b.dtype == torch.float32
-        assert float((a - b).square().mean().sqrt()) < 0.01
+        assert float((a - b).square().mean().sqrt()) < 0.05
+
+
+def test_half_precision_costs_the_shipped_weights_less_than_a_level() -> None:
+    model, scene = load_pretrained("compact"), make_scene(2, 192, 256)
+    exact = model.fuse(scene.vis[None], scene.ir[None])
+    half = Runtime(model, precision="bfloat16").fuse(scene.vis[None], scene.ir[None])
+    for a, b in zip(images_of(exact), images_of(half), strict=True):
+        assert 0 < float((a - b).square().mean().sqrt()) < 1 / 255
 
 
 def test_what_stays_in_float32() -> None:
@@ -166,11 +167,11 @@ def test_a_schedule_is_made_once() -> None:
 def test_stacked_branches_are_the_two_branches(batch: int, height: int) -> None:
     dual = tiny_model(PUBLISHED).denoiser
     generator = torch.Generator().manual_seed(batch)
-    states = torch.randn(4, batch, 4, height, 10, generator=generator)
+    vis, vis_mu, ir, ir_mu = torch.randn(4, batch, 4, height, 10, generator=generator)
     step = torch.tensor([42])
-    expected = dual.denoise(*states, dual.conditioning(step))
+    expected = dual.denoise(vis, vis_mu, ir, ir_mu, dual.conditioning(step))
     stacked = StackedDenoiser(copy.deepcopy(dual))
-    actual = stacked.denoise(*states, stacked.conditioning(step))
+    actual = stacked.denoise(vis, vis_mu, ir, ir_mu, stacked.conditioning(step))
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(*expected)

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recofuse_core import load_pretrained
+from recofuse_core.degradations import degrade_ir, degrade_vis
 from recofuse_core.errors import ConfigError
+from recofuse_core.scenes import make_scene
 from recofuse_core.tiling import Mosaic, TilingConfig, blend, plan_tiles
-from tests.core.tiny import GATED, PUBLISHED, pairs, tiny_model
-
-TILING = TilingConfig(max_pixels=1, tile=192, overlap=96)
+from tests.core.tiny import images_of, pairs, tiny_model
 
 
 @settings(deadline=None, max_examples=60)
@@ -76,22 +77,25 @@ def step_at(image: Tensor, columns: list[int]) -> float:
     return float(torch.stack([(image[..., c] - image[..., c - 1]).abs().mean() for c in columns]).mean())
 
 
-@pytest.mark.parametrize("config", [GATED, PUBLISHED], ids=["gated", "published"])
-def test_a_tiled_result_is_near_the_untiled_one_and_has_no_seam(config: object) -> None:
-    """Tiles are an approximation (channel attention and TIM see the tile alone), and the error has no edges."""
-    model = tiny_model(config)  # type: ignore[arg-type]
-    vis, ir = pairs(1, 256, 416)
-    whole = model.fuse(vis, ir, outputs=("fused", "vis"), seeds=3)
-    tiled = model.fuse(vis, ir, outputs=("fused", "vis"), seeds=3, tiling=TILING)
-    tiles = plan_tiles(32, 52, 24, 12)
-    assert len(tiles) > 4
-    borders = sorted({8 * side for t in tiles for side in (t.left, t.right) if 0 < side < 52})
-    elsewhere = [c for c in range(8, 416, 8) if c not in borders]  # edges of the same 8-pixel units
-    for name in ("fused", "vis"):
-        one, other = getattr(whole, name), getattr(tiled, name)
+def test_a_tiled_result_is_near_the_untiled_one_and_has_no_seam() -> None:
+    """Tiles are an approximation (channel attention and TIM see the tile alone), and the error has no edges.
+
+    Trained weights: random ones make of a tile's mean, which attention sees, whatever they like.
+    """
+    model = load_pretrained("compact")
+    scene, generator = make_scene(3, 384, 512), torch.Generator().manual_seed(1)
+    vis = degrade_vis(scene.vis, generator, kinds=["low_light", "gaussian_noise"]).image[None]
+    ir = degrade_ir(scene.ir, generator, kinds=["low_contrast", "stripes"]).image[None]
+    whole = model.fuse(vis, ir)
+    tiled = model.fuse(vis, ir, tiling=TilingConfig(max_pixels=1, tile=384, overlap=128))
+    tiles = plan_tiles(48, 64, 48, 16)
+    assert len(tiles) == 2
+    borders = [8 * side for t in tiles for side in (t.left, t.right) if 0 < side < 64]
+    elsewhere = [c for c in range(8, 512, 8) if c not in borders]  # edges of the same 8-pixel units
+    for one, other in zip(images_of(whole), images_of(tiled), strict=True):
         error = one - other
-        assert float(error.abs().mean()) < 0.02
-        assert float(error.abs().max()) < 0.2
+        assert 0 < float(error.abs().mean()) < 0.015
+        assert float(error.abs().max()) < 0.1
         assert step_at(error, borders) < 1.5 * step_at(error, elsewhere) + 1e-4
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from recofuse_core.model import ModelConfig, ReCoFuse, build_model
+from recofuse_core.model import FusionOutput, ModelConfig, ReCoFuse, build_model
 from recofuse_core.networks import (
     DenoiserConfig,
     FusionConfig,
@@ -44,7 +44,17 @@ def tiny_model(config: ModelConfig = GATED, seed: int = 0) -> ReCoFuse:
             parameter.data.fill_(0.5)
         else:
             parameter.data += 0.1 * noise
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def images_of(output: FusionOutput) -> list[Tensor]:
+    return [image for image in (output.fused, output.vis, output.ir) if image is not None]
+
+
+def largest_difference(one: FusionOutput, other: FusionOutput) -> float:
+    together = zip(images_of(one), images_of(other), strict=True)
+    return max(float((a.float() - b.float()).abs().max()) for a, b in together)
 
 
 def pairs(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
