@@ -33,7 +33,7 @@ from tests.fakes import file_of, pair, picture
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 VIS, IR = pair()
-SETTINGS = {"RECOFUSE_ENGINE__WARM_UP_SIZE": "64x48", "RECOFUSE_ENGINE__NUM_THREADS": "1"}  # what .env says
+SETTINGS = {"RECOFUSE_ENGINE__WARM_UP_SIZES": "64x48", "RECOFUSE_ENGINE__NUM_THREADS": "1"}  # what .env says
 RETRYING = json.dumps(
     {
         "methodConfig": [
