@@ -101,7 +101,23 @@ CUSTOM = {  # the part of each resource definition that is used here
         },
     },
 }
+CUSTOM["PrometheusRule"] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["groups"],
+    "properties": {
+        "groups": {
+            "type": "array",
+            "items": {
+                "required": ["name", "rules"],
+                "additionalProperties": False,
+                "properties": {"name": {"type": "string"}, "rules": {"type": "array", "minItems": 1}},
+            },
+        }
+    },
+}
 CUSTOM_GROUPS = {
+    "PrometheusRule": "monitoring.coreos.com/v1",
     "ScaledObject": "keda.sh/v1alpha1",
     "TriggerAuthentication": "keda.sh/v1alpha1",
     "ServiceMonitor": "monitoring.coreos.com/v1",
@@ -192,6 +208,11 @@ def test_overlays_are_built_and_follow_their_schemas(overlay: str, tmp_path: Pat
 def test_redis_is_set_up_alike_in_both_deployments() -> None:
     copy = KUBERNETES / "components" / "redis" / "redis.conf"
     assert copy.read_text("utf-8") == (DEPLOY / "redis" / "redis.conf").read_text("utf-8")
+
+
+def test_both_deployments_have_the_same_alerts() -> None:
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text("utf-8"))
+    assert named("PrometheusRule", "recofuse")["spec"] == rules
 
 
 def _pod(name: str) -> tuple[Manifest, Manifest]:
