@@ -13,6 +13,9 @@
 
 A stage yields a StepReport after each step; `train_from_config` adds checkpoints, a progress bar and TensorBoard.
 All randomness is one torch.Generator whose state is saved, so a resumed run goes on exactly where it stopped.
+
+Where a torch.distributed group is initialised, every process of it draws batches of its own and gradients are averaged,
+so that N processes train on N times the batch; the first one alone writes files.
 """
 
 import json
@@ -29,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -108,6 +112,7 @@ class TrainConfig:
     ema_decay: float = 0.99
     ema_interval: int = 10
     clip_norm: float = 1.0
+    patience: int = 0  # validations without a better score that end a stage, with its best weights; 0: no early end
     checkpoint_interval: int = 500
     log_interval: int = 50
     validation_interval: int = 500
@@ -162,6 +167,14 @@ class Batch:
     clean: Pair
     degraded: Pair
     context: Pair | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+
+        def moved(pair: Pair) -> Pair:
+            return Pair(pair.vis.to(device), pair.ir.to(device))
+
+        return Batch(moved(self.clean), moved(self.degraded), None if self.context is None else moved(self.context))
 
 
 class PairSource:
@@ -272,6 +285,10 @@ class ToneSamples:
                 cells = F.adaptive_avg_pool2d(torch.cat(pair), tone.config.grid)
                 kept.append(cells.flatten(1)[:, ::7].half())
         return cls(torch.stack(features), torch.stack(degraded), torch.stack(clean))
+
+    def to(self, device: torch.device) -> "ToneSamples":
+        """The samples on a device."""
+        return ToneSamples(self.features.to(device), self.degraded.to(device), self.clean.to(device))
 
 
 def tone_loss(tone: ToneEstimator, samples: ToneSamples, batch: Tensor) -> dict[str, Tensor]:
@@ -447,15 +464,66 @@ class StepReport:
     losses: dict[str, float]
 
 
+@dataclass(frozen=True)
+class BestWeights:
+    """The averaged weights of the best validation of a stage."""
+
+    score: float
+    weights: dict[str, Tensor]
+
+
+class ProcessGroup:
+    """The processes that train together: torch.distributed's default group, or this process alone."""
+
+    def __init__(self) -> None:
+        is_shared = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if is_shared else 0
+        self.size = dist.get_world_size() if is_shared else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace tensors by their means over the group."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.size
+        means = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    def of_first(self, value: float, device: torch.device) -> float:
+        """The first process's value, so that all take the same decisions."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=device)
+        dist.broadcast(shared, src=0)
+        return float(shared)
+
+    def gather(self, state: Tensor) -> list[Tensor]:
+        """The generator states of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [state]
+        states: list[Any] = [None] * self.size
+        dist.all_gather_object(states, state)
+        return states
+
+
 class Trainer:
     """A model under training, with everything that a resumed run needs to go on exactly."""
 
-    def __init__(self, config: TrainConfig, source: PairSource) -> None:
+    def __init__(self, config: TrainConfig, source: PairSource, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.source = source
+        self.device = torch.device(device)
+        self.group = ProcessGroup()
         torch.manual_seed(config.seed)  # initial weights; everything later draws from self.generator
-        self.model = ReCoFuse(PRESETS[config.preset])
-        self.generator = Generator().manual_seed(config.seed)
+        self.model = ReCoFuse(PRESETS[config.preset]).to(self.device)
+        self.generator = Generator().manual_seed(config.seed + 1_000_003 * self.group.rank)
         self.stage_index = 0
         self.start_stage()
 
@@ -486,15 +554,20 @@ class Trainer:
         fusion = list(self.model.fusion.parameters()) + (decoder if self.stage.rollout else [])
         self.fusion_parameters = fusion
         self.optimizer = build_optimizer(self.stage, trained)
+        self.best: BestWeights | None = None
+        self.num_without_gain = 0
         self.tone_samples: ToneSamples | None = None
         self.average = WeightAverage(self.model, self.config.ema_decay)
 
     def run_stage(self) -> Iterator[StepReport]:
-        """Train the present stage to its end, one report a step. Raises ConfigError if the model lacks its part."""
+        """Train the present stage to its end, one report a step; `judge` may end it early.
+
+        Raises ConfigError if the model lacks the stage's part, NumericsError for a loss that is not finite.
+        """
         if self.stage.name == "tone":
             self._draw_tone_samples()
         started = time.monotonic() - self.elapsed_s
-        while (progress := self._progress()) < 1:
+        while (progress := self._progress()) < 1 and not self.is_exhausted:
             rate = learning_rate(self.stage, self.step, progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -502,10 +575,24 @@ class Trainer:
             if not all(math.isfinite(loss) for loss in losses.values()):
                 raise NumericsError(f"a loss of step {self.step} of stage {self.stage.name} is not finite: {losses}")
             self.step += 1
-            self.elapsed_s = time.monotonic() - started
+            self.elapsed_s = self.group.of_first(time.monotonic() - started, self.device)
             if self.step % self.config.ema_interval == 0:
                 self.average.update(self.model)
             yield StepReport(self.stage.name, self.step, self._progress(), rate, losses)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the score has not improved for `patience` validations."""
+        return 0 < self.config.patience <= self.num_without_gain
+
+    def judge(self, score: float) -> bool:
+        """Take the score of the averaged weights (more is better). True if it is the stage's best so far."""
+        if self.best is not None and score <= self.best.score:
+            self.num_without_gain += 1
+            return False
+        self.num_without_gain = 0
+        self.best = BestWeights(score, {name: tensor.clone() for name, tensor in self.average.weights.items()})
+        return True
 
     def _progress(self) -> float:
         by_time = self.elapsed_s / (60 * self.stage.max_minutes) if self.stage.max_minutes else 0.0
@@ -517,7 +604,8 @@ class Trainer:
         if tone is None:
             raise ConfigError(f"preset {self.config.preset!r} has no tone estimator to train")
         generator = Generator().manual_seed(self.config.seed + 1)
-        self.tone_samples = ToneSamples.draw(tone, self.source, self.stage.num_frames, generator)
+        samples = ToneSamples.draw(tone, self.source, self.stage.num_frames, generator)
+        self.tone_samples = samples.to(self.device)
         if self.step == 0:
             tone.calibrate(self.tone_samples.features)
             self.average = WeightAverage(self.model, self.config.ema_decay)
@@ -529,7 +617,7 @@ class Trainer:
             terms = tone_loss(self.model.tone, self.tone_samples, chosen)
             self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
             return {name: float(term.detach()) for name, term in terms.items()}
-        batch = self.source.draw(stage.batch_size, stage.crop, self.generator)
+        batch = self.source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
         if stage.name == "autoencoder":
             with self._autocast():
                 terms = autoencoder_loss(self.model, batch, stage)
@@ -548,6 +636,7 @@ class Trainer:
     def _marginal_update(self, batch: Batch, clean: Pair, mu: Pair, skips: tuple[Skips, Skips]) -> dict[str, float]:
         """The published iteration: random steps of the marginal; in the coupled stage then the fusion update of TIM."""
         timesteps = torch.randint(1, self.model.sde.num_steps + 1, (len(clean.vis),), generator=self.generator)
+        timesteps = timesteps.to(self.device)
         noise = Pair(self._noise(mu.vis), self._noise(mu.ir))
         vis_loss, ir_loss = restoration_loss(self.model, clean, mu, timesteps, noise)
         self._descend(vis_loss + ir_loss, self.parameters)
@@ -595,19 +684,21 @@ class Trainer:
         for parameter in self.parameters:
             if id(parameter) not in moved:
                 parameter.grad = None
+        self.group.average([parameter.grad for parameter in parameters if parameter.grad is not None])
         nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         self.optimizer.step()
 
     def _noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator)
+        return torch.randn(like.shape, generator=self.generator).to(self.device)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def finish_stage(self) -> bool:
-        """Take the averaged weights over and go to the next stage. False if there is none."""
+        """Take the averaged weights over (after an early end the best ones), go to the next stage. False: none left."""
         self.average.update(self.model)
-        self.model.load_state_dict(self.average.weights)
+        ended_early = self.best is not None and self.is_exhausted
+        self.model.load_state_dict(self.best.weights if ended_early and self.best else self.average.weights)
         if self.stage_index + 1 == len(self.config.stages):
             return False
         self.stage_index += 1
@@ -638,7 +729,7 @@ class Trainer:
             self.model.load_state_dict(own)
 
     def save(self, path: Path) -> None:
-        """Write the whole state, atomically."""
+        """Write the whole state, atomically; every process of a group must call it."""
         state = {
             "config": json.dumps(asdict(self.config)),
             "stage_index": self.stage_index,
@@ -648,8 +739,13 @@ class Trainer:
             "average": self.average.weights,
             "average_updates": self.average.num_updates,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
+            "generators": self.group.gather(self.generator.get_state()),
+            "best_score": None if self.best is None else self.best.score,
+            "best_weights": None if self.best is None else self.best.weights,
+            "num_without_gain": self.num_without_gain,
         }
+        if not self.group.is_first:
+            return
         temporary = path.with_suffix(".partial")
         torch.save(state, temporary)
         os.replace(temporary, path)
@@ -657,7 +753,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a saved state. Raises CheckpointError if it is unreadable or of another configuration."""
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.device)
             if state["config"] != json.dumps(asdict(self.config)):
                 raise CheckpointError(f"{path} was written with another configuration; remove it to start anew")
             self.stage_index = state["stage_index"]
@@ -666,7 +762,14 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.average.weights, self.average.num_updates = state["average"], state["average_updates"]
             self.optimizer.load_state_dict(state["optimizer"])
-            self.generator.set_state(state["generator"])
+            if len(state["generators"]) != self.group.size:
+                raise CheckpointError(
+                    f"{path} was written by {len(state['generators'])} processes, this run has {self.group.size}"
+                )
+            self.generator.set_state(state["generators"][self.group.rank].cpu())
+            if state["best_score"] is not None:
+                self.best = BestWeights(state["best_score"], state["best_weights"])
+            self.num_without_gain = state["num_without_gain"]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path} is not a training state: {error}") from error
 
@@ -713,27 +816,37 @@ class Validation:
         sums = dict.fromkeys(("vis_degraded", "vis", "ir_degraded", "ir"), 0.0)
         rows: list[Tensor] = []
         for clean, degraded in self.items:
-            output = model.fuse(degraded.vis, degraded.ir)
+            device = next(model.parameters()).device
+            output = model.fuse(degraded.vis.to(device), degraded.ir.to(device))
             if output.vis is None or output.ir is None or output.fused is None:
                 raise NumericsError("the model left an output out")
             sums["vis_degraded"] += float(psnr(degraded.vis[0], clean.vis[0]))
             sums["ir_degraded"] += float(psnr(degraded.ir[0], clean.ir[0]))
-            sums["vis"] += float(psnr(output.vis[0], clean.vis[0]))
-            sums["ir"] += float(psnr(output.ir[0], clean.ir[0]))
+            vis, ir, fused = output.vis[0].cpu(), output.ir[0].cpu(), output.fused[0].cpu()
+            sums["vis"] += float(psnr(vis, clean.vis[0]))
+            sums["ir"] += float(psnr(ir, clean.ir[0]))
             if len(rows) < 4:
-                grey = (degraded.ir[0].expand(3, -1, -1), output.ir[0].expand(3, -1, -1))
-                rows.append(torch.cat([degraded.vis[0], output.vis[0], *grey, output.fused[0]], dim=2))
+                grey = (degraded.ir[0].expand(3, -1, -1), ir.expand(3, -1, -1))
+                rows.append(torch.cat([degraded.vis[0], vis, *grey, fused], dim=2))
         return {name: total / len(self.items) for name, total in sums.items()}, rows
 
 
 def train_from_config(
-    path: Path, output: Path, *, initial: Path | None = None, first_stage: StageName | None = None, quiet: bool = False
+    path: Path,
+    output: Path,
+    *,
+    initial: Path | None = None,
+    first_stage: StageName | None = None,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
 ) -> Path:
     """Run every stage of a configuration file; returns the checkpoint that `load_pretrained` reads.
 
-    `output` receives state.pt (a run that finds one of its own configuration goes on from it), tensorboard/ and, after
-    every stage, STAGE.safetensors; the last one is also model.safetensors. `initial` is a checkpoint to start from,
-    `first_stage` skips the stages before it. Raises ConfigError, DatasetError, CheckpointError or NumericsError.
+    `output` receives state.pt (a run that finds one of its own configuration goes on from it), tensorboard/,
+    best.safetensors (the averaged weights of a stage's best validation) and, after every stage, STAGE.safetensors; the
+    last one is also model.safetensors. `initial` is a checkpoint to start from, `first_stage` skips the stages before
+    it. In a group of processes each calls this with a device of its own.
+    Raises ConfigError, DatasetError, CheckpointError or NumericsError.
     """
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
@@ -741,9 +854,10 @@ def train_from_config(
     config = read_config(path)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    trainer = Trainer(config, PairSource(config.data, read_images(path.parent / config.data.root)))
+    trainer = Trainer(config, PairSource(config.data, read_images(path.parent / config.data.root)), device)
     validation_root = config.data.validation_root
     validation = Validation(config.data, path.parent / validation_root) if validation_root else None
+    is_writer = trainer.group.is_first
     output.mkdir(parents=True, exist_ok=True)
     state_path = output / "state.pt"
     if initial is not None:
@@ -753,47 +867,53 @@ def train_from_config(
     if state_path.exists():
         trainer.resume(state_path)
 
-    writer = SummaryWriter(str(output / "tensorboard"))
+    def write(target: Path, weights: Mapping[str, Tensor], stage: StageConfig) -> None:
+        if is_writer:
+            provenance = {"stage": stage.name, "config": asdict(config), "torch": torch.__version__}
+            save_checkpoint(
+                target,
+                weights,
+                trainer.model.config,
+                name=config.preset,
+                version=config.version,
+                preset=config.preset,
+                provenance=provenance,
+            )
+
+    writer = SummaryWriter(str(output / "tensorboard")) if is_writer else None
     written = output / "model.safetensors"
     try:
         while True:
             stage = trainer.stage
-            with tqdm(total=100.0, desc=stage.name, unit="%", disable=quiet, bar_format=_BAR) as bar:
+            with tqdm(total=100.0, desc=stage.name, unit="%", disable=quiet or not is_writer, bar_format=_BAR) as bar:
                 for report in trainer.run_stage():
                     bar.update(100 * report.progress - bar.n)
-                    if report.step % config.log_interval == 0:
+                    if writer and report.step % config.log_interval == 0:
                         _log(writer, report)
                         bar.set_postfix({name: f"{loss:.4f}" for name, loss in report.losses.items()}, refresh=False)
-                    if report.step % config.checkpoint_interval == 0:
-                        trainer.save(state_path)
                     is_due = report.step % config.validation_interval == 0 and stage.name not in ("tone", "autoencoder")
                     if validation and is_due:
                         with trainer.averaged() as model:
                             scores, rows = validation(model)
-                        bar.write(
-                            f"{report.step} " + ", ".join(f"{name} {score:.2f} dB" for name, score in scores.items())
-                        )
-                        for name, score in scores.items():
-                            writer.add_scalar(f"{stage.name}/psnr_{name}", score, report.step)
-                        for index, row in enumerate(rows):
-                            writer.add_image(f"{stage.name}/{index}", row.clamp(0, 1), report.step)
+                        if trainer.judge(scores["vis"] + scores["ir"]) and trainer.best:
+                            write(output / "best.safetensors", trainer.best.weights, stage)
+                        if writer:
+                            bar.write(f"{report.step} " + ", ".join(f"{name} {x:.2f} dB" for name, x in scores.items()))
+                            for name, score in scores.items():
+                                writer.add_scalar(f"{stage.name}/psnr_{name}", score, report.step)
+                            for index, row in enumerate(rows):
+                                writer.add_image(f"{stage.name}/{index}", row.clamp(0, 1), report.step)
+                    if report.step % config.checkpoint_interval == 0:
+                        trainer.save(state_path)
             is_last = not trainer.finish_stage()
-            provenance = {"stage": stage.name, "config": asdict(config), "torch": torch.__version__}
             for target in [output / f"{stage.name}.safetensors"] + [written] * is_last:
-                save_checkpoint(
-                    target,
-                    trainer.model.state_dict(),
-                    trainer.model.config,
-                    name=config.preset,
-                    version=config.version,
-                    preset=config.preset,
-                    provenance=provenance,
-                )
+                write(target, trainer.model.state_dict(), stage)
             if is_last:
                 return written
             trainer.save(state_path)
     finally:
-        writer.close()
+        if writer:
+            writer.close()
 
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"

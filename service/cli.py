@@ -720,17 +720,33 @@ def train(
     ] = Path("runs/compact"),
     initial: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     first_stage: Annotated[
-        str | None, typer.Option(metavar="autoencoder|branches|coupled", help="Skip the stages before this one.")
+        str | None, typer.Option(metavar="tone|autoencoder|branches|coupled", help="Skip the stages before this one.")
     ] = None,
+    device: Device = "auto",
 ) -> None:
-    """Train a model in its three stages, and write the checkpoint that every other verb reads."""
-    if first_stage not in (None, *(stages := ("autoencoder", "branches", "coupled"))):
+    """Train a model in its stages, and write the checkpoint that every other verb reads.
+
+    Under torchrun every process trains on a share of its own: torchrun --nproc-per-node 4 -m service train CONFIG.
+    """
+    if first_stage not in (None, *(stages := ("tone", "autoencoder", "branches", "coupled"))):
         raise InvalidInputError(f"first-stage: {first_stage!r} is not one of {', '.join(stages)}")
     if missing := [name for name in ("tensorboard", "tqdm") if importlib.util.find_spec(name) is None]:
         raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
+    import torch
+
     from recofuse_core.training import train_from_config
 
-    written = train_from_config(config, output, initial=initial, first_stage=cast("Any", first_stage))
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if is_group := "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        written = train_from_config(
+            config, output, initial=initial, first_stage=cast("Any", first_stage), device=device
+        )
+    finally:
+        if is_group:
+            torch.distributed.destroy_process_group()
     out.print(f"wrote {written}", markup=False, soft_wrap=True)
 
 

@@ -1,6 +1,9 @@
 """Training: batches, updates, exact resumption, and a whole run from a configuration file."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +32,7 @@ from recofuse_core.training import (
     train_from_config,
 )
 
+ROOT = Path(__file__).parents[2]
 CROP = 32
 
 
@@ -213,6 +217,58 @@ def test_the_tone_stage_asks_for_frames_and_an_estimator() -> None:
         next(run.run_stage())
 
 
+def test_a_stage_ends_when_the_score_no_longer_improves() -> None:
+    run = trainer(stage("autoencoder", 100))
+    run.config = replace(run.config, patience=2, ema_interval=1)
+    best: dict[str, Tensor] = {}
+    num_steps = 0
+    for report in run.run_stage():
+        num_steps = report.step
+        if run.judge({1: 3.0, 2: 5.0}.get(report.step, 4.0)):
+            best = {key: value.clone() for key, value in run.average.weights.items()}
+    assert num_steps == 4
+    run.finish_stage()
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, best[key]), key
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+from recofuse_core.scenes import make_scene
+from recofuse_core.training import DataConfig, PairSource, StageConfig, TrainConfig, Trainer
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+levels = lambda image: (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+scene = make_scene(1, 64, 80)
+data = DataConfig(root="scenes")
+stage = StageConfig("coupled", 3, 2, 32, 1e-3, rollout=True)
+source = PairSource(data, [("a", levels(scene.vis), levels(scene.ir)[..., 0])])
+run = Trainer(TrainConfig("compact", "0", data, (stage,), ema_interval=1), source)
+losses = [report.losses["vis"] for report in run.run_stage()]
+run.save(Path(sys.argv[1]) / "state.pt")
+torch.save({"losses": losses, "weights": run.model.state_dict()}, Path(sys.argv[1]) / f"{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_train_together_keep_equal_weights_from_different_batches(tmp_path: Path) -> None:
+    (tmp_path / "together.py").write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, str(tmp_path / "together.py"), str(tmp_path)], check=True, env=environment, cwd=ROOT)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["losses"] != second["losses"]
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(state["generators"]) == 2
+    assert not torch.equal(*state["generators"])
+
+
 def test_states_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     trainer(stage("autoencoder", 2)).save(path)
@@ -266,6 +322,7 @@ def test_a_configuration_file_becomes_a_model_that_fuses(tmp_path: Path) -> None
     assert output.fused.shape == (1, 3, 40, 48)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "autoencoder.safetensors",
+        "best.safetensors",
         "coupled.safetensors",
         "model.safetensors",
         "state.pt",
@@ -293,5 +350,5 @@ def test_wrong_configurations_are_named(tmp_path: Path, change: tuple[str, str],
 
 def test_the_shipped_configuration_reads() -> None:
     config = read_config(Path(__file__).parents[2] / "configs" / "compact.toml")
-    assert [s.name for s in config.stages] == ["autoencoder", "branches", "coupled"]
+    assert [s.name for s in config.stages] == ["tone", "autoencoder", "branches", "coupled"]
     assert "llvip_" in config.data.exclude_prefixes
