@@ -94,7 +94,10 @@ async def _bad_image(stack: Stack) -> Found:
 
 async def _hang_up(stack: Stack) -> Found:
     request = fuse_request(*picture_pair())
-    calls = [asyncio.create_task(ask(stack.address, request)) for _ in range(16)]
+    calls = [asyncio.create_task(ask(stack.address, request))]
+    await _until(lambda: _accepted(stack, 1))
+    await asyncio.sleep(0.3)  # the first one is in the model now, which is what the others wait for
+    calls += [asyncio.create_task(ask(stack.address, request)) for _ in range(15)]
     await _until(lambda: _accepted(stack, 16))
     started = time.perf_counter()
     for call in calls:
@@ -104,7 +107,9 @@ async def _hang_up(stack: Stack) -> Found:
     seconds = time.perf_counter() - started
     figures = await scrape(_worker_of(stack))
     num_computed, num_passes = int(figures["recofuse_batch_size_sum"]), int(figures["recofuse_batch_size_count"])
-    text = f"{num_computed} of 16 computed, in the {num_passes} pass that ran already, {16 - num_computed} skipped"
+    text = f"{num_computed} of 16 computed, because the model was busy with it already, {16 - num_computed} skipped"
+    if not num_computed:  # a slow machine: the promise is kept, only more easily
+        text = "0 of 16 computed, 16 skipped"
     problem = "" if num_passes <= 1 and num_computed <= 8 else f"{num_passes} passes with {num_computed} jobs"
     return text, problem, {"num_computed": num_computed, "num_passes": num_passes, "idle_after_s": round(seconds, 2)}
 
