@@ -193,7 +193,8 @@ async def test_urgent_jobs_overtake_waiting_ones() -> None:
         await held_back(engine, queue, worker, jobs)
         engine.gate.set()
         await results(queue, jobs)
-    assert engine.batches == [[0], [3], [1], [2]]
+    assert engine.batches[:2] == [[0], [3]]
+    assert sorted(engine.batches[2:]) == [[1], [2]]  # in the order in which their decoders, which run at once, ended
 
 
 async def test_what_is_held_is_bounded() -> None:
