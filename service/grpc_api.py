@@ -7,7 +7,8 @@ beyond the size limit (RESOURCE_EXHAUSTED) and compressed ones (UNIMPLEMENTED).
 
 What a newcomer would get wrong: a stream never holds more than `max_in_flight` frames beside the one that waits. Mode
 `all` reads the next message only when there is room, and HTTP/2's windows carry that to the sender; mode `latest` goes
-on reading and replaces the frame that waits.
+on reading and replaces the frame that waits. A peer that is gone is noticed by HTTP/2 pings (`keep_alive_s`), one that
+is there and does nothing by `stream_idle_s`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +53,7 @@ from service.metrics import FlowMode, FrameOutcome, Metrics
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from service.pb.recofuse.v1 import fusion_pb2_grpc
 from service.settings import GrpcSettings, Settings
+from service.streams import StreamLedger
 from service.tracing import NO_TRACES, Tracer
 
 logger = logging.getLogger(__name__)
@@ -119,6 +121,8 @@ def _channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not unpack to gigabytes
         ("grpc.keepalive_time_ms", int(options.keep_alive_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(options.keep_alive_timeout_s * 1000)),
+        # keepalive_timeout_ms alone does nothing in the gRPC that is pinned: this is what ends the connection.
+        ("grpc.http2.ping_timeout_ms", int(options.keep_alive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", int(options.min_ping_interval_s * 1000)),
         *([("grpc.max_connection_age_ms", age_ms)] if age_ms else []),
@@ -346,14 +350,19 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
         fusion = fusion_of(result, is_raw=options.is_raw, started_s=started_s)
         return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())
 
-    async def FuseStream(  # noqa: N802
+    async def FuseStream(  # type: ignore[override]  # noqa: N802 - it writes by itself, to see what is not taken
         self, request_iterator: AsyncIterator[pb.FuseStreamRequest], context: Context
-    ) -> AsyncIterator[pb.FuseStreamResponse]:
+    ) -> None:
         """See fusion.proto."""
         stream = _Stream(self._gateway, self._settings, self._metrics, request_iterator, logs.traceparent.get() or None)
+        idle_s = self._settings.grpc.stream_idle_s
         async with aclosing(stream.answers()) as answers:
             async for answer in answers:
-                yield answer
+                try:
+                    async with asyncio.timeout(idle_s or None):
+                        await context.write(answer)
+                except TimeoutError as error:
+                    raise TimedOutError(f"no answer was taken for {idle_s:g} s") from error
 
     def _timeout_s(self, asked_s: float | None, context: Context) -> float | None:
         """The earlier of what was asked for and the call's own deadline; None if there is neither."""
@@ -540,27 +549,29 @@ class _Stream:
         self._metrics = metrics
         self._messages = messages
         self._traceparent = traceparent
-        self._stats = pb.StreamStats()
-        self._last_sequence = -1
+        self._moved_s = time.monotonic()  # when last a message came or an answer was taken
         self._waiting: _Arrived | None = None  # read, and not started yet
         self._filled = asyncio.Event()  # a frame waits, or no more will come
         self._emptied = asyncio.Event()
         self._emptied.set()
         self._end: _End | None = None
-        self._ordered: asyncio.Queue[asyncio.Task[pb.FuseStreamResponse | None] | _End] = asyncio.Queue()
+        self._ordered: asyncio.Queue[tuple[float, asyncio.Task[pb.FuseStreamResponse | None]] | _End] = asyncio.Queue()
         self._fusing: set[asyncio.Task[pb.FuseStreamResponse | None]] = set()
         self._configure(pb.StreamOptions())
 
     async def answers(self) -> AsyncGenerator[pb.FuseStreamResponse, None]:
         """The answers, in the order of the frames. Raises what ended the stream once all before it is answered."""
-        parts = [asyncio.create_task(part) for part in (self._read_until_drain(), self._start_frames())]
+        parts = [asyncio.create_task(part) for part in (self._read_until_told(), self._start_frames())]
         try:
             while not isinstance(entry := await self._ordered.get(), _End):
-                answer = await entry
-                self._count(answer)
-                if answer is not None:
-                    answer.stats.CopyFrom(self._stats)
+                arrived_s, task = entry
+                answer = await task
+                if answer is None:
+                    self._drop()
+                else:
+                    self._stamp(answer, arrived_s)
                     yield answer
+                    self._moved_s = time.monotonic()
                 self._slots.release()
             if entry.error is not None:
                 raise entry.error
@@ -572,23 +583,36 @@ class _Stream:
 
     # reading
 
-    async def _read_until_drain(self) -> None:
+    async def _read_until_told(self) -> None:
+        """Read until the sender ends, this server stops, or nothing moves any more."""
         reading = asyncio.create_task(self._read())
         draining = asyncio.create_task(self._gateway.drain_started())
+        resting = asyncio.create_task(self._idle())
         try:
-            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading, draining, resting}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 stopping = UnavailableError("this server is stopping; open the stream again", retry_after_s=1.0)
-                self._finish(stopping)
+                idle_s = self._settings.grpc.stream_idle_s
+                idle = TimedOutError(f"no frame came for {idle_s:g} s; open the stream again when there are some")
+                self._finish(stopping if draining.done() else idle)
         finally:
-            for task in (reading, draining):
+            for task in (reading, draining, resting):
                 task.cancel()
-            await asyncio.gather(reading, draining, return_exceptions=True)
+            await asyncio.gather(reading, draining, resting, return_exceptions=True)
+
+    async def _idle(self) -> None:
+        """Returns once no frame is open and nothing has moved for `stream_idle_s`; never if that is 0."""
+        idle_s = self._settings.grpc.stream_idle_s
+        if not idle_s:
+            await asyncio.Event().wait()
+        while (rest_s := self._moved_s + idle_s - time.monotonic()) > 0 or self._ledger.num_open:  # noqa: ASYNC110
+            await asyncio.sleep(max(rest_s, idle_s / 10))  # seldom; an event for each message would cost more
 
     async def _read(self) -> None:
         is_first = True
         try:
             async for message in self._messages:
+                self._moved_s = time.monotonic()
                 match message.WhichOneof("message"):
                     case "frame":
                         await self._accept(message.frame)
@@ -613,19 +637,17 @@ class _Stream:
             raise InvalidInputError(f"max_in_flight: accepted are at most {most}, not {options.max_in_flight}")
         default = most if self._mode is FlowMode.ALL else min(most, IN_FLIGHT_LATEST)
         self._slots = asyncio.Semaphore(options.max_in_flight or default)
+        self._ledger = StreamLedger(options.resume_after if options.HasField("resume_after") else None)
 
     async def _accept(self, frame: pb.Frame) -> None:
-        if frame.sequence <= self._last_sequence:
-            raise InvalidInputError(
-                f"sequence: {frame.sequence} came after {self._last_sequence}; accepted are ascending numbers"
-            )
-        self._last_sequence = frame.sequence
         arrived = _Arrived(frame, time.monotonic())
+        if not self._ledger.arrive(frame.sequence, arrived.arrived_s):
+            self._count(FrameOutcome.SKIPPED)
+            return
         if self._mode is FlowMode.ALL:
             await self._emptied.wait()
         elif self._waiting is not None:
             self._drop()
-        self._stats.received += 1
         self._waiting = arrived
         self._emptied.clear()
         self._filled.set()
@@ -650,7 +672,7 @@ class _Stream:
             task = asyncio.create_task(self._answer(arrived))
             self._fusing.add(task)
             task.add_done_callback(self._fusing.discard)
-            self._ordered.put_nowait(task)
+            self._ordered.put_nowait((arrived.arrived_s, task))
         self._ordered.put_nowait(self._end or _End(None))
 
     async def _answer(self, arrived: _Arrived) -> pb.FuseStreamResponse | None:
@@ -702,16 +724,20 @@ class _Stream:
 
     # counting
 
-    def _drop(self) -> None:
-        self._stats.dropped += 1
-        self._metrics.stream_frames.labels(self._mode, FrameOutcome.DROPPED).inc()
+    def _stamp(self, answer: pb.FuseStreamResponse, arrived_s: float) -> None:
+        """Count an answer, and write into it what is only known when it is its turn."""
+        now_s = time.monotonic()
+        answer.age_s = now_s - arrived_s
+        if (previous := self._ledger.previous_sequence) is not None:
+            answer.previous_sequence = previous
+        is_fused = answer.WhichOneof("outcome") == "fusion"
+        self._ledger.answer(answer.sequence, is_fused=is_fused, age_s=answer.age_s, now_s=now_s)
+        answer.stats.CopyFrom(pb.StreamStats(**asdict(self._ledger.snapshot(now_s))))
+        self._count(FrameOutcome.FUSED if is_fused else FrameOutcome.FAILED)
 
-    def _count(self, answer: pb.FuseStreamResponse | None) -> None:
-        if answer is None:
-            self._drop()
-        elif answer.WhichOneof("outcome") == "fusion":
-            self._stats.fused += 1
-            self._metrics.stream_frames.labels(self._mode, FrameOutcome.FUSED).inc()
-        else:
-            self._stats.failed += 1
-            self._metrics.stream_frames.labels(self._mode, FrameOutcome.FAILED).inc()
+    def _drop(self) -> None:
+        self._ledger.drop()
+        self._count(FrameOutcome.DROPPED)
+
+    def _count(self, outcome: FrameOutcome) -> None:
+        self._metrics.stream_frames.labels(self._mode, outcome).inc()

@@ -49,6 +49,7 @@ class FrameOutcome(StrEnum):
     FUSED = "fused"
     FAILED = "failed"
     DROPPED = "dropped"
+    SKIPPED = "skipped"  # came again after a resumption
 
 
 class Metrics:

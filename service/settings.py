@@ -93,6 +93,12 @@ class GrpcSettings(FaceSettings):
     min_ping_interval_s: Seconds = Field(
         default=10.0, description="clients that probe more often than this are disconnected"
     )
+    stream_idle_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=86400,
+        description="a stream on which no frame comes, or no answer is taken, for this many seconds is ended; 0: never",
+    )
     max_connection_age_s: float = Field(
         default=0.0,
         ge=0,

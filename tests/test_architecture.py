@@ -39,6 +39,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.redis_queue": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.serve": ("torch", "recofuse_core", "grpc"),
     "service.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.streams": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.tracing": ("torch", "recofuse_core", "fastapi", "grpc", "redis", "opentelemetry.sdk"),
     "service.worker": ("fastapi", "grpc"),
 }

@@ -362,6 +362,11 @@ async def eventually(face: Face, line: str, timeout_s: float = 5.0) -> bool:
 # streams
 
 
+def counts(stats: pb.StreamStats) -> dict[str, int]:
+    """The counts that are not 0; rates and ages depend on the day."""
+    return {field.name: value for field, value in stats.ListFields() if isinstance(value, int)}
+
+
 async def test_a_stream_keeps_its_order(face: Face) -> None:
     sizes = [(64, 48), (48, 64), (96, 64), (33, 47)]
     files = [pair(*size, seed=index) for index, size in enumerate(sizes)]
@@ -377,7 +382,12 @@ async def test_a_stream_keeps_its_order(face: Face) -> None:
         encoded = answer.fusion.pictures[0].image.encoded
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
         np.testing.assert_array_equal(decoded, picture(*sizes[number % 4], seed=number % 4))
-    assert answers[-1].stats == pb.StreamStats(received=60, fused=58, failed=2)
+    assert counts(answers[-1].stats) == {"received": 60, "fused": 58, "failed": 2, "missing": 118}
+    assert [answer.previous_sequence for answer in answers[1:]] == [answer.sequence for answer in answers[:-1]]
+    assert not answers[0].HasField("previous_sequence")
+    assert all(0 < answer.age_s < 60 for answer in answers)
+    assert answers[-1].stats.fused_per_s > 0
+    assert 0 < answers[-1].stats.age_p50_s <= answers[-1].stats.age_p99_s <= max(answer.age_s for answer in answers)
     assert max(map(len, face.engine.batches)) > 1  # frames of one stream share passes
 
 
@@ -485,7 +495,8 @@ async def test_mode_latest_skips_what_is_stale_and_says_so(face: Face) -> None:
     face.engine.gate.set()
     answers = [answer async for answer in call]
     assert [answer.sequence for answer in answers] == [0, 1, 39]
-    assert answers[-1].stats == pb.StreamStats(received=40, fused=3, dropped=37)
+    assert [answer.previous_sequence for answer in answers[1:]] == [0, 1]
+    assert counts(answers[-1].stats) == {"received": 40, "fused": 3, "dropped": 37}
     assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="fused"} 3.0')
 
 
@@ -527,7 +538,7 @@ async def test_mode_latest_does_not_queue_up_for_a_full_queue(facing: Facing) ->
         face.engine.gate.set()
         await held
         (answer,) = [answer async for answer in call]
-        assert (answer.sequence, answer.stats) == (2, pb.StreamStats(received=3, fused=1, dropped=2))
+        assert (answer.sequence, counts(answer.stats)) == (2, {"received": 3, "fused": 1, "dropped": 2})
 
 
 async def test_frames_have_deadlines_of_their_own(facing: Facing) -> None:
@@ -559,6 +570,125 @@ async def test_stopping_answers_a_streams_frames_and_ends_it(face: Face) -> None
         assert (answer.sequence, answer.WhichOneof("outcome")) == (number, "fusion")
     await detail_of(call.read(), ErrorCode.UNAVAILABLE)
     await asyncio.wait_for(face.server.running, 8)
+
+
+async def test_a_stream_resumes_where_its_answers_ended(face: Face) -> None:
+    first = face.stub.FuseStream()
+    for number in range(6):
+        await first.write(frame(number))
+    for number in range(3):
+        answer = await first.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert answer.sequence == number
+    first.cancel()  # 3 to 5 were fused or not: their sender cannot know
+    resumed = pb.FuseStreamRequest(options=pb.StreamOptions(resume_after=2))
+    sent = [resumed, *(frame(number) for number in (1, 2, 3, 4, 8))]
+    answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
+    assert [(answer.previous_sequence, answer.sequence) for answer in answers] == [(2, 3), (3, 4), (4, 8)]
+    assert counts(answers[-1].stats) == {"received": 3, "fused": 3, "missing": 3, "skipped": 2}
+    assert await eventually(face, 'recofuse_stream_frames_total{mode="all",outcome="skipped"} 2.0')
+
+
+async def test_a_resumed_stream_says_what_it_never_got(face: Face) -> None:
+    for resume_after, first, missing in ((0, 1, 0), (0, 4, 3), (2**64 - 3, 2**64 - 1, 1)):
+        options = pb.FuseStreamRequest(options=pb.StreamOptions(resume_after=resume_after))
+        (answer,) = [answer async for answer in face.stub.FuseStream(one_by_one([options, frame(first)]))]
+        assert (answer.previous_sequence, answer.stats.missing) == (resume_after, missing)
+
+
+# silence
+
+
+async def test_a_stream_without_frames_is_ended(facing: Facing) -> None:
+    async with facing(grpc={"stream_idle_s": 0.5}) as face:
+        face.engine.gate.clear()
+        call = face.stub.FuseStream()
+        await call.write(frame(1))
+        await asyncio.sleep(1.0)  # a frame that is being fused is no silence
+        face.engine.gate.set()
+        answer = await call.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert answer.WhichOneof("outcome") == "fusion"
+        assert "no frame came" in (await detail_of(call.read(), ErrorCode.TIMED_OUT)).message
+        empty = face.stub.FuseStream()
+        await detail_of(empty.read(), ErrorCode.TIMED_OUT)
+
+
+async def test_silence_may_be_allowed(facing: Facing) -> None:
+    async with facing(grpc={"stream_idle_s": 0.0}) as face:
+        call = face.stub.FuseStream()
+        await asyncio.sleep(0.3)
+        await call.write(frame(1))
+        assert isinstance(await call.read(), pb.FuseStreamResponse)
+        call.cancel()
+
+
+async def test_a_client_that_takes_no_answers_is_given_up(facing: Facing) -> None:
+    async with facing(grpc={"stream_idle_s": 0.5}) as face:
+        plane = grey(1280, 960)
+        options = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW))
+        messages = [pb.FuseStreamRequest(options=options), *(raw_frame(number, plane, plane) for number in range(60))]
+        call = face.stub.FuseStream(one_by_one(messages))
+        assert isinstance(await call.read(), pb.FuseStreamResponse)
+        assert await eventually(face, "recofuse_queue_leased 0.0")
+        assert await eventually(face, 'recofuse_errors_total{code="timed_out"} 1.0')  # its frames are let go of
+        num_fused = sum(map(len, face.engine.batches))
+        assert num_fused < 60
+        await asyncio.sleep(0.3)
+        assert sum(map(len, face.engine.batches)) == num_fused
+        call.cancel()
+
+
+async def test_a_peer_that_falls_silent_is_given_up(facing: Facing) -> None:
+    async with facing(grpc={"keep_alive_s": 1.0, "keep_alive_timeout_s": 1.0}) as face:
+        async with cut_cable(face.server.grpc_address) as (address, cut), grpc.aio.insecure_channel(address) as channel:
+            call = fusion_pb2_grpc.FusionServiceStub(channel).FuseStream()
+            face.engine.gate.clear()
+            for number in range(8):
+                await call.write(frame(number))
+            assert await eventually(face, "recofuse_queue_leased 8.0")
+            cut.set()  # no FIN, no RST: only unanswered pings can tell
+            cancelled = (
+                f'recofuse_requests_total{{method="stream",protocol="grpc",route="{STREAM}",status="CANCELLED"}}'
+            )
+            assert await eventually(face, f"{cancelled} 1.0", timeout_s=20)
+            face.engine.gate.set()
+            assert await eventually(face, "recofuse_queue_leased 0.0")
+            call.cancel()
+        assert isinstance(await face.stub.Fuse(request()), pb.FuseResponse)
+
+
+@asynccontextmanager
+async def cut_cable(target: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A TCP relay to `target` that carries nothing more, and closes nothing, once its event is set."""
+    cut, tasks, ends = asyncio.Event(), set[asyncio.Task[None]](), set[asyncio.StreamWriter]()
+    host, _, port = target.rpartition(":")
+
+    async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while chunk := await source.read(65536):
+            if cut.is_set():
+                continue
+            sink.write(chunk)
+            await sink.drain()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(host, int(port))
+        for source, sink in ((reader, back), (there, writer)):
+            ends.add(sink)
+            tasks.add(asyncio.create_task(carry(source, sink)))
+
+    relay = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}", cut
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            end.transport.abort()
+        await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
+        relay.close()
+        await relay.wait_closed()
 
 
 # raw frames

@@ -636,10 +636,15 @@ class StreamOptions(_message.Message):
     FUSE_FIELD_NUMBER: _builtins.int
     FLOW_CONTROL_FIELD_NUMBER: _builtins.int
     MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    RESUME_AFTER_FIELD_NUMBER: _builtins.int
     flow_control: Global___FlowControl.ValueType
     max_in_flight: _builtins.int
     """Frames being fused or waiting to be sent back, at most. 0: the server's default (2 for `latest`). More gives more
     throughput, fewer give fresher results.
+    """
+    resume_after: _builtins.int
+    """The sequence number of the last answer that the sender has from an earlier stream. Frames up to it are neither fused
+    nor answered, and gaps are counted from it on. Unset: a stream of its own.
     """
     @_builtins.property
     def fuse(self) -> Global___FuseOptions:
@@ -651,12 +656,15 @@ class StreamOptions(_message.Message):
         fuse: Global___FuseOptions | None = ...,
         flow_control: Global___FlowControl.ValueType = ...,
         max_in_flight: _builtins.int = ...,
+        resume_after: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fuse", b"fuse"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resume_after", b"_resume_after", "fuse", b"fuse", "resume_after", b"resume_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flow_control", b"flow_control", "fuse", b"fuse", "max_in_flight", b"max_in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resume_after", b"_resume_after", "flow_control", b"flow_control", "fuse", b"fuse", "max_in_flight", b"max_in_flight", "resume_after", b"resume_after"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__resume_after: _TypeAlias = _typing.Literal["resume_after"]  # noqa: Y015
+    _WhichOneofArgType__resume_after: _TypeAlias = _typing.Literal["_resume_after", b"_resume_after"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resume_after) -> _WhichOneofReturnType__resume_after | None: ...
 
 Global___StreamOptions: _TypeAlias = StreamOptions  # noqa: Y015
 
@@ -711,8 +719,16 @@ class FuseStreamResponse(_message.Message):
     FUSION_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SEQUENCE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     timestamp_ns: _builtins.int
+    previous_sequence: _builtins.int
+    """The sequence number of the answer before this one; in the first answer `resume_after`, if it was set. What lies
+    between the two was dropped or never came, and will not be answered by this stream.
+    """
+    age_s: _builtins.float
+    """from the frame's arrival to the moment at which its answer was ready to be sent"""
     @_builtins.property
     def fusion(self) -> Global___Fusion: ...
     @_builtins.property
@@ -729,20 +745,27 @@ class FuseStreamResponse(_message.Message):
         fusion: Global___Fusion | None = ...,
         error: Global___ErrorDetail | None = ...,
         stats: Global___StreamStats | None = ...,
+        previous_sequence: _builtins.int | None = ...,
+        age_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fusion", b"fusion", "outcome", b"outcome", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_sequence", b"_previous_sequence", "error", b"error", "fusion", b"fusion", "outcome", b"outcome", "previous_sequence", b"previous_sequence", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fusion", b"fusion", "outcome", b"outcome", "sequence", b"sequence", "stats", b"stats", "timestamp_ns", b"timestamp_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_sequence", b"_previous_sequence", "age_s", b"age_s", "error", b"error", "fusion", b"fusion", "outcome", b"outcome", "previous_sequence", b"previous_sequence", "sequence", b"sequence", "stats", b"stats", "timestamp_ns", b"timestamp_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__previous_sequence: _TypeAlias = _typing.Literal["previous_sequence"]  # noqa: Y015
+    _WhichOneofArgType__previous_sequence: _TypeAlias = _typing.Literal["_previous_sequence", b"_previous_sequence"]  # noqa: Y015
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["fusion", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_sequence) -> _WhichOneofReturnType__previous_sequence | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___FuseStreamResponse: _TypeAlias = FuseStreamResponse  # noqa: Y015
 
 @_typing.final
 class StreamStats(_message.Message):
-    """Counts since the stream began. Frames that are in none of the last three are still on their way."""
+    """Of one stream since it began. Received frames that are not fused, failed or dropped are still on their way."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -750,6 +773,12 @@ class StreamStats(_message.Message):
     FUSED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    RECEIVED_PER_S_FIELD_NUMBER: _builtins.int
+    FUSED_PER_S_FIELD_NUMBER: _builtins.int
+    AGE_P50_S_FIELD_NUMBER: _builtins.int
+    AGE_P99_S_FIELD_NUMBER: _builtins.int
     received: _builtins.int
     fused: _builtins.int
     """answered with pictures"""
@@ -757,6 +786,18 @@ class StreamStats(_message.Message):
     """answered with an error"""
     dropped: _builtins.int
     """replaced by a newer frame (`latest`); not answered"""
+    missing: _builtins.int
+    """sequence numbers that were left out between those that came, or after `resume_after`"""
+    skipped: _builtins.int
+    """frames up to `resume_after` that came again; counted nowhere else"""
+    received_per_s: _builtins.float
+    """rate of the frames that came in the last 5 seconds; 0: fewer than two"""
+    fused_per_s: _builtins.float
+    """rate of the answers with pictures in the last 5 seconds; 0: fewer than two"""
+    age_p50_s: _builtins.float
+    """age_s of the last 256 answers with pictures: median"""
+    age_p99_s: _builtins.float
+    """and 99th percentile"""
     def __init__(
         self,
         *,
@@ -764,10 +805,16 @@ class StreamStats(_message.Message):
         fused: _builtins.int = ...,
         failed: _builtins.int = ...,
         dropped: _builtins.int = ...,
+        missing: _builtins.int = ...,
+        skipped: _builtins.int = ...,
+        received_per_s: _builtins.float = ...,
+        fused_per_s: _builtins.float = ...,
+        age_p50_s: _builtins.float = ...,
+        age_p99_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "failed", b"failed", "fused", b"fused", "received", b"received"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_p50_s", b"age_p50_s", "age_p99_s", b"age_p99_s", "dropped", b"dropped", "failed", b"failed", "fused", b"fused", "fused_per_s", b"fused_per_s", "missing", b"missing", "received", b"received", "received_per_s", b"received_per_s", "skipped", b"skipped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,15 @@ class FusionServiceStub:
     on; only a stream that breaks its own rules (options in the middle, sequence numbers that do not ascend, a message
     that cannot be parsed) is ended, after everything before has been answered. A server that stops ends its streams
     with UNAVAILABLE in the same way: what has no answer by then was not fused.
+
+    Resuming. Whatever ends a stream, its sender may go on at this or another server: open a new stream with
+    `resume_after` set to the sequence number of the last answer that it has, and send what came after it. A server
+    keeps nothing of an ended stream, so frames that had no answer must be sent again (or left out, which is a gap).
+    Frames at or below `resume_after` are passed over, so a sender need not know exactly where to begin. No frame is
+    answered twice in this way, and a frame fused twice gives equal pictures at equal options.
+
+    Silence. A stream on which no frame comes and no answer is taken for a while (default: 60 s) is ended with
+    DEADLINE_EXCEEDED; a peer that does not answer HTTP/2 pings any more is given up (default: 40 s).
     """
 
 @_typing.type_check_only
@@ -68,6 +77,15 @@ class FusionServiceAsyncStub(FusionServiceStub):
     on; only a stream that breaks its own rules (options in the middle, sequence numbers that do not ascend, a message
     that cannot be parsed) is ended, after everything before has been answered. A server that stops ends its streams
     with UNAVAILABLE in the same way: what has no answer by then was not fused.
+
+    Resuming. Whatever ends a stream, its sender may go on at this or another server: open a new stream with
+    `resume_after` set to the sequence number of the last answer that it has, and send what came after it. A server
+    keeps nothing of an ended stream, so frames that had no answer must be sent again (or left out, which is a gap).
+    Frames at or below `resume_after` are passed over, so a sender need not know exactly where to begin. No frame is
+    answered twice in this way, and a frame fused twice gives equal pictures at equal options.
+
+    Silence. A stream on which no frame comes and no answer is taken for a while (default: 60 s) is ended with
+    DEADLINE_EXCEEDED; a peer that does not answer HTTP/2 pings any more is given up (default: 40 s).
     """
 
 class FusionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -90,6 +108,15 @@ class FusionServiceServicer(metaclass=_abc_1.ABCMeta):
         on; only a stream that breaks its own rules (options in the middle, sequence numbers that do not ascend, a message
         that cannot be parsed) is ended, after everything before has been answered. A server that stops ends its streams
         with UNAVAILABLE in the same way: what has no answer by then was not fused.
+
+        Resuming. Whatever ends a stream, its sender may go on at this or another server: open a new stream with
+        `resume_after` set to the sequence number of the last answer that it has, and send what came after it. A server
+        keeps nothing of an ended stream, so frames that had no answer must be sent again (or left out, which is a gap).
+        Frames at or below `resume_after` are passed over, so a sender need not know exactly where to begin. No frame is
+        answered twice in this way, and a frame fused twice gives equal pictures at equal options.
+
+        Silence. A stream on which no frame comes and no answer is taken for a while (default: 60 s) is ended with
+        DEADLINE_EXCEEDED; a peer that does not answer HTTP/2 pings any more is given up (default: 40 s).
         """
 
 def add_FusionServiceServicer_to_server(servicer: FusionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
