@@ -181,9 +181,9 @@ local commands = {}
 function commands.prepare() return 1 end
 
 -- id, class, header, created, deadline ('' if none), size, ttl, payload ttl, keep, idempotency key, fingerprint,
--- jobs allowed, bytes allowed. The payload has been written, with its ttl, by the same transaction.
+-- jobs allowed, bytes allowed, inbox to tell when it ends ('' if none). The payload has been written, with its ttl, by the same transaction.
 function commands.submit(id, class, header, created, deadline, size, ttl, payload_ttl, keep, idem, fingerprint,
-                         max_jobs, max_bytes)
+                         max_jobs, max_bytes, inbox)
   local payload = key('payload', id)
   if call('EXISTS', key('job', id)) == 1 then  -- a repetition by a caller that did not hear the answer
     if call('HEXISTS', key('job', id), 'entry') == 0 then call('UNLINK', payload) end
@@ -215,6 +215,7 @@ function commands.submit(id, class, header, created, deadline, size, ttl, payloa
   local entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header)
   call('HSET', key('job', id), 'class', class, 'entry', entry, 'created', created, 'deadline', deadline,
     'size', size, 'ttl', ttl, 'keep', keep)
+  if inbox ~= '' then call('HSET', key('job', id), 'waiters', inbox) end
   if idem ~= '' then
     call('HSET', key('job', id), 'idem', idem)
     call('SET', key('idem', idem), id .. ' ' .. fingerprint, 'PX', payload_ttl)

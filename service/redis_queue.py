@@ -34,6 +34,7 @@ import logging
 import random
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -71,9 +72,12 @@ MIN_VERSION = (6, 2)
 
 CALL_TIMEOUT_S = 5.0  # for one answer
 CONNECT_TIMEOUT_S = 2.0
+READ_BYTES = 1 << 20  # in one go: images are larger than the usual 64 KiB
 MAX_CALLS = 64  # at once, and thereby connections of one process, besides those that wait for jobs or messages
 BLOCK_S = 1.0  # longest wait in one XREADGROUP, and so the delay with which a lost lease is noticed
 LOOK_AGAIN_S = 15.0  # safety net under the pushed messages
+FORGET_AFTER_S = 0.1  # results that were handed out are forgotten together, this much later
+MAX_EXPECTED = 10_000  # submitted jobs whose caller has not come to wait yet
 QUIET_S = 5.0  # silence on the message connection after which it is probed
 MARGIN_S = 3600.0  # images outlive their job's deadline by this much
 NO_DEADLINE_S = 30 * 86400.0  # images of a job without a deadline stay for this long
@@ -157,6 +161,7 @@ class RedisAddress:
         common: dict[str, Any] = {
             "socket_timeout": CALL_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_read_size": READ_BYTES,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
         }
@@ -184,6 +189,14 @@ def _host_and_port(text: str) -> tuple[str, int]:
     if not parts.hostname:
         raise ValueError(f"{text} is not a host and port")
     return parts.hostname, parts.port or 26379
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A job of this process whose caller is about to wait: what its end will wake, and when that is at the latest."""
+
+    waiter: asyncio.Future[None]
+    deadline_s: float | None
 
 
 @dataclass(slots=True)
@@ -219,6 +232,7 @@ class RedisQueue:
         self._channels = {self._inbox}
         self._pubsub: PubSub | None = None
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._expected: OrderedDict[str, _Expected] = OrderedDict()
         self._holdings: dict[str, _Holding] = {}
         # By worker id: 0 before its first take, 1 if an answer to one may have been lost, None if there is no doubt.
         self._doubts: dict[str, int | None] = {}
@@ -263,6 +277,10 @@ class RedisQueue:
             ttl_s = limits.idempotency_ttl_s
         payload_ttl_ms = _ms(NO_DEADLINE_S if job.deadline_s is None else max(job.deadline_s - now, 0) + MARGIN_S)
         payload = self._key("payload", job.id)
+        is_awaited = not job.keep_result  # its caller waits on this very object
+        if is_awaited:
+            self._expect(job)
+        is_accepted = False
         try:
             outcome, detail = await self._transact(
                 [("HSET", payload, "vis", job.vis, "ir", job.ir), ("PEXPIRE", payload, payload_ttl_ms)],
@@ -280,48 +298,56 @@ class RedisQueue:
                 fingerprint,
                 limits.max_jobs,
                 limits.max_bytes,
+                self._inbox if is_awaited else "",
             )
+            is_accepted = outcome == b"accepted"
         except UnavailableError as error:
             if not isinstance(error.__cause__, exceptions.OutOfMemoryError):
                 raise
             raise OverloadedError(
                 "the queue's memory is full; try again later", retry_after_s=limits.retry_after_s
             ) from error
+        finally:
+            if is_awaited and not is_accepted:
+                self._stop_expecting(job.id)
         if outcome == b"full":
             raise OverloadedError(
                 f"the queue is full ({detail.decode()}); try again later", retry_after_s=limits.retry_after_s
             )
         if outcome == b"conflict":
             raise ConflictError("this idempotency key was used for another request; use a fresh key for each request")
-        return Admission(detail.decode(), is_new=outcome == b"accepted")
+        return Admission(detail.decode(), is_new=is_accepted)
 
     async def wait_result(self, job_id: str, *, timeout_s: float) -> FusionResult | None:
         """See JobQueue."""
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
         while True:
-            waiter = loop.create_future()  # before the look, so that no message falls between the two
+            expected = self._expected.pop(job_id, None)
+            # There before the look (or before the submit), so that no message falls between the two.
+            waiter = loop.create_future() if expected is None else expected.waiter
             self._waiters.setdefault(job_id, set()).add(waiter)
             try:
                 remaining_s = end - loop.time()
-                state, raw = await self._look(job_id, self._inbox if remaining_s > 0 else "")
-                if state[0] == b"ended":
-                    return self._result_of(job_id, state, raw)
-                if state[0] == b"unknown":
-                    raise _no_such_job()
-                if remaining_s <= 0:
-                    return None
+                if expected is not None and remaining_s > 0:
+                    deadline_s = expected.deadline_s  # `submit` has asked for the message: nothing to look for yet
+                else:
+                    state, raw = await self._look(job_id, self._inbox if remaining_s > 0 else "")
+                    if state[0] == b"ended":
+                        return self._result_of(job_id, state, raw)
+                    if state[0] == b"unknown":
+                        raise _no_such_job()
+                    if remaining_s <= 0:
+                        return None
+                    deadline_s = int(state[1]) / 1000 if state[1] else None
                 wait_s = min(remaining_s, LOOK_AGAIN_S)
-                if state[1]:  # nobody else may be there to notice that the deadline has passed
-                    wait_s = min(wait_s, max(int(state[1]) / 1000 - self._clock(), 0) + 0.01)
+                if deadline_s is not None:  # nobody else may be there to notice that it has passed
+                    wait_s = min(wait_s, max(deadline_s - self._clock(), 0) + 0.01)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await waiter
             finally:
-                waiters = self._waiters.get(job_id, set())
-                waiters.discard(waiter)
-                if not waiters:
-                    self._waiters.pop(job_id, None)
+                self._drop_waiter(job_id, waiter)
 
     async def cancel(self, job_id: str) -> JobView:
         """See JobQueue."""
@@ -527,6 +553,20 @@ class RedisQueue:
         """The jobs of these entries with their images; what is too much goes back."""
         if not rows:
             return []
+        now = time.monotonic()
+        # Known before their images are here, so that a cancellation that comes meanwhile is not missed.
+        self._holdings |= {row.job_id: _Holding(worker_id, row.token, None, now) for row in rows}
+        try:
+            leases = await self._with_images(worker_id, rows)
+            if len(leases) > max_jobs:  # several classes had an entry at the same moment
+                await self.release(leases[max_jobs:])
+        except BaseException:
+            for row in rows:
+                self._holdings.pop(row.job_id, None)  # else `recover` would pass them over
+            raise
+        return leases[:max_jobs]
+
+    async def _with_images(self, worker_id: str, rows: Sequence[_Row]) -> list[Lease]:
         async with self._calls:
             with _reaching():
                 async with self._client.pipeline(transaction=False) as pipeline:
@@ -542,13 +582,12 @@ class RedisQueue:
                 logger.warning("job cannot be read", extra={"job_id": row.job_id, "error": str(error)})
                 broken = FusionResult.failed(row.job_id, InternalError(INTERNAL_MESSAGE))
                 await self._finish(row.job_id, worker_id, broken, buries=False)
+                self._holdings.pop(row.job_id, None)
                 continue
-            lease = Lease(job=job, worker_id=worker_id, attempt=row.attempt, token=row.token)
-            leases.append(lease)
-            self._holdings[job.id] = _Holding(worker_id, row.token, job.deadline_s, time.monotonic())
-        if len(leases) > max_jobs:  # several classes had an entry at the same moment
-            await self.release(leases[max_jobs:])
-        return leases[:max_jobs]
+            leases.append(Lease(job=job, worker_id=worker_id, attempt=row.attempt, token=row.token))
+            if (held := self._holdings.get(job.id)) is not None:
+                held.deadline_s = job.deadline_s
+        return leases
 
     async def _finish(self, job_id: str, worker_id: str, result: FusionResult, *, buries: bool) -> bool:
         token = secrets.token_urlsafe(9)
@@ -606,7 +645,26 @@ class RedisQueue:
                 self._forgetting = asyncio.create_task(self._forget())
         return result
 
+    def _expect(self, job: FusionJob) -> None:
+        """Listen for the job's end from now on, for a `wait_result` that comes soon."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(job.id, set()).add(waiter)
+        self._expected[job.id] = _Expected(waiter, job.deadline_s)
+        if len(self._expected) > MAX_EXPECTED:
+            self._stop_expecting(next(iter(self._expected)))
+
+    def _stop_expecting(self, job_id: str) -> None:
+        if (expected := self._expected.pop(job_id, None)) is not None:
+            self._drop_waiter(job_id, expected.waiter)
+
+    def _drop_waiter(self, job_id: str, waiter: asyncio.Future[None]) -> None:
+        waiters = self._waiters.get(job_id, set())
+        waiters.discard(waiter)
+        if not waiters:
+            self._waiters.pop(job_id, None)
+
     async def _forget(self) -> None:
+        await asyncio.sleep(FORGET_AFTER_S)
         while self._to_forget:
             batch, self._to_forget = self._to_forget, []
             try:

@@ -22,7 +22,7 @@ from benchmarks.drills import Report, Say
 from benchmarks.load import Answer, ask, fuse_request, picture_pair, png, scrape
 from benchmarks.processes import Stack, all_in_one, can_split, split, wait_ready
 
-LONG_PASS_S = 1.5  # long enough for a load of requests to come in while one pass runs
+LONG_PASS_S = 3.0  # long enough for a load of requests to come in, and to be cancelled, while one pass runs
 BURST = 300
 MAX_JOBS = 64
 REFUSED_S = 5.0  # "at once", with 300 uploads of 605 kB on the same few cores

@@ -300,7 +300,7 @@ async def test_gone_workers_leave_no_consumers(server: RedisServer) -> None:
 
 async def unavailable_until_back(call: object) -> object:
     """What a caller of the queue does: back off and repeat."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 return await call()  # type: ignore[operator]
@@ -572,7 +572,7 @@ async def test_a_failover_is_survived() -> None:
                 job = fresh()
                 await queue.submit(job)
                 lease = await take_one(queue)
-                waiting = asyncio.create_task(queue.wait_result(job.id, timeout_s=40))
+                waiting = asyncio.create_task(unavailable_until_back(lambda: queue.wait_result(job.id, timeout_s=40)))
 
                 async def is_copied() -> bool:
                     return replica.command("EXISTS", f"{PREFIX}:job:{job.id}") == b":1\r\n"
