@@ -16,6 +16,7 @@ import logging
 import re
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -187,6 +188,7 @@ def _problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
 _HEADERS = {
     "Server-Timing": {"schema": {"type": "string"}, "description": "decode, queue, batch, model, encode, in ms"},
     "X-Model-Name": {"schema": {"type": "string"}},
+    "X-Picture": {"schema": {"type": "string", "enum": list(Part)}, "description": "which picture this is"},
     "X-Model-Version": {"schema": {"type": "string"}},
 }
 
@@ -327,22 +329,7 @@ def _add_jobs(app: FastAPI, gateway: Gateway) -> None:
 def _add_operations(app: FastAPI, gateway: Gateway, metrics: Metrics) -> None:
     @app.get("/v1/models", summary="What is being served", responses=_problems(ErrorCode.UNAVAILABLE))
     async def models() -> ModelList:
-        by_model: dict[tuple[str, str], ModelDocument] = {}
-        for worker in await gateway.workers():
-            document = by_model.setdefault(
-                (worker.model_name, worker.model_version),
-                ModelDocument(
-                    name=worker.model_name,
-                    version=worker.model_version,
-                    default_steps=worker.default_steps,
-                    default_sampler=worker.default_sampler,
-                    devices=[],
-                    num_workers=0,
-                ),
-            )
-            document.devices = sorted({*document.devices, worker.device})
-            document.num_workers += 1
-        return ModelList(models=list(by_model.values()))
+        return ModelList(models=[ModelDocument(**asdict(model)) for model in await gateway.models()])
 
     @app.get("/health/live", summary="Is the process there", responses=_problems())
     async def live() -> Health:
@@ -612,7 +599,8 @@ async def _pictures(result: FusionResult) -> Response:
         "X-Job-ID": result.job_id,
     }
     if len(result.images) == 1:
-        (image,) = result.images.values()
+        ((part, image),) = result.images.items()
+        headers["X-Picture"] = part
         return Response(image, media_type=result.media_type, headers=headers)
     headers["Content-Disposition"] = 'attachment; filename="recofuse.zip"'
     return Response(await asyncio.to_thread(_zip, result), media_type="application/zip", headers=headers)

@@ -62,6 +62,18 @@ class Readiness:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model that is being served, and what serves it."""
+
+    name: str
+    version: str
+    default_steps: int
+    default_sampler: str
+    devices: tuple[str, ...]
+    num_workers: int
+
+
 class Gateway:
     """One per front end process. Receives its queue opened."""
 
@@ -136,6 +148,23 @@ class Gateway:
     async def workers(self) -> list[WorkerInfo]:
         """The workers that are there now."""
         return await self._patiently(self._queue.workers)
+
+    async def models(self) -> list[ServedModel]:
+        """The models that are being served now, each once, whatever the number of its workers."""
+        by_model: dict[tuple[str, str], list[WorkerInfo]] = {}
+        for worker in await self.workers():
+            by_model.setdefault((worker.model_name, worker.model_version), []).append(worker)
+        return [
+            ServedModel(
+                name=name,
+                version=version,
+                default_steps=workers[0].default_steps,
+                default_sampler=workers[0].default_sampler,
+                devices=tuple(sorted({worker.device for worker in workers})),
+                num_workers=len(workers),
+            )
+            for (name, version), workers in by_model.items()
+        ]
 
     async def readiness(self) -> Readiness:
         """Whether this front end should be sent requests: not draining, queue there, a warm worker there."""

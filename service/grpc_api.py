@@ -46,9 +46,10 @@ from service.errors import (
     ServiceError,
     TimedOutError,
     UnavailableError,
+    error_of,
 )
 from service.gateway import FusionRequest, Gateway
-from service.jobs import FusionOptions, FusionResult, Part, PixelFormat, Priority, RawLayout, problems_of
+from service.jobs import FusionOptions, FusionResult, JobView, Part, PixelFormat, Priority, RawLayout, problems_of
 from service.metrics import FlowMode, FrameOutcome, Metrics
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from service.pb.recofuse.v1 import fusion_pb2_grpc
@@ -69,6 +70,7 @@ RETRY_S = (0.01, 0.25)  # first and longest pause of a frame that finds the queu
 PUBLIC_METHODS = ("/grpc.health.", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
 
 _IDEMPOTENCY_KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
+_JOB_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -221,9 +223,10 @@ class _Envelope(grpc.aio.ServerInterceptor):
     @staticmethod
     async def _admit(guard: auth.Guard, context: Context, route: str, kind: str) -> None:
         is_work = "Fuse" in route or "Infer" in route
+        is_change = is_work or "Cancel" in route
         await guard.admit(
             _metadata(context),
-            auth.Scope.FUSE if is_work else auth.Scope.READ,
+            auth.Scope.FUSE if is_change else auth.Scope.READ,
             is_charged=is_work and kind == "unary",  # streams are charged by frame
             face="grpc",
             action=route,
@@ -332,21 +335,9 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
     async def Fuse(self, request: pb.FuseRequest, context: Context) -> pb.FuseResponse:  # noqa: N802
         """See fusion.proto."""
         started_s = time.monotonic()
-        metadata = _metadata(context)
-        key = metadata.get("idempotency-key")
-        if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
-            raise InvalidInputError("idempotency-key: accepted are 1 to 255 printable ASCII characters without spaces")
         options = _Options.of(request.options)
-        result = await self._gateway.fuse(
-            options.request(
-                request.vis,
-                request.ir,
-                timeout_s=self._timeout_s(options.timeout_s, context),
-                idempotency_key=key,
-                request_id=logs.request_id.get(),
-                traceparent=logs.traceparent.get() or None,
-            )
-        )
+        wanted = self._request(request, options, self._timeout_s(options.timeout_s, context), context)
+        result = await self._gateway.fuse(wanted)
         fusion = fusion_of(result, is_raw=options.is_raw, started_s=started_s)
         return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())
 
@@ -363,6 +354,48 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
                         await context.write(answer)
                 except TimeoutError as error:
                     raise TimedOutError(f"no answer was taken for {idle_s:g} s") from error
+
+    async def SubmitFuse(self, request: pb.FuseRequest, context: Context) -> pb.Job:  # noqa: N802
+        """See fusion.proto."""
+        options = _Options.of(request.options)
+        return _job_message(await self._gateway.submit(self._request(request, options, options.timeout_s, context)))
+
+    async def GetJob(self, request: pb.JobRequest, _: Context) -> pb.Job:  # noqa: N802
+        """See fusion.proto."""
+        return _job_message(await self._gateway.view(_job_id(request)))
+
+    async def GetJobResult(self, request: pb.JobRequest, _: Context) -> pb.FuseResponse:  # noqa: N802
+        """See fusion.proto."""
+        result = await self._gateway.result(_job_id(request))
+        fusion = fusion_of(result, is_raw=False, started_s=0.0)
+        fusion.timings.ClearField("total_s")  # when the job came, another process may have been there
+        return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())
+
+    async def CancelJob(self, request: pb.JobRequest, _: Context) -> pb.Job:  # noqa: N802
+        """See fusion.proto."""
+        return _job_message(await self._gateway.cancel(_job_id(request)))
+
+    async def ListModels(self, request: pb.ListModelsRequest, _: Context) -> pb.ListModelsResponse:  # noqa: N802
+        """See fusion.proto."""
+        models = [pb.ServedModel(**asdict(model)) for model in await self._gateway.models()]
+        return pb.ListModelsResponse(models=models)
+
+    @staticmethod
+    def _request(
+        message: pb.FuseRequest, options: _Options, timeout_s: float | None, context: Context
+    ) -> FusionRequest:
+        """The gateway's request for a pair. Raises InvalidInputError."""
+        key = _metadata(context).get("idempotency-key")
+        if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+            raise InvalidInputError("idempotency-key: accepted are 1 to 255 printable ASCII characters without spaces")
+        return options.request(
+            message.vis,
+            message.ir,
+            timeout_s=timeout_s,
+            idempotency_key=key,
+            request_id=logs.request_id.get(),
+            traceparent=logs.traceparent.get() or None,
+        )
 
     def _timeout_s(self, asked_s: float | None, context: Context) -> float | None:
         """The earlier of what was asked for and the call's own deadline; None if there is neither."""
@@ -498,6 +531,30 @@ def fusion_of(result: FusionResult, *, is_raw: bool, started_s: float) -> pb.Fus
         timings=timings,
         batch_size=result.batch_size,
         job_id=result.job_id,
+    )
+
+
+def _job_id(request: pb.JobRequest) -> str:
+    """The id of a job. Raises InvalidInputError."""
+    if not _JOB_ID.fullmatch(request.job_id):
+        raise InvalidInputError("job_id: accepted are ids as SubmitFuse gives them")
+    return request.job_id
+
+
+def _job_message(view: JobView) -> pb.Job:
+    """A job as clients see it."""
+    error = None
+    if view.error_code is not None:
+        error = error_detail(error_of(view.error_code, view.error_message))
+    return pb.Job(
+        id=view.id,
+        status=pb.JobStatus.Value(f"JOB_STATUS_{view.status.name}"),
+        priority=pb.Priority.Value(f"PRIORITY_{view.priority.name}"),
+        attempts=view.attempts,
+        created_s=view.created_s,
+        deadline_s=view.deadline_s,
+        finished_s=view.finished_s,
+        error=error,
     )
 
 

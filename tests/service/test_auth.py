@@ -335,7 +335,7 @@ class Both:
 
     def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
         self.server = server
-        self._fusion = fusion_pb2_grpc.FusionServiceStub(channel)
+        self.fusion = fusion_pb2_grpc.FusionServiceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
 
     async def ask(self, key: str | None) -> tuple[tuple[int, str], tuple[grpc.StatusCode, str]]:
@@ -346,7 +346,7 @@ class Both:
         request = pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
         metadata = [] if key is None else [("authorization", f"Bearer {key}")]
         try:
-            await self._fusion.Fuse(request, metadata=metadata, timeout=20)
+            await self.fusion.Fuse(request, metadata=metadata, timeout=20)
         except grpc.aio.AioRpcError as error:
             detail = pb.ErrorDetail()
             trailing: Any = error.trailing_metadata()
@@ -364,7 +364,7 @@ class Both:
                 frame = pb.Frame(sequence=sequence, vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
                 yield pb.FuseStreamRequest(frame=frame)
 
-        call = self._fusion.FuseStream(frames(), metadata=[("x-api-key", key)], timeout=20)
+        call = self.fusion.FuseStream(frames(), metadata=[("x-api-key", key)], timeout=20)
         return [answer.error.code async for answer in call]
 
 
@@ -399,6 +399,28 @@ async def test_refusals_have_the_right_status_on_both_faces(both: tuple[Both, Fi
     assert await faces.ask(limited) == over
     await store.put(replace(record, revoked_s=1.0))
     assert await faces.ask(key) == stranger
+
+
+async def test_jobs_over_grpc_need_the_scopes_that_they_need_over_http(both: tuple[Both, FileKeys]) -> None:
+    faces, store = both
+    record, key = new_key("slow", rate_per_s=0.001, burst=1)
+    reader, reading = new_key("dashboard", scopes=(Scope.READ,))
+    for entry in (record, reader):
+        await store.put(entry)
+    pair = pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
+    denied, over = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED
+    named = pb.JobRequest(job_id=(await faces.fusion.SubmitFuse(pair, metadata=[("x-api-key", key)])).id)
+    calls: list[tuple[Any, Any, str, grpc.StatusCode]] = [
+        (faces.fusion.SubmitFuse, pair, reading, denied),
+        (faces.fusion.CancelJob, named, reading, denied),
+        (faces.fusion.SubmitFuse, pair, key, over),
+        (faces.fusion.CancelJob, named, key, grpc.StatusCode.OK),  # costs nothing
+        (faces.fusion.GetJob, named, reading, grpc.StatusCode.OK),
+        (faces.fusion.ListModels, pb.ListModelsRequest(), reading, grpc.StatusCode.OK),
+    ]
+    for method, message, presented, expected in calls:
+        call = method(message, metadata=[("x-api-key", presented)], timeout=20)
+        assert await call.code() is expected, method
 
 
 async def test_a_stream_is_charged_by_frame(both: tuple[Both, FileKeys]) -> None:

@@ -185,7 +185,7 @@ async def test_options_reach_the_engine(face: Face) -> None:
     [
         (pb.Output, jobs.Output), (pb.Part, jobs.Part), (pb.Priority, jobs.Priority), (pb.FlowControl, FlowMode),
         (pb.PixelFormat, jobs.PixelFormat), (pb.ImageFormat, [*jobs.ImageFormat, "raw"]),
-        (pb.Sampler, ["euler", "posterior", "ode1", "ode2"]),
+        (pb.Sampler, ["euler", "posterior", "ode1", "ode2"]), (pb.JobStatus, jobs.JobStatus),
     ],
 )  # fmt: skip
 def test_the_contract_names_what_the_service_has(kind: Any, names: Iterable[str]) -> None:
@@ -200,6 +200,57 @@ async def test_idempotency_keys(face: Face) -> None:
     assert face.engine.batches == [[3]]
     await detail_of(face.stub.Fuse(request(seed=4), metadata=once), ErrorCode.CONFLICT)
     await detail_of(face.stub.Fuse(request(), metadata=(("idempotency-key", "a b"),)), ErrorCode.INVALID_INPUT)
+
+
+# jobs: the same ones as over HTTP
+
+
+async def test_a_job_is_submitted_watched_and_fetched(face: Face) -> None:
+    face.engine.gate.clear()
+    once = (("idempotency-key", "k2"),)
+    wanted = request(seed=5, output="OUTPUT_IR", format="IMAGE_FORMAT_RAW", priority="PRIORITY_HIGH", timeout_ms=30_000)
+    job = await face.stub.SubmitFuse(wanted, metadata=once)
+    assert (await face.stub.SubmitFuse(wanted, metadata=once)).id == job.id
+    assert job.status in (pb.JOB_STATUS_QUEUED, pb.JOB_STATUS_RUNNING)
+    assert job.priority == pb.PRIORITY_HIGH
+    assert job.deadline_s - job.created_s == pytest.approx(30, abs=1e-3)
+    named = pb.JobRequest(job_id=job.id)
+    await detail_of(face.stub.GetJobResult(named), ErrorCode.NOT_FINISHED)
+    face.engine.gate.set()
+    while not (seen := await face.stub.GetJob(named)).HasField("finished_s"):  # noqa: ASYNC110 - the server's, not ours
+        await asyncio.sleep(0.01)
+    assert (seen.status, seen.attempts, seen.HasField("error")) == (pb.JOB_STATUS_SUCCEEDED, 1, False)
+    document = (await face.server.client.get(f"/v1/jobs/{job.id}")).json()
+    assert (document["id"], document["status"]) == (job.id, "succeeded")
+    answer = await face.stub.GetJobResult(named)
+    assert answer.fusion.job_id == job.id
+    (shown,) = answer.fusion.pictures
+    assert (shown.part, shown.media_type) == (pb.PART_IR, "application/x-npy")
+    over_http = await face.server.client.get(f"/v1/jobs/{job.id}/result")
+    assert over_http.content == shown.image.encoded
+    assert over_http.headers["x-picture"] == "ir"
+
+
+async def test_a_job_that_is_cancelled_or_fails_says_so(face: Face) -> None:
+    face.engine.gate.clear()
+    await face.stub.SubmitFuse(request())
+    waiting = pb.JobRequest(job_id=(await face.stub.SubmitFuse(request(steps=2))).id)
+    assert (await face.stub.CancelJob(waiting)).status == pb.JOB_STATUS_CANCELLED
+    assert (await face.stub.CancelJob(waiting)).error.code == ErrorCode.CANCELLED
+    face.engine.gate.set()
+    await detail_of(face.stub.GetJobResult(waiting), ErrorCode.CANCELLED)
+    await detail_of(face.stub.GetJob(pb.JobRequest(job_id="0" * 36)), ErrorCode.JOB_NOT_FOUND)
+    for odd in ("", "a b", "x" * 65):
+        await detail_of(face.stub.CancelJob(pb.JobRequest(job_id=odd)), ErrorCode.INVALID_INPUT)
+
+
+async def test_models_are_listed_as_over_http(face: Face) -> None:
+    (model,) = (await face.stub.ListModels(pb.ListModelsRequest())).models
+    (document,) = (await face.server.client.get("/v1/models")).json()["models"]
+    assert document == {
+        "name": model.name, "version": model.version, "default_steps": model.default_steps,
+        "default_sampler": model.default_sampler, "devices": list(model.devices), "num_workers": model.num_workers,
+    }  # fmt: skip
 
 
 # errors: the same ones as over HTTP
@@ -893,7 +944,9 @@ async def test_reflection_lists_and_describes_the_services(face: Face) -> None:
     (raw,) = described.file_descriptor_response.file_descriptor_proto
     file = FileDescriptorProto.FromString(raw)
     assert file.name == "recofuse/v1/fusion.proto"
-    assert [method.name for method in file.service[0].method] == ["Fuse", "FuseStream"]
+    assert {method.name for method in file.service[0].method} == {
+            "Fuse", "FuseStream", "SubmitFuse", "GetJob", "GetJobResult", "CancelJob", "ListModels",
+        }  # fmt: skip
 
 
 async def test_metrics_tell_what_happened(face: Face) -> None:

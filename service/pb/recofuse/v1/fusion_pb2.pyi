@@ -11,7 +11,7 @@ programs should branch on; where trying again makes sense, `grpc-retry-pushback-
 
 Metadata of a request, all optional:
   x-request-id     up to 128 of [0-9A-Za-z_.:-]; otherwise the server makes one. Returned in the trailing metadata.
-  idempotency-key  up to 255 printable ASCII characters (Fuse only): repeats of a request share one job.
+  idempotency-key  up to 255 printable ASCII characters (Fuse and SubmitFuse): repeats of a request share one job.
   traceparent      W3C trace context.
 
 Sizes. A server accepts messages up to its own limit (default: two files of 32 MiB) and ends larger ones with
@@ -222,6 +222,34 @@ FLOW_CONTROL_ALL: FlowControl.ValueType  # 1
 FLOW_CONTROL_LATEST: FlowControl.ValueType  # 2
 """a waiting frame is replaced by a newer one; the replaced ones are counted, not answered"""
 Global___FlowControl: _TypeAlias = FlowControl  # noqa: Y015
+
+class _JobStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _JobStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    JOB_STATUS_UNSPECIFIED: _JobStatus.ValueType  # 0
+    """never sent"""
+    JOB_STATUS_QUEUED: _JobStatus.ValueType  # 1
+    JOB_STATUS_RUNNING: _JobStatus.ValueType  # 2
+    JOB_STATUS_SUCCEEDED: _JobStatus.ValueType  # 3
+    JOB_STATUS_FAILED: _JobStatus.ValueType  # 4
+    JOB_STATUS_CANCELLED: _JobStatus.ValueType  # 5
+    JOB_STATUS_EXPIRED: _JobStatus.ValueType  # 6
+
+class JobStatus(_JobStatus, metaclass=_JobStatusEnumTypeWrapper):
+    """Where a job stands. The last four never change again."""
+
+JOB_STATUS_UNSPECIFIED: JobStatus.ValueType  # 0
+"""never sent"""
+JOB_STATUS_QUEUED: JobStatus.ValueType  # 1
+JOB_STATUS_RUNNING: JobStatus.ValueType  # 2
+JOB_STATUS_SUCCEEDED: JobStatus.ValueType  # 3
+JOB_STATUS_FAILED: JobStatus.ValueType  # 4
+JOB_STATUS_CANCELLED: JobStatus.ValueType  # 5
+JOB_STATUS_EXPIRED: JobStatus.ValueType  # 6
+Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
 
 @_typing.final
 class RawImage(_message.Message):
@@ -539,7 +567,7 @@ class Timings(_message.Message):
     model_s: _builtins.float
     encode_s: _builtins.float
     total_s: _builtins.float
-    """from the pair's arrival at the front end to its answer"""
+    """from the pair's arrival at the front end to its answer; 0 in a job's result"""
     def __init__(
         self,
         *,
@@ -819,3 +847,153 @@ class StreamStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamStats: _TypeAlias = StreamStats  # noqa: Y015
+
+@_typing.final
+class JobRequest(_message.Message):
+    """Names a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobRequest: _TypeAlias = JobRequest  # noqa: Y015
+
+@_typing.final
+class Job(_message.Message):
+    """A job that was submitted. Times are Unix seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    CREATED_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    FINISHED_S_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    status: Global___JobStatus.ValueType
+    priority: Global___Priority.ValueType
+    attempts: _builtins.int
+    """how often a worker has taken it"""
+    created_s: _builtins.float
+    deadline_s: _builtins.float
+    finished_s: _builtins.float
+    @_builtins.property
+    def error(self) -> Global___ErrorDetail:
+        """of a job that ended without a result"""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        status: Global___JobStatus.ValueType = ...,
+        priority: Global___Priority.ValueType = ...,
+        attempts: _builtins.int = ...,
+        created_s: _builtins.float = ...,
+        deadline_s: _builtins.float | None = ...,
+        finished_s: _builtins.float | None = ...,
+        error: Global___ErrorDetail | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_finished_s", b"_finished_s", "deadline_s", b"deadline_s", "error", b"error", "finished_s", b"finished_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_finished_s", b"_finished_s", "attempts", b"attempts", "created_s", b"created_s", "deadline_s", b"deadline_s", "error", b"error", "finished_s", b"finished_s", "id", b"id", "priority", b"priority", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__finished_s: _TypeAlias = _typing.Literal["finished_s"]  # noqa: Y015
+    _WhichOneofArgType__finished_s: _TypeAlias = _typing.Literal["_finished_s", b"_finished_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__finished_s) -> _WhichOneofReturnType__finished_s | None: ...
+
+Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class ListModelsRequest(_message.Message):
+    """Nothing can be chosen yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
+
+@_typing.final
+class ListModelsResponse(_message.Message):
+    """The models that are being served now; none while no worker is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedModel]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ServedModel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class ServedModel(_message.Message):
+    """A model, and what serves it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DEFAULT_STEPS_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLER_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.str
+    default_steps: _builtins.int
+    default_sampler: _builtins.str
+    num_workers: _builtins.int
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        default_steps: _builtins.int = ...,
+        default_sampler: _builtins.str = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        num_workers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_sampler", b"default_sampler", "default_steps", b"default_steps", "devices", b"devices", "name", b"name", "num_workers", b"num_workers", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015

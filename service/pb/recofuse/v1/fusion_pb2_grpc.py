@@ -44,6 +44,31 @@ class FusionServiceStub:
                 request_serializer=recofuse_dot_v1_dot_fusion__pb2.FuseStreamRequest.SerializeToString,
                 response_deserializer=recofuse_dot_v1_dot_fusion__pb2.FuseStreamResponse.FromString,
                 _registered_method=True)
+        self.SubmitFuse = channel.unary_unary(
+                '/recofuse.v1.FusionService/SubmitFuse',
+                request_serializer=recofuse_dot_v1_dot_fusion__pb2.FuseRequest.SerializeToString,
+                response_deserializer=recofuse_dot_v1_dot_fusion__pb2.Job.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/recofuse.v1.FusionService/GetJob',
+                request_serializer=recofuse_dot_v1_dot_fusion__pb2.JobRequest.SerializeToString,
+                response_deserializer=recofuse_dot_v1_dot_fusion__pb2.Job.FromString,
+                _registered_method=True)
+        self.GetJobResult = channel.unary_unary(
+                '/recofuse.v1.FusionService/GetJobResult',
+                request_serializer=recofuse_dot_v1_dot_fusion__pb2.JobRequest.SerializeToString,
+                response_deserializer=recofuse_dot_v1_dot_fusion__pb2.FuseResponse.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/recofuse.v1.FusionService/CancelJob',
+                request_serializer=recofuse_dot_v1_dot_fusion__pb2.JobRequest.SerializeToString,
+                response_deserializer=recofuse_dot_v1_dot_fusion__pb2.Job.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/recofuse.v1.FusionService/ListModels',
+                request_serializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class FusionServiceServicer:
@@ -76,6 +101,43 @@ class FusionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitFuse(self, request, context):
+        """Accepts a pair and answers at once. The job outlives the call: `timeout_ms` of its options is its only deadline, and
+        its result stays readable for a while after it has finished. The same jobs as those of the HTTP interface.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """Where a job stands. NOT_FOUND if it never was, or has been discarded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJobResult(self, request, context):
+        """The pictures of a job that has succeeded; raw ones come as NPY files. FAILED_PRECONDITION while there is no result;
+        what a failed job ended with otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Cancels a job. One that has ended stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """The models that are being served now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FusionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -88,6 +150,31 @@ def add_FusionServiceServicer_to_server(servicer, server):
                     servicer.FuseStream,
                     request_deserializer=recofuse_dot_v1_dot_fusion__pb2.FuseStreamRequest.FromString,
                     response_serializer=recofuse_dot_v1_dot_fusion__pb2.FuseStreamResponse.SerializeToString,
+            ),
+            'SubmitFuse': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitFuse,
+                    request_deserializer=recofuse_dot_v1_dot_fusion__pb2.FuseRequest.FromString,
+                    response_serializer=recofuse_dot_v1_dot_fusion__pb2.Job.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=recofuse_dot_v1_dot_fusion__pb2.JobRequest.FromString,
+                    response_serializer=recofuse_dot_v1_dot_fusion__pb2.Job.SerializeToString,
+            ),
+            'GetJobResult': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJobResult,
+                    request_deserializer=recofuse_dot_v1_dot_fusion__pb2.JobRequest.FromString,
+                    response_serializer=recofuse_dot_v1_dot_fusion__pb2.FuseResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=recofuse_dot_v1_dot_fusion__pb2.JobRequest.FromString,
+                    response_serializer=recofuse_dot_v1_dot_fusion__pb2.Job.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsRequest.FromString,
+                    response_serializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -144,6 +231,141 @@ class FusionService:
             '/recofuse.v1.FusionService/FuseStream',
             recofuse_dot_v1_dot_fusion__pb2.FuseStreamRequest.SerializeToString,
             recofuse_dot_v1_dot_fusion__pb2.FuseStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitFuse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recofuse.v1.FusionService/SubmitFuse',
+            recofuse_dot_v1_dot_fusion__pb2.FuseRequest.SerializeToString,
+            recofuse_dot_v1_dot_fusion__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recofuse.v1.FusionService/GetJob',
+            recofuse_dot_v1_dot_fusion__pb2.JobRequest.SerializeToString,
+            recofuse_dot_v1_dot_fusion__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJobResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recofuse.v1.FusionService/GetJobResult',
+            recofuse_dot_v1_dot_fusion__pb2.JobRequest.SerializeToString,
+            recofuse_dot_v1_dot_fusion__pb2.FuseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recofuse.v1.FusionService/CancelJob',
+            recofuse_dot_v1_dot_fusion__pb2.JobRequest.SerializeToString,
+            recofuse_dot_v1_dot_fusion__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recofuse.v1.FusionService/ListModels',
+            recofuse_dot_v1_dot_fusion__pb2.ListModelsRequest.SerializeToString,
+            recofuse_dot_v1_dot_fusion__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,7 +11,7 @@ programs should branch on; where trying again makes sense, `grpc-retry-pushback-
 
 Metadata of a request, all optional:
   x-request-id     up to 128 of [0-9A-Za-z_.:-]; otherwise the server makes one. Returned in the trailing metadata.
-  idempotency-key  up to 255 printable ASCII characters (Fuse only): repeats of a request share one job.
+  idempotency-key  up to 255 printable ASCII characters (Fuse and SubmitFuse): repeats of a request share one job.
   traceparent      W3C trace context.
 
 Sizes. A server accepts messages up to its own limit (default: two files of 32 MiB) and ends larger ones with
@@ -65,6 +65,20 @@ class FusionServiceStub:
     Silence. A stream on which no frame comes and no answer is taken for a while (default: 60 s) is ended with
     DEADLINE_EXCEEDED; a peer that does not answer HTTP/2 pings any more is given up (default: 40 s).
     """
+    SubmitFuse: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.FuseRequest, _fusion_pb2.Job]
+    """Accepts a pair and answers at once. The job outlives the call: `timeout_ms` of its options is its only deadline, and
+    its result stays readable for a while after it has finished. The same jobs as those of the HTTP interface.
+    """
+    GetJob: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.JobRequest, _fusion_pb2.Job]
+    """Where a job stands. NOT_FOUND if it never was, or has been discarded."""
+    GetJobResult: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.JobRequest, _fusion_pb2.FuseResponse]
+    """The pictures of a job that has succeeded; raw ones come as NPY files. FAILED_PRECONDITION while there is no result;
+    what a failed job ended with otherwise.
+    """
+    CancelJob: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.JobRequest, _fusion_pb2.Job]
+    """Cancels a job. One that has ended stays as it is."""
+    ListModels: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.ListModelsRequest, _fusion_pb2.ListModelsResponse]
+    """The models that are being served now."""
 
 @_typing.type_check_only
 class FusionServiceAsyncStub(FusionServiceStub):
@@ -87,6 +101,20 @@ class FusionServiceAsyncStub(FusionServiceStub):
     Silence. A stream on which no frame comes and no answer is taken for a while (default: 60 s) is ended with
     DEADLINE_EXCEEDED; a peer that does not answer HTTP/2 pings any more is given up (default: 40 s).
     """
+    SubmitFuse: _aio.UnaryUnaryMultiCallable[_fusion_pb2.FuseRequest, _fusion_pb2.Job]  # type: ignore[assignment]
+    """Accepts a pair and answers at once. The job outlives the call: `timeout_ms` of its options is its only deadline, and
+    its result stays readable for a while after it has finished. The same jobs as those of the HTTP interface.
+    """
+    GetJob: _aio.UnaryUnaryMultiCallable[_fusion_pb2.JobRequest, _fusion_pb2.Job]  # type: ignore[assignment]
+    """Where a job stands. NOT_FOUND if it never was, or has been discarded."""
+    GetJobResult: _aio.UnaryUnaryMultiCallable[_fusion_pb2.JobRequest, _fusion_pb2.FuseResponse]  # type: ignore[assignment]
+    """The pictures of a job that has succeeded; raw ones come as NPY files. FAILED_PRECONDITION while there is no result;
+    what a failed job ended with otherwise.
+    """
+    CancelJob: _aio.UnaryUnaryMultiCallable[_fusion_pb2.JobRequest, _fusion_pb2.Job]  # type: ignore[assignment]
+    """Cancels a job. One that has ended stays as it is."""
+    ListModels: _aio.UnaryUnaryMultiCallable[_fusion_pb2.ListModelsRequest, _fusion_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """The models that are being served now."""
 
 class FusionServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -118,5 +146,49 @@ class FusionServiceServicer(metaclass=_abc_1.ABCMeta):
         Silence. A stream on which no frame comes and no answer is taken for a while (default: 60 s) is ended with
         DEADLINE_EXCEEDED; a peer that does not answer HTTP/2 pings any more is given up (default: 40 s).
         """
+
+    @_abc_1.abstractmethod
+    def SubmitFuse(
+        self,
+        request: _fusion_pb2.FuseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fusion_pb2.Job, _abc.Awaitable[_fusion_pb2.Job]]:
+        """Accepts a pair and answers at once. The job outlives the call: `timeout_ms` of its options is its only deadline, and
+        its result stays readable for a while after it has finished. The same jobs as those of the HTTP interface.
+        """
+
+    @_abc_1.abstractmethod
+    def GetJob(
+        self,
+        request: _fusion_pb2.JobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fusion_pb2.Job, _abc.Awaitable[_fusion_pb2.Job]]:
+        """Where a job stands. NOT_FOUND if it never was, or has been discarded."""
+
+    @_abc_1.abstractmethod
+    def GetJobResult(
+        self,
+        request: _fusion_pb2.JobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fusion_pb2.FuseResponse, _abc.Awaitable[_fusion_pb2.FuseResponse]]:
+        """The pictures of a job that has succeeded; raw ones come as NPY files. FAILED_PRECONDITION while there is no result;
+        what a failed job ended with otherwise.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelJob(
+        self,
+        request: _fusion_pb2.JobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fusion_pb2.Job, _abc.Awaitable[_fusion_pb2.Job]]:
+        """Cancels a job. One that has ended stays as it is."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _fusion_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fusion_pb2.ListModelsResponse, _abc.Awaitable[_fusion_pb2.ListModelsResponse]]:
+        """The models that are being served now."""
 
 def add_FusionServiceServicer_to_server(servicer: FusionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
