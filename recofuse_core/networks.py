@@ -27,7 +27,9 @@ from recofuse_core.layers import (
     LinearAttention,
     Modulation,
     TimeEmbedding,
+    halve,
     modulate,
+    pointwise,
 )
 
 Skips = tuple[Tensor, ...]
@@ -289,10 +291,11 @@ class Denoiser(nn.Module):
         for blocks, down in zip(self.encoders, self.downs, strict=True):
             x = _through(blocks, x, modulations)
             kept.append(x)
-            x = down(x)
+            x = halve(x, down)  # type: ignore[arg-type]  # a ModuleList does not say what it holds
         x = _through(self.middle, x, modulations)
         for blocks, up in zip(self.decoders, self.ups, strict=True):
-            x = _through(blocks, kept.pop() + F.pixel_shuffle(up(x), 2), modulations)
+            wide = pointwise(x, up)  # type: ignore[arg-type]
+            x = _through(blocks, kept.pop() + F.pixel_shuffle(wide, 2), modulations)
         out: Tensor = self.ending(x + first)
         return out[..., :height, :width].float()
 

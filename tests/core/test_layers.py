@@ -19,9 +19,11 @@ from recofuse_core.layers import (
     TimeEmbedding,
     channel_norm,
     gate,
+    halve,
     modulate,
     sinusoid,
 )
+from recofuse_core.layers import pointwise as product_or_convolution
 
 SIDES = st.integers(1, 7)
 SEEDS = st.integers(0, 2**31)
@@ -56,6 +58,22 @@ def normalised(x: Tensor, gain: Tensor, eps: float = 1e-5) -> Tensor:
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     return torch.allclose(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (2, 4, 6), (1, 66, 64)])
+def test_a_product_is_the_convolution(dtype: torch.dtype, batch: int, height: int, width: int) -> None:
+    """Few positions in bfloat16 take another way than many."""
+    layer = randomised(nn.Conv2d(6, 10, 1)).to(dtype)
+    x = normal(batch, 6, height, width).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert close(product_or_convolution(x, layer), pointwise(x, layer), tolerance)
+    down = randomised(nn.Conv2d(6, 10, 2, stride=2)).to(dtype)
+    even = normal(batch, 6, 2 * height, 2 * width).to(dtype)
+    quads = even.double().view(batch, 6, height, 2, width, 2)
+    expected = torch.einsum("bchiwj,ocij->bohw", quads, down.weight.double())
+    assert down.bias is not None
+    assert close(halve(even, down), expected + down.bias.double()[None, :, None, None], tolerance)
 
 
 @settings(deadline=None, max_examples=15)
