@@ -113,7 +113,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class GatedConvBlock(nn.Module):
-    """NAF block (Chen et al., ECCV 2022), optionally modulated by a time vector (model-spec section 3).
+    """NAF block (Chen et al., ECCV 2022), optionally modulated by a time vector (docs/model.md, 3).
 
     Gated depthwise mixing with channel attention, then a gated pointwise mixing; residual gains start at zero, so a
     new block is the identity.

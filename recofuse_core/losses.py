@@ -1,6 +1,6 @@
 """Training losses: restoration in the latent, fusion in the image, reorganisation of the autoencoder's features.
 
-Images are RGB in [0, 1], (B, 3, H, W); luma and chroma follow BT.601 with the published factors (model-spec section 7).
+Images are RGB in [0, 1], (B, 3, H, W); luma and chroma follow BT.601 with the published factors (docs/model.md, 7).
 """
 
 from dataclasses import dataclass

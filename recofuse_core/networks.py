@@ -49,7 +49,7 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "constant
 
 @dataclass(frozen=True)
 class PaperAutoencoderConfig:
-    """Sizes of the published autoencoder (model-spec section 2); the defaults are the release's."""
+    """Sizes of the published autoencoder (docs/model.md, 2); the defaults are the release's."""
 
     width: int = 8
     multipliers: tuple[int, int, int, int] = (4, 8, 8, 16)
@@ -223,7 +223,7 @@ def build_autoencoder(config: AutoencoderConfig) -> LatentAutoencoder:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Sizes of one DiM branch (model-spec section 3); the defaults are the release's.
+    """Sizes of one DiM branch (docs/model.md, 3); the defaults are the release's.
 
     `prediction` says what the output means: "noise" is eps, as published; "clean" is x_0 - mu.
     """
@@ -342,7 +342,7 @@ class DualDenoiser(nn.Module):
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Sizes of TIM (model-spec section 4); the defaults are the release's."""
+    """Sizes of TIM (docs/model.md, 4); the defaults are the release's."""
 
     latent_channels: int = 8
     width: int = 64

@@ -331,7 +331,7 @@ def encode_pair(model: ReCoFuse, images: Pair) -> tuple[Pair, Skips, Skips]:
 
 
 def restoration_loss(model: ReCoFuse, clean: Pair, mu: Pair, timesteps: Tensor, noise: Pair) -> tuple[Tensor, Tensor]:
-    """Losses of both modalities at random steps of the marginal (model-spec section 7, restoration update).
+    """Losses of both modalities at random steps of the marginal (docs/model.md, 7).
 
     clean, mu, noise: (B, C, h, w) pairs; timesteps (B,). "noise" denoisers are compared at the optimum step of the own
     state, "clean" ones at x_0.
@@ -642,7 +642,7 @@ class Trainer:
         self._descend(vis_loss + ir_loss, self.parameters)
         losses = {"vis": float(vis_loss.detach()), "ir": float(ir_loss.detach())}
         if self.stage.name == "coupled":
-            with torch.no_grad():  # the reconstructions of the clean images, not the files (model-spec section 7)
+            with torch.no_grad():  # the reconstructions of the clean images, not the files (docs/model.md, 7)
                 size = (batch.clean.vis.shape[-2], batch.clean.vis.shape[-1])
                 decoded = (
                     self.model.autoencoder.decode(latent, skip, size).float()

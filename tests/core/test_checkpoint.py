@@ -465,7 +465,7 @@ def test_every_parameter_has_one_published_name() -> None:
     assert len({(pairing.file, pairing.theirs) for pairing in names}) == len(names)
 
 
-# Spot checks of model-spec section 8, the crossed heads of TIM above all.
+# Spot checks of the published names, the crossed heads of TIM above all.
 @pytest.mark.parametrize(
     ("ours", "file", "theirs"),
     [

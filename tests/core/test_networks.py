@@ -1,7 +1,7 @@
 """The networks against a second writing in plain functions, and what their sizes and names must stay.
 
-The second writing takes a network's state dict, reads its entries by name and spells every step out as model-spec
-sections 2 to 4 do; tests/core/test_layers.py has checked the blocks themselves.
+The second writing takes a network's state dict, reads its entries by name and spells every step out as
+docs/model.md, 2 to 4, does; tests/core/test_layers.py has checked the blocks themselves.
 """
 
 import math

@@ -18,7 +18,7 @@ STEPS = st.integers(1, 100)
 SEEDS = st.integers(0, 2**31)
 SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "linear", "constant")
 
-# t: theta, theta_bar, alpha, sigma, sigma_bar, posterior std of the published schedule (model-spec section 5.1)
+# t: theta, theta_bar, alpha, sigma, sigma_bar, posterior std of the published schedule (docs/model.md, 5)
 TABLE = {
     0: (0.00061429, 0, 1, 0.006873, 0, None),
     1: (0.00169456, 0.001695, 0.999824, 0.011415, 0.003683, 0),
@@ -283,7 +283,7 @@ def test_jumps_to_zero_end_at_the_clean_latent(t: int, seed: int) -> None:
 
 
 def test_ode_jump_is_the_exponential_integrator() -> None:
-    """As model-spec section 12 writes it, with h = log_snr_t - log_snr_s, and in its noise form."""
+    """As docs/model.md, 6, writes it, with h = log_snr_t - log_snr_s, and in its noise form."""
     x, x0, mu = (part.double() for part in normal(5, 3))
     for start, end in ((100, 60), (60, 59), (40, 3)):
         alpha_s, alpha_t = coefficients(start)[2], coefficients(end)[2]
