@@ -217,7 +217,7 @@ def _header(path: Path, file: Any) -> CheckpointHeader:
     if absent:
         raise CheckpointError(f"{path}: the metadata lack {', '.join(absent)}")
     try:
-        config = _config_from(json.loads(metadata["config"]))
+        config = model_config_from(json.loads(metadata["config"]))
         about = json.loads(metadata["info"])
         provenance = dict(about["provenance"])
         name, version, preset = (str(about[key]) for key in ("name", "version", "preset"))
@@ -272,7 +272,7 @@ def _write_atomically(path: Path, tensors: State, metadata: dict[str, str]) -> N
 AUTOENCODERS: dict[str, type] = {"paper": PaperAutoencoderConfig, "gated": GatedAutoencoderConfig}
 
 
-def _config_from(values: Any) -> ModelConfig:
+def model_config_from(values: Any) -> ModelConfig:
     """The config that `dataclasses.asdict` wrote. Raises ConfigError, TypeError or KeyError for anything else."""
     values = dict(values)
     kind = values["autoencoder"]["kind"]

@@ -4,6 +4,7 @@ Images are RGB in [0, 1], (B, 3, H, W); luma and chroma follow BT.601 with the p
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +43,17 @@ class FusionWeights:
     colour: float = 8.0
 
 
+FusionTarget = Literal["maximum", "mean"]
+
+
+@dataclass(frozen=True)
+class FusionTargets:
+    """What the fused image is compared with, from both sources; "maximum" is published, "mean" are ablations."""
+
+    intensity: FusionTarget = "maximum"
+    gradient: FusionTarget = "maximum"
+
+
 @dataclass(frozen=True)
 class FusionTerms:
     """Weighted terms of the fusion loss, scalars."""
@@ -56,16 +68,27 @@ class FusionTerms:
         return self.intensity + self.gradient + self.colour
 
 
-def fusion_loss(fused: Tensor, vis: Tensor, ir: Tensor, weights: FusionWeights | None = None) -> FusionTerms:
+def fusion_loss(
+    fused: Tensor,
+    vis: Tensor,
+    ir: Tensor,
+    weights: FusionWeights | None = None,
+    targets: FusionTargets | None = None,
+) -> FusionTerms:
     """The fused image should have the stronger intensity and gradient of both sources and the visible's colour.
 
     fused, vis, ir: (B, 3, H, W), ir with equal channels. The colour term uses vis alone: grey ir would desaturate.
     """
-    weights = weights or FusionWeights()
+    weights, targets = weights or FusionWeights(), targets or FusionTargets()
     y, y_vis, y_ir = luma(fused), luma(vis), luma(ir)
-    intensity = F.l1_loss(y, torch.maximum(y_vis, y_ir))
+    intensity = F.l1_loss(y, _target(y_vis, y_ir, targets.intensity))
     (gx, gy), (gx_vis, gy_vis), (gx_ir, gy_ir) = sobel(y), sobel(y_vis), sobel(y_ir)
-    gradient = F.l1_loss(gx, torch.maximum(gx_vis, gx_ir)) + F.l1_loss(gy, torch.maximum(gy_vis, gy_ir))
+    gradient = F.l1_loss(gx, _target(gx_vis, gx_ir, targets.gradient))
+    gradient = gradient + F.l1_loss(gy, _target(gy_vis, gy_ir, targets.gradient))
     cb_cr, cb_cr_vis = chroma(fused), chroma(vis)
     colour = F.l1_loss(cb_cr[:, 0], cb_cr_vis[:, 0]) + F.l1_loss(cb_cr[:, 1], cb_cr_vis[:, 1])
     return FusionTerms(weights.intensity * intensity, weights.gradient * gradient, weights.colour * colour)
+
+
+def _target(vis: Tensor, ir: Tensor, kind: FusionTarget) -> Tensor:
+    return torch.maximum(vis, ir) if kind == "maximum" else (vis + ir) / 2

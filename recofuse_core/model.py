@@ -37,6 +37,7 @@ from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 from recofuse_core.tiling import Mosaic, Tile, TilingConfig, blend, plan_tiles
 
 OutputName = Literal["fused", "vis", "ir"]
+Coupling = Literal["every_step", "late", "none"]
 ALL_OUTPUTS: tuple[OutputName, ...] = ("fused", "vis", "ir")
 MIN_SIDE = 32
 LATENT_FACTOR = 8
@@ -45,7 +46,11 @@ PADDING = 16  # images are padded to multiples of it
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the shape of a model, and how it is sampled unless the caller says otherwise."""
+    """Everything that decides the shape of a model, and how it is sampled unless the caller says otherwise.
+
+    coupling: where TIM acts. "every_step" is the paper's; "late" fuses the restored latents alone, "none" takes their
+    mean instead (both ablations, docs/ablations.md).
+    """
 
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
@@ -54,6 +59,7 @@ class ModelConfig:
     tone: ToneConfig | None = None
     sampler: SamplerName = "euler"
     steps: int = 100
+    coupling: Coupling = "every_step"
 
     def __post_init__(self) -> None:
         channels = {self.autoencoder.latent_channels, self.denoiser.latent_channels, self.fusion.latent_channels}
@@ -178,19 +184,22 @@ class ReCoFuse(nn.Module):
     ) -> Prediction:
         """One evaluation: TIM fuses both states, both branches start from the result (from their own if not coupled).
 
+        A model whose config says another coupling than "every_step" is never coupled here.
         state, mu: pairs of (B, C, h, w); t: one step, or (B,) steps; conditioning: that of t, if it is made already.
         Differentiable.
         """
         conditioning = conditioning or self.condition(t)
         start = state
-        if coupled:
+        if coupled and self.config.coupling == "every_step":
             fused = self.fusion.fuse(state.vis, state.ir, conditioning.fusion)
             start = Pair(fused, fused)
         output = Pair(*self.denoiser.denoise(start.vis, mu.vis, start.ir, mu.ir, conditioning.denoiser))
         return Prediction(start, output, self.config.denoiser.prediction)
 
     def final_fusion(self, clean: Pair, conditioning: Conditioning | None = None) -> Tensor:
-        """TIM at step 0 on the restored latents: the latent (B, C, h, w) of the fused image."""
+        """TIM at step 0 on the restored latents: the latent (B, C, h, w) of the fused image. Their mean without TIM."""
+        if self.config.coupling == "none":
+            return (clean.vis + clean.ir) / 2
         steps = self.condition(0) if conditioning is None else conditioning
         fused: Tensor = self.fusion.fuse(clean.vis, clean.ir, steps.fusion)
         return fused

@@ -348,6 +348,7 @@ class FusionConfig:
     width: int = 64
     time_dim: int = 256
     num_groups: int = 32
+    uses_time: bool = True  # False: every step is taken for step 0 (an ablation)
 
 
 class NormActConv(nn.Sequential):
@@ -368,6 +369,7 @@ class LatentFusion(nn.Module):
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         channels, width, groups = config.latent_channels, config.width, config.num_groups
+        self.uses_time = config.uses_time
         self.time = TimeEmbedding(width, config.time_dim)
         if config.time_dim != 4 * width:
             raise ConfigError("the fusion module splits its time vector into four parts of its width")
@@ -385,6 +387,8 @@ class LatentFusion(nn.Module):
 
     def conditioning(self, timesteps: Tensor) -> tuple[Tensor, ...]:
         """(shift1, scale1, shift2, scale2), each (B, width, 1, 1), of the steps (B,), or (1,) for the whole batch."""
+        if not self.uses_time:
+            timesteps = torch.zeros_like(timesteps)
         time: Tensor = self.time(timesteps).to(self.intro.weight.dtype)
         return time[:, :, None, None].chunk(4, dim=1)
 

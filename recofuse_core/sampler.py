@@ -86,8 +86,8 @@ def num_draws(sampler: SamplerName, steps: int) -> int:
     return 1 if sampler in ("ode1", "ode2") else steps + 1
 
 
-def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu: Pair, t: int) -> Pair:
-    """Estimates of both clean latents from one coupled evaluation at step t."""
+def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu: Pair, t: Tensor | int) -> Pair:
+    """Estimates of both clean latents from one coupled evaluation at step t, or at (B,) steps."""
     if prediction.kind == "clean":
         return Pair(mu.vis + prediction.output.vis, mu.ir + prediction.output.ir)
     return Pair(

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -36,12 +36,12 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from recofuse_core.checkpoint import load_checkpoint, save_checkpoint
-from recofuse_core.data import find_pairs, read_pair
+from recofuse_core.checkpoint import load_checkpoint, model_config_from, save_checkpoint
+from recofuse_core.data import find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
-from recofuse_core.losses import FusionTerms, fusion_loss, matching_loss
-from recofuse_core.model import PRESETS, ReCoFuse
+from recofuse_core.losses import FusionTarget, FusionTargets, FusionTerms, fusion_loss, matching_loss
+from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse
 from recofuse_core.networks import Skips, ToneEstimator
 from recofuse_core.quality import psnr
 from recofuse_core.sampler import SAMPLERS, NoiseSource, Pair, Prediction, clean_latents, plan_timesteps
@@ -50,15 +50,20 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 StageName = Literal["tone", "autoencoder", "branches", "coupled"]
+Updates = Literal["alternating", "decoupled", "joint", "separated"]
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pairs come from and how often. `group_weights` maps file-name prefixes to sampling weights."""
+    """Where pairs come from and how often. Prefixes are compared with a pair's name and with its data set's.
 
-    root: str  # relative to the configuration file
+    Files that are degraded already (LQ/HQ folders, see data.py) are taken as they are; what a pair lacks is made.
+    """
+
+    root: str  # relative to the configuration file; any layout of data.py
+    split: str = ""  # only this split of a data set, "train" as a rule; all if empty
     exclude_prefixes: tuple[str, ...] = ()
     group_weights: dict[str, float] = field(default_factory=dict)  # prefix -> weight; the rest shares `other_weight`
     other_weight: float = 1.0
@@ -72,6 +77,7 @@ class DataConfig:
     strengths: tuple[Strength, ...] = ("medium",)  # one is drawn for every pair
     context: int = 0  # side of the frames that the tone curves are taken from; crops are cut from them. 0: the crops
     validation_root: str = ""  # pairs for the score during training; none if empty
+    validation_split: str = ""
     dark_below: float = 0.18  # visible images of lower mean are given enhanced targets
 
 
@@ -94,9 +100,24 @@ class StageConfig:
     log_weight: float = 0.0  # of the logarithm of each image's squared error, see image_loss
     latent_weight: float = 0.25
     fusion_weight: float = 1.0
+    updates: Updates = "alternating"  # coupled, without rollout: which loss moves what, see Trainer._coupled_update
+    fusion_batch: int = 0  # items of a batch that the fusion loss is taken on, for its decoding is dear; 0: all
+    intensity_target: FusionTarget = "maximum"
+    gradient_target: FusionTarget = "maximum"
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
     num_frames: int = 18_000  # tone: degraded frames that are drawn once and kept
+
+    def __post_init__(self) -> None:
+        if self.updates not in get_args(Updates):
+            raise ConfigError(f"updates must be one of {', '.join(get_args(Updates))}, got {self.updates!r}")
+        if self.updates != "alternating" and (self.name != "coupled" or self.rollout):
+            raise ConfigError(f"updates = {self.updates!r} belongs to a coupled stage without rollout")
+        targets = {self.intensity_target, self.gradient_target}
+        if not targets <= set(get_args(FusionTarget)):
+            raise ConfigError(
+                f"targets of the fusion loss must be {' or '.join(get_args(FusionTarget))}, got {targets}"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,9 @@ class TrainConfig:
     version: str
     data: DataConfig
     stages: tuple[StageConfig, ...]
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # what differs from the preset, such as {"fusion": {"width": 32}}
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float = 0.99
@@ -118,21 +142,41 @@ class TrainConfig:
     validation_interval: int = 500
     num_threads: int = 0  # CPU threads; 0: torch's default
 
+    @property
+    def model_config(self) -> ModelConfig:
+        """The preset's, changed as `model` says. Raises ConfigError for settings that do not exist or do not fit."""
+        values = asdict(PRESETS[self.preset])
+        for name, value in self.model.items():
+            values[name] = values.get(name, {}) | value if isinstance(value, dict) else value
+        try:
+            return model_config_from(values)
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"the model's configuration does not fit: {error}") from error
+
 
 def read_config(path: Path) -> TrainConfig:
-    """Read a TOML file: top-level keys, [data], [[stages]]. Raises ConfigError for unknown or ill-typed keys."""
+    """Read a TOML file: top-level keys, [data], [model], [[stages]]. Raises ConfigError for unknown or wrong keys."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a training configuration: {error}") from error
+    return parse_config(raw, path)
+
+
+def parse_config(raw: dict[str, Any], path: Path) -> TrainConfig:
+    """The configuration in a parsed file; `path` names it in errors. Raises ConfigError."""
+    try:
         data = raw.pop("data")
         data |= {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
         stages = tuple(StageConfig(**stage) for stage in raw.pop("stages"))
         config = TrainConfig(data=DataConfig(**data), stages=stages, **raw)
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a training configuration: {error}") from error
     if not stages:
         raise ConfigError(f"{path} names no stage")
     if config.preset not in PRESETS:
         raise ConfigError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
+    _ = config.model_config  # told now, not after the data have been read
     return config
 
 
@@ -168,6 +212,11 @@ class Batch:
     degraded: Pair
     context: Pair | None = None
 
+    @property
+    def frame(self) -> Pair:
+        """What tone curves are taken from: the context, or the inputs themselves; infrared of one channel."""
+        return self.context or Pair(self.degraded.vis, self.degraded.ir[:, :1])
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
 
@@ -177,17 +226,46 @@ class Batch:
         return Batch(moved(self.clean), moved(self.degraded), None if self.context is None else moved(self.context))
 
 
+class RawPair(NamedTuple):
+    """A pair in memory, uint8: vis (H, W, 3), ir (H, W), and what its files hold degraded already, if anything."""
+
+    name: str
+    vis: np.ndarray
+    ir: np.ndarray
+    vis_degraded: np.ndarray | None = None
+    ir_degraded: np.ndarray | None = None
+    source: str = ""  # its data set
+
+    def starts_with(self, prefixes: tuple[str, ...]) -> bool:
+        """Whether the name or the data set's does."""
+        return self.name.startswith(prefixes) or self.source.startswith(prefixes)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What crops are cut from: source of the degradations and target (H, W, 3), ir (H, W), given degraded ones."""
+
+    vis: np.ndarray
+    target: np.ndarray
+    ir: np.ndarray
+    vis_degraded: np.ndarray | None
+    ir_degraded: np.ndarray | None
+
+
 class PairSource:
     """Draws training batches from pairs held in memory as uint8. Every draw comes from the generator passed in."""
 
-    def __init__(self, config: DataConfig, pairs: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, config: DataConfig, pairs: Iterable[RawPair | tuple[str, np.ndarray, np.ndarray]]) -> None:
         self.config = config
-        groups: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-        for name, vis, ir in pairs:
-            if name.startswith(config.exclude_prefixes):
+        groups: dict[str, list[_Images]] = {}
+        for pair in (RawPair(*pair) for pair in pairs):
+            if pair.starts_with(config.exclude_prefixes):
                 continue
-            prefix = next((p for p in config.group_weights if name.startswith(p)), "")
-            groups.setdefault(prefix, []).append((vis, enhance_dark(vis, config.dark_below), ir))
+            prefix = next((p for p in config.group_weights if pair.starts_with((p,))), "")
+            # A clean file beside a degraded one is the target as it is, however dark.
+            target = enhance_dark(pair.vis, config.dark_below) if pair.vis_degraded is None else pair.vis
+            images = _Images(pair.vis, target, pair.ir, pair.vis_degraded, pair.ir_degraded)
+            groups.setdefault(prefix, []).append(images)
         if not groups:
             raise DatasetError(f"no training pair in {config.root}")
         self.groups = list(groups.values())
@@ -211,27 +289,31 @@ class PairSource:
 
     def frame(self, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One square: clean vis (3, side, side) and ir (1, side, side), then both degraded."""
-        vis, target, ir = self._crop(side, generator)
-        ir = self._vary_ir(ir, generator)
+        vis, target, ir, low_vis, low_ir = self._crop(side, generator)
+        if low_ir is None:
+            ir = self._vary_ir(ir, generator)
         config = self.config
         pick = float(torch.rand(1, generator=generator))
         strength = config.strengths[int(pick * len(config.strengths))]
-        low_vis = degrade_vis(vis, generator, strength, clean_probability=config.clean_probability).image
-        low_ir = degrade_ir(ir, generator, strength, clean_probability=config.clean_probability).image
+        if low_vis is None:
+            low_vis = degrade_vis(vis, generator, strength, clean_probability=config.clean_probability).image
+        if low_ir is None:
+            low_ir = degrade_ir(ir, generator, strength, clean_probability=config.clean_probability).image
         return target, ir, low_vis, low_ir
 
-    def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The same square of vis, target and ir of one pair, and of the degraded files that it has."""
         pick, item, zoom, scale, top, left, flip, turn = torch.rand(8, generator=generator).tolist()
         group = self.groups[min(int((self.cumulative < pick).sum()), len(self.groups) - 1)]
         images = group[int(item * len(group))]
-        height, width = images[0].shape[:2]
+        height, width = images.ir.shape
         side = size
         if zoom < self.config.rescale_probability:
             side = int(size * (1 + scale * (self.config.max_rescale - 1)))
         side = min(side, height, width)
         y, x = int(top * (height - side + 1)), int(left * (width - side + 1))
-        crops = []
-        for image in images:
+
+        def crop(image: np.ndarray) -> Tensor:
             part = image[y : y + side, x : x + side]
             if side != size:
                 method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
@@ -239,8 +321,11 @@ class PairSource:
             part = part[:, ::-1] if flip < 0.5 else part
             part = np.rot90(part) if turn < 0.1 else part
             tensor = torch.from_numpy(np.ascontiguousarray(part)).float().div_(255)
-            crops.append(tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor[None])
-        return crops[0], crops[1], crops[2]
+            return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor[None]
+
+        low_vis = None if images.vis_degraded is None else crop(images.vis_degraded)
+        low_ir = None if images.ir_degraded is None else crop(images.ir_degraded)
+        return crop(images.vis), crop(images.target), crop(images.ir), low_vis, low_ir
 
     def _vary_ir(self, ir: Tensor, generator: Generator) -> Tensor:
         """Gain, offset and gamma, input and target alike: cameras differ, and a target must stay unambiguous."""
@@ -256,6 +341,94 @@ class PairSource:
 
 def _fast(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch behind the frozen encoder.
+
+    clean, mu: latents (B, C, h, w) float32 of the clean and the degraded images; skips: of the degraded ones;
+    references: the clean latents decoded with those skips, (B, 3, H, W) each, which the published fusion loss aims at.
+    """
+
+    clean: Pair
+    mu: Pair
+    skips: tuple[Skips, Skips]
+    references: Pair
+
+    def to(self, device: torch.device) -> "Encoded":
+        """The batch on a device."""
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
+        """The batch with every tensor changed."""
+        vis_skips, ir_skips = (tuple(change(skip) for skip in skips) for skips in self.skips)
+        clean, mu, references = (Pair(*map(change, pair)) for pair in (self.clean, self.mu, self.references))
+        return Encoded(clean, mu, (vis_skips, ir_skips), references)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as `from_tensors` takes them."""
+        names: dict[str, Tensor] = {}
+        for part, pair in (("clean", self.clean), ("mu", self.mu), ("references", self.references)):
+            names |= {f"{part}.vis": pair.vis, f"{part}.ir": pair.ir}
+        for modality, skips in zip(("vis", "ir"), self.skips, strict=True):
+            names |= {f"skips.{modality}.{index}": skip for index, skip in enumerate(skips)}
+        return names
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Encoded":
+        """The inverse of `tensors`."""
+        clean, mu, references = (
+            Pair(tensors[f"{part}.vis"], tensors[f"{part}.ir"]) for part in ("clean", "mu", "references")
+        )
+        count = sum(name.startswith("skips.vis.") for name in tensors)
+        vis_skips, ir_skips = (
+            tuple(tensors[f"skips.{modality}.{index}"] for index in range(count)) for modality in ("vis", "ir")
+        )
+        return cls(clean, mu, (vis_skips, ir_skips), references)
+
+
+class LatentSource:
+    """Batches from crops that were degraded and encoded once, for stages that leave the autoencoder alone.
+
+    `crops` holds all of them in one `Encoded`, in half precision, the references as uint8 levels.
+    """
+
+    def __init__(self, crops: Encoded) -> None:
+        self.crops = crops
+
+    def __len__(self) -> int:
+        return len(self.crops.mu.vis)
+
+    @classmethod
+    def encode(cls, model: ReCoFuse, source: PairSource, count: int, crop: int, generator: Generator) -> "LatentSource":
+        """`count` crops of `crop` x `crop` drawn from pairs, normalised and encoded by the model."""
+        parts = []
+        for start in range(0, count, 16):
+            batch = source.draw(min(16, count - start), crop, generator).to(next(model.parameters()).device)
+            with torch.no_grad():
+                degraded = model.normalise(batch.degraded, batch.frame)
+                clean, _, _ = encode_pair(model, batch.clean)
+                mu, vis_skips, ir_skips = encode_pair(model, degraded)
+                references = reconstruct(model, clean, (vis_skips, ir_skips), batch.clean)
+            levels = Pair(*(to_uint8(image) for image in references))
+            kept = Encoded(clean, mu, (vis_skips, ir_skips), levels).mapped(_halved)
+            parts.append(kept.tensors())
+        return cls(Encoded.from_tensors({name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
+
+    def draw(self, batch_size: int, generator: Generator) -> Encoded:
+        """A batch of different crops in float32, references in [0, 1]."""
+        chosen = torch.randperm(len(self), generator=generator)[:batch_size]
+
+        def taken(tensor: Tensor) -> Tensor:
+            part = tensor[chosen]
+            return _fast(to_float(part) if part.dtype == torch.uint8 else part.float())
+
+        return self.crops.mapped(taken)
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.half().cpu() if tensor.is_floating_point() else tensor.cpu()
 
 
 # --- losses of the stages ---------------------------------------------------------------------------------------------
@@ -323,11 +496,28 @@ def autoencoder_loss(model: ReCoFuse, batch: Batch, stage: StageConfig) -> dict[
 
 
 @torch.no_grad()
+def reconstruct(model: ReCoFuse, clean: Pair, skips: tuple[Skips, Skips], like: Pair) -> Pair:
+    """Clean latents decoded with degraded skips, in the size of `like`: references of the published fusion update."""
+    size = (like.vis.shape[-2], like.vis.shape[-1])
+    return Pair(*(model.autoencoder.decode(z, skip, size).float() for z, skip in zip(clean, skips, strict=True)))
+
+
+@torch.no_grad()
 def encode_pair(model: ReCoFuse, images: Pair) -> tuple[Pair, Skips, Skips]:
     """Latents (float32) and the skips of both modalities, without gradient: the encoder is frozen after its stage."""
     latent, skips = model.autoencoder.encode(torch.cat(images))
     halves = [skip.chunk(2) for skip in skips]
     return Pair(*latent.float().chunk(2)), tuple(h[0] for h in halves), tuple(h[1] for h in halves)
+
+
+def predict_marginal(model: ReCoFuse, clean: Pair, mu: Pair, timesteps: Tensor, noise: Pair) -> tuple[Pair, Prediction]:
+    """States of the marginal at the steps (B,), and the model's evaluation of them; all pairs are (B, C, h, w)."""
+    states = []
+    for x0, m, eps in zip(clean, mu, noise, strict=True):
+        mean, std = model.sde.marginal(x0, m, timesteps)
+        states.append(mean + std * eps)
+    state = Pair(*states)
+    return state, model.predict(state, mu, timesteps)
 
 
 def restoration_loss(model: ReCoFuse, clean: Pair, mu: Pair, timesteps: Tensor, noise: Pair) -> tuple[Tensor, Tensor]:
@@ -336,12 +526,14 @@ def restoration_loss(model: ReCoFuse, clean: Pair, mu: Pair, timesteps: Tensor, 
     clean, mu, noise: (B, C, h, w) pairs; timesteps (B,). "noise" denoisers are compared at the optimum step of the own
     state, "clean" ones at x_0.
     """
-    states = []
-    for x0, m, eps in zip(clean, mu, noise, strict=True):
-        mean, std = model.sde.marginal(x0, m, timesteps)
-        states.append(mean + std * eps)
-    state = Pair(*states)
-    prediction = model.predict(state, mu, timesteps)
+    state, prediction = predict_marginal(model, clean, mu, timesteps, noise)
+    return prediction_losses(model, state, prediction, clean, mu, timesteps)
+
+
+def prediction_losses(
+    model: ReCoFuse, state: Pair, prediction: Prediction, clean: Pair, mu: Pair, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`restoration_loss` of an evaluation that is made already."""
     losses = []
     for start, output, x, x0, m in zip(prediction.start, prediction.output, state, clean, mu, strict=True):
         if prediction.kind == "clean":
@@ -380,12 +572,16 @@ def image_loss(image: Tensor, target: Tensor, log_weight: float) -> Tensor:
 
 
 def final_fusion_loss(
-    model: ReCoFuse, clean: Pair, skips: tuple[Skips, Skips], references: Pair
+    model: ReCoFuse,
+    clean: Pair,
+    skips: tuple[Skips, Skips],
+    references: Pair,
+    targets: FusionTargets | None = None,
 ) -> tuple[FusionTerms, Tensor]:
     """Fusion update: TIM at step 0 on clean latents, decoded with the fused skips. Returns the terms and the image."""
     size = (references.vis.shape[-2], references.vis.shape[-1])
     image = model.autoencoder.decode(model.final_fusion(clean), model.autoencoder.fuse_skips(*skips), size).float()
-    return fusion_loss(image, references.vis, references.ir), image
+    return fusion_loss(image, references.vis, references.ir, targets=targets), image
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -516,13 +712,15 @@ class ProcessGroup:
 class Trainer:
     """A model under training, with everything that a resumed run needs to go on exactly."""
 
-    def __init__(self, config: TrainConfig, source: PairSource, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: TrainConfig, source: PairSource | LatentSource, device: torch.device | str = "cpu"
+    ) -> None:
         self.config = config
         self.source = source
         self.device = torch.device(device)
         self.group = ProcessGroup()
         torch.manual_seed(config.seed)  # initial weights; everything later draws from self.generator
-        self.model = ReCoFuse(PRESETS[config.preset]).to(self.device)
+        self.model = ReCoFuse(config.model_config).to(self.device)
         self.generator = Generator().manual_seed(config.seed + 1_000_003 * self.group.rank)
         self.stage_index = 0
         self.start_stage()
@@ -603,6 +801,8 @@ class Trainer:
         tone = self.model.tone
         if tone is None:
             raise ConfigError(f"preset {self.config.preset!r} has no tone estimator to train")
+        if isinstance(self.source, LatentSource):
+            raise ConfigError("the tone stage needs frames, not encoded crops")
         generator = Generator().manual_seed(self.config.seed + 1)
         samples = ToneSamples.draw(tone, self.source, self.stage.num_frames, generator)
         self.tone_samples = samples.to(self.device)
@@ -617,6 +817,11 @@ class Trainer:
             terms = tone_loss(self.model.tone, self.tone_samples, chosen)
             self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
             return {name: float(term.detach()) for name, term in terms.items()}
+        if isinstance(self.source, LatentSource):
+            if stage.name == "autoencoder" or stage.rollout:
+                raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
+            with self._autocast():
+                return self._marginal_update(self.source.draw(stage.batch_size, self.generator).to(self.device))
         batch = self.source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
         if stage.name == "autoencoder":
             with self._autocast():
@@ -624,33 +829,53 @@ class Trainer:
             self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
             return {name: float(term.detach()) for name, term in terms.items()}
         with torch.no_grad():
-            context = batch.context or Pair(batch.degraded.vis, batch.degraded.ir[:, :1])
-            degraded = self.model.normalise(batch.degraded, context)
+            degraded = self.model.normalise(batch.degraded, batch.frame)
         with self._autocast():
             clean, _, _ = encode_pair(self.model, batch.clean)
             mu, vis_skips, ir_skips = encode_pair(self.model, degraded)
             if stage.rollout:
                 return self._rollout_update(batch, clean, mu, (vis_skips, ir_skips))
-            return self._marginal_update(batch, clean, mu, (vis_skips, ir_skips))
+            references = batch.clean  # nobody asks for them in the branch stage
+            if stage.name == "coupled":
+                references = reconstruct(self.model, clean, (vis_skips, ir_skips), batch.clean)
+            return self._marginal_update(Encoded(clean, mu, (vis_skips, ir_skips), references))
 
-    def _marginal_update(self, batch: Batch, clean: Pair, mu: Pair, skips: tuple[Skips, Skips]) -> dict[str, float]:
-        """The published iteration: random steps of the marginal; in the coupled stage then the fusion update of TIM."""
+    def _marginal_update(self, batch: Encoded) -> dict[str, float]:
+        """Random steps of the marginal: restoration of both modalities, and in the coupled stage the fusion loss."""
+        clean, mu = batch.clean, batch.mu
         timesteps = torch.randint(1, self.model.sde.num_steps + 1, (len(clean.vis),), generator=self.generator)
         timesteps = timesteps.to(self.device)
         noise = Pair(self._noise(mu.vis), self._noise(mu.ir))
+        if self.stage.name == "coupled" and self.model.config.coupling != "none":
+            return self._coupled_update(batch, timesteps, noise)
         vis_loss, ir_loss = restoration_loss(self.model, clean, mu, timesteps, noise)
         self._descend(vis_loss + ir_loss, self.parameters)
-        losses = {"vis": float(vis_loss.detach()), "ir": float(ir_loss.detach())}
-        if self.stage.name == "coupled":
-            with torch.no_grad():  # the reconstructions of the clean images, not the files (docs/model.md, 7)
-                size = (batch.clean.vis.shape[-2], batch.clean.vis.shape[-1])
-                decoded = (
-                    self.model.autoencoder.decode(latent, skip, size).float()
-                    for latent, skip in zip(clean, skips, strict=True)
-                )
-                references = Pair(*decoded)
-            losses |= self._fusion_update(clean, skips, references)
-        return losses
+        return {"vis": float(vis_loss.detach()), "ir": float(ir_loss.detach())}
+
+    def _coupled_update(self, batch: Encoded, timesteps: Tensor, noise: Pair) -> dict[str, float]:
+        """Restoration and fusion loss, each moving what `updates` says.
+
+        "alternating" is published: restoration moves both branches and TIM, then fusion moves TIM. "decoupled": each
+        task its own, restoration the branches and fusion TIM. "joint": one step of everything down the sum, with the
+        fusion loss on the branches' own estimates, so that it reaches them too. "separated": restoration alone for the
+        first half of the stage, then fusion alone, of TIM, with the branches at rest.
+        """
+        updates = self.stage.updates
+        losses: dict[str, float] = {}
+        if updates != "separated" or self._progress() < 0.5:
+            state, prediction = predict_marginal(self.model, batch.clean, batch.mu, timesteps, noise)
+            vis_loss, ir_loss = prediction_losses(self.model, state, prediction, batch.clean, batch.mu, timesteps)
+            losses = {"vis": float(vis_loss.detach()), "ir": float(ir_loss.detach())}
+            if updates == "joint":
+                estimates = clean_latents(self.model.sde, prediction, state, batch.mu, timesteps)
+                terms = self._fusion_terms(estimates, batch.skips, batch.references)
+                self._descend(vis_loss + ir_loss + self.stage.fusion_weight * terms.total, self.parameters)
+                return losses | _reported(terms)
+            branches = list(self.model.denoiser.parameters())
+            self._descend(vis_loss + ir_loss, branches if updates == "decoupled" else self.parameters)
+            if updates == "separated":
+                return losses
+        return losses | self._fusion_update(batch.clean, batch.skips, batch.references)
 
     def _rollout_update(self, batch: Batch, clean: Pair, mu: Pair, skips: tuple[Skips, Skips]) -> dict[str, float]:
         """Restoration through the sampler's own trajectory to the image, then the fusion update on its result."""
@@ -669,13 +894,17 @@ class Trainer:
         return reports | self._fusion_update(detached, skips, batch.clean)
 
     def _fusion_update(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> dict[str, float]:
-        terms, _ = final_fusion_loss(self.model, clean, skips, references)
+        terms = self._fusion_terms(clean, skips, references)
         self._descend(self.stage.fusion_weight * terms.total, self.fusion_parameters)
-        return {
-            "intensity": float(terms.intensity.detach()),
-            "gradient": float(terms.gradient.detach()),
-            "colour": float(terms.colour.detach()),
-        }
+        return _reported(terms)
+
+    def _fusion_terms(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> FusionTerms:
+        """The stage's fusion loss on the first `fusion_batch` items."""
+        stage, count = self.stage, self.stage.fusion_batch or len(clean.vis)
+        vis_skips, ir_skips = (tuple(skip[:count] for skip in part) for part in skips)
+        latents, images = (Pair(pair.vis[:count], pair.ir[:count]) for pair in (clean, references))
+        targets = FusionTargets(stage.intensity_target, stage.gradient_target)
+        return final_fusion_loss(self.model, latents, (vis_skips, ir_skips), images, targets)[0]
 
     def _descend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -705,9 +934,10 @@ class Trainer:
         self.start_stage()
         return True
 
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Begin the present stage with given weights instead of random ones."""
-        self.model.load_state_dict(weights)
+    def start_from(self, weights: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> None:
+        """Begin the present stage with given weights instead of random ones, or with those that start with `parts`."""
+        chosen = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
+        self.model.load_state_dict(self.model.state_dict() | chosen)
         self.start_stage()
 
     def skip_to(self, name: StageName) -> None:
@@ -774,6 +1004,10 @@ class Trainer:
             raise CheckpointError(f"{path} is not a training state: {error}") from error
 
 
+def _reported(terms: FusionTerms) -> dict[str, float]:
+    return {name: float(getattr(terms, name).detach()) for name in ("intensity", "gradient", "colour")}
+
+
 def _is_decoder(name: str) -> bool:
     """Whether a parameter of the compact autoencoder lies behind the latent or the skips."""
     return not name.startswith(("stem", "encoder", "down", "to_latent"))
@@ -782,11 +1016,19 @@ def _is_decoder(name: str) -> bool:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def read_images(root: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, visible (H, W, 3) and infrared (H, W) image of every pair below a folder, uint8."""
-    for files in find_pairs(root):
+def read_images(root: Path, split: str = "") -> Iterator[RawPair]:
+    """Every pair below a folder, or of one split of it, with its degraded files where it has them."""
+
+    def pixels(image: Tensor | None) -> np.ndarray | None:
+        if image is None:
+            return None
+        levels: np.ndarray = image.permute(1, 2, 0).contiguous().numpy()
+        return levels[..., 0] if levels.shape[2] == 1 else levels
+
+    for files in find_pairs(root, split=split or None):
         pair = read_pair(files)
-        yield files.name, pair.vis.permute(1, 2, 0).contiguous().numpy(), pair.ir[0].numpy()
+        vis, ir = pair.vis.permute(1, 2, 0).contiguous().numpy(), pair.ir[0].numpy()
+        yield RawPair(files.name, vis, ir, pixels(pair.vis_degraded), pixels(pair.ir_degraded), files.source)
 
 
 class Validation:
@@ -798,18 +1040,25 @@ class Validation:
     def __init__(self, config: DataConfig, root: Path) -> None:
         generator = Generator().manual_seed(self.SEED)
         self.items: list[tuple[Pair, Pair]] = []
-        for name, vis, ir in read_images(root):
-            if name.startswith(config.exclude_prefixes):
+        for pair in read_images(root, config.validation_split):
+            if pair.starts_with(config.exclude_prefixes):
                 continue
-            height, width = (min(side, self.SIDE) for side in ir.shape)
-            top, left = (ir.shape[0] - height) // 2, (ir.shape[1] - width) // 2
-            area = np.s_[top : top + height, left : left + width]
-            clean_vis = torch.from_numpy(vis[area].copy()).permute(2, 0, 1).float() / 255
-            clean_ir = torch.from_numpy(ir[area].copy())[None].float() / 255
+            clean_vis, clean_ir = self._centre(pair.vis), self._centre(pair.ir)
             strength = config.strengths[0]
             low_vis = degrade_vis(clean_vis, generator, strength).image
             low_ir = degrade_ir(clean_ir, generator, strength).image
+            if pair.vis_degraded is not None:
+                low_vis = self._centre(pair.vis_degraded)
+            if pair.ir_degraded is not None:
+                low_ir = self._centre(pair.ir_degraded)
             self.items.append((Pair(clean_vis[None], clean_ir[None]), Pair(low_vis[None], low_ir[None])))
+
+    def _centre(self, image: np.ndarray) -> Tensor:
+        """(H, W, 3) or (H, W) levels to the crop (C, H', W') in [0, 1]."""
+        height, width = (min(side, self.SIDE) for side in image.shape[:2])
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        pixels = np.atleast_3d(image)[top : top + height, left : left + width]
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def __call__(self, model: ReCoFuse) -> tuple[dict[str, float], list[Tensor]]:
         """Mean PSNR of both modalities before and after, in dB, and a few rows (3, H, W) of pictures."""
@@ -854,7 +1103,8 @@ def train_from_config(
     config = read_config(path)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    trainer = Trainer(config, PairSource(config.data, read_images(path.parent / config.data.root)), device)
+    source = PairSource(config.data, read_images(path.parent / config.data.root, config.data.split))
+    trainer = Trainer(config, source, device)
     validation_root = config.data.validation_root
     validation = Validation(config.data, path.parent / validation_root) if validation_root else None
     is_writer = trainer.group.is_first

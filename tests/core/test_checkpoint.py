@@ -136,13 +136,13 @@ def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_as_json(preset: str) -> None:
     config = PRESETS[preset]
-    assert checkpoint_module._config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert checkpoint_module.model_config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_settings_added_later_take_their_default() -> None:
     values = json.loads(json.dumps(dataclasses.asdict(PAPER)))
     del values["sde"]["eps"]
-    assert checkpoint_module._config_from(values) == PAPER
+    assert checkpoint_module.model_config_from(values) == PAPER
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

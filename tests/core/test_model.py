@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
-from recofuse_core.model import ALL_OUTPUTS, OutputName, ReCoFuse
+from recofuse_core.model import ALL_OUTPUTS, ModelConfig, OutputName, ReCoFuse
 from recofuse_core.sampler import SAMPLERS, Pair, SamplerName
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import GATED, PUBLISHED, images_of, largest_difference, pairs, tiny_model
@@ -113,6 +113,36 @@ def test_predictions_start_from_the_fused_state_or_from_their_own() -> None:
     assert coupled.start.vis is coupled.start.ir
     apart = GATED_MODEL.predict(Pair(vis, ir), Pair(vis_mu, ir_mu), 50, coupled=False)
     assert apart.start == Pair(vis, ir)
+
+
+def ablated(config: ModelConfig) -> ReCoFuse:
+    """The same weights in a model of another config."""
+    model = tiny_model(config)
+    model.load_state_dict(GATED_MODEL.state_dict())
+    return model
+
+
+def test_a_model_without_coupling_never_couples_and_fuses_late_or_not_at_all() -> None:
+    vis, ir = pairs(1, 32, 48)
+    apart = GATED_MODEL.fuse(vis, ir, coupled=False)
+    late = ablated(replace(GATED, coupling="late")).fuse(vis, ir)
+    for image, expected in zip(images_of(late), images_of(apart), strict=True):
+        assert torch.equal(image, expected)
+    without = ablated(replace(GATED, coupling="none"))
+    fused = without.fuse(vis, ir)
+    assert torch.equal(fused.vis, apart.vis)  # type: ignore[arg-type]
+    assert not torch.equal(fused.fused, apart.fused)  # type: ignore[arg-type]
+    latents = Pair(*torch.randn(2, *without.latent_shape(1, 32, 48)))
+    assert torch.allclose(without.final_fusion(latents), (latents.vis + latents.ir) / 2)
+
+
+def test_fusion_without_time_takes_every_step_alike() -> None:
+    timeless = ablated(replace(GATED, fusion=replace(GATED.fusion, uses_time=False))).fusion
+    vis, ir = torch.randn(2, 1, 4, 4, 6)
+    early, late = (timeless(vis, ir, torch.tensor([t])) for t in (3, 90))
+    assert torch.equal(early, late)
+    assert torch.equal(early, GATED_MODEL.fusion(vis, ir, torch.tensor([0])))
+    assert not torch.equal(*(GATED_MODEL.fusion(vis, ir, torch.tensor([t])) for t in (3, 90)))
 
 
 def test_a_step_per_item_is_that_step_for_that_item() -> None:

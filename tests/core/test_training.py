@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,21 +15,28 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from recofuse_core import load_pretrained
+from recofuse_core import PRESETS, load_pretrained
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError
+from recofuse_core.losses import FusionTargets, fusion_loss
 from recofuse_core.scenes import make_scene
 from recofuse_core.training import (
     DataConfig,
+    Encoded,
+    LatentSource,
     Lion,
     PairSource,
+    RawPair,
     StageConfig,
     StageName,
     TrainConfig,
     Trainer,
+    Updates,
+    Validation,
     WeightAverage,
     enhance_dark,
     learning_rate,
     read_config,
+    read_images,
     train_from_config,
 )
 
@@ -95,6 +103,48 @@ def test_groups_are_drawn_by_weight_and_prefixes_are_left_out() -> None:
     assert float(batch.clean.vis.min()) > 0.2
     with pytest.raises(DatasetError, match="no training pair"):
         PairSource(DataConfig(root="x", exclude_prefixes=("a_",)), pairs[:1])
+
+
+@pytest.mark.parametrize("with_ir", [True, False])
+def test_files_that_are_degraded_already_are_inputs_as_they_are(with_ir: bool) -> None:
+    (name, vis, ir), *_ = scenes()
+    dark = (vis // 8).astype(np.uint8)  # so dark that it would be given another target, were it the clean file
+    pair = RawPair(name, dark, ir, vis_degraded=255 - dark, ir_degraded=255 - ir if with_ir else None)
+    config = DataConfig(root="x", vary_ir_probability=1.0, rescale_probability=0.0)
+    batch = PairSource(config, [pair]).draw(6, CROP, Generator().manual_seed(4))
+    assert torch.allclose(batch.clean.vis + batch.degraded.vis, torch.ones(()), atol=1e-6)
+    assert float(batch.clean.vis.max()) <= 31.5 / 255
+    both = batch.clean.ir + batch.degraded.ir
+    assert torch.allclose(both, torch.ones(()), atol=1e-6) == with_ir
+
+
+def test_folders_of_degraded_and_clean_files_are_read_and_scored(tmp_path: Path) -> None:
+    for name, vis, ir in scenes():
+        for quality, change in (("HQ", 1.0), ("LQ", 0.4)):
+            for modality, image in (("vi", vis[..., ::-1]), ("ir", ir)):
+                folder = tmp_path / "pairs" / "FMB" / modality / quality
+                folder.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(folder / f"{name}.png"), (image * change).astype(np.uint8))
+    first, *_ = read_images(tmp_path / "pairs")
+    assert (first.name, first.source) == ("other_c", "FMB")
+    assert first.vis_degraded is not None
+    assert first.ir_degraded is not None
+    assert first.ir_degraded.shape == first.ir.shape
+    assert abs(float(first.ir_degraded.mean()) - 0.4 * float(first.ir.mean())) < 1
+    scores, _ = Validation(DataConfig(root="x"), tmp_path / "pairs")(load_pretrained("compact"))
+    expected = [10 * math.log10(255**2 / float(((0.6 * vis.astype(float)) ** 2).mean())) for _, vis, _ in scenes()]
+    assert scores["vis_degraded"] == pytest.approx(sum(expected) / len(expected), abs=0.2)
+
+
+def test_groups_may_be_data_sets() -> None:
+    bright, dark = np.full((40, 40, 3), 200, np.uint8), np.full((40, 40, 3), 60, np.uint8)
+    ir = np.full((40, 40), 90, np.uint8)
+    pairs = [RawPair("00001", bright, ir, source="FMB"), RawPair("00002", dark, ir, source="LLVIP")]
+    batch = PairSource(DataConfig(root="x", exclude_prefixes=("LLVIP",)), pairs).draw(20, CROP, Generator())
+    assert float(batch.clean.vis.min()) > 0.7
+    weights = {"FMB": 0.0, "LLVIP": 1.0}
+    batch = PairSource(DataConfig(root="x", group_weights=weights), pairs).draw(20, CROP, Generator())
+    assert float(batch.clean.vis.max()) < 0.3
 
 
 def test_only_dark_targets_are_lifted_and_stay_dark() -> None:
@@ -200,6 +250,125 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, first_stage: 
         assert torch.equal(value, second.model.state_dict()[key]), key
     for key, value in whole.average.weights.items():
         assert torch.equal(value, second.average.weights[key]), key
+
+
+def moved_by_a_coupled_step(updates: Updates, steps: int = 1, **model: Any) -> tuple[set[str], list[dict[str, float]]]:
+    """The networks that a coupled stage of so many steps moves, and the losses of each step."""
+    data = DataConfig(root="scenes")
+    config = TrainConfig("compact", "test", data, (replace(stage("coupled", steps), updates=updates),), model=model)
+    run = Trainer(config, PairSource(data, scenes()))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    losses = [report.losses for report in run.run_stage()]
+    changed = {key for key, value in run.model.state_dict().items() if not torch.equal(value, before[key])}
+    return {key.split(".")[0] for key in changed}, losses
+
+
+@pytest.mark.parametrize(
+    ("updates", "model", "moved", "terms"),
+    [
+        ("alternating", {}, {"denoiser", "fusion"}, 5),
+        ("decoupled", {}, {"denoiser", "fusion"}, 5),
+        ("joint", {}, {"denoiser", "fusion"}, 5),
+        ("separated", {}, {"denoiser", "fusion"}, 2),
+        ("alternating", {"coupling": "late"}, {"denoiser", "fusion"}, 5),
+        ("alternating", {"coupling": "none"}, {"denoiser"}, 2),
+    ],
+)
+def test_ablated_updates_move_what_they_say(
+    updates: Updates, model: dict[str, Any], moved: set[str], terms: int
+) -> None:
+    networks, losses = moved_by_a_coupled_step(updates, **model)
+    assert networks == moved
+    assert len(losses[0]) == terms
+
+
+def test_separated_updates_restore_first_and_fuse_later() -> None:
+    _, losses = moved_by_a_coupled_step("separated", steps=4)
+    assert [sorted(each) for each in losses] == [["ir", "vis"]] * 2 + [["colour", "gradient", "intensity"]] * 2
+
+
+def gradients_of(run: Trainer, batch: Encoded, *, with_fusion: bool) -> dict[str, Tensor]:
+    """What the last descent of one update left in `.grad`."""
+    run.model.zero_grad(set_to_none=True)
+    run.optimizer.step = lambda *_: None  # type: ignore[method-assign,assignment]  # the weights stay for the next look
+    run.stage_index = int(with_fusion)
+    run.generator.manual_seed(1)
+    run._marginal_update(batch)
+    return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+def test_joint_updates_bring_the_fusion_loss_to_the_branches() -> None:
+    data = DataConfig(root="scenes")
+    stages = (
+        replace(stage("coupled"), updates="joint", fusion_weight=0.0),
+        replace(stage("coupled"), updates="joint", fusion_weight=1.0),
+    )
+    run = Trainer(TrainConfig("compact", "test", data, stages, clip_norm=1e9), PairSource(data, scenes()))
+    for parameter in run.model.denoiser.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=Generator().manual_seed(parameter.numel()))
+    batch = LatentSource.encode(run.model, PairSource(data, scenes()), 2, CROP, Generator()).draw(2, Generator())
+    without, both = (gradients_of(run, batch, with_fusion=with_fusion) for with_fusion in (False, True))
+    assert any(not torch.allclose(both[name], without[name]) for name in both if name.startswith("denoiser.ir"))
+
+
+def test_encoded_crops_come_back_as_they_were_kept() -> None:
+    run = trainer(stage("coupled", 2))
+    source = LatentSource.encode(run.model, PairSource(DataConfig(root="x"), scenes()), 5, CROP, Generator())
+    assert len(source) == 5
+    again = LatentSource(Encoded.from_tensors(source.crops.tensors()))
+    batch, same = (each.draw(3, Generator().manual_seed(2)) for each in (source, again))
+    assert batch.clean.vis.shape == (3, 16, CROP // 8, CROP // 8)
+    assert batch.references.ir.shape == (3, 3, CROP, CROP)
+    for name, tensor in batch.tensors().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, same.tensors()[name])
+    run.source = source
+    assert [report.step for report in run.run_stage()] == [1, 2]
+    run.config = replace(run.config, stages=(stage("coupled", 2, rollout=True),))
+    run.start_stage()
+    with pytest.raises(ConfigError, match="encoded crops serve"):
+        next(run.run_stage())
+
+
+def test_fusion_targets_are_told_apart() -> None:
+    vis, ir = torch.rand(2, 1, 3, 16, 16, generator=Generator().manual_seed(0))
+    ir = ir[:, :1].expand(-1, 3, -1, -1)
+    mean = fusion_loss((vis + ir) / 2, vis, ir, targets=FusionTargets(intensity="mean"))
+    assert float(mean.intensity) == pytest.approx(0, abs=1e-6)
+    usual = fusion_loss((vis + ir) / 2, vis, ir)
+    assert float(usual.intensity) > 0.05
+    assert float(mean.gradient) == float(usual.gradient)
+    gentle = fusion_loss(torch.full_like(vis, 0.5), vis, ir, targets=FusionTargets(gradient="mean"))
+    harsh = fusion_loss(torch.full_like(vis, 0.5), vis, ir)
+    assert float(gentle.gradient) < float(harsh.gradient)  # a flat picture lacks the mean less than the maximum
+    assert float(gentle.intensity) == float(harsh.intensity)
+
+
+def test_a_model_differs_from_its_preset_where_the_configuration_says_so() -> None:
+    data = DataConfig(root="x")
+    model = {"coupling": "late", "fusion": {"uses_time": False, "width": 32, "time_dim": 128, "num_groups": 16}}
+    config = TrainConfig("compact", "0", data, (stage("coupled"),), model=model).model_config
+    assert (config.coupling, config.fusion.uses_time, config.fusion.width) == ("late", False, 32)
+    assert config.denoiser == PRESETS["compact"].denoiser
+    wrongs: tuple[dict[str, Any], ...]
+    wrongs = ({"fusion": {"weight": 3}}, {"steps": "many"}, {"tonality": {}}, {"coupling": "sometimes"})
+    for wrong in wrongs:
+        with pytest.raises(ConfigError):
+            _ = replace(TrainConfig("compact", "0", data, ()), model=wrong).model_config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"updates": "sometimes"},
+        {"updates": "joint", "rollout": True},
+        {"name": "branches", "updates": "joint"},
+        {"intensity_target": "minimum"},
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        replace(stage("coupled"), **change)
 
 
 def test_tone_curves_learn_to_undo_what_acts_on_whole_frames() -> None:
