@@ -1,6 +1,6 @@
 """The folder tree is the architecture: who may import what, each module probed in a fresh interpreter.
 
-Every module of both packages must have a row here, and every row a module: a new file fails until somebody
+Every module of the packages must have a row here, and every row a module: a new file fails until somebody
 has decided what it may pull in, and a removed one cannot leave a rule that holds of nothing.
 """
 
@@ -44,6 +44,9 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.worker": ("fastapi", "grpc"),
 }
 
+# The client is for machines that have neither the model nor the service: of the service, only the generated messages.
+CLIENT_BANNED = ("torch", "recofuse_core", "fastapi", "pydantic", "redis", "uvicorn", "typer", "prometheus_client")
+
 # Only these speak to the environment; everything else is handed its settings.
 ENVIRONMENT_READERS = {"service/cli.py"}
 
@@ -78,6 +81,15 @@ def test_every_service_module_has_a_row() -> None:
     assert modules_of("service") == set(SERVICE_BANNED)
 
 
+def test_the_client_stays_free_of_model_and_service() -> None:
+    modules = sorted(modules_of("recofuse_client"))
+    assert "recofuse_client.streams" in modules
+    assert pulled_in(modules, CLIENT_BANNED) == []
+    probe = "import sys, recofuse_client; print(*[name for name in sys.modules if name.startswith('service.')])"
+    run = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert {name.split(".")[1] for name in run.stdout.split()} == {"pb"}
+
+
 def test_the_probe_sees_what_is_imported() -> None:
     assert pulled_in(["recofuse_core.sde"], ("torch", "service")) == ["torch"]
 
@@ -99,7 +111,7 @@ def test_environment_probe_sees_a_read() -> None:
     assert not reads_environment("import os\nvalue = os.getpid()")
 
 
-@pytest.mark.parametrize("package", ["recofuse_core", "service"])
+@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
 def test_only_the_command_line_reads_the_environment(package: str) -> None:
     sources = [path for path in sorted((ROOT / package).rglob("*.py")) if "pb" not in path.parts]
     assert sources

@@ -1,0 +1,79 @@
+"""Pixels to files and back, and what a server can take. Colour is RGB unless `bgr` says otherwise."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from recofuse_client.errors import BadAnswerError
+
+Array = NDArray[np.uint8] | NDArray[np.uint16]
+ImageLike = Array | bytes | bytearray | memoryview | str | os.PathLike[str]
+"""Pixels, the bytes of an image file, or the path of one."""
+
+
+def file_of(image: ImageLike, role: str, *, bgr: bool = False) -> bytes:
+    """An image as a file's bytes: read, passed on, or, for pixels, as a PNG.
+
+    Raises OSError for a path that cannot be read, and TypeError and ValueError like `checked_array`.
+    """
+    if isinstance(image, np.ndarray):
+        return png_of(image, role, bgr=bgr)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).read_bytes()
+    raise TypeError(f"{role}: an image is an array, the bytes of a file or a path, not {type(image).__name__}")
+
+
+def checked_array(image: NDArray[Any], role: str) -> NDArray[Any]:
+    """An array that a server can take, contiguous: (H, W) or (H, W, 3), uint8 or uint16; (H, W, 1) loses its last axis.
+
+    Raises TypeError for other types of pixels and ValueError for other shapes.
+    """
+    if image.dtype not in (np.uint8, np.uint16):
+        raise TypeError(f"{role}: pixels are uint8 or uint16, not {image.dtype}; scale floating-point images yourself")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
+        raise ValueError(f"{role}: accepted are (H, W) and (H, W, 3), not {image.shape}")
+    return np.ascontiguousarray(image)
+
+
+def png_of(image: NDArray[Any], role: str, *, bgr: bool = False) -> bytes:
+    """A lossless file of pixels (`checked_array`), compressed little, because it is sent at once."""
+    array = checked_array(image, role)
+    if array.ndim == 3 and not bgr:
+        array = np.ascontiguousarray(array[..., ::-1])  # OpenCV takes blue first
+    is_done, encoded = cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not is_done:
+        raise ValueError(f"{role}: {image.shape} {image.dtype} cannot be encoded")
+    return encoded.tobytes()
+
+
+def decoded(data: bytes, media_type: str) -> NDArray[np.uint8]:
+    """The pixels of an answer's file: (H, W, 3) RGB or (H, W), uint8. Raises BadAnswerError if it cannot be read."""
+    if media_type == "application/x-npy":
+        return npy_pixels(data)
+    flat = np.frombuffer(data, np.uint8)
+    pixels = cv2.imdecode(flat, cv2.IMREAD_UNCHANGED) if flat.size else None
+    if pixels is None or pixels.dtype != np.uint8:
+        raise BadAnswerError(f"a picture of {len(data)} bytes cannot be read as {media_type}")
+    return np.ascontiguousarray(pixels[..., 2::-1] if pixels.ndim == 3 else pixels, np.uint8)
+
+
+def npy_pixels(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of a file of NumPy's format. Raises BadAnswerError."""
+    try:
+        pixels = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadAnswerError(f"a picture of {len(data)} bytes cannot be read as npy") from error
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        raise BadAnswerError("a picture is not of uint8 pixels")
+    return pixels

@@ -1,0 +1,244 @@
+"""What goes in and what comes out, the same for every way of talking to a server: frozen, typed, plain.
+
+Arrays are NumPy's, uint8 or uint16, height first. Colour is RGB in both directions unless `bgr` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recofuse_client.errors import BadAnswerError, RecofuseError
+from recofuse_client.pictures import ImageLike, decoded
+
+Output = Literal["fused", "vis", "ir", "all"]
+Format = Literal["array", "png", "jpeg", "webp"]
+Sampler = Literal["euler", "posterior", "ode1", "ode2"]
+Priority = Literal["high", "normal", "low"]
+Mode = Literal["all", "latest"]
+
+
+class Part(StrEnum):
+    """One picture of an answer: the fusion, or one of the two restored images."""
+
+    FUSED = "fused"
+    VIS = "vis"
+    IR = "ir"
+
+
+class JobStatus(StrEnum):
+    """Where a job stands. The last four never change again."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the status can no longer change."""
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What may be chosen about the computation and its answer.
+
+    output: which pictures. format: "array" for pixels, else the encoding of the files. steps (1 to 1000), sampler: None
+    asks for the model's own. seed: below 2^63; equal seeds give equal pictures. ir_range: source values (low, high)
+    that become black and white, in place of the server's automatic choice.
+    """
+
+    output: Output = "fused"
+    format: Format = "array"
+    steps: int | None = None
+    sampler: Sampler | None = None
+    seed: int = 0
+    ir_range: tuple[float, float] | None = None
+    priority: Priority = "normal"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError. What depends on the server's limits is the server's to refuse."""
+        for name, kind in (("output", Output), ("format", Format), ("sampler", Sampler), ("priority", Priority)):
+            value, accepted = getattr(self, name), get_args(kind)
+            if value not in accepted and not (name == "sampler" and value is None):
+                raise ValueError(f"{name}: accepted are {', '.join(accepted)}, not {value!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: accepted are 0 to 2^63 - 1, not {self.seed}")
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise ValueError(f"steps: accepted are 1 to 1000, not {self.steps}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """One picture: pixels, or a file of media_type.
+
+    content: (H, W, 3) RGB or (H, W) grey uint8 if media_type is empty, else the file's bytes.
+    """
+
+    part: Part
+    media_type: str
+    content: NDArray[np.uint8] | bytes
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The pixels, uint8: (H, W, 3) RGB, or (H, W) for the infrared picture. A file is decoded at every access."""
+        if isinstance(self.content, np.ndarray):
+            return self.content
+        pixels = decoded(self.content, self.media_type)
+        # Some formats know no grey.
+        return pixels[..., 0] if self.part is Part.IR and pixels.ndim == 3 else pixels
+
+    @property
+    def encoded(self) -> bytes:
+        """The file's bytes. Raises ValueError for pixels, which are none."""
+        if isinstance(self.content, np.ndarray):
+            raise ValueError('the picture came as pixels; ask for a format other than "array" to get a file')
+        return self.content
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went at the server, in seconds. A stage that was not reached is 0."""
+
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    batch_s: float = 0.0
+    model_s: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Fusion:
+    """An answer. pictures: what `output` asked for."""
+
+    pictures: Mapping[Part, Picture]
+    model_name: str
+    model_version: str
+    timings: Timings
+    job_id: str
+    request_id: str
+
+    def __getitem__(self, part: Part | Literal["fused", "vis", "ir"]) -> Picture:
+        """A picture by the name of its part. Raises KeyError for one that was not asked for."""
+        return self.pictures[Part(part)]
+
+    @property
+    def fused(self) -> NDArray[np.uint8]:
+        """Pixels (H, W, 3) of the fused picture. Raises KeyError if it was not asked for."""
+        return self[Part.FUSED].pixels
+
+    @property
+    def vis(self) -> NDArray[np.uint8]:
+        """Pixels (H, W, 3) of the restored visible image. Raises KeyError if it was not asked for."""
+        return self[Part.VIS].pixels
+
+    @property
+    def ir(self) -> NDArray[np.uint8]:
+        """Pixels (H, W) of the restored infrared image. Raises KeyError if it was not asked for."""
+        return self[Part.IR].pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Where an asynchronous job stands. error: what it ended with, if it did not succeed."""
+
+    id: str
+    status: JobStatus
+    priority: Priority
+    attempts: int
+    created_at: datetime
+    deadline_at: datetime | None = None
+    finished_at: datetime | None = None
+    error: RecofuseError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that is being served, and what serves it."""
+
+    name: str
+    version: str
+    default_steps: int
+    default_sampler: str
+    devices: tuple[str, ...]
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether new work is welcome, and if not, why (as far as the protocol tells)."""
+
+    is_ready: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One pair of a stream.
+
+    sequence: ascends, gaps are allowed; None counts on from the frame before. timestamp_ns: of your clock, comes back
+    as it went. timeout_s: this frame's own deadline. bgr: colour arrays have blue first, as OpenCV's have.
+    """
+
+    vis: ImageLike
+    ir: ImageLike
+    sequence: int | None = None
+    timestamp_ns: int = 0
+    timeout_s: float | None = None
+    bgr: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamStats:
+    """Counts since a stream began, reconnections included.
+
+    offered = fused + failed + dropped + lost + what is on its way. dropped: replaced by a newer frame before it was
+    fused (mode latest), here or at the server. lost: in mode latest, without an answer when a connection broke.
+    The last four are the server's, of the present connection: rates over the last 5 s, ages from a frame's arrival to
+    its answer.
+    """
+
+    offered: int = 0
+    fused: int = 0
+    failed: int = 0
+    dropped: int = 0
+    lost: int = 0
+    reconnects: int = 0
+    received_per_s: float = 0.0
+    fused_per_s: float = 0.0
+    age_p50_s: float = 0.0
+    age_p99_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class FrameResult:
+    """What became of one frame: a fusion, or an error.
+
+    num_missed: frames of the sender between the result before and this one that have no result: dropped or lost.
+    age_s: from the frame's arrival at the server to its answer. latency_s: from handing the frame over to gRPC here,
+    the last time if it was sent more than once, to its answer's arrival.
+    """
+
+    sequence: int
+    timestamp_ns: int
+    fusion: Fusion | None
+    error: RecofuseError | None
+    num_missed: int
+    age_s: float
+    latency_s: float
+    stats: StreamStats = field(default_factory=StreamStats)
+
+    def unwrap(self) -> Fusion:
+        """The fusion. Raises the frame's error."""
+        if self.fusion is None:
+            raise self.error or BadAnswerError("the frame has neither a fusion nor an error")
+        return self.fusion

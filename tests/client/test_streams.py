@@ -1,0 +1,388 @@
+"""Streams: order, both modes, sources that fail, and connections that break, first in the books, then on real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recofuse_client as rc
+from recofuse_client.retries import Retry
+from recofuse_client.streams import Ledger, StreamOptions
+from service.pb.recofuse.v1 import fusion_pb2 as pb
+from tests.client.conftest import QUICK, CommandServer, Served, reaching, served
+from tests.fakes import FakeEngine, picture
+from tests.service.conftest import Serving
+
+GRPC = ("grpc", "grpc-async")
+VIS, IR = picture(), picture(channels=1, seed=1)
+EAGER = Retry(first_pause_s=1e-9, max_pause_s=1e-9)
+
+
+def frames(number: int, **fields: Any) -> Iterator[rc.Frame]:
+    """Frames that can be told apart by their top left pixel."""
+    for sequence in range(number):
+        vis = VIS.copy()
+        vis[0, 0] = sequence % 256
+        yield rc.Frame(vis, IR, timestamp_ns=1000 + sequence, **fields)
+
+
+# the books
+
+
+class PretendServer:
+    """Answers as fusion.proto promises, and breaks when told to."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.arrived: list[int] = []
+        self.last = -1
+
+    def open(self) -> None:
+        opening = self.ledger.opening().options
+        self.arrived = []
+        self.last = opening.resume_after if opening.HasField("resume_after") else -1
+
+    def receive(self) -> None:
+        sequence = self.ledger.take().frame.sequence
+        if sequence > self.last and (not self.arrived or sequence > self.arrived[-1]):
+            self.arrived.append(sequence)
+
+    def answer(self, *, skip: bool) -> pb.FuseStreamResponse:
+        """The answer to the oldest frame, or in mode latest to the newest."""
+        sequence = self.arrived.pop() if skip else self.arrived.pop(0)
+        self.arrived = [number for number in self.arrived if number > sequence]
+        self.last = sequence
+        return pb.FuseStreamResponse(sequence=sequence, fusion=pb.Fusion())
+
+
+@given(
+    mode=st.sampled_from(["all", "latest"]),
+    window=st.integers(1, 6),
+    steps=st.lists(st.sampled_from(["offer", "offer", "send", "send", "answer", "break", "refuse"]), max_size=120),
+)
+def test_every_frame_is_accounted_for(mode: Any, window: int, steps: list[str]) -> None:
+    ledger = Ledger(StreamOptions(mode=mode, window=window, retry=EAGER, reconnect_s=1000))
+    server = PretendServer(ledger)
+    results: list[rc.FrameResult] = []
+    offered = 0
+    tiny = np.zeros((1, 1), np.uint8)
+
+    def take_answer() -> None:
+        outcome = ledger.answer(server.answer(skip=mode == "latest"))
+        assert isinstance(outcome, rc.FrameResult)
+        results.append(outcome)
+
+    def reconnect() -> None:
+        ledger.reopen()
+        server.open()
+
+    server.open()
+    for step in steps:
+        if step == "offer" and ledger.can_offer:
+            ledger.offer((tiny, tiny))
+            offered += 1
+        elif step == "send" and ledger.has_next:
+            server.receive()
+        elif step == "answer" and server.arrived:
+            take_answer()
+        elif step == "break":
+            assert ledger.break_off(rc.ConnectionLostError("gone")) >= 0
+            reconnect()
+        elif step == "refuse" and server.arrived and mode == "all":
+            detail = pb.ErrorDetail(code="unavailable", message="stopping")
+            pause_s = ledger.answer(pb.FuseStreamResponse(sequence=server.arrived[0], error=detail))
+            assert isinstance(pause_s, float)
+            reconnect()
+    ledger.is_ended = True
+    while ledger.has_next:
+        server.receive()
+    while server.arrived:
+        take_answer()
+    assert ledger.break_off(None) == 0
+    assert ledger.is_done
+    stats, sequences = ledger.stats, [result.sequence for result in results]
+    assert sequences == sorted(set(sequences))
+    assert stats.offered == offered
+    assert stats.fused + stats.failed + stats.dropped + stats.lost == offered
+    assert stats.fused == len(results)
+    if mode == "all":
+        assert sequences == list(range(offered))
+        assert not any(result.num_missed for result in results)
+    else:
+        for before, after in itertools.pairwise([-1, *sequences]):
+            missed = next(result.num_missed for result in results if result.sequence == after)
+            assert missed == after - before - 1
+
+
+def test_sequence_numbers_ascend_and_may_leave_gaps() -> None:
+    ledger = Ledger(StreamOptions(mode="latest"))
+    ledger.offer(rc.Frame(VIS, IR, sequence=5))
+    ledger.offer((VIS, IR))
+    ledger.offer(rc.Frame(VIS, IR, sequence=9))
+    assert ledger.take().frame.sequence == 9
+    with pytest.raises(ValueError, match="9 came after 9"):
+        ledger.offer(rc.Frame(VIS, IR, sequence=9))
+    answer = ledger.answer(pb.FuseStreamResponse(sequence=9, fusion=pb.Fusion()))
+    assert isinstance(answer, rc.FrameResult)
+    assert answer.num_missed == 2  # a number that the source left out is no frame
+
+
+def test_patience_with_a_server_that_is_gone_ends() -> None:
+    lost = rc.ConnectionLostError("gone")
+    ledger = Ledger(StreamOptions(reconnect_s=0))
+    ledger.offer((VIS, IR))
+    ledger.take()
+    with pytest.raises(rc.ConnectionLostError):
+        ledger.break_off(lost)
+    hasty = Ledger(StreamOptions(reconnect_s=0))
+    hasty.offer((VIS, IR))
+    hasty.take()
+    refused = pb.ErrorDetail(code="rate_limited", message="slowly", retry_after_s=5)
+    outcome = hasty.answer(pb.FuseStreamResponse(sequence=0, error=refused))
+    assert isinstance(outcome, rc.FrameResult)
+    assert isinstance(outcome.error, rc.RateLimitedError)
+    with pytest.raises(rc.RateLimitedError):
+        outcome.unwrap()
+    with pytest.raises(rc.InvalidInputError):
+        Ledger(StreamOptions()).break_off(rc.InvalidInputError("options in the middle"))
+    idle = Ledger(StreamOptions(reconnect_s=0))
+    assert idle.break_off(rc.TimedOutError("no frame came for 60 s")) == 0
+
+
+def test_impossible_options() -> None:
+    for wrong in ({"mode": "some"}, {"window": 0}, {"max_in_flight": -1}, {"reconnect_s": -1}):
+        with pytest.raises(ValueError, match=r"mode|window"):
+            StreamOptions(**wrong)
+
+
+# on a real server
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_all_frames_come_back_in_order(running: Served, kind: str) -> None:
+    client = running.reach.client(kind)
+    results = await client.stream(frames(40), window=5, output="all", seed=3)
+    assert [result.sequence for result in results] == list(range(40))
+    for result in results:
+        fusion = result.unwrap()
+        assert fusion.fused[0, 0, 0] == result.sequence
+        assert result.timestamp_ns == 1000 + result.sequence
+        np.testing.assert_array_equal(fusion.ir, IR)
+        assert 0 <= result.age_s <= result.latency_s + 1
+        assert not result.num_missed
+    stats = results[-1].stats
+    assert (stats.offered, stats.fused) == (40, 40)
+    assert (stats.failed, stats.dropped, stats.lost, stats.reconnects) == (0, 0, 0, 0)
+    assert stats.age_p99_s >= stats.age_p50_s > 0
+    assert {seed for batch in running.engine.batches for seed in batch} == {3}
+    assert await client.stream([]) == []
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_the_window_holds_the_source_back(running: Served, kind: str) -> None:
+    running.engine.gate.clear()
+    taken = 0
+
+    def source() -> Iterator[rc.Frame]:
+        nonlocal taken
+        for frame in frames(30):
+            taken += 1
+            yield frame
+
+    reading = asyncio.ensure_future(running.reach.client(kind).stream(source(), window=4))
+    await asyncio.to_thread(running.engine.started.wait, 10)
+    await asyncio.sleep(0.3)
+    assert taken <= 6  # four without an answer, one that waits, one in the source's hand
+    running.engine.gate.set()
+    assert len(await reading) == 30
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_latest_drops_what_is_stale_and_counts_it(running: Served, kind: str) -> None:
+    running.engine.gate.clear()
+    is_over = threading.Event()
+
+    def source() -> Iterator[rc.Frame]:
+        yield from itertools.islice(frames(200), 200)
+        is_over.set()
+
+    reading = asyncio.ensure_future(running.reach.client(kind).stream(source(), mode="latest"))
+    assert await asyncio.to_thread(is_over.wait, 20)  # the source was never held back
+    running.engine.gate.set()
+    results = await reading
+    stats = results[-1].stats
+    assert results[-1].sequence == 199  # the newest is never dropped
+    assert len(results) < 100
+    assert stats.offered == 200
+    assert stats.fused == len(results)
+    assert stats.fused + stats.dropped == 200
+    assert sum(result.num_missed for result in results) == stats.dropped
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_a_frame_that_cannot_be_fused_does_not_end_the_stream(running: Served, kind: str) -> None:
+    pairs: list[tuple[Any, Any]] = [(VIS, IR), (b"no picture", IR), (VIS, IR)]
+    first, second, third = await running.reach.client(kind).stream(pairs)
+    assert isinstance(second.error, rc.UnsupportedMediaError)
+    assert second.fusion is None
+    assert first.unwrap().job_id != third.unwrap().job_id
+    assert (third.stats.fused, third.stats.failed) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_what_the_source_raises_comes_out_behind_its_frames(running: Served, kind: str) -> None:
+    def broken() -> Iterator[rc.Frame]:
+        yield from frames(3)
+        raise OSError("the cable is out")
+
+    client = running.reach.client(kind)
+    seen: list[rc.FrameResult] = []
+    with pytest.raises(OSError, match="cable"):
+        await client.stream(broken(), seen=seen)
+    assert len(seen) == 3
+    with pytest.raises(TypeError, match="float64"):
+        await client.stream([(VIS / 255, IR)])
+    with pytest.raises(ValueError, match="came after"):
+        await client.stream([rc.Frame(VIS, IR, sequence=4), rc.Frame(VIS, IR, sequence=4)])
+
+
+async def test_a_stream_that_is_left_early_closes_its_source(running: Served) -> None:
+    closed = threading.Event()
+
+    def camera() -> Iterator[rc.Frame]:
+        try:
+            while True:
+                yield rc.Frame(VIS, IR)
+        finally:
+            closed.set()
+
+    def look() -> int:
+        with running.reach.client("grpc").client.stream(camera()) as results:
+            return int(next(results).sequence)
+
+    assert await asyncio.to_thread(look) == 0
+    assert await asyncio.to_thread(closed.wait, 10)
+
+    is_closed = asyncio.Event()
+
+    async def async_camera() -> AsyncIterator[rc.Frame]:
+        try:
+            while True:
+                yield rc.Frame(VIS, IR)
+                await asyncio.sleep(0)
+        finally:
+            is_closed.set()
+
+    async with running.reach.client("grpc-async").client.stream(async_camera()) as results:
+        async for result in results:
+            assert result.sequence == 0
+            break
+    await asyncio.wait_for(is_closed.wait(), 10)
+
+
+@pytest.mark.parametrize("kind", ["http", "http-async"])
+async def test_streams_need_grpc(running: Served, kind: str) -> None:
+    with pytest.raises(rc.RouteNotFoundError, match="grpc://"):
+        running.reach.client(kind).client.stream([])
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_a_source_that_rests_longer_than_the_server_waits(serving: Serving, kind: str) -> None:
+    async with served(serving, grpc={"port": 0, "stream_idle_s": 0.2}) as one:
+
+        def source() -> Iterator[rc.Frame]:
+            yield from frames(2)
+            time.sleep(1.5)
+            yield from (rc.Frame(VIS, IR) for _ in range(2))
+
+        results = await one.reach.client(kind, retry=QUICK).stream(source())
+        assert [result.sequence for result in results] == [0, 1, 2, 3]
+        assert results[-1].stats.reconnects == 1
+        assert results[-1].stats.lost == 0
+
+
+@pytest.mark.parametrize("kind", GRPC)
+async def test_rates_slow_a_stream_down_without_loss(serving: Serving, kind: str, tmp_path: Any) -> None:
+    from service.auth import FileKeys, new_key
+
+    record, key = new_key("camera", rate_per_s=4.0, burst=2)
+    await FileKeys(tmp_path / "keys.json").put(record)
+    async with served(serving, auth={"keys": f"file:{tmp_path / 'keys.json'}"}) as one:
+        results = await one.reach.client(kind, api_key=key, retry=QUICK).stream(frames(5))
+        assert [result.unwrap().fused[0, 0, 0] for result in results] == [0, 1, 2, 3, 4]
+        with pytest.raises(rc.UnauthenticatedError):
+            await one.reach.client(kind, retry=QUICK).stream(frames(2))
+
+
+# servers that go away, as real processes
+
+
+async def test_streams_outlive_their_servers(command_server: CommandServer) -> None:
+    """Under four streams the server is killed, then stopped in order; each time another one follows at its address."""
+    command_server.start("fixed", ENGINE__FIXED_BATCH_S="0.02")
+    await asyncio.to_thread(command_server.wait_until_ready)
+    num_frames, enough = 0, 60
+
+    def paced(goes_on: threading.Event) -> Iterator[rc.Frame]:
+        nonlocal num_frames
+        for frame in frames(10_000):
+            num_frames += 1
+            yield frame
+            if goes_on.is_set():
+                return
+            time.sleep(0.02)
+
+    async with reaching(command_server.http, command_server.grpc) as reach:
+        over = threading.Event()
+        clients = [(reach.client(kind, retry=QUICK), mode) for kind in GRPC for mode in ("all", "latest")]
+        reading = [asyncio.ensure_future(client.stream(paced(over), mode=mode)) for client, mode in clients]
+        for end in (command_server.kill, command_server.stop):
+            until = num_frames + enough
+            while num_frames < until:  # noqa: ASYNC110 - other threads' frames
+                await asyncio.sleep(0.02)
+            await asyncio.to_thread(end)
+            await asyncio.to_thread(command_server.start, "fixed", ENGINE__FIXED_BATCH_S="0.02")
+            await asyncio.to_thread(command_server.wait_until_ready)
+        while await asyncio.to_thread(command_server.metric, "recofuse_jobs_accepted_total") < 20:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        over.set()
+        streams = await asyncio.gather(*reading)
+    for (_, mode), results in zip(clients, streams, strict=True):
+        sequences = [result.sequence for result in results]
+        stats = results[-1].stats
+        assert sequences == sorted(set(sequences))
+        fused = [result for result in results if result.fusion is not None]
+        assert all(result.unwrap().fused[0, 0, 0] == result.sequence % 256 for result in fused)
+        # A server that stops says so for what it has not begun; such a frame of mode all goes out again.
+        assert all(isinstance(result.error, rc.UnavailableError) for result in results if result.fusion is None)
+        assert mode == "latest" or len(fused) == len(results)
+        assert stats.reconnects >= 2
+        if mode == "all":
+            assert sequences == list(range(stats.offered))
+        else:
+            assert stats.fused + stats.failed + stats.dropped + stats.lost == stats.offered
+            assert sum(result.num_missed for result in results) + len(results) == sequences[-1] + 1
+
+
+def test_a_stream_ends_when_nobody_comes_back() -> None:
+    with (
+        rc.Client("grpc://127.0.0.1:9", retry=QUICK) as client,  # the discard service, which nobody runs
+        pytest.raises(rc.ConnectionFailedError),
+    ):
+        list(client.stream(frames(3), reconnect_s=0.5))
+
+
+async def test_many_streams_of_one_client(serving: Serving) -> None:
+    async with served(serving, FakeEngine()) as one:
+        client = one.reach.client("grpc-async")
+        for results in await asyncio.gather(*(client.stream(frames(10)) for _ in range(8))):
+            assert [result.sequence for result in results] == list(range(10))
