@@ -46,6 +46,7 @@ AsyncFrames = AsyncIterable[Frame | tuple[ImageLike, ImageLike]]
 # grpc.aio replaces the status of a stream that is refused while a frame is being written by an internal error. So after
 # an unclear end the next connection sends its first frame late, when a refusal would have come.
 HOLD_S = 0.5
+CLOSE_S = 2.0
 
 _END: Any = object()
 
@@ -290,13 +291,15 @@ class FrameStream(Iterator[FrameResult]):
             return self._ledger.stats
 
     def close(self) -> None:
-        """End the stream now, whatever is on its way. The source is closed once it gives way."""
+        """End the stream now, whatever is on its way. The source is closed once it gives way; waits 2 s for that."""
         with self._changed:
             self._is_closed = True
             call, self._call = self._call, None
             self._changed.notify_all()
         if call is not None:
             call.cancel()
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(CLOSE_S)
 
     def __next__(self) -> FrameResult:
         if self._reader is None and not self._is_closed:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from service.queue import JobQueue
 
 WEIGHTS_VARIABLE = "RECOFUSE_WEIGHTS"
+API_KEY_VARIABLE = "RECOFUSE_API_KEY"  # of a client
 DEFAULT_WEIGHTS = "compact"
 MAX_SHEET_ROWS = 12  # of full-size pictures; more would be a file that no viewer opens
 
@@ -48,8 +49,9 @@ err = Console(stderr=True, highlight=False)
 def _mendable() -> tuple[type[BaseException], ...]:
     """The errors that are the caller's to mend. The library is asked only if a verb has loaded it already."""
     kinds: list[type[BaseException]] = [ServiceError, SettingsError, OSError]
-    if (core_errors := sys.modules.get("recofuse_core.errors")) is not None:
-        kinds.append(core_errors.CoreError)
+    for module, name in (("recofuse_core.errors", "CoreError"), ("recofuse_client.errors", "RecofuseError")):
+        if (errors := sys.modules.get(module)) is not None:
+            kinds.append(getattr(errors, name))
     return tuple(kinds)
 
 
@@ -89,7 +91,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: 
 
 
 def _settings() -> Settings:
-    settings = Settings.from_environment(os.environ, ignore=frozenset({WEIGHTS_VARIABLE}))
+    settings = Settings.from_environment(os.environ, ignore=frozenset({WEIGHTS_VARIABLE, API_KEY_VARIABLE}))
     standard = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
     return settings.replace(trace={"endpoint": standard}) if standard and not settings.trace.endpoint else settings
 
@@ -915,6 +917,102 @@ def sample(
     output.mkdir(parents=True, exist_ok=True)
     vis_path, ir_path, _ = write_sample(output, recipe, _settings().codec)
     out.print(f"wrote {vis_path} and {ir_path}", soft_wrap=True)
+
+
+@app.command()
+def stream(
+    vis: Annotated[str, typer.Option(help="Visible video: a device's number, a file, or an address (rtsp://...).")],
+    ir: Annotated[str, typer.Option(help="Infrared video of the same view, likewise.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Record to this .mp4, .mov, .mkv or .avi.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show the pictures on a page for browsers on this machine.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="gRPC address, grpcs://HOST:PORT for TLS; a server is started if unset."
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(metavar="all|latest", help="all: every frame; latest: the newest. Default: all for files."),
+    ] = None,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Play files at their own speed, as cameras would.")
+    ] = False,
+    part: Annotated[str, typer.Option(metavar="fused|vis|ir", help="Which picture.")] = "fused",
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
+    frames: Annotated[int, typer.Option(min=0, help="Stop after this many pictures; 0: when the video ends.")] = 0,
+    fps: Annotated[float, typer.Option(min=0, help="Rate of the recording; 0: that of vis.")] = 0.0,
+    api_key: Annotated[
+        str, typer.Option(envvar=API_KEY_VARIABLE, help="API key; better in the environment, where `ps` shows none.")
+    ] = "",
+    ca: Annotated[str, typer.Option(help="PEM file of the authority that signed the server's certificate.")] = "",
+    weights: Weights = DEFAULT_WEIGHTS,
+    engine: Annotated[
+        str | None, typer.Option(metavar="core|null|fixed", help="Of the own server: the model, or a stand-in.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """Fuse the videos of two cameras as they come: record them, show them in a browser, or only measure.
+
+    Ctrl-C ends it in order; what was recorded until then is whole.
+    """
+    import contextlib
+    import json
+    import signal
+    import tempfile
+
+    from recofuse_client import Client, live, video
+    from service.demo import free_port, server_process
+
+    for name, value, known in (("mode", mode, ("all", "latest", None)), ("part", part, ("fused", "vis", "ir"))):
+        if value not in known:
+            raise InvalidInputError(f"{name}: {value} is none of {', '.join(filter(None, known))}")
+    is_fresh = realtime or video.is_live_pair(vis, ir)
+    chosen = cast("Any", mode or ("latest" if is_fresh else "all"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        pairs, source_fps = video.read_pairs(vis, ir, realtime=realtime)
+        sinks: list[live.Sink] = []
+        if output is not None:
+            sinks.append(video.Recorder(output, fps or source_fps))
+        if show:
+            viewer = video.Viewer()
+            sinks.append(viewer)
+            err.print(f"showing on {viewer.url}", markup=False, soft_wrap=True)
+        if target is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="recofuse-stream-"))
+            port = free_port()
+            options = ["--grpc-port", str(port), "--weights", weights, *(["--engine", engine] if engine else [])]
+            err.print("starting a server")
+            stack.enter_context(server_process(options, Path(folder) / "server.log"))
+            target = f"127.0.0.1:{port}"
+        url = target if "://" in target else f"grpc://{target}"
+        client = stack.enter_context(Client(url, api_key=api_key, ca=ca))
+        status = stack.enter_context(err.status("waiting for the first picture")) if err.is_terminal else None
+        report = live.run(
+            client,
+            pairs,
+            sinks,
+            mode=chosen,
+            options={"output": cast("Any", part), "steps": steps, "seed": seed},
+            say=lambda so_far: None if status is None else status.update(so_far.line),
+            max_frames=frames,
+        )
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.figures, indent=2) + "\n", encoding="utf-8")
+    if report.last_error:
+        complain(f"the last frame that failed: {report.last_error}")
+    written = f"; wrote {output}" if output is not None and report.stats.fused else ""
+    out.print(f"{'stopped; ' if report.is_interrupted else ''}{report.line}{written}", markup=False, soft_wrap=True)
+    if not report.stats.fused:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Pat
         vis_path, ir_path = own_pair
     vis, ir = vis_path.read_bytes(), ir_path.read_bytes()
     log = folder / "server.log"
-    with _server(weights, log) as address:
+    with server_process(["--grpc-port", "-1", "--weights", weights], log) as address:
         answer = httpx.post(
             f"{address}/v1/fuse", files={"vis": vis, "ir": ir}, timeout=ANSWER_TIMEOUT_S, trust_env=False
         )
@@ -118,14 +118,16 @@ def write_sample(
 
 
 @contextmanager
-def _server(weights: str, log: Path) -> Iterator[str]:
-    """A server process on a free loopback port, ready; yields its address, and stops it in any case."""
-    port = _free_port()
+def server_process(options: Sequence[str], log: Path) -> Iterator[str]:
+    """A `recofuse serve` on a free loopback port, ready; yields its HTTP address, and stops it in any case.
+
+    Raises UnavailableError if it does not start.
+    """
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "service", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--grpc-port", "-1"]
+    command = [sys.executable, "-m", "service", "serve", "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("wb") as stream:
-        server = subprocess.Popen([*command, "--weights", weights], stdout=stream, stderr=stream)
+        server = subprocess.Popen(command, stdout=stream, stderr=stream)
         try:
             _wait_until_ready(server, address, log)
             yield address
@@ -138,7 +140,8 @@ def _server(weights: str, log: Path) -> Iterator[str]:
                 server.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
