@@ -883,6 +883,76 @@ def bench_codec(
     codec.run(repeats=repeats, json_path=json_path, say=typer.echo)
 
 
+@bench.command(name="engine")
+def bench_engine(
+    quick: Annotated[bool, typer.Option("--quick", help="640x480 alone, for a first look.")] = False,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="paper (random weights), compact; may be repeated. Both if unset.")
+    ] = None,
+    device: Device = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a measurement.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a chart (SVG).")] = None,
+) -> None:
+    """The model against the straightforward implementation, one improvement after the other."""
+    _need_source_tree()
+    from benchmarks import engine as measured
+    from recofuse_core import PRESETS
+
+    if unknown := set(preset or ()) - set(PRESETS):
+        raise InvalidInputError(f"preset: {', '.join(sorted(unknown))} is none of {', '.join(PRESETS)}")
+    outcome = measured.run(
+        is_quick=quick,
+        device=device,
+        presets=preset or ("paper", "compact"),
+        num_threads=threads,
+        json_path=json_path,
+        csv_path=csv_path,
+        plot_path=plot_path,
+        say=typer.echo,
+    )
+    if not outcome.all_met:
+        raise typer.Exit(1)
+
+
+@bench.command(name="steps")
+def bench_steps(
+    pairs: Annotated[Path, typer.Option(help="Folder of clean pairs, as for evaluate.")],
+    limit: Annotated[int, typer.Option(min=1, help="How many pairs, spread over the folder.")] = 8,
+    side: Annotated[
+        int, typer.Option(min=0, help="Side of the middle square that is used, px; 0: whole frames.")
+    ] = 256,
+    strength: Annotated[str, typer.Option(help="Degradations put in: light, medium or strong.")] = "medium",
+    weights: Weights = DEFAULT_WEIGHTS,
+    device: Device = "auto",
+    threads: Threads = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a setting.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write the curve (SVG).")] = None,
+) -> None:
+    """Quality against sampling steps for every sampler, beside 100 Euler steps in float32."""
+    _need_source_tree()
+    import torch
+
+    from benchmarks import steps as measured
+
+    if threads:
+        torch.set_num_threads(threads)
+    measured.run(
+        pairs,
+        weights=weights,
+        limit=limit,
+        side=side,
+        strength=cast("Any", strength),
+        device=device,
+        json_path=json_path,
+        csv_path=csv_path,
+        plot_path=plot_path,
+        say=typer.echo,
+    )
+
+
 def _need_source_tree() -> None:
     if importlib.util.find_spec("benchmarks") is None:
         raise InvalidInputError("bench needs the source tree: run it from a checkout of recofuse")
