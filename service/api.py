@@ -105,12 +105,13 @@ class JobError(BaseModel):
 
 
 class JobDocument(BaseModel):
-    """Where a job stands."""
+    """Where a job stands. num_queued: while it waits in the queue, how many jobs of all callers do, it included."""
 
     id: str
     status: JobStatus
     priority: Priority
     attempts: int
+    num_queued: int | None
     created_at: datetime
     deadline_at: datetime | None
     finished_at: datetime | None
@@ -288,7 +289,7 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
         if _prefers_async(prefer):
             view = await gateway.submit(wanted)
             headers = {"Location": f"/v1/jobs/{view.id}", "Preference-Applied": "respond-async"}
-            return JSONResponse(_document(view), 202, headers)
+            return JSONResponse(await _document(gateway, view), 202, headers)
         result = await _unless_hung_up(request, gateway.fuse(wanted))
         return Response(status_code=CLIENT_CLOSED) if result is None else await _pictures(result)
 
@@ -300,11 +301,11 @@ def _add_jobs(app: FastAPI, gateway: Gateway) -> None:
         "/v1/jobs/{job_id}", summary="Where a job stands", response_model=JobDocument, responses=_problems(*missing)
     )
     async def job(job_id: JobId) -> Response:
-        return JSONResponse(_document(await gateway.view(job_id)))
+        return JSONResponse(await _document(gateway, await gateway.view(job_id)))
 
     @app.delete("/v1/jobs/{job_id}", summary="Cancel a job", response_model=JobDocument, responses=_problems(*missing))
     async def cancel(job_id: JobId) -> Response:
-        return JSONResponse(_document(await gateway.cancel(job_id)))
+        return JSONResponse(await _document(gateway, await gateway.cancel(job_id)))
 
     @app.get(
         "/v1/jobs/{job_id}/result",
@@ -626,7 +627,7 @@ def _zip(result: FusionResult) -> bytes:
     return stream.getvalue()
 
 
-def _document(view: JobView) -> dict[str, Any]:
+async def _document(gateway: Gateway, view: JobView) -> dict[str, Any]:
     def time_of(seconds: float | None) -> datetime | None:
         return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
@@ -635,6 +636,7 @@ def _document(view: JobView) -> dict[str, Any]:
         status=view.status,
         priority=view.priority,
         attempts=view.attempts,
+        num_queued=await gateway.num_queued() if view.status is JobStatus.QUEUED else None,
         created_at=datetime.fromtimestamp(view.created_s, UTC),
         deadline_at=time_of(view.deadline_s),
         finished_at=time_of(view.finished_s),

@@ -145,6 +145,12 @@ class Gateway:
         """Cancel a job; one that has ended stays as it is. Raises JobNotFoundError, UnavailableError."""
         return await self._patiently(lambda: self._queue.cancel(job_id))
 
+    async def num_queued(self) -> int | None:
+        """Jobs that no worker has taken yet, of all callers; None while the queue cannot be reached."""
+        with contextlib.suppress(UnavailableError):
+            return sum((await self._queue.stats()).depth.values())
+        return None
+
     async def workers(self) -> list[WorkerInfo]:
         """The workers that are there now."""
         return await self._patiently(self._queue.workers)

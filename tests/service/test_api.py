@@ -218,6 +218,21 @@ async def test_asynchronous_jobs(server: Server) -> None:
     assert (await server.client.delete(location)).json()["status"] == "succeeded"
 
 
+async def test_a_waiting_job_says_how_many_wait(serving: Serving) -> None:
+    async with serving(batch={"max_batch": 1}, worker={"max_held": 1}) as server:
+        server.engine.gate.clear()
+        asking = {"Prefer": "respond-async"}
+        first = await server.client.post("/v1/fuse", files=FILES, headers=asking)
+        await asyncio.to_thread(server.engine.started.wait, 5)
+        for num_queued in (1, 2):
+            waiting = await server.client.post("/v1/fuse", files=FILES, headers=asking)
+            assert (waiting.json()["status"], waiting.json()["num_queued"]) == ("queued", num_queued)
+        document = (await server.client.get(first.headers["location"])).json()
+        assert (document["status"], document["num_queued"]) == ("running", None)
+        assert (await server.client.get(waiting.headers["location"])).json()["num_queued"] == 2
+        assert (await server.client.delete(waiting.headers["location"])).json()["num_queued"] is None
+
+
 async def test_cancelling_a_job(server: Server) -> None:
     server.engine.gate.clear()
     await server.client.post("/v1/fuse", files=FILES, headers={"Prefer": "respond-async"})
