@@ -1,24 +1,31 @@
-"""Make the pictures of README.md, docs/gallery.md and docs/degradations.md from generated scenes: `make pictures`.
+"""Make the pictures of README.md, docs/gallery.md and docs/degradations.md, and the playground's sample pairs, from
+generated scenes: `make pictures`.
 
 Nothing of a data set enters them, so that they may be shipped and made again by anybody.
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Generator, Tensor
 
+from benchmarks.processes import all_in_one
 from recofuse_core import load_pretrained
 from recofuse_core.data import to_uint8
 from recofuse_core.degradations import IrKind, VisKind, degrade_ir, degrade_vis
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes import Scene, make_scene
 from service.files import contact_sheet, write_picture
 from service.settings import CodecSettings
+from tests.browser import chromium, chromium_path
 
 IMAGES = Path(__file__).parent / "images"
+SAMPLES = Path(__file__).parents[1] / "service" / "page" / "samples"
 CODEC = CodecSettings(webp_quality=80)
+SAMPLE_CODEC = CodecSettings(webp_quality=75)  # all of them travel inside the package, and noise packs badly
 Pixels = NDArray[np.uint8]
 
 
@@ -42,6 +49,14 @@ GALLERY = (
     Exhibit("everything", 58, ("haze", "colour_cast", "gaussian_noise"), ("low_contrast", "stripes", "jpeg"), 9),
 )
 
+# The playground's; named in service/page/page.js.
+PLAYGROUND = (
+    Exhibit("night", 7, ("low_light", "gaussian_noise"), ("low_contrast", "stripes", "gaussian_noise")),
+    Exhibit("haze", 12, ("haze",), ("gaussian_noise",), 5),
+    Exhibit("noise", 21, ("poisson_noise",), ("stripes",), 8),
+    Exhibit("dusk", 33, ("low_light",), ("low_contrast",), 2),
+)
+
 
 def pixels(image: Tensor) -> Pixels:
     """(C, H, W) in [0, 1] to (H, W, 3) or (H, W) levels."""
@@ -49,14 +64,19 @@ def pixels(image: Tensor) -> Pixels:
     return levels[..., 0] if levels.shape[2] == 1 else levels
 
 
+def degraded(exhibit: Exhibit, scene: Scene) -> tuple[Tensor, Tensor]:
+    """What the cameras deliver of an exhibit's scene: vis (3, H, W) and ir (1, H, W) in [0, 1]."""
+    generator = Generator().manual_seed(exhibit.degradation_seed)
+    vis = degrade_vis(scene.vis, generator, kinds=exhibit.vis).image
+    return vis, degrade_ir(scene.ir, generator, kinds=exhibit.ir).image
+
+
 def make_gallery() -> None:
     """Degraded inputs, restored inputs and the fused image of every exhibit."""
     model = load_pretrained("compact")
     for exhibit in GALLERY:
         scene = make_scene(exhibit.seed)
-        generator = Generator().manual_seed(exhibit.degradation_seed)
-        vis = degrade_vis(scene.vis, generator, kinds=exhibit.vis).image
-        ir = degrade_ir(scene.ir, generator, kinds=exhibit.ir).image
+        vis, ir = degraded(exhibit, scene)
         result = model.fuse(vis[None], ir[None])
         if result.vis is None or result.ir is None or result.fused is None:
             raise RuntimeError("the model left an output out")
@@ -90,6 +110,31 @@ def make_degradations() -> None:
         write_picture(IMAGES / f"degradations-{modality}.webp", contact_sheet(rows), CODEC)
 
 
+def make_samples() -> None:
+    """The degraded pairs that the playground offers."""
+    for exhibit in PLAYGROUND:
+        for role, image in zip(("vis", "ir"), degraded(exhibit, make_scene(exhibit.seed, 384, 512)), strict=True):
+            write_picture(SAMPLES / f"{exhibit.name}-{role}.webp", pixels(image), SAMPLE_CODEC)
+
+
+def make_screenshot(path: str) -> None:
+    """The playground after a fusion by the packaged weights, in the Chromium at `path`."""
+    with all_in_one({"grpc": {"port": -1}, "engine": {"warm_up_sizes": "512x384"}}) as stack, chromium(path) as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
+        page.goto("http://{}:{}".format(*stack.address))
+        page.get_by_role("button", name="Dusk").click()
+        page.locator("#vis-note", has_text="dusk").wait_for()
+        page.click("#fuse")
+        page.locator("#outcome").wait_for()
+        page.evaluate("scrollTo(0, 0)")
+        shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    write_picture(IMAGES / "playground.webp", np.asarray(shot), CODEC)
+
+
 if __name__ == "__main__":
     make_degradations()
     make_gallery()
+    make_samples()
+    if (path := chromium_path()) is None:
+        raise SystemExit("all pictures are made but the playground's: no Chromium is installed")
+    make_screenshot(path)

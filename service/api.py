@@ -30,7 +30,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import auth
+from service import auth, playground
 from service.errors import (
     INTERNAL_MESSAGE,
     STATUS,
@@ -75,7 +75,7 @@ IMAGE_FIELDS = ("vis", "ir")
 
 # What needs no key: pages, probes, and metrics, which a reverse proxy keeps to itself (deploy/nginx).
 PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/metrics"})
-PUBLIC_PREFIXES = ("/health/", "/v2/health/", "/playground")
+PUBLIC_PREFIXES = ("/health/", "/v2/health/", "/playground/")
 
 _SECURE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
 _PAGE_POLICY = (
@@ -220,6 +220,7 @@ def build_app(
     _add_fusion(app, gateway, settings)
     _add_jobs(app, gateway)
     _add_operations(app, gateway, metrics)
+    app.include_router(playground.build_router())
     _add_problem_schema(app)
     return app
 

@@ -292,7 +292,7 @@ def _serve_all_in_one(settings: Settings) -> int:
     from service.serve import serve_all_in_one
 
     def announce(address: str) -> None:
-        err.print(f"serving on {address} - try {address}/docs; Ctrl-C stops", markup=False, soft_wrap=True)
+        err.print(f"serving on {address} - open it in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
 
     return _run(lambda stop: serve_all_in_one(settings, build_engine(settings.engine), stop, announce), settings)
 
@@ -361,7 +361,7 @@ def api(
     shared = _shared_queue(settings)
 
     def announce(address: str) -> None:
-        err.print(f"serving on {address} - try {address}/docs; Ctrl-C stops", markup=False, soft_wrap=True)
+        err.print(f"serving on {address} - open it in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
 
     raise typer.Exit(_run(lambda stop: serve_front_end(settings, shared, stop, announce), settings))
 

@@ -34,6 +34,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.jobs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.playground": ("torch", "recofuse_core", "redis", "grpc"),
     "service.queue": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.redis_auth": ("torch", "recofuse_core", "fastapi", "grpc"),
     "service.redis_queue": ("torch", "recofuse_core", "fastapi", "grpc"),

@@ -151,6 +151,16 @@ def test_both_protocols_pass_the_proxy_and_strangers_do_not(deployed: Deployed) 
         assert [entry.WhichOneof("outcome") for entry in answers] == ["fusion"] * 3
 
 
+def test_the_page_passes_the_proxy_without_a_key(deployed: Deployed) -> None:
+    with deployed.http() as client:
+        client.headers.pop("Authorization")
+        page = client.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        for link in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
+            assert client.get(f"/{link}").status_code == 200, link
+
+
 def test_front_ends_share_rates_and_revocations(deployed: Deployed) -> None:
     key = _recofuse(deployed.stack, "keys", "create", "slow", "--rate", "0.001", "--burst", "3")
     headers = {"Authorization": f"Bearer {key}"}

@@ -451,7 +451,7 @@ async def test_what_a_refusal_tells(both: tuple[Both, FileKeys]) -> None:
 
 async def test_probes_and_pages_need_no_key(both: tuple[Both, FileKeys]) -> None:
     faces, _ = both
-    for path in ("/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"):
+    for path in ("/", "/playground/page.js", "/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"):
         answer = await faces.server.client.get(path)
         assert answer.status_code == 200, path
         assert answer.headers["x-content-type-options"] == "nosniff"
