@@ -1047,7 +1047,9 @@ def stream(
     is_fresh = realtime or video.is_live_pair(vis, ir)
     chosen = cast("Any", mode or ("latest" if is_fresh else "all"))
     with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        # Both end it in order; a shell that starts it in the background has turned SIGINT off.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         pairs, source_fps = video.read_pairs(vis, ir, realtime=realtime)
         sinks: list[live.Sink] = []
         if output is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +18,10 @@ from tests.fakes import pair
 ROOT = Path(__file__).parents[2]
 
 
-def run(name: str, *words: object) -> str:
+def run(name: str, *words: object, **environ: str) -> str:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name, *map(str, words)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env=os.environ | environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -72,8 +74,28 @@ def test_video_file(server: CommandServer, tmp_path: Path) -> None:
     assert len(levels_of(tmp_path / "out.mp4")) == 10
 
 
+def test_gstreamer_bridge(server: CommandServer) -> None:
+    bindings = "/usr/lib/python3/dist-packages"  # Debian's python3-gst-1.0, which is on no package index
+    probe = "import gi; gi.require_version('GstVideo', '1.0'); from gi.repository import GstVideo"
+    paths = {"PYTHONPATH": f"{ROOT}:{bindings}"}
+    probed = subprocess.run([sys.executable, "-c", probe], env=os.environ | paths, capture_output=True, check=False)
+    if probed.returncode:
+        pytest.skip("GStreamer's Python bindings (Debian's python3-gst-1.0) are not installed for this Python")
+    words = ["--mode", "all", "--frames", 10, "--ir-format", "GRAY16_LE", "--url", f"grpc://{server.grpc}"]
+    assert run("gstreamer_bridge.py", *words, **paths).splitlines()[-1] == "10 frames fused, 0 dropped, 0 failed"
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text("utf-8")
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert len(names) >= 4
     assert all(f'run("{name}"' in source for name in names)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/client.md"])
+def test_what_the_documents_import_is_there(document: str) -> None:
+    text = (ROOT / document).read_text("utf-8")
+    imports = re.findall(r"^from recofuse_client[.\w]* import .+$", text, re.MULTILINE)
+    assert imports
+    for line in imports:
+        exec(line, {})
