@@ -33,6 +33,7 @@ FROM api-packages AS application
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY recofuse_core recofuse_core
+COPY recofuse_client recofuse_client
 RUN /opt/packages/bin/pip install --no-deps --target /opt/recofuse .
 
 FROM base AS runtime
