@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit check-deploy
+.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit check-deploy check-gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ bench: $(INSTALLED) ## measure what the service costs without the model, on an o
 
 drills: $(INSTALLED) ## prove the promises of docs/reliability.md on real processes, in under ten minutes
 	@$(BIN)/python -m benchmarks.drills $(ARGS)
+
+check-gpu: $(INSTALLED) ## everything that only an NVIDIA GPU can show, in under ten minutes
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 audit: $(INSTALLED) ## check the installed packages, and with pip-audit their known vulnerabilities
 	@$(BIN)/python -m pip check --disable-pip-version-check

@@ -953,6 +953,25 @@ def bench_steps(
     )
 
 
+@bench.command(name="kept")
+def bench_kept(
+    images: Annotated[int, typer.Option(min=1, help="Pairs through each way.")] = 12,
+    clients: Annotated[int, typer.Option(min=1, help="Requests in flight at once.")] = 4,
+    device: Device = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """How much of the engine's throughput the service keeps with the real model."""
+    _need_source_tree()
+    from benchmarks import kept
+
+    outcome = kept.run(
+        num_images=images, num_clients=clients, device=device, num_threads=threads, json_path=json_path, say=typer.echo
+    )
+    if outcome.kept < kept.TARGET:
+        raise typer.Exit(1)
+
+
 def _need_source_tree() -> None:
     if importlib.util.find_spec("benchmarks") is None:
         raise InvalidInputError("bench needs the source tree: run it from a checkout of recofuse")

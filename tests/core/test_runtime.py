@@ -14,7 +14,7 @@ from torch import Tensor
 from recofuse_core import load_pretrained
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.layers import GatedConvBlock
-from recofuse_core.model import ModelConfig, ReCoFuse
+from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
 from recofuse_core.networks import DualDenoiser
 from recofuse_core.runtime import (
     EagerRecorder,
@@ -336,10 +336,11 @@ def test_wrong_arguments_are_refused_before_anything_runs() -> None:
 
 
 @pytest.mark.gpu
+@CONFIGS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 64, 80), (2, 96, 64), (4, 70, 90)], ids=str)
-def test_captured_sampling_equals_eager(precision: str, shape: tuple[int, int, int]) -> None:
-    model = tiny_model().cuda()
+def test_captured_sampling_equals_eager(precision: str, shape: tuple[int, int, int], config: ModelConfig) -> None:
+    model = tiny_model(config).cuda()
     eager = Runtime(model, precision=precision, graphs=False)  # type: ignore[arg-type]
     captured = Runtime(model, precision=precision, graphs=True)  # type: ignore[arg-type]
     captured.record([shape])
@@ -350,6 +351,38 @@ def test_captured_sampling_equals_eager(precision: str, shape: tuple[int, int, i
         on_device = captured.fuse(vis.cuda(), ir.cuda(), seeds=seed)
         assert images_of(on_device)[0].is_cuda
     assert captured.num_recorded == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize("shape", [(1, 256, 320), (2, 480, 640), (8, 128, 160)], ids=str)
+def test_captured_presets_equal_eager(preset: str, shape: tuple[int, int, int]) -> None:
+    """Whole presets as they are served; the weights of `paper` are random."""
+    torch.manual_seed(0)
+    model = load_pretrained("compact") if preset == "compact" else build_model(PRESETS[preset]).eval()
+    eager = Runtime(model.cuda(), graphs=False)
+    captured = Runtime(model, graphs=True, batch_sizes=(shape[0],))
+    captured.record([shape], steps=4)
+    for seed in (0, 1, 99):
+        vis, ir = pairs(*shape, seed=seed)
+        one, other = (r.fuse(vis, ir, steps=4, seeds=seed) for r in (captured, eager))
+        # Algorithms chosen by trial may round otherwise than those of an eager run.
+        for a, b in zip(images_of(one), images_of(other), strict=True):
+            assert float((a - b).square().mean().sqrt()) < 1e-2
+    assert captured.num_recorded == 1
+
+
+@pytest.mark.gpu
+def test_the_only_program_makes_room_for_the_next() -> None:
+    model = tiny_model().cuda()
+    runtime = Runtime(model, precision="float32", max_graphs=1)
+    eager = Runtime(model, precision="float32", graphs=False)
+    for _ in range(2):
+        for shape in ((1, 64, 80), (2, 48, 48)):
+            runtime.record([shape])
+            assert runtime.num_recorded == 1
+            vis, ir = pairs(*shape)
+            assert largest_difference(runtime.fuse(vis, ir), eager.fuse(vis, ir)) < 1e-4
 
 
 @pytest.mark.gpu
