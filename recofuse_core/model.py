@@ -108,12 +108,14 @@ class ModelInfo:
 class FusionOutput:
     """Images in [0, 1], or uint8 levels if the input was; None where not asked for.
 
-    fused, vis: (B, 3, H, W). ir: (B, 1, H, W).
+    fused, vis: (B, 3, H, W). ir: (B, 1, H, W). latents: the restored latents, both (B, C, h, w), from which the next
+    frame of a sequence may start; None from a `Runtime`.
     """
 
     fused: Tensor | None
     vis: Tensor | None
     ir: Tensor | None
+    latents: Pair | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,11 @@ class ReCoFuse(nn.Module):
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         coupled: bool = True,
         tiling: TilingConfig | None = None,
+        start: int | None = None,
     ) -> FusionPlan:
         """Check a request and fill in the model's defaults. Raises ConfigError for unknown names or steps."""
         sampler = sampler or self.config.sampler
-        timesteps = plan_timesteps(sampler, self.sde, self.config.steps if steps is None else steps)
+        timesteps = plan_timesteps(sampler, self.sde, self.config.steps if steps is None else steps, start)
         return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig())
 
     @torch.inference_mode()
@@ -246,30 +249,41 @@ class ReCoFuse(nn.Module):
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         coupled: bool = True,
         tiling: TilingConfig | None = None,
+        previous: Pair | None = None,
+        start: int | None = None,
     ) -> FusionOutput:
         """Restore and fuse registered pairs.
 
         Tensors: vis (B, 3, H, W), ir (B, 1, H, W), floats in [0, 1] or 8-bit levels, sides from 32 px up. `seeds` is
         one seed for every item or B of them; an item gives the same picture alone and in a batch. Only `outputs` are
         decoded. `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels`
-        are worked on in blended tiles.
+        are worked on in blended tiles. `start` begins the reverse process at an earlier step than T, from the degraded
+        latents noised to it or, if `previous` is given, from those (the `latents` of the frame before);
+        docs/decisions/0009 says what that brings.
         Raises ShapeError for wrong tensors, ConfigError for unknown names or steps, NumericsError for a result that is
         not finite.
         """
         batch, height, width = require_pair(vis, ir)
-        plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling)
+        plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling, start=start)
         like = torch.empty(self.latent_shape(batch, height, width), device=vis.device)
-        output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like))
+        output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like), previous=previous)
         require_finite(is_finite)
         return output
 
     def run(
-        self, vis: Tensor, ir: Tensor, plan: FusionPlan, draw: NoiseSource, conditions: Conditions | None = None
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        plan: FusionPlan,
+        draw: NoiseSource,
+        conditions: Conditions | None = None,
+        previous: Pair | None = None,
     ) -> tuple[FusionOutput, Tensor]:
         """What `fuse` computes, for checked arguments: the images, and whether all of them are finite (no dimensions).
 
-        `draw` gives noise of `latent_shape`; `conditions` gives the conditioning of a step. Nothing here waits for the
-        device or copies to it, so that a run can be captured.
+        `draw` gives noise of `latent_shape`; `conditions` gives the conditioning of a step; `previous` holds clean
+        latents to start from at the plan's first step, in place of mu. Nothing here waits for the device or copies to
+        it, so that a run can be captured. Raises ShapeError for `previous` of another size.
         """
         conditions = conditions or self.condition
         height, width = vis.shape[-2:]
@@ -288,7 +302,7 @@ class ReCoFuse(nn.Module):
         ir_mu, ir_skips = frame.encode(self.autoencoder.encode, padded.ir)
         mu = Pair(vis_mu, ir_mu)
         noise = draw()
-        state = Pair(self.sde.noise_state(mu.vis, noise.vis), self.sde.noise_state(mu.ir, noise.ir))
+        state = self._start(mu, noise, previous, plan.timesteps[0])
 
         def predict(state: Pair, mu: Pair, t: int) -> Prediction:
             conditioning = conditions(t)
@@ -317,7 +331,17 @@ class ReCoFuse(nn.Module):
             restored_vis = decode(clean.vis, vis_skips, 3)
         if "ir" in plan.outputs:
             restored_ir = decode(clean.ir, ir_skips, 1)
-        return FusionOutput(fused, restored_vis, restored_ir), torch.stack(flags).all()
+        return FusionOutput(fused, restored_vis, restored_ir, latents=clean), torch.stack(flags).all()
+
+    def _start(self, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
+        """Where the reverse process starts: mu + lam n at T, else the marginal at t of `previous` or mu itself."""
+        if previous is None and t == self.sde.num_steps:
+            return Pair(self.sde.noise_state(mu.vis, noise.vis), self.sde.noise_state(mu.ir, noise.ir))
+        states = []
+        for clean, m, n in zip(previous or mu, mu, noise, strict=True):
+            mean, std = self.sde.marginal(clean, m, t)
+            states.append(mean + std * n)
+        return Pair(*states)
 
 
 def _padded(side: int) -> int:

@@ -211,15 +211,21 @@ def _jumps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
 SAMPLERS: dict[SamplerName, Sampler] = {"euler": euler, "posterior": posterior, "ode1": ode1, "ode2": ode2}
 
 
-def plan_timesteps(sampler: SamplerName, sde: MeanRevertingSDE, steps: int) -> tuple[int, ...]:
+def plan_timesteps(
+    sampler: SamplerName, sde: MeanRevertingSDE, steps: int, start: int | None = None
+) -> tuple[int, ...]:
     """The steps at which a sampler evaluates the network: uniform in t for euler, in log-SNR for the others.
 
-    Raises ConfigError for an unknown sampler or steps outside 1..T.
+    start: the first of them (default T). Raises ConfigError for an unknown sampler, start outside 1..T or steps outside
+    1..start.
     """
     if sampler not in SAMPLERS:
         raise ConfigError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    if not 1 <= steps <= sde.num_steps:
-        raise ConfigError(f"steps must be within 1..{sde.num_steps}, got {steps}")
+    first = sde.num_steps if start is None else start
+    if not 1 <= first <= sde.num_steps:
+        raise ConfigError(f"the first step must be within 1..{sde.num_steps}, got {first}")
+    if not 1 <= steps <= first:
+        raise ConfigError(f"steps must be within 1..{first}, got {steps}")
     if sampler == "euler":
-        return tuple(round(sde.num_steps * (steps - i) / steps) for i in range(steps))
-    return sde.spaced_timesteps(steps)
+        return tuple(round(first * (steps - i) / steps) for i in range(steps))
+    return sde.spaced_timesteps(steps, first)

@@ -1,6 +1,7 @@
 """The assembled model: items are independent, sizes come back, only what is asked is computed, wrong input is named."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.model import ALL_OUTPUTS, ModelConfig, OutputName, ReCoFuse
-from recofuse_core.sampler import SAMPLERS, Pair, SamplerName
+from recofuse_core.sampler import SAMPLERS, Pair, Prediction, SamplerName, seeded_noise
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import GATED, PUBLISHED, images_of, largest_difference, pairs, tiny_model
 
@@ -212,3 +213,58 @@ def test_tiling_reaches_the_model() -> None:
     tiled = GATED_MODEL.fuse(vis, ir, tiling=TilingConfig(max_pixels=64 * 64, tile=128, overlap=64))
     assert largest_difference(whole, tiled) > 0
     assert [image.shape for image in images_of(tiled)] == [image.shape for image in images_of(whole)]
+
+
+def test_a_warm_start_at_the_last_step_is_a_cold_one() -> None:
+    """There the marginal has forgotten all but eps = 0.005 of what it started from."""
+    before, frame = pairs(1, 32, 48, seed=1), pairs(1, 32, 48)
+    earlier = GATED_MODEL.fuse(*before).latents
+    cold = GATED_MODEL.fuse(*frame, steps=2)
+    warm = GATED_MODEL.fuse(*frame, steps=2, previous=earlier, start=GATED_MODEL.sde.num_steps)
+    late = GATED_MODEL.fuse(*frame, steps=2, previous=earlier, start=20)
+    assert largest_difference(cold, warm) < 0.2 * largest_difference(cold, late)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_warm_start_is_the_marginal_of_the_earlier_latents(sampler: SamplerName) -> None:
+    seen: list[tuple[Pair, Pair, int]] = []
+    model = tiny_model()
+    predict = model.predict
+
+    def spy(state: Pair, mu: Pair, t: int, **options: Any) -> Prediction:
+        seen.append((state, mu, t))
+        return predict(state, mu, t, **options)
+
+    model.predict = spy  # type: ignore[assignment, method-assign]
+    before, frame = pairs(2, 40, 56, seed=1), pairs(2, 40, 56)
+    earlier = model.fuse(*before, seeds=[7, 8]).latents
+    assert earlier is not None
+    seen.clear()
+    warm = model.fuse(*frame, sampler=sampler, steps=2, seeds=[7, 8], previous=earlier, start=30)
+    state, mu, t = seen[0]
+    assert (t, len(seen)) == (30, 2)
+    draw = seeded_noise([7, 8], mu.vis)()
+    for x, clean, m, n in zip(state, earlier, mu, draw, strict=True):
+        expected = m + (clean - m) * model.sde.alpha[30] + model.sde.sigma_bar[30] * n
+        torch.testing.assert_close(x, expected)
+    seen.clear()
+    model.fuse(*frame, sampler=sampler, steps=1, seeds=[7, 8], start=30)  # without earlier latents: from mu
+    for x, m, n in zip(seen[0][0], mu, draw, strict=True):
+        torch.testing.assert_close(x, m + model.sde.sigma_bar[30] * n)
+    alone = Pair(earlier.vis[1:], earlier.ir[1:])
+    item = model.fuse(frame[0][1:], frame[1][1:], sampler=sampler, steps=2, seeds=8, previous=alone, start=30)
+    for batch, one in zip(images_of(warm), images_of(item), strict=True):
+        torch.testing.assert_close(batch[1:], one, rtol=0, atol=1e-4)
+
+
+def test_a_warm_start_must_be_possible() -> None:
+    latents = GATED_MODEL.fuse(*pairs(1, 32, 48)).latents
+    for options, error in (
+        ({"start": 0}, ConfigError),
+        ({"previous": latents, "start": GATED_MODEL.sde.num_steps + 1}, ConfigError),
+        ({"previous": latents, "start": 2, "steps": 3}, ConfigError),
+    ):
+        with pytest.raises(error):
+            GATED_MODEL.fuse(*pairs(1, 32, 48), **options)
+    with pytest.raises(ShapeError):
+        GATED_MODEL.fuse(*pairs(1, 48, 48), previous=latents)
