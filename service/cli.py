@@ -972,6 +972,24 @@ def bench_kept(
         raise typer.Exit(1)
 
 
+@bench.command(name="warm-start")
+def bench_warm_start(
+    weights: Weights = DEFAULT_WEIGHTS,
+    threads: Threads = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="One scene of five frames, for a first look.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """Whether starting a frame from the one before it saves steps: quality and flicker on moving scenes."""
+    _need_source_tree()
+    import torch
+
+    from benchmarks import warm_start
+
+    if threads:
+        torch.set_num_threads(threads)
+    warm_start.run(weights=weights, is_quick=quick, json_path=json_path, say=typer.echo)
+
+
 def _need_source_tree() -> None:
     if importlib.util.find_spec("benchmarks") is None:
         raise InvalidInputError("bench needs the source tree: run it from a checkout of recofuse")
@@ -1006,6 +1024,82 @@ def sample(
     output.mkdir(parents=True, exist_ok=True)
     vis_path, ir_path, _ = write_sample(output, recipe, _settings().codec)
     out.print(f"wrote {vis_path} and {ir_path}", soft_wrap=True)
+
+
+@app.command(name="simulate-cameras")
+def simulate_cameras(
+    streams: Annotated[int, typer.Option(min=1, max=1000, help="Cameras.")] = 16,
+    fps: Annotated[float, typer.Option(min=0.1, max=1000, help="Frames a second of each.")] = 25.0,
+    seconds: Annotated[float, typer.Option(min=0.5, help="How long they send.")] = 10.0,
+    mode: Annotated[
+        str, typer.Option(help="latest: skip what is stale; all: slow the camera, lose nothing.")
+    ] = "latest",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="gRPC address, repeatable; a server of its own is started if unset."),
+    ] = None,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "640x480",
+    encoding: Annotated[str, typer.Option(help="How frames are sent: jpeg or raw.")] = "jpeg",
+    answer: Annotated[str, typer.Option("--format", help="How answers come: jpeg, png, webp or raw.")] = "jpeg",
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
+    ] = None,
+    max_in_flight: Annotated[int, typer.Option(min=0, help="Frames of a stream at work; 0: the server's default.")] = 0,
+    engine: Annotated[
+        str | None, typer.Option(metavar="core|null|fixed", help="Of the own server; fixed has a constant cost.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which streets.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """Stream moving, degraded, generated scenes from many cameras: frames a second, latency, drops.
+
+    The scenes are rendered once and looped. Other settings of the own server come from the environment.
+    """
+    import asyncio
+    import json
+    import tempfile
+
+    from service.cameras import CameraPlan, render_loop, simulate
+    from service.demo import free_port, server_process
+    from service.metrics import FlowMode
+
+    width, _, height = size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 64 and len(size) <= 9):
+        raise InvalidInputError(f"size: expected WIDTHxHEIGHT with sides of 64 px and more, got {size}")
+    for name, value, known in (
+        ("mode", mode, ("latest", "all")),
+        ("encoding", encoding, ("jpeg", "raw")),
+        ("format", answer, ("jpeg", "png", "webp", "raw")),
+    ):
+        if value not in known:
+            raise InvalidInputError(f"{name}: {value} is none of {', '.join(known)}")
+    plan = CameraPlan(
+        num_streams=streams,
+        fps=fps,
+        seconds=seconds,
+        mode=FlowMode(mode),
+        size=(int(width), int(height)),
+        encoding=cast("Any", encoding),
+        answer=cast("Any", answer),
+        steps=steps,
+        max_in_flight=max_in_flight,
+        seed=seed,
+    )
+    err.print(f"rendering {plan.num_scenes} scenes of {plan.num_frames} frames")
+    loops = render_loop(plan)
+    if target:
+        report = asyncio.run(simulate(target, plan, loops, say=err.print))
+    else:
+        with tempfile.TemporaryDirectory(prefix="recofuse-cameras-") as folder:
+            port = free_port()
+            options = ["--grpc-port", str(port), *(["--engine", engine] if engine else [])]
+            with server_process(options, Path(folder) / "server.log"):
+                report = asyncio.run(simulate([f"127.0.0.1:{port}"], plan, loops, say=err.print))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.figures, indent=2) + "\n", encoding="utf-8")
+    for error in report.figures["errors"][:5]:
+        complain(error)
+    out.print(report.line, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service.api": ("torch", "recofuse_core", "redis", "grpc"),
     "service.auth": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.batcher": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.cameras": ("torch", "recofuse_core", "fastapi", "redis"),
     "service.cli": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),  # each verb imports what it needs
     "service.demo": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.engine": ("fastapi", "grpc", "redis"),
