@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.drills import Report, __main__, bad_day, drain, hostile, kill, overhead, soak
+from benchmarks.drills import Report, __main__, bad_day, cameras, drain, hostile, kill, overhead, soak, stream_kill
 from benchmarks.load import Load, ask, fuse_request, get_request, picture_pair, scrape
 from benchmarks.processes import Stack, all_in_one
 from benchmarks.service import Measurement, judge, markdown
+from service.cameras import CameraPlan, CameraReport, Tally
+from service.metrics import FlowMode
 
-MODULES = {"bad_day": bad_day, "drain": drain, "hostile": hostile, "kill": kill, "overhead": overhead, "soak": soak}
+MODULES = {
+    "bad_day": bad_day, "cameras": cameras, "drain": drain, "hostile": hostile, "kill": kill, "overhead": overhead,
+    "soak": soak, "stream_kill": stream_kill,
+}  # fmt: skip
 
 
 def measurement(**changes: object) -> Measurement:
@@ -83,6 +88,53 @@ def test_targets_are_held_against_the_worst_figure() -> None:
     assert ratios["fixed@16"] == 0.5
     assert ratios["memory"] == 3.0
     assert markdown(rows).count("\n") == 4
+
+
+def cameras_report(mode: FlowMode, **counts: int) -> CameraReport:
+    """Of two cameras that sent 100 frames each, 10 a second; counts: of the first."""
+    tallies = [
+        Tally(
+            num_sent=100,
+            num_fused=100,
+            ages_s=[0.2] * 100,
+            latencies_s=[0.3] * 100,
+            arrivals_s=[0.1 * number for number in range(1, 101)],
+        )
+        for _ in range(2)
+    ]
+    for name, value in counts.items():
+        setattr(tallies[0], name, value)
+    tallies[1].num_resumed = 1
+    plan = CameraPlan(num_streams=2, fps=10, seconds=10, mode=mode)
+    return CameraReport(plan, tallies, 10.5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, ""),
+        ({"num_out_of_order": 1}, "num_out_of_order"),
+        ({"num_gaps_unreported": 1}, "num_gaps_unreported"),
+        ({"num_failed": 1}, "num_failed"),
+        ({"num_unanswered": 1}, "open"),
+        ({"num_fused": 99}, "fused"),
+        ({"arrivals_s": [1.0, 2.0]}, "did not go on"),
+    ],
+)
+def test_a_stream_that_suffers_fails_the_drill(counts: dict[str, int], words: str) -> None:
+    everything, latest = cameras_report(FlowMode.ALL, **counts), cameras_report(FlowMode.LATEST)
+    report = stream_kill._report(everything, latest, ((3.0, "worker-1"), (6.0, "api-1")))
+    assert report.is_passed is not bool(words)
+    assert words in report.line
+
+
+def test_figures_of_cameras() -> None:
+    report = cameras_report(FlowMode.LATEST, num_fused=80)
+    assert report.unfairness == pytest.approx(1 / 9)
+    assert report.fused_per_s == pytest.approx(20.0, abs=0.3)
+    assert (report.latency_s(0.99), report.max_age_s) == (0.3, 0.2)
+    assert cameras._median_ages(report) == (0.2, 0.2)
+    assert "2 cameras" in report.line
 
 
 @pytest.fixture(scope="module")
