@@ -612,8 +612,8 @@ def _infer_config(files: OfficialFiles, labels: Mapping[str, str], sde: SDEConfi
             ),
             FusionConfig(latents["fusion"], fusion["inBlock.weight"][0], fusion["time_mlp.3.weight"][0]),
             sde,
-            sampler="euler",
-            steps=sde.num_steps,
+            sampler=PRESETS["paper"].sampler,
+            steps=min(PRESETS["paper"].steps, sde.num_steps),
         )
     except ConfigError as error:
         raise CheckpointError(f"{labels['generator']}: {error}") from error

@@ -29,6 +29,7 @@ from recofuse_core.sampler import (
     Pair,
     Prediction,
     SamplerName,
+    late_start,
     num_draws,
     plan_timesteps,
     seeded_noise,
@@ -70,7 +71,9 @@ class ModelConfig:
 
 
 PRESETS = {
-    "paper": ModelConfig(PaperAutoencoderConfig(), DenoiserConfig(), FusionConfig(), SDEConfig()),
+    "paper": ModelConfig(
+        PaperAutoencoderConfig(), DenoiserConfig(), FusionConfig(), SDEConfig(), sampler="ode1", steps=20
+    ),
     "compact": ModelConfig(
         GatedAutoencoderConfig(decoder_blocks=(4, 4)),
         DenoiserConfig(
@@ -234,7 +237,10 @@ class ReCoFuse(nn.Module):
     ) -> FusionPlan:
         """Check a request and fill in the model's defaults. Raises ConfigError for unknown names or steps."""
         sampler = sampler or self.config.sampler
-        timesteps = plan_timesteps(sampler, self.sde, self.config.steps if steps is None else steps, start)
+        count = self.config.steps if steps is None else steps
+        if start is None and sampler != "euler" and self.config.denoiser.prediction == "noise":
+            start = late_start(self.sde, count)
+        timesteps = plan_timesteps(sampler, self.sde, count, start)
         return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig())
 
     @torch.inference_mode()

@@ -44,7 +44,7 @@ from recofuse_core.losses import FusionTarget, FusionTargets, FusionTerms, fusio
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse
 from recofuse_core.networks import Skips, ToneEstimator
 from recofuse_core.quality import psnr
-from recofuse_core.sampler import SAMPLERS, NoiseSource, Pair, Prediction, clean_latents, plan_timesteps
+from recofuse_core.sampler import SAMPLERS, NoiseSource, Pair, Prediction, clean_latents
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -555,10 +555,10 @@ def rollout(model: ReCoFuse, mu: Pair, draw: NoiseSource) -> tuple[Pair, list[Pa
         estimates.append(clean_latents(model.sde, prediction, state, mu, t))
         return prediction
 
-    sampler, steps = model.config.sampler, model.config.steps
     noise = draw()
     state = Pair(*(model.sde.noise_state(m, n) for m, n in zip(mu, noise, strict=True)))
-    result = SAMPLERS[sampler](predict, model.sde, state, mu, draw, plan_timesteps(sampler, model.sde, steps))
+    plan = model.plan()
+    result = SAMPLERS[plan.sampler](predict, model.sde, state, mu, draw, plan.timesteps)
     return result, estimates
 
 

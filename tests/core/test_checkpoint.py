@@ -39,7 +39,7 @@ State = dict[str, Tensor]
 FUSION = FusionConfig(latent_channels=2, width=32, time_dim=128)
 BRANCH = DenoiserConfig(2, 4, (1, 2), 1, (2, 1), sinusoid_dim=4, time_dim=16)
 PAPER = ModelConfig(
-    PaperAutoencoderConfig(2, (2, 2, 3, 4), 2), BRANCH, FUSION, SDEConfig(num_steps=20), sampler="euler", steps=20
+    PaperAutoencoderConfig(2, (2, 2, 3, 4), 2), BRANCH, FUSION, SDEConfig(num_steps=20), sampler="ode1", steps=20
 )
 GATED = ModelConfig(
     GatedAutoencoderConfig(4, 4, (1, 1), (1, 1), 2),
@@ -410,7 +410,7 @@ def test_published_files_round_trip(tmp_path: Path, prefix: str) -> None:
     loaded = load_checkpoint(output)
     assert same(loaded.state, random_state(PAPER))
     assert (loaded.info.name, loaded.info.version, loaded.info.preset) == ("own", "2", "")
-    assert (loaded.info.default_steps, loaded.info.default_sampler) == (20, "euler")
+    assert (loaded.info.default_steps, loaded.info.default_sampler) == (20, "ode1")
     sources = loaded.info.provenance["files"]
     assert isinstance(sources, dict)
     assert {part: about["name"] for part, about in sources.items()} == {

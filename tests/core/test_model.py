@@ -215,6 +215,23 @@ def test_tiling_reaches_the_model() -> None:
     assert [image.shape for image in images_of(tiled)] == [image.shape for image in images_of(whole)]
 
 
+def test_noise_predictors_begin_late_but_for_euler_steps() -> None:
+    """At T their clean latent would magnify errors a thousand times; Euler steps read none."""
+    model = tiny_model(PUBLISHED)
+
+    def first(model: ReCoFuse, sampler: SamplerName, steps: int, start: int | None = None) -> int:
+        return model.plan(sampler=sampler, steps=steps, start=start).timesteps[0]
+
+    assert first(model, "euler", 20) == 100
+    for sampler in ("ode1", "ode2", "posterior"):
+        assert first(model, sampler, 3) == first(model, sampler, 60) == 60
+        assert first(model, sampler, 80) == 80  # so many steps want room
+        assert first(model, sampler, 3, start=100) == 100
+        assert first(GATED_MODEL, sampler, 3) == 100
+    with pytest.raises(ConfigError, match="steps must be within"):
+        model.plan(sampler="ode1", steps=101)
+
+
 def test_a_warm_start_at_the_last_step_is_a_cold_one() -> None:
     """There the marginal has forgotten all but eps = 0.005 of what it started from."""
     before, frame = pairs(1, 32, 48, seed=1), pairs(1, 32, 48)

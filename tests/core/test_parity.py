@@ -384,7 +384,7 @@ def assert_one_level_apart(actual: Tensor, expected: Tensor) -> None:
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReCoFuse, Tensors]:
     num_steps: int = request.param
     model = load_pretrained(convert(tmp_path_factory.mktemp(f"chain{num_steps}"), num_steps)).requires_grad_(False)
-    assert model.info.default_steps == num_steps
+    assert model.sde.num_steps == num_steps
     tensors = recorded("end_to_end")
     shared = {name: value for name, value in tensors.items() if not name.startswith("T")}
     return model, shared | under(tensors, f"T{num_steps}")
@@ -450,7 +450,8 @@ def test_fuse_gives_the_published_pictures(chain: tuple[ReCoFuse, Tensors], monk
     """The public call with the recorded noise; it averages the infrared channels, which the published code keeps."""
     model, tensors = chain
     monkeypatch.setattr(model_module, "seeded_noise", lambda seeds, like: playback(tensors["noise"]))
-    output = model.fuse(tensors["vis_lq"], tensors["ir_lq"][:, :1])
+    steps = model.sde.num_steps  # as published; the default is shorter
+    output = model.fuse(tensors["vis_lq"], tensors["ir_lq"][:, :1], sampler="euler", steps=steps)
     assert output.fused is not None
     assert output.vis is not None
     assert output.ir is not None
