@@ -871,6 +871,19 @@ def bench_service(
         raise typer.Exit(1)
 
 
+@bench.command(name="streams")
+def bench_streams(
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes and short windows, for a first look.")] = False,
+    model: Annotated[bool, typer.Option("--model/--no-model", help="Also measure one stream with the model.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What a stream's frame costs at each resolution, without the model and with it."""
+    _need_source_tree()
+    from benchmarks import streams
+
+    streams.run(is_quick=quick, with_model=model, json_path=json_path, say=typer.echo)
+
+
 @bench.command(name="codec")
 def bench_codec(
     repeats: Annotated[int, typer.Option(min=1, help="Times that each setting is tried.")] = 20,
