@@ -89,8 +89,11 @@ class Gateway:
 
     # what faces call
 
-    async def fuse(self, request: FusionRequest) -> FusionResult:
-        """Fuse, and wait for the pictures. Raises ServiceError, also the one that the job ended with."""
+    async def fuse(self, request: FusionRequest, on_accepted: Callable[[], None] | None = None) -> FusionResult:
+        """Fuse, and wait for the pictures. on_accepted: called once the job has a place in the queue.
+
+        Raises ServiceError, also the one that the job ended with.
+        """
         self._num_waiting += 1
         self._idle.clear()
         try:
@@ -103,6 +106,8 @@ class Gateway:
                 )
             job = await self._job_of(request, timeout_s, keep_result=request.idempotency_key is not None)
             job_id = await self._submit(job, request)
+            if on_accepted is not None:
+                on_accepted()
             try:
                 result = await self._result_by(job_id, job.deadline_s or 0.0)
             except asyncio.CancelledError:

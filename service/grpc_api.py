@@ -7,8 +7,9 @@ beyond the size limit (RESOURCE_EXHAUSTED) and compressed ones (UNIMPLEMENTED).
 
 What a newcomer would get wrong: a stream never holds more than `max_in_flight` frames beside the one that waits. Mode
 `all` reads the next message only when there is room, and HTTP/2's windows carry that to the sender; mode `latest` goes
-on reading and replaces the frame that waits. A peer that is gone is noticed by HTTP/2 pings (`keep_alive_s`), one that
-is there and does nothing by `stream_idle_s`.
+on reading and replaces the frame that waits. Before a full queue the frames of all streams stand in one line, where a
+frame of mode `latest` can still be replaced, so that chance does not decide who gets more. A peer that is gone is
+noticed by HTTP/2 pings (`keep_alive_s`), one that is there and does nothing by `stream_idle_s`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 IN_FLIGHT_LATEST = 2  # one in the model and one on its way there; more would only be older
 WATCH_S = 0.5  # how late a change of readiness reaches those who watch it
 STOP_GRACE_S = 10.0  # for answers that are being sent when everything else has stopped
-RETRY_S = (0.01, 0.25)  # first and longest pause of a frame that finds the queue full
+RETRY_S = (0.01, 0.25)  # first and longest pause of the first frame in the line before a full queue
 
 # What needs no key: probes, and the description of what there is.
 PUBLIC_METHODS = ("/grpc.health.", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
@@ -331,6 +332,7 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
         self._gateway = gateway
         self._settings = settings
         self._metrics = metrics
+        self._line = asyncio.Lock()  # served in order: frames of all streams that found the queue full
 
     async def Fuse(self, request: pb.FuseRequest, context: Context) -> pb.FuseResponse:  # noqa: N802
         """See fusion.proto."""
@@ -345,7 +347,8 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
         self, request_iterator: AsyncIterator[pb.FuseStreamRequest], context: Context
     ) -> None:
         """See fusion.proto."""
-        stream = _Stream(self._gateway, self._settings, self._metrics, request_iterator, logs.traceparent.get() or None)
+        traceparent = logs.traceparent.get() or None
+        stream = _Stream(self._gateway, self._settings, self._metrics, request_iterator, traceparent, self._line)
         idle_s = self._settings.grpc.stream_idle_s
         async with aclosing(stream.answers()) as answers:
             async for answer in answers:
@@ -571,9 +574,9 @@ def _raw_image(npy: bytes) -> pb.Image:
 # streams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Arrived:
-    """A frame, and when it came (monotonic seconds)."""
+    """A frame, and when it came (monotonic seconds). In mode `latest` a newer one may take its place."""
 
     frame: pb.Frame
     arrived_s: float
@@ -600,8 +603,10 @@ class _Stream:
         metrics: Metrics,
         messages: AsyncIterator[pb.FuseStreamRequest],
         traceparent: str | None,
+        line: asyncio.Lock,
     ) -> None:
         self._gateway = gateway
+        self._line = line
         self._settings = settings
         self._metrics = metrics
         self._messages = messages
@@ -612,8 +617,8 @@ class _Stream:
         self._emptied = asyncio.Event()
         self._emptied.set()
         self._end: _End | None = None
-        self._ordered: asyncio.Queue[tuple[float, asyncio.Task[pb.FuseStreamResponse | None]] | _End] = asyncio.Queue()
-        self._fusing: set[asyncio.Task[pb.FuseStreamResponse | None]] = set()
+        self._ordered: asyncio.Queue[tuple[_Arrived, asyncio.Task[pb.FuseStreamResponse]] | _End] = asyncio.Queue()
+        self._fusing: set[asyncio.Task[pb.FuseStreamResponse]] = set()
         self._configure(pb.StreamOptions())
 
     async def answers(self) -> AsyncGenerator[pb.FuseStreamResponse, None]:
@@ -621,19 +626,16 @@ class _Stream:
         parts = [asyncio.create_task(part) for part in (self._read_until_told(), self._start_frames())]
         try:
             while not isinstance(entry := await self._ordered.get(), _End):
-                arrived_s, task = entry
+                arrived, task = entry
                 answer = await task
-                if answer is None:
-                    self._drop()
-                else:
-                    self._stamp(answer, arrived_s)
-                    yield answer
-                    self._moved_s = time.monotonic()
+                self._stamp(answer, arrived.arrived_s)
+                yield answer
+                self._moved_s = time.monotonic()
                 self._slots.release()
             if entry.error is not None:
                 raise entry.error
         finally:
-            unfinished = [*parts, *self._fusing]
+            unfinished: list[asyncio.Task[Any]] = [*parts, *self._fusing]
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
@@ -722,62 +724,108 @@ class _Stream:
             if self._waiting is None:
                 break
             await self._slots.acquire()
-            arrived, self._waiting = self._waiting, None
-            self._emptied.set()
-            if self._end is None:
-                self._filled.clear()
-            task = asyncio.create_task(self._answer(arrived))
+            arrived, accepted = self._take_waiting(), asyncio.Event()
+            task = asyncio.create_task(self._answer(arrived, accepted))
             self._fusing.add(task)
             task.add_done_callback(self._fusing.discard)
-            self._ordered.put_nowait((arrived.arrived_s, task))
+            self._ordered.put_nowait((arrived, task))
+            if self._mode is FlowMode.LATEST:
+                await accepted.wait()  # one frame of a stream at a time stands in line: its newest takes that place
         self._ordered.put_nowait(self._end or _End(None))
 
-    async def _answer(self, arrived: _Arrived) -> pb.FuseStreamResponse | None:
-        """One frame's answer; None if it was dropped for a newer one."""
-        frame = arrived.frame
-        answer = pb.FuseStreamResponse(sequence=frame.sequence, timestamp_ns=frame.timestamp_ns)
+    def _take_waiting(self) -> _Arrived:
+        """The frame that waits, which there must be, and room for the next."""
+        assert self._waiting is not None
+        arrived, self._waiting = self._waiting, None
+        self._emptied.set()
+        if self._end is None:
+            self._filled.clear()
+        return arrived
+
+    async def _answer(self, arrived: _Arrived, accepted: asyncio.Event) -> pb.FuseStreamResponse:
+        """One frame's answer. accepted: set once the frame has a place in the queue, or will not get one."""
+        answer = pb.FuseStreamResponse()
         try:
             await auth.charge()
-            result = await self._fuse(arrived)
-            if result is None:
-                return None
+            result = await self._fuse(arrived, accepted)
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)
         except ServiceError as error:
             self._metrics.errors.labels(error.code).inc()
             answer.error.CopyFrom(error_detail(error))
         except Exception:  # the process boundary of one frame
-            logger.exception("frame failed", extra={"sequence": frame.sequence})
+            logger.exception("frame failed", extra={"sequence": arrived.frame.sequence})
             failure = InternalError(INTERNAL_MESSAGE)
             self._metrics.errors.labels(failure.code).inc()
             answer.error.CopyFrom(error_detail(failure))
+        finally:
+            accepted.set()
+        answer.sequence, answer.timestamp_ns = arrived.frame.sequence, arrived.frame.timestamp_ns
         return answer
 
-    async def _fuse(self, arrived: _Arrived) -> FusionResult | None:
-        """The frame's result, tried again while the queue is full. None: dropped. Raises ServiceError."""
-        frame = arrived.frame
-        asked_s = frame.timeout_ms / 1000 if frame.HasField("timeout_ms") else self._options.timeout_s
-        timeout_s = self._settings.jobs.default_timeout_s if asked_s is None else asked_s
+    async def _fuse(self, arrived: _Arrived, accepted: asyncio.Event) -> FusionResult:
+        """The frame's result. Before a full queue it stands in line with those of all streams. Raises ServiceError."""
         pause_s, longest_s = RETRY_S
-        while True:
-            passed_s = time.monotonic() - arrived.arrived_s
-            if 0 < timeout_s <= passed_s:
-                raise TimedOutError("the frame's deadline passed before it could be queued")
-            request = self._options.request(
-                frame.vis,
-                frame.ir,
-                # What the gateway will refuse, it must see as it was asked for.
-                timeout_s=timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s,
-                request_id=f"{logs.request_id.get()}.{frame.sequence}",
-                traceparent=self._traceparent,
-            )
-            try:
-                return await self._gateway.fuse(request)
-            except OverloadedError:
-                if self._mode is FlowMode.LATEST and self._waiting is not None:
-                    return None
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, longest_s)
+        is_refused = is_first = False
+
+        def leave() -> None:
+            nonlocal is_first
+            accepted.set()
+            if is_first:
+                is_first = False
+                self._line.release()
+
+        try:
+            while True:
+                if not is_first and (is_refused or self._line.locked()) and self._is_possible(arrived.frame):
+                    await self._stand_in_line(arrived)
+                    is_first = True
+                if self._mode is FlowMode.LATEST and self._waiting is not None and is_first:
+                    newest = self._take_waiting()
+                    arrived.frame, arrived.arrived_s = newest.frame, newest.arrived_s
+                    self._drop()
+                try:
+                    return await self._gateway.fuse(self._request(arrived), leave)
+                except OverloadedError:
+                    is_refused = True
+                if is_first:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, longest_s)
+        finally:
+            leave()
+
+    async def _stand_in_line(self, arrived: _Arrived) -> None:
+        """Returns as the first in the line. Raises TimedOutError at the frame's deadline."""
+        timeout_s = self._timeout_s(arrived.frame)
+        remaining_s = arrived.arrived_s + timeout_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, remaining_s)):
+                await self._line.acquire()
+        except TimeoutError as error:
+            raise TimedOutError("the frame's deadline passed before it could be queued") from error
+
+    def _is_possible(self, frame: pb.Frame) -> bool:
+        """Whether the gateway will accept the frame's timeout; it is to refuse it, not the line."""
+        return 0 < self._timeout_s(frame) <= self._settings.jobs.max_timeout_s
+
+    def _timeout_s(self, frame: pb.Frame) -> float:
+        asked_s = frame.timeout_ms / 1000 if frame.HasField("timeout_ms") else self._options.timeout_s
+        return self._settings.jobs.default_timeout_s if asked_s is None else asked_s
+
+    def _request(self, arrived: _Arrived) -> FusionRequest:
+        """The gateway's request for a frame. Raises TimedOutError, InvalidInputError."""
+        frame, timeout_s = arrived.frame, self._timeout_s(arrived.frame)
+        passed_s = time.monotonic() - arrived.arrived_s
+        if 0 < timeout_s <= passed_s:
+            raise TimedOutError("the frame's deadline passed before it could be queued")
+        return self._options.request(
+            frame.vis,
+            frame.ir,
+            # What the gateway will refuse, it must see as it was asked for.
+            timeout_s=timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s,
+            request_id=f"{logs.request_id.get()}.{frame.sequence}",
+            traceparent=self._traceparent,
+        )
 
     # counting
 

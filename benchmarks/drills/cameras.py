@@ -1,8 +1,9 @@
 """Cameras: 16 simulated cameras at 10 frames a second each, and an engine that can serve half of them.
 
-Mode `latest` must keep the age of every delivered frame bounded (it does not grow, and stays within what the frames at
-work explain), serve all cameras alike (each within 10 % of the mean), and let the server's memory rest. Mode `all` must
-slow the cameras and lose nothing.
+The queue is smaller than what the cameras have at work, so that it is full all the time. Mode `latest` must keep the
+age of every delivered frame bounded (it does not grow, and stays within what the frames at work explain), serve all
+cameras alike (each within 10 % of the mean), and let the server's memory rest. Mode `all` must slow the cameras and
+lose nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from service.metrics import FlowMode
 SETTINGS: dict[str, dict[str, Any]] = {
     "engine": {"kind": "fixed", "fixed_batch_s": 0.1, "fixed_item_s": 0},  # 80 frames a second in batches of 8
     "log": {"level": "ERROR"},
+    "queue": {"max_jobs": 24},  # fewer than the frames at work: streams have to stand in line
 }
 NUM_STREAMS, FPS = 16, 10.0
 LATEST_S, ALL_S = 15.0, 12.0

@@ -545,8 +545,9 @@ async def test_mode_latest_skips_what_is_stale_and_says_so(face: Face) -> None:
     assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="dropped"} 37.0')
     face.engine.gate.set()
     answers = [answer async for answer in call]
-    assert [answer.sequence for answer in answers] == [0, 1, 39]
-    assert [answer.previous_sequence for answer in answers[1:]] == [0, 1]
+    first, second, last = (answer.sequence for answer in answers)  # the second began once the first was in the queue
+    assert (first, last) == (0, 39)
+    assert [answer.previous_sequence for answer in answers[1:]] == [first, second]
     assert counts(answers[-1].stats) == {"received": 40, "fused": 3, "dropped": 37}
     assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="fused"} 3.0')
 
@@ -590,6 +591,50 @@ async def test_mode_latest_does_not_queue_up_for_a_full_queue(facing: Facing) ->
         await held
         (answer,) = [answer async for answer in call]
         assert (answer.sequence, counts(answer.stats)) == (2, {"received": 3, "fused": 1, "dropped": 2})
+
+
+async def test_a_full_queue_serves_streams_in_turn(facing: Facing) -> None:
+    """One place in the queue, three streams that always have something newer: nobody is left behind."""
+    async with facing(queue={"max_jobs": 1}) as face:
+        calls = [face.stub.FuseStream() for _ in range(3)]
+        turns: list[int] = []
+
+        async def read(index: int) -> None:
+            async for _ in calls[index]:
+                turns.append(index)
+
+        async def send(index: int) -> None:
+            fuse = pb.FuseOptions(seed=index)
+            options = pb.StreamOptions(fuse=fuse, flow_control=pb.FLOW_CONTROL_LATEST, max_in_flight=1)
+            await calls[index].write(pb.FuseStreamRequest(options=options))
+            for number in range(60):
+                await calls[index].write(frame(number))
+                await asyncio.sleep(0.02)
+            await calls[index].done_writing()
+
+        await asyncio.gather(*(work(index) for index in range(3) for work in (read, send)))
+        served = [batch[0] for batch in face.engine.batches]
+        assert len(served) == len(turns)
+        counts = [served.count(index) for index in range(3)]
+        assert 2 * min(counts) >= max(counts) > 2  # the drill `cameras` holds the service to 10 %
+
+
+async def test_a_deadline_passes_in_the_line_too(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+        held = asyncio.ensure_future(face.stub.Fuse(request()))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        options = pb.FuseStreamRequest(options=pb.StreamOptions(fuse=pb.FuseOptions(timeout_ms=300)))
+        # The second stands behind the first; neither holds up who comes after them.
+        late = [
+            answer
+            async for answer in face.stub.FuseStream(one_by_one([options, *(frame(number) for number in range(3))]))
+        ]
+        assert [answer.error.code for answer in late] == [ErrorCode.TIMED_OUT] * 3
+        face.engine.gate.set()
+        await held
+        (answer,) = [answer async for answer in face.stub.FuseStream(one_by_one([frame(0)]))]
+        assert answer.WhichOneof("outcome") == "fusion"
 
 
 async def test_frames_have_deadlines_of_their_own(facing: Facing) -> None:
