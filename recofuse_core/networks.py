@@ -481,6 +481,11 @@ class ToneEstimator(nn.Module):
         spread = torch.stack([flat.std(dim=-1), flat.amin(dim=-1), flat.amax(dim=-1)], dim=1)  # (B, 3, 4)
         return torch.cat([quantiles.flatten(1), spread.flatten(1)], dim=1)
 
+    def infrared_features(self) -> Tensor:
+        """Which features are of the infrared frame: (features,) booleans."""
+        is_ir = torch.arange(self.CHANNELS) == self.CHANNELS - 1
+        return torch.cat([is_ir.repeat_interleave(self.config.num_quantiles), is_ir.repeat(3)])
+
     def calibrate(self, features: Tensor) -> None:
         """Take the scale of the features (N, F) of a training set over, so that all weigh alike."""
         self.get_buffer("mean").copy_(features.mean(dim=0))

@@ -78,7 +78,9 @@ class DataConfig:
     context: int = 0  # side of the frames that the tone curves are taken from; crops are cut from them. 0: the crops
     validation_root: str = ""  # pairs for the score during training; none if empty
     validation_split: str = ""
-    dark_below: float = 0.18  # visible images of lower mean are given enhanced targets
+    dark_below: float = 0.18  # visible images of lower mean are truly dark
+    enhance_dark: bool = True  # whether truly dark visible images are given enhanced targets
+    dark_log_gamma: float = 0.0  # dark visible crops and their targets are varied by a gamma of e^-x to e^x
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class StageConfig:
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
     num_frames: int = 18_000  # tone: degraded frames that are drawn once and kept
+    swap_probability: float = 0.0  # tone: of meeting the infrared frame of another pair
+    spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat
 
     def __post_init__(self) -> None:
         if self.updates not in get_args(Updates):
@@ -263,7 +267,8 @@ class PairSource:
                 continue
             prefix = next((p for p in config.group_weights if pair.starts_with((p,))), "")
             # A clean file beside a degraded one is the target as it is, however dark.
-            target = enhance_dark(pair.vis, config.dark_below) if pair.vis_degraded is None else pair.vis
+            is_enhanced = config.enhance_dark and pair.vis_degraded is None
+            target = enhance_dark(pair.vis, config.dark_below) if is_enhanced else pair.vis
             images = _Images(pair.vis, target, pair.ir, pair.vis_degraded, pair.ir_degraded)
             groups.setdefault(prefix, []).append(images)
         if not groups:
@@ -292,6 +297,8 @@ class PairSource:
         vis, target, ir, low_vis, low_ir = self._crop(side, generator)
         if low_ir is None:
             ir = self._vary_ir(ir, generator)
+        if low_vis is None:
+            vis, target = self._vary_dark(vis, target, generator)
         config = self.config
         pick = float(torch.rand(1, generator=generator))
         strength = config.strengths[int(pick * len(config.strengths))]
@@ -337,6 +344,14 @@ class PairSource:
         shift = self.config.ir_offset[0] + (self.config.ir_offset[1] - self.config.ir_offset[0]) * offset
         varied: Tensor = (ir.pow(curve) * (low + (high - low) * gain) + shift).clamp(0, 1)
         return varied
+
+    def _vary_dark(self, vis: Tensor, target: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """A gamma, input and target alike, for truly dark crops: nights differ, and few are at hand."""
+        spread = self.config.dark_log_gamma
+        if spread == 0 or float(vis.mean()) >= self.config.dark_below:
+            return vis, target
+        gamma = math.exp((2 * float(torch.rand(1, generator=generator)) - 1) * spread)
+        return vis.pow(gamma), target.pow(gamma)
 
 
 def _fast(x: Tensor) -> Tensor:
@@ -459,20 +474,42 @@ class ToneSamples:
                 kept.append(cells.flatten(1)[:, ::7].half())
         return cls(torch.stack(features), torch.stack(degraded), torch.stack(clean))
 
+    def take(self, batch: Tensor) -> "ToneSamples":
+        """The samples with the indices `batch`."""
+        return ToneSamples(self.features[batch], self.degraded[batch], self.clean[batch])
+
+    def with_infrared_of(self, other: "ToneSamples", where: Tensor, tone: ToneEstimator) -> "ToneSamples":
+        """These samples with the infrared of `other`, as many, at the positions `where` (B,) is true.
+
+        Every feature is of one channel, so frames of different pairs can be put together.
+        """
+        of_ir = tone.infrared_features().to(where.device)
+        features = torch.where(where[:, None] & of_ir, other.features, self.features)
+        joined = []
+        for own, others in ((self.degraded, other.degraded), (self.clean, other.clean)):
+            ir = torch.where(where[:, None, None], others[:, 3:], own[:, 3:])
+            joined.append(torch.cat([own[:, :3], ir], dim=1))
+        return ToneSamples(features, *joined)
+
     def to(self, device: torch.device) -> "ToneSamples":
         """The samples on a device."""
         return ToneSamples(self.features.to(device), self.degraded.to(device), self.clean.to(device))
 
 
-def tone_loss(tone: ToneEstimator, samples: ToneSamples, batch: Tensor) -> dict[str, Tensor]:
-    """Image loss of the corrected cells of the samples with the indices `batch`, for both modalities."""
-    curves = tone.curves(samples.features[batch])
-    corrected = curves(samples.degraded[batch].float()[..., None])
-    clean = samples.clean[batch].float()[..., None]
-    return {
-        "vis": image_loss(corrected[:, :3], clean[:, :3], TONE_LOG_WEIGHT),
-        "ir": image_loss(corrected[:, 3:], clean[:, 3:], TONE_LOG_WEIGHT),
-    }
+def tone_loss(tone: ToneEstimator, samples: ToneSamples, spread_weight: float = 0.0) -> dict[str, Tensor]:
+    """Image loss of the corrected cells of samples, for both modalities.
+
+    `spread_weight` is that of the difference in std between corrected and clean cells, all channels of a modality.
+    """
+    curves = tone.curves(samples.features)
+    corrected = curves(samples.degraded.float()[..., None])
+    clean = samples.clean.float()[..., None]
+    losses: dict[str, Tensor] = {}
+    for name, channels in (("vis", slice(3)), ("ir", slice(3, 4))):
+        ours, wanted = corrected[:, channels], clean[:, channels]
+        spread = (ours.flatten(1).std(dim=1) - wanted.flatten(1).std(dim=1)).abs().mean()
+        losses[name] = image_loss(ours, wanted, TONE_LOG_WEIGHT) + spread_weight * spread
+    return losses
 
 
 TONE_LOG_WEIGHT = 0.05
@@ -813,8 +850,15 @@ class Trainer:
     def _update(self) -> dict[str, float]:
         stage = self.stage
         if self.tone_samples is not None and self.model.tone is not None:
-            chosen = torch.randint(len(self.tone_samples.features), (stage.batch_size,), generator=self.generator)
-            terms = tone_loss(self.model.tone, self.tone_samples, chosen)
+            tone, count = self.model.tone, len(self.tone_samples.features)
+            chosen = torch.randint(count, (stage.batch_size,), generator=self.generator)
+            samples = self.tone_samples.take(chosen.to(self.device))
+            if stage.swap_probability > 0:
+                where = torch.rand(stage.batch_size, generator=self.generator) < stage.swap_probability
+                partners = torch.randint(count, (stage.batch_size,), generator=self.generator)
+                others = self.tone_samples.take(partners.to(self.device))
+                samples = samples.with_infrared_of(others, where.to(self.device), tone)
+            terms = tone_loss(tone, samples, stage.spread_weight)
             self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
             return {name: float(term.detach()) for name, term in terms.items()}
         if isinstance(self.source, LatentSource):

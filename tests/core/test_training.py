@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from recofuse_core import PRESETS, load_pretrained
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError
 from recofuse_core.losses import FusionTargets, fusion_loss
+from recofuse_core.networks import ToneConfig, ToneEstimator
 from recofuse_core.scenes import make_scene
 from recofuse_core.training import (
     DataConfig,
@@ -28,6 +29,7 @@ from recofuse_core.training import (
     RawPair,
     StageConfig,
     StageName,
+    ToneSamples,
     TrainConfig,
     Trainer,
     Updates,
@@ -37,6 +39,7 @@ from recofuse_core.training import (
     learning_rate,
     read_config,
     read_images,
+    tone_loss,
     train_from_config,
 )
 
@@ -155,6 +158,46 @@ def test_only_dark_targets_are_lifted_and_stay_dark() -> None:
     lifted = enhance_dark(dark, 0.18)
     assert dark.mean() < lifted.mean() < 0.22 * 255
     assert lifted.shape == dark.shape
+
+
+@pytest.mark.parametrize("is_dark", [True, False])
+def test_only_dark_crops_are_varied_and_their_targets_alike(is_dark: bool) -> None:
+    rng = np.random.default_rng(1)
+    vis = rng.integers(5, 60, (CROP, CROP, 3), dtype=np.uint8) + (0 if is_dark else 120)
+    pairs = [("night_1", vis.astype(np.uint8), rng.integers(0, 255, (CROP, CROP), dtype=np.uint8))]
+    config = DataConfig(root="x", enhance_dark=False, dark_log_gamma=0.5, rescale_probability=0, clean_probability=1.0)
+    batch = PairSource(config, pairs).draw(6, CROP, Generator().manual_seed(0))
+    assert float((batch.clean.vis - batch.degraded.vis).abs().max()) <= 0.5 / 255 + 1e-6  # rounded to 8 bits
+    means = batch.clean.vis.mean(dim=(1, 2, 3))
+    spread = float(means.max() / means.min())
+    assert spread > 1.2 if is_dark else spread == pytest.approx(1, abs=1e-4)
+
+
+def test_frames_of_different_pairs_can_be_put_together() -> None:
+    tone = ToneEstimator(ToneConfig(grid=8, num_quantiles=5, width=4))
+    generator = Generator().manual_seed(2)
+    vis, ir = torch.rand(3, 3, 20, 20, generator=generator), torch.rand(3, 1, 20, 20, generator=generator)
+    cells = torch.cat([vis, ir], dim=1).flatten(2)
+    samples = ToneSamples(tone.features(vis, ir), cells, cells + 1)
+    order, where = torch.tensor([1, 2, 0]), torch.tensor([True, False, True])
+    mixed = samples.with_infrared_of(samples.take(order), where, tone)
+    wanted = torch.where(where[:, None, None, None], ir[order], ir)
+    assert torch.equal(mixed.features, tone.features(vis, wanted))
+    assert torch.equal(mixed.degraded, torch.cat([vis, wanted], dim=1).flatten(2))
+    assert torch.equal(mixed.clean, mixed.degraded + 1)
+
+
+def test_flat_curves_cost_more_with_a_spread_weight() -> None:
+    tone = ToneEstimator(ToneConfig(grid=8, num_quantiles=5, width=4)).requires_grad_(False)  # the identity
+    clean = torch.rand(2, 4, 50, generator=Generator().manual_seed(0)) * 0.5 + 0.25
+    features = torch.zeros(2, len(tone.infrared_features()))
+    flat = ToneSamples(features, clean * 0.5 + 0.25, clean)
+    without, with_spread = (tone_loss(tone, flat, weight) for weight in (0.0, 2.0))
+    for name, channels in (("vis", slice(3)), ("ir", slice(3, 4))):
+        wanted = clean[:, channels].flatten(1).std(dim=1).mean()  # half of it is missing, and it counts twice
+        assert float(with_spread[name] - without[name]) == pytest.approx(float(wanted), rel=1e-3)
+    exact = ToneSamples(features, clean, clean)
+    assert float(tone_loss(tone, exact, 2.0)["ir"]) == pytest.approx(float(tone_loss(tone, exact)["ir"]), abs=1e-3)
 
 
 def test_lion_follows_its_formula() -> None:
