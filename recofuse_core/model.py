@@ -87,7 +87,7 @@ PRESETS = {
         ),
         FusionConfig(latent_channels=16),
         SDEConfig(),
-        tone=ToneConfig(),
+        tone=ToneConfig(width=512),
         sampler="ode2",
         steps=3,
     ),
