@@ -532,7 +532,7 @@ def run(
     finally:
         torch.set_num_threads(num_threads_before)
     checks = judge(rows, on_gpu, compact_s)
-    line = f"engine on {name}: " + "; ".join(check.text() for check in checks)
+    line = f"engine on {name}: " + ("; ".join(check.text() for check in checks) or "no target is for these cases")
     if not on_gpu and where["load_average"] > 0.5:
         line += f"; the machine was busy (load average {where['load_average']})"
     document = {

@@ -152,6 +152,7 @@ def test_everything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     assert said[-1] == outcome.line
     assert outcome.all_met  # nothing to judge: no 640x480
+    assert "no target is for these cases" in outcome.line
     document = json.loads(paths[0].read_text())
     assert len(document["rows"]) == len(outcome.rows) == len(ladder(False))
     with paths[1].open() as stream:
