@@ -979,9 +979,20 @@ class Trainer:
         return True
 
     def start_from(self, weights: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> None:
-        """Begin the present stage with given weights instead of random ones, or with those that start with `parts`."""
-        chosen = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
-        self.model.load_state_dict(self.model.state_dict() | chosen)
+        """Begin the present stage with given weights instead of random ones, or with those that start with `parts`.
+
+        Raises CheckpointError if a weight of the model that is asked for is not among them, or has another shape.
+        """
+        own = self.model.state_dict()
+        asked = [name for name in own if name.startswith(parts)]
+        if missing := [name for name in asked if name not in weights]:
+            raise CheckpointError(f"{len(missing)} weights to start from are missing, such as {missing[0]}")
+        if wrong := [name for name in asked if weights[name].shape != own[name].shape]:
+            shapes = f"{tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+            raise CheckpointError(f"{len(wrong)} weights to start from have another shape: {wrong[0]} has {shapes}")
+        if not asked:
+            raise CheckpointError(f"the model has no weights whose names start with {' or '.join(parts)}")
+        self.model.load_state_dict(own | {name: weights[name] for name in asked})
         self.start_stage()
 
     def skip_to(self, name: StageName) -> None:

@@ -491,6 +491,21 @@ def test_states_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         trainer(stage("autoencoder", 2)).resume(path)
 
 
+def test_weights_to_start_from_must_be_all_there() -> None:
+    run, given = trainer(stage("branches")), trainer(stage("branches")).model.state_dict()
+    name = next(name for name in given if name.startswith("tone."))
+    lacking = {other: tensor + 1 for other, tensor in given.items() if other != name}
+    run.start_from(lacking, ("fusion.", "denoiser."))
+    for other, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, given[other] + 1) is other.startswith(("fusion.", "denoiser."))
+    with pytest.raises(CheckpointError, match=f"1 weights to start from are missing, such as {name}"):
+        run.start_from(lacking)
+    with pytest.raises(CheckpointError, match="1 weights to start from have another shape"):
+        run.start_from({**given, name: given[name].flatten()[:1]})
+    with pytest.raises(CheckpointError, match="no weights whose names start with fusoin"):
+        run.start_from(given, ("fusoin.",))
+
+
 CONFIG = """
 preset = "compact"
 version = "9"
