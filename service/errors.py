@@ -14,6 +14,7 @@
     ├── ConflictError              an idempotency key that was used for another request
     ├── CancelledError             the job was cancelled
     ├── OverloadedError            the queue is full; try again later
+    │   └── NoRoomError            it has places, but not the bytes that this job needs; a smaller one may fit
     ├── RateLimitedError           this caller asks too often; try again later
     ├── UnavailableError           draining, not warm, or the queue cannot be reached
     ├── TimedOutError              the deadline passed before there was a result
@@ -202,6 +203,10 @@ class OverloadedError(ServiceError):
     """The queue is full."""
 
     code = ErrorCode.OVERLOADED
+
+
+class NoRoomError(OverloadedError):
+    """The queue takes more jobs, but not as many bytes as this one has. For callers it is OverloadedError."""
 
 
 class RateLimitedError(ServiceError):

@@ -42,6 +42,7 @@ from service.errors import (
     InternalError,
     InvalidInputError,
     MalformedRequestError,
+    NoRoomError,
     OverloadedError,
     RouteNotFoundError,
     ServiceError,
@@ -768,12 +769,15 @@ class _Stream:
         pause_s, longest_s = RETRY_S
         is_refused = is_first = False
 
-        def leave() -> None:
+        def step_out() -> None:
             nonlocal is_first
-            accepted.set()
             if is_first:
                 is_first = False
                 self._line.release()
+
+        def leave() -> None:
+            accepted.set()
+            step_out()
 
         try:
             while True:
@@ -786,9 +790,11 @@ class _Stream:
                     self._drop()
                 try:
                     return await self._gateway.fuse(self._request(arrived), leave)
-                except OverloadedError:
-                    is_refused = True
-                if is_first:
+                except OverloadedError as error:
+                    is_refused, is_large = True, isinstance(error, NoRoomError)
+                if is_large:
+                    step_out()  # and to the end of the line: smaller frames behind this one may fit
+                if is_first or is_large:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, longest_s)
         finally:

@@ -12,7 +12,7 @@ The contract (`JobQueue`), which every implementation keeps and `tests/service/q
 - *Nothing is done for nobody.* A job that is cancelled or past its deadline is not handed out any more, and its waiters
   are told; one that is being worked on shows up in `cancelled` and in the answer of `renew`.
 - *Bounds.* `submit` refuses at once (OverloadedError) beyond `max_jobs` unfinished jobs or `max_bytes` of unfinished
-  payloads and unread results.
+  payloads and unread results (NoRoomError). A job that alone is larger than that can never fit (PayloadTooLargeError).
 - *Pushed.* `wait_result` wakes up when the result is there; it never polls. If waiting breaks off, waiting again works.
 
 Every method may raise UnavailableError while the queue cannot be reached; callers back off and repeat. All methods are
@@ -37,7 +37,9 @@ from service.errors import (
     ConflictError,
     ErrorCode,
     JobNotFoundError,
+    NoRoomError,
     OverloadedError,
+    PayloadTooLargeError,
     TimedOutError,
 )
 from service.jobs import FusionJob, FusionResult, JobStatus, JobView, Priority, WorkerInfo, new_job_id
@@ -102,6 +104,14 @@ class DeadLetter:
     failed_s: float
 
 
+def check_size(job: FusionJob, settings: QueueSettings) -> None:
+    """Raises PayloadTooLargeError for a job that no queue of these settings can ever hold."""
+    if job.size_bytes > settings.max_bytes:
+        raise PayloadTooLargeError(
+            f"the job has {job.size_bytes} bytes; this server's queue accepts at most {settings.max_bytes}"
+        )
+
+
 class JobQueue(Protocol):
     """See the module's text for the promises that these methods keep together."""
 
@@ -116,7 +126,8 @@ class JobQueue(Protocol):
     async def submit(self, job: FusionJob, *, idempotency_key: str | None = None) -> Admission:
         """Accept a job, or find the earlier one of the same key.
 
-        Raises OverloadedError when full, ConflictError when the key was used for another request (`job.fingerprint`).
+        Raises OverloadedError when full, PayloadTooLargeError for a job that would not fit an empty queue either,
+        ConflictError when the key was used for another request (`job.fingerprint`).
         """
 
     async def wait_result(self, job_id: str, *, timeout_s: float) -> FusionResult | None:
@@ -403,6 +414,7 @@ class MemoryQueue:
 
     def _admit(self, job: FusionJob) -> None:
         limits = self._settings
+        check_size(job, limits)
         num_unfinished = sum(map(len, self._waiting.values())) + len(self._leased)
         if num_unfinished >= limits.max_jobs:
             raise OverloadedError(
@@ -411,7 +423,7 @@ class MemoryQueue:
         while self._dead and self._size_bytes + job.size_bytes > limits.max_bytes:  # new work comes before old failures
             self._size_bytes -= self._dead.popitem(last=False)[1].job.size_bytes
         if self._size_bytes + job.size_bytes > limits.max_bytes:
-            raise OverloadedError(
+            raise NoRoomError(
                 f"the queue is full ({self._size_bytes} bytes); try again later", retry_after_s=limits.retry_after_s
             )
 

@@ -56,11 +56,12 @@ from service.errors import (
     InternalError,
     JobNotFoundError,
     MalformedRequestError,
+    NoRoomError,
     OverloadedError,
     UnavailableError,
 )
 from service.jobs import FusionJob, FusionResult, JobStatus, JobView, Priority, WorkerInfo, new_job_id
-from service.queue import Admission, Clock, DeadLetter, JobQueue, Lease, MemoryQueue, QueueStats, Renewal
+from service.queue import Admission, Clock, DeadLetter, JobQueue, Lease, MemoryQueue, QueueStats, Renewal, check_size
 from service.settings import QueueSettings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -270,6 +271,7 @@ class RedisQueue:
     async def submit(self, job: FusionJob, *, idempotency_key: str | None = None) -> Admission:
         """See JobQueue."""
         limits, now = self._settings, self._clock()
+        check_size(job, limits)
         idem, fingerprint, ttl_s = "", "", limits.result_ttl_s
         if idempotency_key is not None:
             idem = hashlib.blake2b(idempotency_key.encode(), digest_size=16).hexdigest()
@@ -311,9 +313,8 @@ class RedisQueue:
             if is_awaited and not is_accepted:
                 self._stop_expecting(job.id)
         if outcome == b"full":
-            raise OverloadedError(
-                f"the queue is full ({detail.decode()}); try again later", retry_after_s=limits.retry_after_s
-            )
+            kind = NoRoomError if detail.endswith(b" bytes") else OverloadedError
+            raise kind(f"the queue is full ({detail.decode()}); try again later", retry_after_s=limits.retry_after_s)
         if outcome == b"conflict":
             raise ConflictError("this idempotency key was used for another request; use a fresh key for each request")
         return Admission(detail.decode(), is_new=is_accepted)

@@ -17,7 +17,9 @@ from service.errors import (
     InternalError,
     InvalidInputError,
     JobNotFoundError,
+    NoRoomError,
     OverloadedError,
+    PayloadTooLargeError,
 )
 from service.jobs import FusionJob, FusionResult, JobStatus, Part, Priority, WorkerInfo, new_job_id
 from service.queue import JobQueue, Lease
@@ -289,10 +291,16 @@ class QueueContract:
     async def test_bytes_are_bounded(self, world: World) -> None:
         heavy = replace(world.job(), vis=bytes(SETTINGS.max_bytes - 10_000))
         await world.queue.submit(heavy)
-        with pytest.raises(OverloadedError):
+        with pytest.raises(NoRoomError):
             await world.queue.submit(replace(world.job(), vis=bytes(20_000)))
         await world.queue.finish(await world.take_one(), success(heavy))
         await world.queue.submit(replace(world.job(), vis=bytes(20_000)))
+
+    async def test_a_job_that_can_never_fit_is_not_told_to_come_back(self, world: World) -> None:
+        with pytest.raises(PayloadTooLargeError) as refused:
+            await world.queue.submit(replace(world.job(), vis=bytes(SETTINGS.max_bytes)))
+        assert refused.value.retry_after_s is None
+        assert (await world.queue.stats()).num_unfinished == 0
 
     async def test_a_key_leads_to_the_first_job(self, world: World) -> None:
         job = world.job()

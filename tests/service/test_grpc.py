@@ -619,6 +619,31 @@ async def test_a_full_queue_serves_streams_in_turn(facing: Facing) -> None:
         assert 2 * min(counts) >= max(counts) > 2  # the drill `cameras` holds the service to 10 %
 
 
+async def test_a_frame_that_is_too_large_for_now_holds_up_no_smaller_one(facing: Facing) -> None:
+    """The queue has room for bytes of small frames: the large one waits without standing in their way."""
+    large, small = grey(64, 48), grey(32, 32)
+    async with facing(queue={"max_bytes": 9000}) as face:
+        face.engine.gate.clear()
+        held = face.stub.FuseStream(one_by_one([raw_frame(0, large, large)]))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        waiting = face.stub.FuseStream(one_by_one([raw_frame(0, large, large)]))
+        reading = asyncio.ensure_future(waiting.read())
+        await asyncio.sleep(0.2)  # until it has been refused, or else this shows nothing
+        passing = face.stub.FuseStream(one_by_one([raw_frame(0, small, small)]))
+        assert await eventually(face, 'recofuse_jobs_accepted_total{priority="normal"} 2.0', 20)
+        face.engine.gate.set()
+        for answer in (await held.read(), await reading, await passing.read()):
+            assert isinstance(answer, pb.FuseStreamResponse)
+            assert answer.WhichOneof("outcome") == "fusion"
+
+
+async def test_a_frame_that_can_never_fit_is_refused_at_once(facing: Facing) -> None:
+    large = grey(64, 48)
+    async with facing(queue={"max_bytes": 6000}) as face:
+        (answer,) = [answer async for answer in face.stub.FuseStream(one_by_one([raw_frame(0, large, large)]))]
+        assert answer.error.code == ErrorCode.PAYLOAD_TOO_LARGE
+
+
 async def test_a_deadline_passes_in_the_line_too(facing: Facing) -> None:
     async with facing(queue={"max_jobs": 1}) as face:
         face.engine.gate.clear()
