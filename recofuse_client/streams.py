@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,7 +93,9 @@ class Ledger:
         self._waiting: pb.Frame | None = None
         self._again: deque[pb.Frame] = deque()  # to be sent again, before anything that waits
         self._unanswered: OrderedDict[int, _Sent] = OrderedDict()
-        self._missed: deque[int] = deque()  # sequence numbers without a result, since the last result
+        # Frames without a result that no result has told of, by the last frame on its way before each (-1: none was).
+        # An answer tells of those behind what was sent before it; so there are never more entries than frames sent.
+        self._missed: Counter[int] = Counter()
         self._last_offered = -1
         self._last_answered: int | None = None
         self._failing_since_s: float | None = None
@@ -124,7 +126,7 @@ class Ledger:
         )
         self._last_offered = sequence
         if self._waiting is not None:
-            self._miss(self._waiting.sequence, dropped=1)
+            self._miss(next(reversed(self._unanswered), -1), dropped=1)
         self._waiting = message
         self._stats = replace(self._stats, offered=self._stats.offered + 1)
 
@@ -175,11 +177,9 @@ class Ledger:
         fusion = fusion_of(response.fusion, "") if error is None else None
         sent = self._unanswered.pop(response.sequence, None)
         while self._unanswered and next(iter(self._unanswered)) < response.sequence:  # answers come in order
-            self._miss(self._unanswered.popitem(last=False)[0], dropped=1)
-        num_missed = 0
-        while self._missed and self._missed[0] < response.sequence:
-            self._missed.popleft()
-            num_missed += 1
+            self._unanswered.popitem(last=False)
+            self._miss(dropped=1)
+        num_missed = sum(self._missed.pop(behind) for behind in list(self._missed) if behind < response.sequence)
         self._last_answered = response.sequence
         self._failing_since_s, self._num_failures = None, 0
         told = response.stats
@@ -210,7 +210,8 @@ class Ledger:
         """
         if error is None and (self.options.mode == "latest" or not self._unanswered):
             while self._unanswered:  # an orderly end leaves unanswered only what was replaced
-                self._miss(self._unanswered.popitem(last=False)[0], dropped=1)
+                self._unanswered.popitem(last=False)
+                self._miss(dropped=1)
             return 0.0
         if error is None:
             error = ConnectionLostError("the server ended the stream before all frames were answered")
@@ -228,7 +229,10 @@ class Ledger:
             self._again.extendleft(reversed([sent.message for sent in self._unanswered.values()]))
             self._unanswered.clear()
         while self._unanswered:
-            self._miss(self._unanswered.popitem(last=False)[0], lost=1)
+            self._unanswered.popitem(last=False)
+            self._miss(lost=1)
+        if self._missed:  # nothing is on its way: the next result will tell of all of them
+            self._missed = Counter({-1: self._missed.total()})
 
     @property
     def stats(self) -> StreamStats:
@@ -239,8 +243,8 @@ class Ledger:
     def _num_open(self) -> int:
         return len(self._unanswered) + len(self._again)
 
-    def _miss(self, sequence: int, *, dropped: int = 0, lost: int = 0) -> None:
-        self._missed.append(sequence)
+    def _miss(self, behind: int = -1, *, dropped: int = 0, lost: int = 0) -> None:
+        self._missed[behind] += 1
         stats = self._stats
         self._stats = replace(stats, dropped=stats.dropped + dropped, lost=stats.lost + lost)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import recofuse_client as rc
@@ -69,6 +69,8 @@ class PretendServer:
     window=st.integers(1, 6),
     steps=st.lists(st.sampled_from(["offer", "offer", "send", "send", "answer", "break", "refuse"]), max_size=120),
 )
+# 2 is dropped before 0 is: the answer to 1 tells of 0 alone
+@example(mode="latest", window=1, steps=["offer", "send", "offer", "send", "offer", "offer", "answer"])
 def test_every_frame_is_accounted_for(mode: Any, window: int, steps: list[str]) -> None:
     ledger = Ledger(StreamOptions(mode=mode, window=window, retry=EAGER, reconnect_s=1000))
     server = PretendServer(ledger)
@@ -121,6 +123,24 @@ def test_every_frame_is_accounted_for(mode: Any, window: int, steps: list[str]) 
         for before, after in itertools.pairwise([-1, *sequences]):
             missed = next(result.num_missed for result in results if result.sequence == after)
             assert missed == after - before - 1
+
+
+def test_a_server_that_stays_away_costs_no_memory() -> None:
+    ledger = Ledger(StreamOptions(mode="latest", retry=EAGER, reconnect_s=1e9))
+    tiny = np.zeros((1, 1), np.uint8)
+    for _ in range(50):
+        for _ in range(4):
+            ledger.offer((tiny, tiny))
+        ledger.take()
+        ledger.offer((tiny, tiny))
+        ledger.offer((tiny, tiny))
+        ledger.break_off(rc.ConnectionLostError("gone"))
+        ledger.reopen()
+        assert len(ledger._missed) <= 1
+    ledger.take()
+    answer = ledger.answer(pb.FuseStreamResponse(sequence=299, fusion=pb.Fusion()))
+    assert isinstance(answer, rc.FrameResult)
+    assert answer.num_missed == 299 == answer.stats.dropped + answer.stats.lost
 
 
 def test_sequence_numbers_ascend_and_may_leave_gaps() -> None:
