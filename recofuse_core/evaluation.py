@@ -61,6 +61,8 @@ class EvaluationSettings:
     sampler: SamplerName | None = None
     coupled: bool = True  # False: each branch restores alone
     with_baselines: bool = False
+    vis_kinds: tuple[str, ...] | None = None  # put in exactly these degradations; None: a random recipe
+    ir_kinds: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,13 @@ def item_seed(seed: int, name: str, role: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def degrade_pair(pair: Pair, strength: EvaluationStrength, seed: int) -> tuple[Tensor, Tensor, str, str]:
+def degrade_pair(
+    pair: Pair,
+    strength: EvaluationStrength,
+    seed: int,
+    vis_kinds: Sequence[str] | None = None,
+    ir_kinds: Sequence[str] | None = None,
+) -> tuple[Tensor, Tensor, str, str]:
     """The inputs of the methods, vis (3, H, W) and ir (1, H, W) uint8, and the recipes that made them."""
     name = pair.files.name
     if strength == "clean":
@@ -133,8 +141,8 @@ def degrade_pair(pair: Pair, strength: EvaluationStrength, seed: int) -> tuple[T
         return vis, pair.ir if pair.ir_degraded is None else pair.ir_degraded, "", ""
     if strength not in ("light", "medium", "strong"):
         raise ConfigError(f"strength must be light, medium, strong, clean or given, not {strength!r}")
-    vis_result = degrade_vis(to_float(pair.vis), _generator(seed, name, "vis"), strength)
-    ir_result = degrade_ir(to_float(pair.ir), _generator(seed, name, "ir"), strength)
+    vis_result = degrade_vis(to_float(pair.vis), _generator(seed, name, "vis"), strength, vis_kinds)
+    ir_result = degrade_ir(to_float(pair.ir), _generator(seed, name, "ir"), strength, ir_kinds)
     return to_uint8(vis_result.image), to_uint8(ir_result.image), _text(vis_result.recipe), _text(ir_result.recipe)
 
 
@@ -168,7 +176,9 @@ def _evaluate_pair(
     others: Mapping[str, Path],
     device: torch.device | str,
 ) -> tuple[PairScores, PairImages]:
-    vis, ir, vis_recipe, ir_recipe = degrade_pair(pair, settings.strength, settings.seed)
+    vis, ir, vis_recipe, ir_recipe = degrade_pair(
+        pair, settings.strength, settings.seed, settings.vis_kinds, settings.ir_kinds
+    )
     restored: dict[str, tuple[Tensor, Tensor]] = {DEGRADED: (vis, ir)}
     fused: dict[str, Tensor] = {}
     if model is not None:
@@ -343,6 +353,8 @@ class Report:
             "protocol_version": PROTOCOL_VERSION,
             "seed": self.settings.seed,
             "strength": self.settings.strength,
+            "vis_kinds": self.settings.vis_kinds,
+            "ir_kinds": self.settings.ir_kinds,
             "reference": self.reference,
             "weights": self.weights,
             "weights_version": self.version,
@@ -375,7 +387,7 @@ class Report:
 
     def line(self) -> str:
         """One readable line."""
-        what = f"{len(self.scores)} pairs, {self.settings.strength}, seed {self.settings.seed}"
+        what = f"{len(self.scores)} pairs, {self.settings.strength}{self._kinds()}, seed {self.settings.seed}"
         if self.weights is None:
             return f"{what}: no model was run"
         summary = self.summary()
@@ -389,16 +401,24 @@ class Report:
         parts.append("fused " + ", ".join(f"{FUSION_COLUMNS[name]} {_format(summary[name], 2)}" for name in names))
         return f"{what}, {self.weights} {self.version}, {self.sampler} {self.steps} steps{coupling}: {'; '.join(parts)}"
 
-    def markdown(self) -> str:
-        """The tables: overall, then by data set if there are several."""
-        what = f"protocol {PROTOCOL_VERSION}, strength {self.settings.strength}, seed {self.settings.seed}"
+    def caption(self) -> str:
+        """What the tables and plots show."""
+        strength = f"{self.settings.strength}{self._kinds()}"
+        what = f"protocol {PROTOCOL_VERSION}, strength {strength}, seed {self.settings.seed}"
         if self.weights is not None:
             coupling = "on" if self.settings.coupled else "off"
             what += (
                 f"; {MODEL} = {self.weights} {self.version}, {self.sampler}, {self.steps} steps, coupling {coupling}"
             )
-        blocks = [f"{len(self.scores)} pairs; {what}; sources of the fusion scores: {self.reference}."]
-        blocks += self._tables(None)
+        return f"{len(self.scores)} pairs; {what}; sources of the fusion scores: {self.reference}."
+
+    def _kinds(self) -> str:
+        chosen = (("vis", self.settings.vis_kinds), ("ir", self.settings.ir_kinds))
+        return "".join(f" {name}={'+'.join(kinds) or 'clean'}" for name, kinds in chosen if kinds is not None)
+
+    def markdown(self) -> str:
+        """The tables: overall, then by data set if there are several."""
+        blocks = [self.caption(), *self._tables(None)]
         if len(self.sources) > 1:
             for source in self.sources:
                 count = sum(score.source == source for score in self.scores)

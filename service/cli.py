@@ -769,6 +769,10 @@ def evaluate(
     sampler: Annotated[
         str | None, typer.Option(help="euler, posterior, ode1 or ode2; the model's own if unset.")
     ] = None,
+    vis_kinds: Annotated[
+        str | None, typer.Option(metavar="KIND,...", help="Put exactly these into vis (docs/degradations.md).")
+    ] = None,
+    ir_kinds: Annotated[str | None, typer.Option(metavar="KIND,...", help="And these into ir.")] = None,
     coupling: Annotated[str, typer.Option(help="on, or off: each branch restores alone.")] = "on",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pairs by name.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also score fusion after OpenCV enhancement.")] = False,
@@ -778,6 +782,7 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a pair and method.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write bar plots of the means, as SVG.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a sheet of small pictures.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for all pictures at full size.")] = None,
     weights: Annotated[
@@ -794,9 +799,12 @@ def evaluate(
 
     from recofuse_core import evaluation, load_pretrained
     from recofuse_core.data import find_pairs, write_image
+    from recofuse_core.plots import bar_plots
 
     if coupling not in ("on", "off"):
         raise InvalidInputError(f"coupling must be on or off, not {coupling}")
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise InvalidInputError(f"plot: the plots are SVG, so the file must end in .svg, not {plot.name}")
     folders = {}
     for item in others or ():
         name, separator, folder = item.partition("=")
@@ -816,6 +824,8 @@ def evaluate(
         sampler=cast(Any, sampler),
         coupled=coupling == "on",
         with_baselines=baselines,
+        vis_kinds=None if vis_kinds is None else tuple(filter(None, vis_kinds.split(","))),
+        ir_kinds=None if ir_kinds is None else tuple(filter(None, ir_kinds.split(","))),
     )
     scores, rows = [], []
     results = evaluation.evaluate(model, files, settings, others=folders, device=device)
@@ -835,10 +845,11 @@ def evaluate(
         steps=(steps or model.info.default_steps) if model else None,
         sampler=(sampler or model.info.default_sampler) if model else None,
     )
-    texts = {
+    texts: dict[Path | None, Callable[[], str]] = {
         json_path: lambda: json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n",
         csv_path: report.csv,
         markdown: report.markdown,
+        plot: lambda: bar_plots(report),
     }
     for path, text in texts.items():
         if path is not None:

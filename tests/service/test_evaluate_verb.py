@@ -64,7 +64,7 @@ def test_every_output_is_written(pairs: Path, weights: Path, tmp_path: Path) -> 
             f"copy={pairs / 'vis'}",
         ),
         *("--json", out / "a.json", "--csv", out / "a.csv", "--markdown", out / "a.md", "--sheet", out / "a.png"),
-        *("--save", out / "pictures"),
+        *("--save", out / "pictures", "--plot", out / "a.svg"),
     )
     assert code == 0, stderr
     summary = json.loads((out / "a.json").read_text())["summary"]
@@ -89,8 +89,24 @@ def test_every_output_is_written(pairs: Path, weights: Path, tmp_path: Path) -> 
         "2 pairs, strong, seed 4, tiny 0.1, posterior 3 steps, coupling off: vis "
     )
     assert read_vis(out / "a.png").shape[0] == 3
+    assert "opencv-average" in (out / "a.svg").read_text()
     assert len(list((out / "pictures").iterdir())) == 11
     assert read_vis(out / "pictures" / "fused_recofuse" / "1.png").shape == (3, 64, 80)
+
+
+def test_named_degradations_are_put_in_alone(pairs: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        *("--pairs", pairs, "--weights", "none", "--limit", 1, "--vis-kinds", "haze,jpeg", "--ir-kinds", "stripes"),
+        *("--json", tmp_path / "a.json", "--baselines"),
+    )
+    assert code == 0, stderr
+    whole = json.loads((tmp_path / "a.json").read_text())
+    (pair,) = whole["pairs"]
+    assert [step.split("(")[0] for step in pair["vis_recipe"].split(" + ")] == ["haze", "jpeg"]
+    assert pair["ir_recipe"].startswith("stripes(")
+    assert " + " not in pair["ir_recipe"]
+    assert (whole["summary"]["vis_kinds"], whole["summary"]["ir_kinds"]) == (["haze", "jpeg"], ["stripes"])
+    assert "medium vis=haze+jpeg ir=stripes" in stdout
 
 
 def test_other_methods_are_scored_without_a_model(pairs: Path) -> None:
@@ -109,6 +125,8 @@ def test_other_methods_are_scored_without_a_model(pairs: Path) -> None:
         (["--others", "a=/does/not/exist"], "not a folder"),
         (["--strength", "huge"], "light, medium, strong"),
         (["--split", "train"], "'train'"),
+        (["--plot", "scores.pdf"], "end in .svg"),
+        (["--vis-kinds", "fog"], "accepted: blur"),
         (["--weights", "/does/not/exist.safetensors"], "exist.safetensors"),
     ],
 )
