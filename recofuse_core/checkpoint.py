@@ -286,16 +286,17 @@ def model_config_from(values: Any) -> ModelConfig:
     }
     if values.get("tone") is not None:
         sections["tone"] = ToneConfig
-    values.update({key: _build(section, values[key], key) for key, section in sections.items()})
-    config: ModelConfig = _build(ModelConfig, values, "config")
+    values.update({key: build_config(section, values[key], key) for key, section in sections.items()})
+    config: ModelConfig = build_config(ModelConfig, values, "config")
     return config
 
 
-def _build(section: type, values: Mapping[str, Any], where: str) -> Any:
-    """A config dataclass from JSON values, each checked against its annotation.
+def build_config(section: type, values: Mapping[str, Any], where: str) -> Any:
+    """A config dataclass from JSON or TOML values, each checked against its annotation.
 
     An absent field takes its default, so that a setting added later, whose default is the old behaviour, does not make
     older files unreadable; an unknown field means that a newer release wrote the file.
+    Raises ConfigError for an unknown field or a value that does not fit, TypeError for a missing one.
     """
     hints = typing.get_type_hints(section)
     unknown = sorted(values.keys() - hints.keys())
@@ -314,11 +315,17 @@ def _frozen(value: Any) -> Any:
 
 def _is_a(value: Any, hint: Any) -> bool:
     """Whether a JSON value fits one of the annotations that the configs use."""
+    if hint is Any:
+        return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return value in arguments
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, option) for option in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in value.items()
+        )
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

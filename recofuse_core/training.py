@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from recofuse_core.checkpoint import load_checkpoint, model_config_from, save_checkpoint
+from recofuse_core.checkpoint import build_config, load_checkpoint, model_config_from, save_checkpoint
 from recofuse_core.data import find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
@@ -170,13 +170,14 @@ def read_config(path: Path) -> TrainConfig:
 def parse_config(raw: dict[str, Any], path: Path) -> TrainConfig:
     """The configuration in a parsed file; `path` names it in errors. Raises ConfigError."""
     try:
-        data = raw.pop("data")
-        data |= {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-        stages = tuple(StageConfig(**stage) for stage in raw.pop("stages"))
-        config = TrainConfig(data=DataConfig(**data), stages=stages, **raw)
-    except (KeyError, TypeError, AttributeError) as error:
+        raw["data"] = build_config(DataConfig, raw["data"], "data")
+        raw["stages"] = tuple(
+            build_config(StageConfig, stage, f"stage {i}") for i, stage in enumerate(raw["stages"], 1)
+        )
+        config: TrainConfig = build_config(TrainConfig, raw, "the file")
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a training configuration: {error}") from error
-    if not stages:
+    if not config.stages:
         raise ConfigError(f"{path} names no stage")
     if config.preset not in PRESETS:
         raise ConfigError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Generator, Tensor, nn
 
 from recofuse_core import PRESETS, load_pretrained
@@ -555,7 +556,12 @@ def test_a_configuration_file_becomes_a_model_that_fuses(tmp_path: Path) -> None
         "state.pt",
         "tensorboard",
     ]
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"autoencoder/clean", "coupled/vis", "coupled/learning_rate", "coupled/psnr_ir"} <= set(tags["scalars"])
+    assert set(tags["images"]) == {f"coupled/{row}" for row in range(3)}  # degraded, restored and fused, one row a pair
+    (row,) = events.Images("coupled/0")
+    assert (row.height, row.width) == (64, 5 * 80)
 
 
 @pytest.mark.parametrize(
@@ -564,6 +570,11 @@ def test_a_configuration_file_becomes_a_model_that_fuses(tmp_path: Path) -> None
         (("preset = ", "perset = "), "not a training configuration"),
         (('preset = "compact"', 'preset = "huge"'), "unknown preset"),
         (("steps = 2", "stepz = 2"), "not a training configuration"),
+        (("steps = 2", 'steps = "2"'), r"stage 1\.steps cannot be '2'"),
+        (("steps = 2", "steps = 2\nupdates = 'joint'"), "coupled stage without rollout"),
+        (('optimizer = "lion"', 'optimizer = "adam"'), r"stage 2\.optimizer cannot be 'adam'"),
+        (("[data]", "[data]\ngroup_weights = { a = 'b' }"), r"data\.group_weights"),
+        (("[data]", "[model.fusion]\nwidth = 'wide'\n[data]"), r"fusion\.width cannot be 'wide'"),
         (("[data]", "[date]"), "not a training configuration"),
         (("[[stages]]", "[[stages"), "not a training configuration"),
     ],
