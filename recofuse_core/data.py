@@ -149,7 +149,6 @@ def _classify(path: Path, parts: tuple[str, ...]) -> _Folder | None:
     modalities: set[Modality] = set()
     quality: Literal["clean", "degraded", "unsaid"] = "unsaid"
     context = []
-    split = None
     for part in parts:
         words = set(part.casefold().split("_"))
         if words <= VIS_NAMES | IR_NAMES | CLEAN_NAMES | DEGRADED_NAMES:
@@ -163,12 +162,18 @@ def _classify(path: Path, parts: tuple[str, ...]) -> _Folder | None:
                 quality = "degraded"
             continue
         context.append(part)
-        first_word = part.casefold().split("_")[0]
-        if split is None and first_word in SPLIT_NAMES:
-            split = "val" if first_word.startswith("val") else first_word
     if len(modalities) != 1:
         return None
-    return _Folder(path, modalities.pop(), quality, tuple(context), split)
+    return _Folder(path, modalities.pop(), quality, tuple(context), split_of(context))
+
+
+def split_of(parts: Iterable[str]) -> str | None:
+    """The split that the components of a path name, "train", "val" or "test" by the first word of one; None if none."""
+    for part in parts:
+        first_word = part.casefold().split("_")[0]
+        if first_word in SPLIT_NAMES:
+            return "val" if first_word.startswith("val") else first_word
+    return None
 
 
 def _pair_group(root: Path, context: tuple[str, ...], folders: list[_Folder]) -> list[PairFiles]:
