@@ -8,6 +8,8 @@ every gap is reported by the answer after it, mode `all` loses no frame, and eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -35,22 +37,27 @@ def run(*, is_quick: bool, say: Say) -> Report:
     kills = KILLS[::2] if is_quick else KILLS  # quick: one worker and the front end
     seconds = SECONDS * (0.75 if is_quick else 1)
     ports = [free_port(), free_port()]
-    with split({**SETTINGS, "grpc": {"port": ports[0]}}, num_apis=1, num_workers=2) as stack:
-        _add_front_end(stack, ports[1])
+    with (
+        split({**SETTINGS, "grpc": {"port": ports[0]}}, num_apis=1, num_workers=2) as stack,
+        _second_front_end(stack, ports[1]),
+    ):
         return asyncio.run(_drill(stack, ports, kills, seconds, say))
 
 
-def _add_front_end(stack: Stack, port: int) -> None:
-    """Front ends of one host need a gRPC port each."""
+@contextlib.contextmanager
+def _second_front_end(stack: Stack, port: int) -> Iterator[None]:
+    """Another `api` process for the duration of the block: front ends of one host need a gRPC port each."""
     http_port = free_port()
     (first,) = stack.named("api")
     values = {**SETTINGS, "queue": {**SETTINGS["queue"], "url": stack.redis_url}}
     values |= {"http": {"port": http_port}, "grpc": {"port": port}}
     second = recofuse("api", first.log.parent, values, name="api-2")
     second.start()
-    stack.processes["api-2"] = second
-    stack.addresses.append(("127.0.0.1", http_port))
-    wait_ready(second, http_port)
+    try:
+        wait_ready(second, http_port)
+        yield
+    finally:
+        second.stop()
 
 
 async def _drill(
@@ -78,7 +85,6 @@ async def _drill(
     finally:
         breaking.cancel()
         await asyncio.gather(breaking, return_exceptions=True)
-        stack.processes["api-2"].stop()
     return _report(everything, latest, kills)
 
 

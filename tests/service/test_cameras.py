@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from benchmarks import streams
 from service.cameras import CameraPlan, message_of, render_loop, simulate
 from service.metrics import FlowMode
 from service.pb.recofuse.v1 import fusion_pb2 as pb
@@ -110,6 +111,15 @@ def test_the_command_starts_a_server_of_its_own(tmp_path: Path) -> None:
     figures = json.loads(out.read_text())
     assert figures["num_sent"] == figures["num_fused"] > 0
     assert run.stdout.splitlines()[-1].startswith("2 cameras of 64x64 at 5 fps, mode all: ")
+
+
+def test_what_a_frame_costs_is_measured_on_a_server() -> None:
+    row = streams._row("null", plan(FlowMode.ALL, num_streams=2, fps=50.0, seconds=1.0, size=(64, 64), num_scenes=1))
+    assert (row.size, row.engine, row.num_streams) == ("64x64", "null", 2)
+    assert row.frames_per_s > 1
+    assert row.cpu_ms > 0
+    assert row.mib_per_frame == pytest.approx(64 * 64 * 4 / 2**20, rel=0.01)
+    assert streams.markdown([row]).count("\n") == 2
 
 
 @pytest.mark.parametrize("options", [["--mode", "some"], ["--size", "9x9"], ["--encoding", "bmp"], ["--format", "gif"]])
