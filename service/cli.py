@@ -753,6 +753,47 @@ def train(
 
 
 @app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="Configuration (TOML), such as configs/ablations.toml.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the runs; what is finished there is not run again.")
+    ] = Path("runs/ablations"),
+    variants: Annotated[
+        list[str] | None, typer.Option("--variant", metavar="NAME", help="Only these, such as late; all if unset.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the scores of every run as JSON.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train and score the paper's ablations under one budget (docs/ablations.md)."""
+    import json
+
+    import torch
+
+    from recofuse_core import ablations
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def say(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True)
+
+    results = ablations.run_ablations(config, output, variants=variants, device=device, say=say)
+    text = ablations.table(results)
+    for path, content in (
+        (markdown, text),
+        (json_path, json.dumps([asdict(each) for each in results], indent=2) + "\n"),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    out.print(text, markup=False, soft_wrap=True)
+    num_seeds = len({each.seed for each in results})
+    num_variants = len({each.variant for each in results})
+    out.print(f"{len(results)} runs of {num_variants} models with {num_seeds} seeds", soft_wrap=True)
+
+
+@app.command()
 def export(
     pairs: Annotated[Path, typer.Option(help="Root of a data set with labels below it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
