@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from service import auth, images
 from service.errors import (
+    InternalError,
     InvalidInputError,
     JobNotFoundError,
     NotFinishedError,
@@ -40,7 +41,10 @@ GRACE_S = 2.0  # after a deadline, for the queue's own verdict to arrive
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusionRequest:
-    """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default."""
+    """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
+
+    may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
+    """
 
     vis: bytes
     ir: bytes
@@ -48,6 +52,7 @@ class FusionRequest:
     priority: Priority = Priority.NORMAL
     timeout_s: float | None = None
     idempotency_key: str | None = None
+    may_repeat: bool = False
     request_id: str = ""
     traceparent: str | None = None
     vis_layout: RawLayout | None = None
@@ -109,7 +114,7 @@ class Gateway:
             if on_accepted is not None:
                 on_accepted()
             try:
-                result = await self._result_by(job_id, job.deadline_s or 0.0)
+                result = await self._result_by(job_id, job.deadline_s or 0.0, request)
             except asyncio.CancelledError:
                 if request.idempotency_key is None:
                     await asyncio.shield(self._abandon(job_id))
@@ -259,8 +264,12 @@ class Gateway:
             self._metrics.payload_bytes.observe(job.size_bytes)
         return admission.job_id
 
-    async def _result_by(self, job_id: str, deadline_s: float) -> FusionResult:
-        """The result; waiting survives a queue that is away for a while. Raises TimedOutError."""
+    async def _result_by(self, job_id: str, deadline_s: float, request: FusionRequest) -> FusionResult:
+        """The result; waiting survives a queue that is away for a while.
+
+        Raises TimedOutError, and for a job that the queue lost InternalError: it may have been computed, and
+        UnavailableError, which invites to try again, would say that nothing was done.
+        """
         pause_s = 0.05
         while (remaining_s := deadline_s + GRACE_S - self._clock()) > 0:
             try:
@@ -270,7 +279,9 @@ class Gateway:
                 pause_s = min(2 * pause_s, 2.0)
                 continue
             except JobNotFoundError as error:
-                raise UnavailableError("the queue lost this job; try again", retry_after_s=1.0) from error
+                if request.may_repeat or request.idempotency_key is not None:
+                    raise UnavailableError("the queue lost this job; try again", retry_after_s=1.0) from error
+                raise InternalError("the queue lost this job, which may have been computed") from error
             if result is not None:
                 return result
         raise TimedOutError("there was no result before the deadline")

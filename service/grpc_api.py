@@ -456,6 +456,7 @@ class _Options:
         request_id: str,
         traceparent: str | None,
         idempotency_key: str | None = None,
+        may_repeat: bool = False,
     ) -> FusionRequest:
         """The gateway's request for one pair. Raises InvalidInputError."""
         vis_bytes, vis_layout = _content(vis, "vis")
@@ -467,6 +468,7 @@ class _Options:
             priority=self.priority,
             timeout_s=timeout_s,
             idempotency_key=idempotency_key,
+            may_repeat=may_repeat,
             request_id=request_id,
             traceparent=traceparent,
             vis_layout=vis_layout,
@@ -829,6 +831,7 @@ class _Stream:
             frame.ir,
             # What the gateway will refuse, it must see as it was asked for.
             timeout_s=timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s,
+            may_repeat=True,  # a frame has one result, however often it is computed
             request_id=f"{logs.request_id.get()}.{frame.sequence}",
             traceparent=self._traceparent,
         )
