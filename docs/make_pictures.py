@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from benchmarks.processes import all_in_one
 from recofuse_core import load_pretrained
 from recofuse_core.data import to_uint8
-from recofuse_core.degradations import IrKind, VisKind, degrade_ir, degrade_vis
+from recofuse_core.degradations import IrKind, Strength, VisKind, degrade_ir, degrade_vis, motion_blur
 from recofuse_core.scenes import Scene, make_scene
 from service.files import contact_sheet, write_picture
 from service.settings import CodecSettings
@@ -106,8 +106,27 @@ def make_degradations() -> None:
         for kind in kinds:
             low = degrade(clean, Generator().manual_seed(1), "strong", kinds=[kind]).image
             cells.append((str(kind), pixels(low)))
+            if kind == "blur":
+                length = 13.0 if modality == "vis" else 7.0
+                cells[-1:] = [("blur: defocus", pixels(low)), ("blur: motion", pixels(motion_blur(clean, length, 0.4)))]
         rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
         write_picture(IMAGES / f"degradations-{modality}.webp", contact_sheet(rows), CODEC)
+
+
+def make_strengths() -> None:
+    """Composite recipes of the same kinds at the three strengths."""
+    scene = make_scene(7, 320, 448)
+    strengths: tuple[Strength, ...] = ("light", "medium", "strong")
+    rows = []
+    for name, clean, kinds, degrade in (
+        ("haze, gaussian_noise, jpeg", scene.vis, ("haze", "gaussian_noise", "jpeg"), degrade_vis),
+        ("low_contrast, stripes, gaussian_noise", scene.ir, ("low_contrast", "stripes", "gaussian_noise"), degrade_ir),
+    ):
+        cells = [(name, pixels(clean))]
+        for strength in strengths:
+            cells.append((strength, pixels(degrade(clean, Generator().manual_seed(2), strength, kinds=kinds).image)))
+        rows.append(cells)
+    write_picture(IMAGES / "degradations-strengths.webp", contact_sheet(rows), CODEC)
 
 
 def make_samples() -> None:
@@ -133,6 +152,7 @@ def make_screenshot(path: str) -> None:
 
 if __name__ == "__main__":
     make_degradations()
+    make_strengths()
     make_gallery()
     make_samples()
     if (path := chromium_path()) is None:
