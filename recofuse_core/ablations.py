@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator
 
-from recofuse_core.checkpoint import build_config, load_pretrained, save_checkpoint
+from recofuse_core.checkpoint import build_config, load_pretrained, pretrained_header, save_checkpoint
 from recofuse_core.data import find_pairs, read_pair, write_image
 from recofuse_core.degradations import Strength
 from recofuse_core.errors import ConfigError
@@ -177,7 +177,13 @@ def collect(config: AblationConfig, output: Path) -> list[Result]:
 def crops_of(config: AblationConfig, base: Path, output: Path, initial: ReCoFuse) -> LatentSource:
     """The encoded crops that all runs train on, made by the first call."""
     stage, data = config.train.stages[0], config.train.data
-    made_of = (asdict(data), config.initial, config.num_crops, stage.crop, config.train.seed)
+    made_of = (
+        asdict(data),
+        pretrained_header(config.initial).checksum,
+        config.num_crops,
+        stage.crop,
+        config.train.seed,
+    )
     path = output / f"crops-{_hash(made_of)}.safetensors"
     if not path.exists():
         source = PairSource(data, read_images(base / data.root, data.split))
@@ -255,7 +261,7 @@ def read_result(folder: Path, config: AblationConfig, train: TrainConfig) -> Res
 
 def _digest(config: AblationConfig, train: TrainConfig) -> str:
     shared = asdict(replace(config, train=train)) | {"num_seeds": None}  # more seeds leave the first ones as they are
-    return _hash(shared)
+    return _hash((shared, pretrained_header(config.initial).checksum))  # a release may change the weights of a name
 
 
 def _hash(values: object) -> str:

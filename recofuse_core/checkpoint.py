@@ -157,6 +157,12 @@ def load_pretrained(name_or_path: StrPath = "compact", *, device: str | torch.de
     return model.eval()
 
 
+def pretrained_header(name_or_path: StrPath) -> CheckpointHeader:
+    """`read_header` of what `load_pretrained` would load."""
+    with resources.as_file(resources.files("recofuse_core") / "weights") as packaged:
+        return read_header(_resolve(name_or_path, packaged))
+
+
 def packaged_names() -> tuple[str, ...]:
     """Names of the weights that ship inside the package."""
     with resources.as_file(resources.files("recofuse_core") / "weights") as packaged:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recofuse_core import load_pretrained
+from recofuse_core import load_pretrained, save_checkpoint
 from recofuse_core.ablations import (
     COLUMNS,
     SHARED_PARTS,
@@ -104,6 +104,11 @@ def test_runs_share_what_is_frozen_and_are_not_run_twice(config: Path, tmp_path:
     assert len(lines) == 4
     config.write_text(CONFIG.replace("learning_rate = 1e-3", "learning_rate = 2e-3"))
     assert collect(read_ablations(config), output) == []  # of another configuration
+    weights = tmp_path / "other.safetensors"
+    initial = load_pretrained("compact")
+    save_checkpoint(weights, initial.state_dict(), initial.config, name="compact", version="other")
+    config.write_text(CONFIG.replace("[ablation]", f'[ablation]\ninitial = "{weights}"'))
+    assert collect(read_ablations(config), output) == []  # behind other weights
     config.write_text(CONFIG.replace("num_seeds = 2", "num_seeds = 1"))
     assert collect(read_ablations(config), output) == results[:2]  # fewer seeds of the same
 
