@@ -62,9 +62,12 @@ async def test_stale_frames_are_dropped_and_counted(serving: Serving) -> None:
 async def test_cameras_resume_at_the_next_server(serving: Serving) -> None:
     async with serving(grpc={"port": 0}) as first, serving(grpc={"port": 0}) as second:
         targets = [first.grpc_address, second.grpc_address]
-        running = asyncio.create_task(simulate(targets, plan(FlowMode.ALL, seconds=2.0), LOOPS))
-        await asyncio.to_thread(first.engine.started.wait, 10)
+        first.engine.gate.clear()  # so that its cameras have sent more than they have seen, however late it is stopped
+        cameras = plan(FlowMode.ALL, seconds=4.0, max_in_flight=1)
+        running = asyncio.create_task(simulate(targets, cameras, LOOPS))
+        await asyncio.to_thread(first.engine.started.wait, 60)
         first.stop.set()
+        first.engine.gate.set()
         report = await running
     assert report.total("num_resumed") >= 2  # the cameras of the first server
     assert report.total("num_sent") == report.total("num_fused") > 0

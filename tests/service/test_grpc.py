@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service import jobs
+from service import grpc_api, jobs
 from service.errors import STATUS, ErrorCode
 from service.metrics import FlowMode
 from service.pb.recofuse.v1 import fusion_pb2 as pb
@@ -593,30 +593,58 @@ async def test_mode_latest_does_not_queue_up_for_a_full_queue(facing: Facing) ->
         assert (answer.sequence, counts(answer.stats)) == (2, {"received": 3, "fused": 1, "dropped": 2})
 
 
-async def test_a_full_queue_serves_streams_in_turn(facing: Facing) -> None:
+class Turnstile(threading.Event):
+    """A gate that lets one pass through each time it is set."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        is_open = super().wait(timeout)
+        self.clear()
+        return is_open
+
+
+@pytest.mark.parametrize("mode", [pb.FLOW_CONTROL_ALL, pb.FLOW_CONTROL_LATEST])
+async def test_a_full_queue_serves_streams_in_turn(
+    facing: Facing, monkeypatch: pytest.MonkeyPatch, mode: pb.FlowControl.ValueType
+) -> None:
     """One place in the queue, three streams that always have something newer: nobody is left behind."""
-    async with facing(queue={"max_jobs": 1}) as face:
-        calls = [face.stub.FuseStream() for _ in range(3)]
-        turns: list[int] = []
+    num_lined_up, num_turns = 0, 12
+    stand_in_line = grpc_api._Stream._stand_in_line
 
-        async def read(index: int) -> None:
-            async for _ in calls[index]:
-                turns.append(index)
+    async def counted(stream: grpc_api._Stream, arrived: grpc_api._Arrived) -> None:
+        nonlocal num_lined_up
+        num_lined_up += 1
+        await stand_in_line(stream, arrived)
 
-        async def send(index: int) -> None:
+    monkeypatch.setattr(grpc_api._Stream, "_stand_in_line", counted)
+    async with facing(FakeEngine(gate=Turnstile()), queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+
+        async def stream(index: int) -> None:
+            call = face.stub.FuseStream()
             fuse = pb.FuseOptions(seed=index)
-            options = pb.StreamOptions(fuse=fuse, flow_control=pb.FLOW_CONTROL_LATEST, max_in_flight=1)
-            await calls[index].write(pb.FuseStreamRequest(options=options))
-            for number in range(60):
-                await calls[index].write(frame(number))
-                await asyncio.sleep(0.02)
-            await calls[index].done_writing()
+            options = pb.StreamOptions(fuse=fuse, flow_control=mode, max_in_flight=1)
+            await call.write(pb.FuseStreamRequest(options=options))
+            for number in range(num_turns):
+                await call.write(frame(number))
+                assert isinstance(await call.read(), pb.FuseStreamResponse)
 
-        await asyncio.gather(*(work(index) for index in range(3) for work in (read, send)))
-        served = [batch[0] for batch in face.engine.batches]
-        assert len(served) == len(turns)
-        counts = [served.count(index) for index in range(3)]
-        assert 2 * min(counts) >= max(counts) > 2  # the drill `cameras` holds the service to 10 %
+        streams = [asyncio.create_task(stream(index)) for index in range(3)]
+        end = time.monotonic() + 60
+        for turn in range(num_turns):
+            # One frame is in the pass, the other streams' stand in line; so who is next is decided.
+            while len(face.engine.batches) <= turn or num_lined_up < turn + 2:
+                assert time.monotonic() < end
+                await asyncio.sleep(0.005)
+            face.engine.gate.set()
+        turnstile, face.engine.gate = face.engine.gate, threading.Event()
+        face.engine.gate.set()  # for whatever is still under way
+        turnstile.set()
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    served = [seeds[0] for seeds in face.engine.batches[:num_turns]]
+    assert set(served[:3]) == {0, 1, 2}
+    assert served[3:] == served[:-3]
 
 
 async def test_a_frame_that_is_too_large_for_now_holds_up_no_smaller_one(facing: Facing) -> None:
