@@ -386,8 +386,9 @@ class FrameStream(Iterator[FrameResult]):
         return self._ledger.is_ended and not self._ledger.has_next
 
     def _read(self) -> None:
-        source = iter(self._frames)
+        source = None
         try:
+            source = iter(self._frames)
             for item in source:
                 with self._changed:
                     self._changed.wait_for(lambda: self._is_closed or self._ledger.can_offer)
@@ -535,8 +536,9 @@ class AsyncFrameStream(AsyncIterator[FrameResult]):
         return self._ledger.is_ended and not self._ledger.has_next
 
     async def _read(self) -> None:
-        source = _asynchronous(self._frames)
+        source = None
         try:
+            source = _asynchronous(self._frames)
             async for item in source:
                 async with self._changed:
                     await self._changed.wait_for(lambda: self._ledger.can_offer)

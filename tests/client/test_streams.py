@@ -275,6 +275,41 @@ async def test_what_the_source_raises_comes_out_behind_its_frames(running: Serve
         await client.stream([rc.Frame(VIS, IR, sequence=4), rc.Frame(VIS, IR, sequence=4)])
 
 
+class Unplugged:
+    """A source, of either kind, that cannot even be begun."""
+
+    def __iter__(self) -> Iterator[rc.Frame]:
+        raise OSError("no camera")
+
+
+class AsyncUnplugged:
+    def __aiter__(self) -> AsyncIterator[rc.Frame]:
+        raise OSError("no camera")
+
+
+def test_a_source_that_cannot_begin_ends_the_stream() -> None:
+    raised: list[BaseException] = []
+
+    def read() -> None:
+        with rc.Client("grpc://127.0.0.1:9") as client:  # nobody is asked
+            try:
+                list(client.stream(Unplugged()))
+            except OSError as error:
+                raised.append(error)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(60)
+    assert [str(error) for error in raised] == ["no camera"]
+
+
+@pytest.mark.parametrize("source", [Unplugged, AsyncUnplugged])
+async def test_a_source_that_cannot_begin_ends_an_async_stream(source: Any) -> None:
+    async with rc.AsyncClient("grpc://127.0.0.1:9") as client, asyncio.timeout(60):
+        with pytest.raises(OSError, match="no camera"):
+            await anext(client.stream(source()))
+
+
 async def test_a_stream_that_is_left_early_closes_its_source(running: Served) -> None:
     closed = threading.Event()
 
