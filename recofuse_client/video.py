@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -187,6 +188,7 @@ class Recorder:
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
         self._start_ns = 0
+        self._shown: Any = None  # the picture before
         self.num_frames = 0
 
     def write(self, picture: Pixels, timestamp_ns: int) -> None:
@@ -202,11 +204,14 @@ class Recorder:
             self._size, self._start_ns = size, timestamp_ns
         if size != self._size:
             raise VideoError(f"{self._path}: a picture of {size} came after pictures of {self._size}")
-        until = round((timestamp_ns - self._start_ns) / 1e9 * self._fps) + 1
-        for _ in range(min(until - self.num_frames, round(60 * self._fps))):  # a clock that leaps fills no disk
+        number = round((timestamp_ns - self._start_ns) / 1e9 * self._fps)
+        if self._shown is not None:
+            for _ in range(min(number - self.num_frames, round(60 * self._fps))):  # a clock that leaps fills no disk
+                self._writer.write(self._shown)
+        if number >= self.num_frames:
             self._writer.write(frame)
-            self.num_frames += 1
-        self.num_frames = max(self.num_frames, until)
+            self.num_frames = number + 1
+        self._shown = frame
 
     def close(self) -> None:
         """Finish the file."""
