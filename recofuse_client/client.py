@@ -79,8 +79,8 @@ class Client(_Base):
     """A client that blocks.
 
     url: http://HOST:PORT or https (a path is possible), grpc://HOST:PORT or grpcs. timeout_s: seconds of a call that
-    names none. retry: see `Retry`. No connection is made before the first call. Raises ValueError for an address that
-    is none, and OSError for certificate files that cannot be read.
+    names none. retry: see `Retry`. No connection is made before the first call. Raises ValueError for an address or
+    an API key that is none, and OSError for certificate files that cannot be read.
     """
 
     def __init__(

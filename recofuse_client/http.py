@@ -20,6 +20,7 @@ from recofuse_client.errors import (
     ConnectionFailedError,
     ConnectionLostError,
     InternalError,
+    MalformedRequestError,
     OverloadedError,
     PayloadTooLargeError,
     PermissionDeniedError,
@@ -283,6 +284,8 @@ def _translated(error: Exception) -> RecofuseError:
         return TimedOutError("there was no answer before the deadline")
     if isinstance(error, (httpx.UnsupportedProtocol, httpx.DecodingError, httpx.TooManyRedirects)):
         return BadAnswerError(text)
+    if isinstance(error, httpx.LocalProtocolError):  # its text quotes headers, secrets among them
+        return MalformedRequestError("this request cannot be put into HTTP")
     return ConnectionLostError(f"the connection was lost while the server was at work: {text}")
 
 

@@ -6,6 +6,7 @@ connections in the same files do that, one that blocks and one that awaits for e
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ SCHEMES: dict[str, tuple[Literal["http", "grpc"], bool]] = {  # protocol, TLS
     "grpcs": ("grpc", True),
 }
 CONNECT_TIMEOUT_S = 5.0
+_PRINTABLE = re.compile(r"[\x21-\x7e]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,9 @@ class Target:
             raise ValueError("give both cert and key, or neither")
         if not has_tls and (options.get("ca") or options.get("cert")):
             raise ValueError(f"{url!r}: certificates need https:// or grpcs://")
+        if (api_key := options.get("api_key")) and not _PRINTABLE.fullmatch(api_key):
+            # Its value is a secret. Most often this is a file's last line end.
+            raise ValueError("api_key: accepted are printable ASCII characters, without spaces and line ends")
         address = parts.netloc + (parts.path.rstrip("/") if kind == "http" else "")
         return cls(kind=kind, address=address, has_tls=has_tls, **options)
 
@@ -101,6 +106,11 @@ class ApiProtocol(Protocol, Generic[Request, Prepared]):
         """Whether new work is welcome."""
 
 
+def _check_key(idempotency_key: str | None) -> None:
+    if idempotency_key and (len(idempotency_key) > 255 or not _PRINTABLE.fullmatch(idempotency_key)):
+        raise ValueError("idempotency_key: accepted are 1 to 255 printable ASCII characters without spaces")
+
+
 class Calls(Generic[Request, Prepared]):
     """The calls of a client as operations: a protocol's attempts, with retries and deadlines around them."""
 
@@ -117,6 +127,7 @@ class Calls(Generic[Request, Prepared]):
         self, pair: Prepared, options: Options, idempotency_key: str | None, timeout_s: float | None
     ) -> Operation[Request, Fusion]:
         """Fuse and wait; repeated after a lost connection only under an idempotency key."""
+        _check_key(idempotency_key)
         return retried(
             lambda rest_s: self._protocol.fuse(pair, options, idempotency_key, rest_s),
             self._retry,
@@ -133,6 +144,7 @@ class Calls(Generic[Request, Prepared]):
         timeout_s: float | None,
     ) -> Operation[Request, Job]:
         """Accept a job; always under a key, so that no lost answer makes two jobs of one."""
+        _check_key(idempotency_key)
         key = idempotency_key or secrets.token_hex(16)
         return retried(
             lambda rest_s: self._protocol.submit(pair, options, key, job_timeout_s, rest_s),

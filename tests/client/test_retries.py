@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import recofuse_client as rc
 from recofuse_client import errors
 from recofuse_client.errors import BY_CODE, RecofuseError, error_of
+from recofuse_client.http import _translated
 from recofuse_client.protocols import Target
 from recofuse_client.retries import Deadline, Operation, Pause, Send, is_safe_to_repeat, retried, run, run_async
 from recofuse_client.rpc import error_of_call
@@ -166,6 +168,27 @@ def test_impossible_policies_and_addresses() -> None:
     with pytest.raises(OSError, match="none"):
         rc.Client("grpcs://host:1", ca="/none")
     assert Target.of("https://host/fusion/").address == "host/fusion"
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+async def test_keys_that_no_header_can_hold_are_refused_and_not_told(scheme: str) -> None:
+    for secret in ("rf_secret\n", "rf secret", "rf_sécret", "rf_secret\x7f"):
+        for kind in (rc.Client, rc.AsyncClient):
+            with pytest.raises(ValueError, match="api_key: accepted") as raised:
+                kind(f"{scheme}://127.0.0.1:9", api_key=secret)
+            assert "rf" not in str(raised.value)
+    with rc.Client(f"{scheme}://127.0.0.1:9", api_key="rf_secret", retry=NO_RETRY) as client:
+        for key in ("a b", "a\n", "ä", "a" * 256):
+            for call in (client.fuse, client.submit):
+                with pytest.raises(ValueError, match="idempotency_key"):
+                    call(VIS, IR, idempotency_key=key)
+
+
+def test_what_http_cannot_say_is_not_tried_again_and_not_quoted() -> None:
+    error = _translated(httpx.LocalProtocolError("Illegal header value b'Bearer rf_secret'"))
+    assert type(error) is rc.MalformedRequestError
+    assert "rf_secret" not in str(error)
+    assert not is_safe_to_repeat(error, is_idempotent=True)
 
 
 # answers of others
