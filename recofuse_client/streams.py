@@ -100,7 +100,8 @@ class Ledger:
         self._last_answered: int | None = None
         self._failing_since_s: float | None = None
         self._num_failures = 0
-        self._is_opened = False
+        self._has_answered = False  # any connection
+        self._is_fresh = False  # the present one has not answered
         self._stats = StreamStats()
         self.is_ended = False  # the source has no more frames
 
@@ -154,8 +155,7 @@ class Ledger:
 
     def opening(self) -> pb.FuseStreamRequest:
         """A connection's first message."""
-        self._stats = replace(self._stats, reconnects=self._stats.reconnects + self._is_opened)
-        self._is_opened = True
+        self._is_fresh = True
         flow = pb.FLOW_CONTROL_LATEST if self.options.mode == "latest" else pb.FLOW_CONTROL_ALL
         options = pb.StreamOptions(
             fuse=options_message(self.options.options, self.options.frame_timeout_s),
@@ -169,6 +169,9 @@ class Ledger:
 
     def answer(self, response: pb.FuseStreamResponse) -> FrameResult | float:
         """A frame's result; or, if the frame is to go out again, the seconds after which to open the stream anew."""
+        if self._is_fresh:  # only now it is known that this was a connection, and no vain attempt
+            self._stats = replace(self._stats, reconnects=self._stats.reconnects + self._has_answered)
+            self._is_fresh, self._has_answered = False, True
         error = error_of_detail(response.error) if response.WhichOneof("outcome") == "error" else None
         if isinstance(error, RefusedError) and self.options.mode == "all":
             pause_s = self._pause_s(error)
