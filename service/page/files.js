@@ -70,7 +70,7 @@ export function curlOf({ vis, ir, options, needsKey, output, address }) {
   const samples = [vis, ir].filter(picture => picture.href);
   if (samples.length) lines.push(`curl -fsS ${samples.map(picture => `-O ${quoted(picture.href)}`).join(" \\\n  ")} &&`);
   lines.push(`curl -sS --fail-with-body -o ${quoted(output)} \\`);
-  if (needsKey) lines.push('  -H "Authorization: Bearer $RECOFUSE_KEY" \\');
+  if (needsKey) lines.push('  -H "Authorization: Bearer $RECOFUSE_API_KEY" \\');
   lines.push(`  -F ${quoted(fileField("vis", vis.name))} \\`, `  -F ${quoted(fileField("ir", ir.name))} \\`);
   const fields = options.map(([name, value]) => `--form-string ${quoted(`${name}=${value}`)}`);
   if (fields.length) lines.push(`  ${fields.join(" ")} \\`);

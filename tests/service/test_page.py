@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Browser, Page, expect
 
 from benchmarks.processes import all_in_one
+from service.cli import API_KEY_VARIABLE
 from tests.browser import chromium, chromium_path
 from tests.fakes import file_of, pair, picture
 
@@ -436,7 +437,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(opened: Opener, tmp_path: P
         expect(page.locator("#model")).to_contain_text("null 1")
         assert key not in page.locator("#command").inner_text()
         if shutil.which("curl"):
-            run_command(page, tmp_path, RECOFUSE_KEY=key)
+            run_command(page, tmp_path, **{API_KEY_VARIABLE: key})
             assert zipfile.is_zipfile(tmp_path / "recofuse.zip")
         # A key that may only submit waits on one connection.
         page.get_by_role("button", name="Dusk").click()
