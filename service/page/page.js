@@ -6,6 +6,7 @@ import { Viewer } from "./viewer.js";
 
 const SAMPLES = [["night", "Night"], ["haze", "Haze"], ["noise", "Noise"], ["dusk", "Dusk"]];
 const INPUTS = { vis: "Visible", ir: "Infrared" };
+const ROLES = Object.keys(INPUTS);
 const PARTS = { vis: "Visible, restored", ir: "Infrared, restored", fused: "Fused" };
 const NAMES = { fused: "fused", vis: "vis-restored", ir: "ir-restored" };  // of files
 const STAGES = { decode: "Decoding", queue: "Queue", batch: "Batching", model: "Model", encode: "Encoding" };
@@ -23,7 +24,8 @@ let sides = ["", ""];
 let needsKey = false, canRead = true;
 let asked = Promise.resolve();  // for the models, which tells what the key may do
 let running = null;  // AbortController
-let turn = 0;  // of choosing; a sample that arrives late must not replace a later choice
+// Of choosing, and of fusing: what arrives late must replace neither a later choice nor a pair that is being fused.
+const turns = { vis: 0, ir: 0 };
 
 function make(name, text, parent) {
   const element = document.createElement(name);
@@ -34,7 +36,8 @@ function make(name, text, parent) {
 
 // the pair
 
-async function choose(role, file, href = "") {
+// A file as a picture of the pair.
+async function pictureOf(file, href = "") {
   const whyNot = await whyUnseen(file);
   let url = whyNot ? "" : URL.createObjectURL(file);
   let note = whyNot, dimensions = null;
@@ -47,8 +50,13 @@ async function choose(role, file, href = "") {
       [url, note] = ["", "No preview; the server will say if it can read it"];
     }
   }
-  forget(role);
-  pair[role] = { file, url, note, dimensions, href };
+  return { file, url, note, dimensions, href };
+}
+
+// Begins a choice for these roles; returns what tells if it is still a role's latest.
+function begin(roles) {
+  const mine = Object.fromEntries(roles.map(role => [role, ++turns[role]]));
+  return role => mine[role] === turns[role];
 }
 
 function forget(role) {
@@ -58,10 +66,22 @@ function forget(role) {
 
 // Own files, by role; a sample's other half does not stay beside them.
 async function chooseFiles(files) {
-  turn++;
-  for (const role of Object.keys(INPUTS)) if (pair[role]?.href) forget(role);
-  for (const [role, file] of Object.entries(files)) if (file) await choose(role, file);
-  showPair();
+  const chosen = Object.keys(files).filter(role => files[role]);
+  const isLatest = begin(chosen);
+  const pictures = await Promise.all(chosen.map(role => pictureOf(files[role])));
+  if (chosen.some(isLatest)) for (const role of ROLES) if (pair[role]?.href) forget(role);
+  for (const [index, role] of chosen.entries()) put(role, pictures[index], isLatest(role));
+  if (chosen.some(isLatest)) showPair();
+}
+
+// Puts a picture in its place, or lets go of one that came too late.
+function put(role, picture, isWanted) {
+  if (isWanted) {
+    forget(role);
+    pair[role] = picture;
+  } else if (picture.url) {
+    URL.revokeObjectURL(picture.url);
+  }
 }
 
 function assign(files) {
@@ -80,16 +100,18 @@ async function chooseSample(name) {
     if (!answer.ok) throw new Problem({ title: "The sample is missing", detail: `The server answered ${answer.status}.` });
     return [new File([await answer.blob()], `${name}-${role}.webp`, { type: "image/webp" }), href];
   };
-  const mine = ++turn;
+  const isLatest = begin(ROLES);
   try {
-    const [vis, ir] = await Promise.all(["vis", "ir"].map(load));
-    if (mine !== turn) return;
-    await choose("vis", ...vis);
-    await choose("ir", ...ir);
+    const files = await Promise.all(ROLES.map(load));
+    const pictures = await Promise.all(files.map(([file, href]) => pictureOf(file, href)));
+    const isWanted = ROLES.every(isLatest);
+    for (const [index, role] of ROLES.entries()) put(role, pictures[index], isWanted);
+    if (!isWanted) return;
     showPair();
     for (const button of document.querySelectorAll(".samples button"))
       button.setAttribute("aria-pressed", button.dataset.name === name);
   } catch (error) {
+    if (!ROLES.every(isLatest)) return;
     complain(error instanceof Problem ? error : new Problem({ title: "No connection", detail: "The sample cannot be loaded." }));
   }
 }
@@ -99,7 +121,7 @@ function showPair() {
   complain(null);
   say("");
   $("progress").hidden = true;
-  for (const role of Object.keys(INPUTS)) {
+  for (const role of ROLES) {
     const slot = $(`${role}-slot`), picture = pair[role];
     const preview = slot.querySelector(".preview");
     preview.replaceChildren();
@@ -219,13 +241,14 @@ function chosenOptions() {
 
 async function fuse() {
   if (running) return;
-  const missing = Object.keys(INPUTS).find(role => !pair[role]);
+  const missing = ROLES.find(role => !pair[role]);
   if (missing) {
     complain(new Problem({ title: "A picture is missing", detail: `Choose the ${INPUTS[missing].toLowerCase()} picture first.` }));
     $(missing).focus();
     return;
   }
   complain(null);
+  begin(ROLES);
   running = new AbortController();
   const started = performance.now();
   const timer = setInterval(() => {
@@ -233,7 +256,7 @@ async function fuse() {
   }, 100);
   setBusy(true);
   const body = new FormData(), wanted = { output: form.elements.output.value, format: form.elements.format.value };
-  for (const role of Object.keys(INPUTS)) body.append(role, pair[role].file, pair[role].file.name);
+  for (const role of ROLES) body.append(role, pair[role].file, pair[role].file.name);
   for (const [name, value] of chosenOptions()) body.append(name, value);
   try {
     showPhase({ phase: "sending", share: 0 });
@@ -329,7 +352,7 @@ async function showModel() {
 
 function showCommand() {
   const output = form.elements.output.value === "all" ? "recofuse.zip" : `${form.elements.output.value}.${form.elements.format.value}`;
-  const [vis, ir] = Object.keys(INPUTS).map(role => ({ name: pair[role]?.file.name ?? `${role}.png`, href: pair[role]?.href }));
+  const [vis, ir] = ROLES.map(role => ({ name: pair[role]?.file.name ?? `${role}.png`, href: pair[role]?.href }));
   $("command").textContent = curlOf({
     vis, ir, output, needsKey, options: chosenOptions(), address: new URL("v1/fuse", document.baseURI).href,
   });
@@ -356,7 +379,7 @@ for (const [name, label] of SAMPLES) {
   button.type = "button";
   button.dataset.name = name;
   button.setAttribute("aria-pressed", "false");
-  for (const role of Object.keys(INPUTS)) {
+  for (const role of ROLES) {
     const image = make("img", "", button);
     image.alt = "";
     image.src = `playground/samples/${name}-${role}.webp`;
@@ -364,7 +387,7 @@ for (const [name, label] of SAMPLES) {
   make("span", label, button);
   button.addEventListener("click", () => chooseSample(name));
 }
-for (const role of Object.keys(INPUTS))
+for (const role of ROLES)
   $(role).addEventListener("change", event => { if (event.target.files[0]) chooseFiles({ [role]: event.target.files[0] }); });
 $("swap").addEventListener("click", () => { [pair.vis, pair.ir] = [pair.ir, pair.vis]; showPair(); });
 form.addEventListener("submit", event => { event.preventDefault(); fuse(); });

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.processes import all_in_one
 from service.cli import API_KEY_VARIABLE
@@ -202,6 +202,37 @@ def test_a_bad_file_shows_the_servers_own_message(opened: Opener, address: str) 
     page.fill("[name=steps]", "")
     fuse(page)
     expect(page.locator("#problem")).to_be_empty()
+
+
+def test_what_arrives_late_does_not_replace_what_was_fused(opened: Opener, address: str) -> None:
+    page = opened(address)
+    held: list[Route] = []
+    page.route("**/samples/dusk-ir.webp", lambda route: held.append(route))
+    page.get_by_role("button", name="Dusk").click()
+    until(lambda: page.locator("#phase").count() == 1 and bool(held))
+    fuse(page)
+    fused = page.locator("#vis-note strong").inner_text()
+    assert not fused.startswith("dusk")
+    with page.expect_response("**/samples/dusk-ir.webp") as late:
+        held[0].continue_()
+    late.value.finished()
+    page.wait_for_timeout(300)
+    expect(page.locator("#outcome")).to_be_visible()
+    expect(page.locator("#vis-note strong")).to_have_text(fused)
+    # Two own files that are chosen at once do not put each other off.
+    page.evaluate(
+        """files => {
+          for (const [role, bytes] of files) {
+            const chosen = new DataTransfer();
+            chosen.items.add(new File([new Uint8Array(bytes)], `${role}.png`));
+            document.getElementById(role).files = chosen.files;
+            document.getElementById(role).dispatchEvent(new Event("change"));
+          }
+        }""",
+        [["vis", list(VIS)], ["ir", list(IR)]],
+    )
+    expect(page.locator("#vis-note strong")).to_have_text("vis.png")
+    expect(page.locator("#ir-note strong")).to_have_text("ir.png")
 
 
 def test_a_missing_picture_is_asked_for_without_a_request(opened: Opener, address: str) -> None:
