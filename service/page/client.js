@@ -47,7 +47,8 @@ export class Client {
     fetch(`v1/jobs/${id}`, { method: "DELETE", headers: this.headers, keepalive: true }).catch(() => {});
   }
 
-  // XMLHttpRequest, because fetch cannot tell how much of a body has been sent.
+  // XMLHttpRequest, because fetch cannot tell how much of a body has been sent. Once all of it is, an asynchronous job
+  // may have been accepted: only the answer names it, so that is waited for, and the job cancelled, behind the caller.
   #post(form, isAsync, onPhase, signal) {
     return new Promise((resolve, reject) => {
       const request = new XMLHttpRequest();
@@ -56,15 +57,23 @@ export class Client {
       for (const [name, value] of Object.entries(this.headers)) request.setRequestHeader(name, value);
       if (isAsync) request.setRequestHeader("Prefer", "respond-async");
       request.upload.onprogress = event => onPhase({ phase: "sending", share: event.loaded / event.total });
-      request.upload.onload = () => { if (!isAsync) onPhase({ phase: "running", attempts: 1 }); };
+      let isSent = false;
+      request.upload.onload = () => {
+        isSent = true;
+        if (!isAsync) onPhase({ phase: "running", attempts: 1 });
+      };
       request.onload = async () => {
         const header = name => request.getResponseHeader(name);
-        if (request.status < 300) resolve({ blob: request.response, header });
+        if (request.status < 300 && isAsync && signal.aborted) this.cancel(JSON.parse(await request.response.text()).id);
+        else if (request.status < 300) resolve({ blob: request.response, header });
         else reject(problemOf(request.status, await request.response.text(), header));
       };
       request.onerror = () => reject(unreachable());
       request.onabort = () => reject(new DOMException("cancelled", "AbortError"));
-      signal.addEventListener("abort", () => request.abort(), { once: true });
+      signal.addEventListener("abort", () => {
+        if (isSent && isAsync) reject(signal.reason);
+        else request.abort();
+      }, { once: true });
       request.send(form);
     });
   }

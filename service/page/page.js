@@ -260,7 +260,7 @@ async function fuse() {
   for (const [name, value] of chosenOptions()) body.append(name, value);
   try {
     showPhase({ phase: "sending", share: 0 });
-    await asked;
+    await Promise.race([asked, aborted(running.signal)]);
     const answer = await client.fuse(body, { canRead, onPhase: showPhase, signal: running.signal });
     const tookMs = performance.now() - started;
     await showResult(answer, wanted, tookMs);
@@ -278,6 +278,9 @@ async function fuse() {
     setBusy(false);
   }
 }
+
+// Never resolves; rejects when the signal says so.
+const aborted = signal => new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason), { once: true }));
 
 function showPhase({ phase, share, numQueued, attempts }) {
   $("bar").removeAttribute("value");

@@ -484,6 +484,37 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(opened: Opener, tmp_path: P
         ]  # fmt: skip
 
 
+def test_cancelling_works_before_the_job_has_a_name(opened: Opener, address: str) -> None:
+    page = opened(address)
+    page.evaluate(
+        """() => {
+          window.XMLHttpRequest = class extends XMLHttpRequest {
+            send(body) {  // between the end of the upload and the answer
+              this.upload.addEventListener("load", () => document.getElementById("cancel").click());
+              super.send(body);
+            }
+          };
+        }"""
+    )
+    with page.expect_request(lambda request: request.method == "DELETE") as cancelled:
+        page.click("#fuse")
+    assert "/v1/jobs/" in cancelled.value.url
+    expect(page.locator("#phase")).to_have_text("Cancelled")
+    expect(page.locator("#outcome")).to_be_hidden()
+    # Nor does it wait for a server that does not say what it serves.
+    held: list[Route] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    expect(page.locator("#vis-note strong")).to_have_text("night-vis.webp")
+    page.click("#fuse")
+    page.click("#cancel")
+    expect(page.locator("#phase")).to_have_text("Cancelled")
+    expect(page.locator("#fuse")).to_be_enabled()
+    until(lambda: page.locator("#phase").count() == 1 and bool(held))
+    held[0].continue_()
+    expect(page.locator("#model")).to_contain_text("null 1")
+
+
 def test_waiting_is_told_and_a_cancelled_job_is_cancelled(opened: Opener) -> None:
     one_by_one = {"batch": {"max_batch": 1}, "worker": {**QUIET["worker"], "max_held": 1}}
     with all_in_one({**QUIET, **one_by_one, "engine": {"kind": "fixed", "fixed_batch_s": 4}}) as stack:
