@@ -58,7 +58,7 @@ class StreamOptions:
     window: frames of mode `all` that may be without an answer; more hides the way to a distant server. max_in_flight:
     frames that the server works on at once, 0 for its own choice. frame_timeout_s: each frame's deadline, counted from
     its arrival; None for the server's own. reconnect_s: how long to go on trying when there is no answer any more;
-    0: not at all.
+    0: not at all. The time in which the source has nothing to send does not count.
     """
 
     options: Options = field(default_factory=Options)
@@ -226,6 +226,11 @@ class Ledger:
             raise error
         return pause_s
 
+    def rest(self, rest_s: float) -> None:
+        """There was nothing to send for so long, which tries nobody's patience."""
+        if self._failing_since_s is not None:
+            self._failing_since_s += rest_s
+
     def reopen(self) -> None:
         """Sort out what the last connection left, before the next one."""
         if self.options.mode == "all":
@@ -331,7 +336,9 @@ class FrameStream(Iterator[FrameResult]):
     def _connect(self) -> bool:
         """Open a connection once there is something to send; False if there will be nothing any more."""
         with self._changed:
+            began_s = time.monotonic()
             self._changed.wait_for(lambda: self._is_closed or self._ledger.has_next or self._ledger.is_ended)
+            self._ledger.rest(time.monotonic() - began_s)
             if self._is_closed or self._ledger.is_done:
                 return False
             self._num_opened += 1
@@ -484,7 +491,9 @@ class AsyncFrameStream(AsyncIterator[FrameResult]):
 
     async def _connect(self) -> bool:
         async with self._changed:
+            began_s = time.monotonic()
             await self._changed.wait_for(lambda: self._is_closed or self._ledger.has_next or self._ledger.is_ended)
+            self._ledger.rest(time.monotonic() - began_s)
             if self._is_closed or self._ledger.is_done:
                 return False
             self._num_opened += 1

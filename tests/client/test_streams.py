@@ -382,6 +382,24 @@ async def test_a_source_that_rests_longer_than_the_server_waits(serving: Serving
 
 
 @pytest.mark.parametrize("kind", GRPC)
+async def test_a_rest_of_the_source_tries_no_patience(kind: str) -> None:
+    began_s = 0.0
+
+    def source() -> Iterator[rc.Frame]:
+        nonlocal began_s
+        time.sleep(2.2)  # longer than the patience
+        began_s = time.monotonic()
+        yield rc.Frame(VIS, IR)
+
+    async with reaching("127.0.0.1:9", "127.0.0.1:9") as reach:
+        results = reach.client(kind, retry=QUICK).client.stream(source(), reconnect_s=2.0)
+        results._ledger.break_off(rc.ConnectionLostError("gone"))  # just before the rest
+        with pytest.raises(rc.ConnectionFailedError):
+            await (anext(results) if kind == "grpc-async" else asyncio.to_thread(next, results))
+    assert time.monotonic() - began_s >= 0.5  # it was tried again and again
+
+
+@pytest.mark.parametrize("kind", GRPC)
 async def test_rates_slow_a_stream_down_without_loss(serving: Serving, kind: str, tmp_path: Any) -> None:
     from service.auth import FileKeys, new_key
 
