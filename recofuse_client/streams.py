@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -47,8 +48,6 @@ AsyncFrames = AsyncIterable[Frame | tuple[ImageLike, ImageLike]]
 # an unclear end the next connection sends its first frame late, when a refusal would have come.
 HOLD_S = 0.5
 CLOSE_S = 2.0
-
-_END: Any = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,7 +418,7 @@ class FrameStream(Iterator[FrameResult]):
 class AsyncFrameStream(AsyncIterator[FrameResult]):
     """The results of a stream, in the order of its frames. Iterate over it, in an `async with` block or to its end.
 
-    The source is read by a task; a source that is not asynchronous in threads, so that a camera may block. What the
+    The source is read by a task; a source that is not asynchronous in a thread, so that a camera may block. What the
     source raises comes out here, after the results of the frames before. Raises RecofuseError when the stream cannot
     go on.
     """
@@ -458,7 +457,7 @@ class AsyncFrameStream(AsyncIterator[FrameResult]):
         return self._ledger.stats
 
     async def close(self) -> None:
-        """End the stream now, whatever is on its way, and close the source."""
+        """End the stream now, whatever is on its way, and close the source: see FrameStream.close."""
         self._is_closed = True
         call, self._call = self._call, None
         if call is not None:
@@ -561,17 +560,68 @@ class AsyncFrameStream(AsyncIterator[FrameResult]):
         finally:
             self._ledger.is_ended = True
             if (aclose := getattr(source, "aclose", None)) is not None:
-                with contextlib.suppress(RuntimeError):  # a thread of ours is still in it, and will find it ended
+                with contextlib.suppress(RuntimeError):  # a generator that goes on when it is closed
                     await aclose()
             async with self._changed:
                 self._changed.notify_all()
 
 
-async def _in_threads(frames: Frames) -> AsyncIterator[Frame | tuple[ImageLike, ImageLike]]:
-    iterator: Any = iter(frames)
-    while (item := await asyncio.to_thread(next, iterator, _END)) is not _END:
-        yield item
+class _InThread(AsyncIterator[Frame | tuple[ImageLike, ImageLike]]):
+    """The items of a source that may block, read in a thread, one whenever one is asked for.
+
+    The thread is a daemon: a camera that never gives way keeps no program from ending.
+    """
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames = frames
+        self._loop = asyncio.get_running_loop()
+        self._asked: queue.SimpleQueue[asyncio.Future[Any] | None] = queue.SimpleQueue()
+        self._is_left = asyncio.Event()
+        threading.Thread(target=self._read, name="recofuse-frames", daemon=True).start()
+
+    async def __anext__(self) -> Frame | tuple[ImageLike, ImageLike]:
+        asked = self._loop.create_future()
+        self._asked.put(asked)
+        item: Frame | tuple[ImageLike, ImageLike] = await asked
+        return item
+
+    async def aclose(self) -> None:
+        """Close the source once it gives way; waits 2 s for that."""
+        self._asked.put(None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._is_left.wait()
+
+    def _read(self) -> None:
+        source: Any = None
+        while (asked := self._asked.get()) is not None:
+            item: Any = None
+            failure: BaseException | None = None
+            try:
+                source = iter(self._frames) if source is None else source
+                item = next(source)
+            except StopIteration:
+                failure = StopAsyncIteration()
+            except BaseException as error:  # noqa: BLE001 - the source is the caller's, and so is what it raises
+                failure = error
+            self._tell(_settle, asked, item, failure)
+        if (close := getattr(source, "close", None)) is not None:
+            close()
+        self._tell(self._is_left.set)
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+
+def _settle(asked: asyncio.Future[Any], item: Any, failure: BaseException | None) -> None:
+    if asked.done():  # nobody waits for it any more
+        return
+    if failure is None:
+        asked.set_result(item)
+    else:
+        asked.set_exception(failure)
 
 
 def _asynchronous(frames: Frames | AsyncFrames) -> AsyncIterator[Frame | tuple[ImageLike, ImageLike]]:
-    return frames.__aiter__() if isinstance(frames, AsyncIterable) else _in_threads(frames)
+    return frames.__aiter__() if isinstance(frames, AsyncIterable) else _InThread(frames)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +20,7 @@ import recofuse_client as rc
 from recofuse_client.retries import Retry
 from recofuse_client.streams import Ledger, StreamOptions
 from service.pb.recofuse.v1 import fusion_pb2 as pb
-from tests.client.conftest import QUICK, CommandServer, Served, reaching, served
+from tests.client.conftest import QUICK, ROOT, CommandServer, Served, reaching, served
 from tests.fakes import FakeEngine, picture
 from tests.service.conftest import Serving
 
@@ -343,6 +345,12 @@ async def test_a_stream_that_is_left_early_closes_its_source(running: Served) ->
     assert await asyncio.to_thread(look) == 0
     assert await asyncio.to_thread(closed.wait, 10)
 
+    closed.clear()
+    kept = camera()  # so that nothing else closes it
+    async with running.reach.client("grpc-async").client.stream(kept) as results:
+        assert (await anext(results)).sequence == 0
+    assert await asyncio.to_thread(closed.wait, 10)
+
     is_closed = asyncio.Event()
 
     async def async_camera() -> AsyncIterator[rc.Frame]:
@@ -358,6 +366,24 @@ async def test_a_stream_that_is_left_early_closes_its_source(running: Served) ->
             assert result.sequence == 0
             break
     await asyncio.wait_for(is_closed.wait(), 10)
+
+
+def test_a_source_that_never_gives_way_keeps_no_program_from_ending() -> None:
+    program = """
+import asyncio, threading, recofuse_client as rc
+
+def camera():
+    threading.Event().wait()
+    yield
+
+async def main():
+    async with rc.AsyncClient("grpc://127.0.0.1:9") as client, client.stream(camera()) as results:
+        await asyncio.wait([asyncio.ensure_future(anext(results))], timeout=0.2)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["http", "http-async"])
