@@ -105,8 +105,12 @@ class HttpProtocol:
     def models(self, timeout_s: float) -> Operation[HttpRequest, list[Model]]:
         """GET /v1/models."""
         document = _json(_checked((yield Send(HttpRequest("GET", "/v1/models"), timeout_s))))
+        known = [field.name for field in fields(Model)]  # a newer server may tell more
         try:
-            return [Model(**{**model, "devices": tuple(model["devices"])}) for model in document["models"]]
+            return [
+                Model(**{name: model[name] for name in known} | {"devices": tuple(model["devices"])})
+                for model in document["models"]
+            ]
         except (KeyError, TypeError) as error:
             raise BadAnswerError("the list of models cannot be understood") from error
 
@@ -204,7 +208,10 @@ def _fusion(answer: httpx.Response) -> Fusion:
     if media_type == "application/zip":
         pictures = _unzipped(answer.content)
     elif media_type == NPY or media_type.startswith("image/"):
-        part = Part(answer.headers.get("x-picture", Part.FUSED))
+        try:
+            part = Part(answer.headers.get("x-picture", Part.FUSED))
+        except ValueError as error:
+            raise BadAnswerError("the answer is a picture of an unknown kind") from error
         pictures = {part: _picture(part, media_type, answer.content)}
     else:
         raise BadAnswerError(f"an answer of {media_type or 'no type'} is no picture")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -233,6 +234,7 @@ def plain(status: str, body: bytes = b"<h1>sorry</h1>", kind: str = "text/html",
         (plain("302 Found", more="Location: /login\r\n"), rc.BadAnswerError, 1),
         (plain("200 OK"), rc.BadAnswerError, 1),
         (plain("200 OK", b"\x93NUMPY junk", "application/x-npy"), rc.BadAnswerError, 1),
+        (plain("200 OK", b"GIF", "image/gif", "X-Picture: aura\r\n"), rc.BadAnswerError, 1),
         (plain("200 OK", b"PK junk", "application/zip"), rc.BadAnswerError, 1),
         (plain("422 Bad", b"{", "application/problem+json"), rc.BadAnswerError, 1),
         (b"", rc.ConnectionLostError, 1),
@@ -251,6 +253,17 @@ async def test_what_answers_of_others_are_taken_for(
     assert type(raised.value) is expected
     assert len(heads) == num_requests
     assert b"idempotency-key" not in heads[0].lower()
+
+
+@pytest.mark.parametrize("kind", ["http", "http-async"])
+async def test_what_a_newer_server_tells_of_its_models_is_left_out(kind: str) -> None:
+    model = {"name": "compact", "version": "9", "default_steps": 4, "default_sampler": "ode1", "devices": ["cpu"]}
+    body = json.dumps({"models": [{**model, "num_workers": 2, "mood": "good"}]}).encode()
+    async with answering(plain("200 OK", body, "application/json")) as (url, _):
+        client = Any4(kind, url, retry=NO_RETRY, timeout_s=20)
+        (told,) = await client.models()
+        assert (told.name, told.devices, told.num_workers) == ("compact", ("cpu",), 2)
+        await client.close()
 
 
 @pytest.mark.parametrize("kind", ["http", "http-async"])
