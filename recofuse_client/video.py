@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -31,6 +32,7 @@ OPEN_TIMEOUT_MS = 10_000
 READ_TIMEOUT_MS = 10_000
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}  # what OpenCV's own FFmpeg can write
 JPEG_QUALITY = 85  # of the view in a browser, percent
+_OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)  # of the view in a browser
 
 Pixels = NDArray[np.uint8]
 
@@ -223,7 +225,9 @@ class Viewer:
     """Shows pictures in any browser on this machine: a page that the pictures are pushed to, as they come.
 
     OpenCV's headless build can open no window, and a page also reaches a machine without a screen, through `ssh -L`.
-    url: of the page. It listens on the loopback interface only and asks for nothing.
+    url: of the page. It listens on the loopback interface only, asks for nothing, and answers under that interface's
+    names only, whatever the port (which `ssh -L` may change): a page of the web whose name is made to lead here gets
+    no picture.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -261,7 +265,9 @@ class Viewer:
         self._server.server_close()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        if handler.path == "/":
+        if not _OWN_HOST.fullmatch(handler.headers.get("Host", "")):
+            _respond(handler, 421, "text/plain", b"the page is at 127.0.0.1\n")
+        elif handler.path == "/":
             _respond(handler, 200, "text/html; charset=utf-8", _PAGE.encode())
         elif handler.path == "/pictures":
             handler.send_response(200)

@@ -179,6 +179,10 @@ def test_a_browser_is_shown_the_pictures() -> None:
     assert 'src="/pictures"' in page.text
     assert "http" not in page.text.replace(viewer.url, "")  # no other place is asked for anything
     assert httpx.get(f"{viewer.url}nothing", trust_env=False).status_code == 404
+    for host, status in (("localhost:9", 200), ("evil.example", 421), ("127.0.0.1.evil.example:80", 421), ("[", 421)):
+        for path in ("", "nothing"):
+            answer = httpx.get(f"{viewer.url}{path}", headers={"Host": host}, trust_env=False)
+            assert answer.status_code == (404 if path and status == 200 else status)
     shown = picture()
     viewer.write(shown, 0)
     with httpx.stream("GET", f"{viewer.url}pictures", trust_env=False, timeout=20) as answer:
