@@ -8,10 +8,11 @@ import json
 import ssl
 import time
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -33,9 +34,10 @@ from recofuse_client.errors import (
 )
 from recofuse_client.pictures import ImageLike, file_of, npy_pixels
 from recofuse_client.protocols import CONNECT_TIMEOUT_S, Target
-from recofuse_client.retries import Operation, Send
+from recofuse_client.retries import Deadline, Operation, Send
 from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings
 
+CHUNK_BYTES = 256 * 1024  # of a body, between two looks at the clock
 NPY = "application/x-npy"
 # What an answer that is no problem document may mean, by its status: it comes from a proxy in between. What a proxy
 # could not forward or waited for in vain (502, 504) may have been carried out.
@@ -296,16 +298,46 @@ def _translated(error: Exception) -> RecofuseError:
     return ConnectionLostError(f"the connection was lost while the server was at work: {text}")
 
 
+class _InTime(httpx.SyncByteStream):
+    """A request's body that is given up when its time is over."""
+
+    def __init__(self, body: Iterable[bytes], deadline: Deadline) -> None:
+        self._body = body
+        self._deadline = deadline
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._body:
+            for start in range(0, len(part), CHUNK_BYTES):
+                self._deadline.remaining_s()
+                yield part[start : start + CHUNK_BYTES]
+
+
 class HttpConnection:
-    """Sends requests, blocking. One may serve many threads."""
+    """Sends requests, blocking. One may serve many threads.
+
+    httpx's own timeouts hold for each read and write, so the time that is left is looked at before each part of a body.
+    A server that falls silent in the middle of one is given up after at most twice the time.
+    """
 
     def __init__(self, target: Target) -> None:
         self._client = httpx.Client(**_client_options(target))
 
     def send(self, request: HttpRequest, timeout_s: float) -> httpx.Response:
         """Its answer, whatever the status. Raises RecofuseError if there is none."""
+        deadline = Deadline(timeout_s)
+        message = self._client.build_request(request.method, request.path, **_request_options(request, timeout_s))
+        if request.files:
+            message.stream = _InTime(cast("Iterable[bytes]", message.stream), deadline)
         try:
-            return self._client.request(request.method, request.path, **_request_options(request, timeout_s))
+            answer = self._client.send(message, stream=True)
+            try:
+                parts = []
+                for part in answer.iter_raw():
+                    parts.append(part)
+                    deadline.remaining_s()
+            finally:
+                answer.close()
+            return httpx.Response(answer.status_code, headers=answer.headers, content=b"".join(parts), request=message)
         except httpx.HTTPError as error:
             raise _translated(error) from error
 

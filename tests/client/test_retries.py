@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import time
@@ -214,6 +215,35 @@ async def answering(raw: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", heads
+
+
+@pytest.mark.parametrize("kind", ["http", "http-async"])
+async def test_a_deadline_holds_against_an_answer_that_trickles(kind: str) -> None:
+    is_over, is_left = asyncio.Event(), asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+        while not is_over.is_set():
+            writer.write(b" ")
+            await asyncio.sleep(0.1)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        is_left.set()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        client = Any4(kind, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", retry=NO_RETRY)
+        asking = asyncio.ensure_future(client.models(timeout_s=0.5))
+        try:
+            done, _ = await asyncio.wait([asking], timeout=30)
+        finally:
+            is_over.set()
+        assert done
+        with pytest.raises(rc.TimedOutError):
+            await asking
+        await client.close()
+        await is_left.wait()
 
 
 def plain(status: str, body: bytes = b"<h1>sorry</h1>", kind: str = "text/html", more: str = "") -> bytes:
