@@ -3,6 +3,9 @@
 protoc names the modules after the folders of proto/, as if they lay at the top level. Here they live below service.pb,
 so their imports of each other are rewritten. The descriptors keep their public names (recofuse/v1/fusion.proto), so
 that other code generated from the same files can share a process with this one.
+
+The Open Inference Protocol's messages are also shipped by its clients (tritonclient, kserve), under file names of their
+own, and protobuf's default pool refuses a message that comes twice. Ours go into a pool of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ SOURCE = Path(__file__).parent
 TARGET = SOURCE.parent / "service" / "pb"
 PACKAGE = "service.pb"
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
-IMPORT = re.compile(r"^(from|import) recofuse\.", re.MULTILINE)
+IMPORT = re.compile(r"^(from|import) (recofuse|inference)\.", re.MULTILINE)
+FOREIGN = ("inference",)  # folders of messages that others define as well
+DEFAULT_POOL = "_descriptor_pool.Default()"
+OWN_POOL = "_descriptor_pool.DescriptorPool()"
 
 
 def generate(target: Path) -> None:
@@ -31,8 +37,12 @@ def generate(target: Path) -> None:
     if status := protoc.main(["protoc", *includes, *plugins, *kinds, *sources]):
         raise RuntimeError(f"protoc ended with status {status}")
     for path in [*target.rglob("*.py"), *target.rglob("*.pyi")]:
-        path.write_text(IMPORT.sub(rf"\1 {PACKAGE}.recofuse.", path.read_text("utf-8")), "utf-8")
-    for folder in {target, *(path.parent for path in target.rglob("*_pb2.py")), target / "recofuse"}:
+        text = IMPORT.sub(rf"\1 {PACKAGE}.\2.", path.read_text("utf-8"))
+        if path.relative_to(target).parts[0] in FOREIGN:
+            text = text.replace(DEFAULT_POOL, OWN_POOL)
+        path.write_text(text, "utf-8")
+    modules = {path.relative_to(target) for path in target.rglob("*_pb2.py")}
+    for folder in {target / parent for path in modules for parent in path.parents}:
         (folder / "__init__.py").write_text('"""Generated from proto/ by `make proto`; never edited."""\n', "utf-8")
 
 

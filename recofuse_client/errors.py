@@ -4,7 +4,7 @@
     ├── RequestError               as it stands, this request will never succeed
     │   ├── MalformedRequestError, InvalidInputError, UnsupportedMediaError, PayloadTooLargeError
     │   ├── UnauthenticatedError, PermissionDeniedError
-    │   └── RouteNotFoundError, MethodNotAllowedError, ConflictError
+    │   └── RouteNotFoundError, MethodNotAllowedError, ModelNotFoundError, ConflictError
     ├── RefusedError               not now: nothing was done, and trying again later makes sense
     │   └── OverloadedError, RateLimitedError, UnavailableError
     ├── JobError                   what became of a job
@@ -99,6 +99,12 @@ class MethodNotAllowedError(RequestError):
     """The server offers this, but not in this way."""
 
     code = "method_not_allowed"
+
+
+class ModelNotFoundError(RequestError):
+    """No such model; only the server's Open Inference Protocol asks for one by name."""
+
+    code = "model_not_found"
 
 
 class ConflictError(RequestError):

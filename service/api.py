@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -65,6 +65,8 @@ from service.tracing import NO_TRACES, Tracer
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 PROBLEM_TYPE = "application/problem+json"
 CLIENT_CLOSED = 499  # nobody hears it; it only tells the metrics what became of the request
 MAX_OPTION_BYTES = 1024
@@ -74,7 +76,7 @@ OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "pr
 IMAGE_FIELDS = ("vis", "ir")
 
 # What needs no key: pages, probes, and metrics, which a reverse proxy keeps to itself (deploy/nginx).
-PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/metrics"})
+PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/metrics", "/v2"})
 PUBLIC_PREFIXES = ("/health/", "/v2/health/", "/playground/")
 
 _SECURE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
@@ -87,7 +89,10 @@ _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "PUT", "PATCH", "OPTIONS"
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 has it; `code` is what programs should branch on."""
+    """An error, as RFC 9457 has it; `code` is what programs should branch on.
+
+    error: the detail once more, below /v2 only, where the Open Inference Protocol's clients look for it.
+    """
 
     type: str
     title: str
@@ -95,6 +100,7 @@ class Problem(BaseModel):
     detail: str
     code: ErrorCode
     request_id: str
+    error: str = ""
 
 
 class JobError(BaseModel):
@@ -173,7 +179,7 @@ _FORM: dict[str, Any] = {
 JobId = Annotated[str, Path(pattern=r"^[0-9a-zA-Z_-]{1,64}$", description="the id from the 202 answer")]
 
 
-def _problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
+def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of these errors; every route may also meet an internal one."""
     by_status: dict[int, list[str]] = {}
     for code in (*codes, ErrorCode.INTERNAL):
@@ -264,7 +270,7 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
                 "model": JobDocument,
                 "headers": {"Location": {"schema": {"type": "string"}}},
             },
-            **_problems(
+            **problems(
                 ErrorCode.MALFORMED_REQUEST,
                 ErrorCode.CONFLICT,
                 ErrorCode.CANCELLED,
@@ -291,7 +297,7 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
             view = await gateway.submit(wanted)
             headers = {"Location": f"/v1/jobs/{view.id}", "Preference-Applied": "respond-async"}
             return JSONResponse(await _document(gateway, view), 202, headers)
-        result = await _unless_hung_up(request, gateway.fuse(wanted))
+        result = await unless_hung_up(request, gateway.fuse(wanted))
         return Response(status_code=CLIENT_CLOSED) if result is None else await _pictures(result)
 
 
@@ -299,12 +305,12 @@ def _add_jobs(app: FastAPI, gateway: Gateway) -> None:
     missing = (ErrorCode.JOB_NOT_FOUND, ErrorCode.UNAVAILABLE, ErrorCode.INVALID_INPUT)
 
     @app.get(
-        "/v1/jobs/{job_id}", summary="Where a job stands", response_model=JobDocument, responses=_problems(*missing)
+        "/v1/jobs/{job_id}", summary="Where a job stands", response_model=JobDocument, responses=problems(*missing)
     )
     async def job(job_id: JobId) -> Response:
         return JSONResponse(await _document(gateway, await gateway.view(job_id)))
 
-    @app.delete("/v1/jobs/{job_id}", summary="Cancel a job", response_model=JobDocument, responses=_problems(*missing))
+    @app.delete("/v1/jobs/{job_id}", summary="Cancel a job", response_model=JobDocument, responses=problems(*missing))
     async def cancel(job_id: JobId) -> Response:
         return JSONResponse(await _document(gateway, await gateway.cancel(job_id)))
 
@@ -314,7 +320,7 @@ def _add_jobs(app: FastAPI, gateway: Gateway) -> None:
         response_class=Response,
         responses={
             200: {"description": "the picture, or a zip of all three", "content": _PICTURES, "headers": _HEADERS},
-            **_problems(
+            **problems(
                 *missing,
                 ErrorCode.NOT_FINISHED,
                 ErrorCode.CANCELLED,
@@ -329,11 +335,11 @@ def _add_jobs(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_operations(app: FastAPI, gateway: Gateway, metrics: Metrics) -> None:
-    @app.get("/v1/models", summary="What is being served", responses=_problems(ErrorCode.UNAVAILABLE))
+    @app.get("/v1/models", summary="What is being served", responses=problems(ErrorCode.UNAVAILABLE))
     async def models() -> ModelList:
         return ModelList(models=[ModelDocument(**asdict(model)) for model in await gateway.models()])
 
-    @app.get("/health/live", summary="Is the process there", responses=_problems())
+    @app.get("/health/live", summary="Is the process there", responses=problems())
     async def live() -> Health:
         return Health(status="live", reason="")
 
@@ -341,7 +347,7 @@ def _add_operations(app: FastAPI, gateway: Gateway, metrics: Metrics) -> None:
         "/health/ready",
         summary="Is new work welcome",
         response_model=Health,
-        responses={503: {"model": Health, "description": "draining, or no worker is warm"}, **_problems()},
+        responses={503: {"model": Health, "description": "draining, or no worker is warm"}, **problems()},
     )
     async def ready() -> Response:
         readiness = await gateway.readiness()
@@ -395,10 +401,26 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
     """
     body = _Body(request)
     try:
-        return await _parse_body(request, body, settings)
+        form = _form_of(request, settings)
+        await body.pour(form.write, settings)
+        return form.close()
     except ServiceError:
         await body.discard_rest()
         raise
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """A body that is not a form, as it is. Raises UnsupportedMediaError (compressed), and like `read_form`."""
+    body = _Body(request)
+    chunks: list[bytes] = []
+    try:
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise UnsupportedMediaError("compressed bodies are not accepted: images are compressed already")
+        await body.pour(chunks.append, settings)
+    except ServiceError:
+        await body.discard_rest()
+        raise
+    return b"".join(chunks)
 
 
 class _Body:
@@ -418,6 +440,23 @@ class _Body:
             self._is_complete = not message.get("more_body", False)
             yield message.get("body", b"")
 
+    async def pour(self, write: Callable[[bytes], None], settings: Settings) -> None:
+        """Hand the pieces on, within the limits. Raises PayloadTooLargeError, TimedOutError, MalformedRequestError."""
+        max_bytes = 2 * settings.limits.max_image_bytes + 64 * 1024
+        announced = self._request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > max_bytes:
+            raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
+        num_bytes = 0
+        try:
+            async with asyncio.timeout(settings.http.body_timeout_s):
+                async for chunk in self.chunks():
+                    num_bytes += len(chunk)
+                    if num_bytes > max_bytes:
+                        raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
+                    write(chunk)
+        except TimeoutError as error:
+            raise TimedOutError(f"the body did not arrive within {settings.http.body_timeout_s:g} s") from error
+
     async def discard_rest(self) -> None:
         """Let a refused client finish a body of bearable size: closing on it would destroy the answer on its way.
 
@@ -434,29 +473,14 @@ class _Body:
                         return
 
 
-async def _parse_body(request: Request, body: _Body, settings: Settings) -> dict[str, bytes]:
+def _form_of(request: Request, settings: Settings) -> _Form:
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         raise UnsupportedMediaError("the request body must be multipart/form-data with the files vis and ir")
     boundary = parameters.get(b"boundary", b"")
     if not 1 <= len(boundary) <= 70:
         raise MalformedRequestError("the multipart boundary is missing or longer than 70 characters")
-    max_bytes = 2 * settings.limits.max_image_bytes + 64 * 1024
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
-    form = _Form(boundary, settings.limits.max_image_bytes)
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(settings.http.body_timeout_s):
-            async for chunk in body.chunks():
-                num_bytes += len(chunk)
-                if num_bytes > max_bytes:
-                    raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
-                form.write(chunk)
-    except TimeoutError as error:
-        raise TimedOutError(f"the body did not arrive within {settings.http.body_timeout_s:g} s") from error
-    return form.close()
+    return _Form(boundary, settings.limits.max_image_bytes)
 
 
 class _Form:
@@ -571,7 +595,7 @@ def _prefers_async(prefer: str | None) -> bool:
     return prefer is not None and any(wish.strip().lower() == "respond-async" for wish in re.split("[,;]", prefer))
 
 
-async def _unless_hung_up(request: Request, work: Awaitable[FusionResult]) -> FusionResult | None:
+async def unless_hung_up(request: Request, work: Awaitable[Answer]) -> Answer | None:
     """The work's result, or None, with the work cancelled, if the client hangs up first."""
 
     async def hung_up() -> None:
@@ -647,8 +671,8 @@ async def _document(gateway: Gateway, view: JobView) -> dict[str, Any]:
     return document.model_dump(mode="json")
 
 
-def problem(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
-    """The problem document of an error."""
+def problem(error: ServiceError, headers: Mapping[str, str] | None = None, *, path: str = "") -> Response:
+    """The problem document of an error. path: what was asked for."""
     body = Problem(
         type=f"urn:recofuse:problem:{error.code}",
         title=TITLE[error.code],
@@ -656,38 +680,47 @@ def problem(error: ServiceError, headers: Mapping[str, str] | None = None) -> Re
         detail=error.message,
         code=error.code,
         request_id=request_id.get(),
+        error=error.message if is_inference(path) else "",
     )
     extra = dict(headers or {})
     if error.retry_after_s is not None:
         extra["Retry-After"] = str(max(1, round(error.retry_after_s)))
     if error.code is ErrorCode.PAYLOAD_TOO_LARGE or error.code is ErrorCode.UNSUPPORTED_MEDIA:
         extra["Connection"] = "close"  # the rest of the body will not be read
-    response = JSONResponse(body.model_dump(mode="json"), int(error.http_status), extra, media_type=PROBLEM_TYPE)
+    document = body.model_dump(mode="json", exclude_defaults=True)
+    response = JSONResponse(document, int(error.http_status), extra, media_type=PROBLEM_TYPE)
     if error.code is ErrorCode.UNAUTHENTICATED:
         response.headers["WWW-Authenticate"] = 'Bearer realm="recofuse"'
     response.raw_headers.append((b"x-error-code", error.code.encode()))
     return response
 
 
-async def _on_service_error(_: Request, error: Exception) -> Response:
-    return problem(error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE))
+def is_inference(path: str) -> bool:
+    """Whether an address belongs to the Open Inference Protocol."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+async def _on_service_error(request: Request, error: Exception) -> Response:
+    told = error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE)
+    return problem(told, path=request.scope["path"])
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown addresses and methods."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = getattr(error, "headers", None)
+    told: ServiceError = MalformedRequestError("the request cannot be read")
     if status == 404:
-        return problem(RouteNotFoundError("there is nothing at this address; /docs lists what there is"), headers)
-    if status == 405:
-        return problem(MethodNotAllowedError(f"{request.method} is not possible at this address"), headers)
-    return problem(MalformedRequestError("the request cannot be read"), headers)
+        told = RouteNotFoundError("there is nothing at this address; /docs lists what there is")
+    elif status == 405:
+        told = MethodNotAllowedError(f"{request.method} is not possible at this address")
+    return problem(told, headers, path=request.scope["path"])
 
 
-async def _on_validation_error(_: Request, error: Exception) -> Response:
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     lines = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in problems)
-    return problem(InvalidInputError("; ".join(lines)))
+    return problem(InvalidInputError("; ".join(lines)), path=request.scope["path"])
 
 
 class _Envelope:
@@ -740,7 +773,8 @@ class _Envelope:
                     logger.exception("request failed", extra={"method": scope["method"]})
                     if timer.status != "0":
                         raise  # half an answer is out; only cutting the connection can tell the client
-                    await problem(InternalError(INTERNAL_MESSAGE))(scope, receive, send_marked)
+                    failure = InternalError(INTERNAL_MESSAGE)
+                    await problem(failure, path=scope["path"])(scope, receive, send_marked)
                 finally:
                     timer.route = getattr(scope.get("route"), "path", "unmatched")
         finally:
@@ -765,7 +799,7 @@ class _Gate:
                 await self._admit(request, path)
             except ServiceError as error:
                 await _Body(request).discard_rest()
-                await problem(error)(scope, receive, send)
+                await problem(error, path=path)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

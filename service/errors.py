@@ -10,6 +10,7 @@
     ├── RouteNotFoundError         no such address
     ├── MethodNotAllowedError      the address exists, the method does not
     ├── JobNotFoundError           no such job, or its result has been discarded
+    ├── ModelNotFoundError         no such model, or not in this version
     ├── NotFinishedError           the job is known but has no result yet
     ├── ConflictError              an idempotency key that was used for another request
     ├── CancelledError             the job was cancelled
@@ -45,6 +46,7 @@ class ErrorCode(StrEnum):
     ROUTE_NOT_FOUND = "route_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     JOB_NOT_FOUND = "job_not_found"
+    MODEL_NOT_FOUND = "model_not_found"
     NOT_FINISHED = "not_finished"
     CONFLICT = "conflict"
     CANCELLED = "cancelled"
@@ -67,6 +69,7 @@ STATUS: dict[ErrorCode, tuple[HTTPStatus, str]] = {  # HTTP status, gRPC status 
     ErrorCode.ROUTE_NOT_FOUND: (HTTPStatus.NOT_FOUND, "UNIMPLEMENTED"),
     ErrorCode.METHOD_NOT_ALLOWED: (HTTPStatus.METHOD_NOT_ALLOWED, "UNIMPLEMENTED"),
     ErrorCode.JOB_NOT_FOUND: (HTTPStatus.NOT_FOUND, "NOT_FOUND"),
+    ErrorCode.MODEL_NOT_FOUND: (HTTPStatus.NOT_FOUND, "NOT_FOUND"),
     ErrorCode.NOT_FINISHED: (HTTPStatus.CONFLICT, "FAILED_PRECONDITION"),
     ErrorCode.CONFLICT: (HTTPStatus.CONFLICT, "ALREADY_EXISTS"),
     ErrorCode.CANCELLED: (HTTPStatus.GONE, "CANCELLED"),
@@ -90,6 +93,7 @@ TITLE: dict[ErrorCode, str] = {  # the short, constant summary of a problem docu
     ErrorCode.ROUTE_NOT_FOUND: "There is nothing at this address",
     ErrorCode.METHOD_NOT_ALLOWED: "The address does not support this method",
     ErrorCode.JOB_NOT_FOUND: "The job is not known",
+    ErrorCode.MODEL_NOT_FOUND: "The model is not known",
     ErrorCode.NOT_FINISHED: "The job has not finished",
     ErrorCode.CONFLICT: "The request conflicts with an earlier one",
     ErrorCode.CANCELLED: "The job was cancelled",
@@ -179,6 +183,12 @@ class JobNotFoundError(ServiceError):
     """No such job, or it has been discarded."""
 
     code = ErrorCode.JOB_NOT_FOUND
+
+
+class ModelNotFoundError(ServiceError):
+    """No such model, or not in this version."""
+
+    code = ErrorCode.MODEL_NOT_FOUND
 
 
 class NotFinishedError(ServiceError):

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import grpc
 import numpy as np
+from google.protobuf import descriptor_pool
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
@@ -53,6 +54,11 @@ from service.errors import (
 from service.gateway import FusionRequest, Gateway
 from service.jobs import FusionOptions, FusionResult, JobView, Part, PixelFormat, Priority, RawLayout, problems_of
 from service.metrics import FlowMode, FrameOutcome, Metrics
+from service.oip import Inference
+from service.oip_grpc import FILE as INFERENCE_FILE
+from service.oip_grpc import SERVICE as INFERENCE
+from service.oip_grpc import InferenceServicer
+from service.pb.inference.v2 import inference_pb2_grpc
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from service.pb.recofuse.v1 import fusion_pb2_grpc
 from service.settings import GrpcSettings, Settings
@@ -84,8 +90,11 @@ async def listening(
     metrics: Metrics,
     guard: auth.Guard | None = None,
     tracer: Tracer = NO_TRACES,
+    inference: Inference | None = None,
 ) -> AsyncIterator[str]:
     """Serve gRPC for the duration of the block; yields the address, such as 127.0.0.1:8001. guard: None asks no keys.
+
+    inference: the Open Inference Protocol's calls, None leaves its service out.
 
     Raises OSError if the address or a TLS file cannot be used. Leaving the block waits for calls that still run.
     """
@@ -98,7 +107,11 @@ async def listening(
     )
     fusion_pb2_grpc.add_FusionServiceServicer_to_server(_Fusion(gateway, settings, metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(_Health(gateway, stopping), server)
-    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    services = [SERVICE, HEALTH, reflection.SERVICE_NAME]
+    if inference is not None:
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(inference), server)
+        services.append(INFERENCE)
+    reflection.enable_server_reflection(services, server, pool=_Pools())
     address = f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
     try:
         if (credentials := _credentials(options)) is None:
@@ -142,6 +155,19 @@ def _credentials(options: GrpcSettings) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials(
         [pair], root_certificates=authorities, require_client_auth=authorities is not None
     )
+
+
+class _Pools:
+    """What reflection looks messages up in: the inference protocol's own pool, then protobuf's default one."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def find(*args: Any) -> Any:
+            try:
+                return getattr(INFERENCE_FILE.pool, name)(*args)
+            except KeyError:
+                return getattr(descriptor_pool.Default(), name)(*args)
+
+        return find
 
 
 # around every call
@@ -224,8 +250,9 @@ class _Envelope(grpc.aio.ServerInterceptor):
 
     @staticmethod
     async def _admit(guard: auth.Guard, context: Context, route: str, kind: str) -> None:
-        is_work = "Fuse" in route or "Infer" in route
-        is_change = is_work or "Cancel" in route
+        method = route.rpartition("/")[2]
+        is_work = "Fuse" in method or "Infer" in method
+        is_change = is_work or "Cancel" in method
         await guard.admit(
             _metadata(context),
             auth.Scope.FUSE if is_change else auth.Scope.READ,

@@ -32,6 +32,8 @@ from service.gateway import Gateway
 from service.gpu import watch_gpus
 from service.http_protocol import GuardedProtocol
 from service.metrics import Metrics
+from service.oip import Inference
+from service.oip_http import add_inference
 from service.queue import JobQueue, MemoryQueue
 from service.settings import HttpSettings, Settings, SettingsError
 from service.tracing import Tracer
@@ -179,11 +181,13 @@ async def _faces(
         if guard is not None:
             stack.push_async_callback(guard.close)
         app = build_app(gateway, settings, metrics, guard=guard, version=version(), tracer=tracer)
+        inference = Inference(gateway, settings, version())
+        add_inference(app, inference, settings)
         address = await stack.enter_async_context(_listening(app, settings.http))
         if settings.grpc.port >= 0:
             from service import grpc_api  # a worker, and a front end without gRPC, do not pay for it
 
-            listening = grpc_api.listening(gateway, settings, metrics, guard, tracer)
+            listening = grpc_api.listening(gateway, settings, metrics, guard, tracer, inference)
             grpc_address = await stack.enter_async_context(listening)
             logger.info("listening for gRPC", extra={"address": grpc_address})
             if on_grpc is not None:

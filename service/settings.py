@@ -134,6 +134,10 @@ class LimitSettings(Group):
     aspect_tolerance: float = Field(
         default=0.02, ge=0, le=0.5, description="relative difference of the two aspect ratios that is still resampled"
     )
+    max_pairs: int = Field(default=16, ge=1, le=256, description="pairs in one request of the Open Inference Protocol")
+    max_json_bytes: NumBytes = Field(
+        default=8 << 20, description="bytes of such a request's JSON, and of its answer's pixels as JSON"
+    )
 
 
 class CodecSettings(Group):

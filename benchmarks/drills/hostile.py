@@ -8,6 +8,7 @@ document, honest requests are served all the while, the process lives, and its m
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import itertools
@@ -140,7 +141,11 @@ def generate(address: tuple[str, int], num_requests: int, verdict: Verdict, say:
     def send(case: Case[Any], images: str) -> None:
         if images != "generated" and isinstance(case.body, dict):  # so that what comes after the images is reached
             files: dict[str, Any] = {"vis": vis if images == "valid" else vis[: len(vis) // 2], "ir": ir}
-            case.body |= files
+            if case.media_type == "multipart/form-data":
+                case.body |= files
+            else:
+                case.body["inputs"] = [_file_tensor(name, content) for name, content in files.items()]
+                case.path_parameters["model_name"] = "recofuse"
         answer = case.call(base_url=url, session=session, timeout=ANSWER_S)
         verdict.note(
             f"generated {case.method} {case.path}",
@@ -164,6 +169,11 @@ def generate(address: tuple[str, int], num_requests: int, verdict: Verdict, say:
         _exhaust(next(round_robin).as_strategy(generation_mode=GenerationMode.POSITIVE), missing, send)
     session.close()
     return verdict.num_requests - num_before
+
+
+def _file_tensor(name: str, content: bytes) -> dict[str, Any]:
+    """An image file as the inference protocol's JSON has it."""
+    return {"name": name, "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(content).decode()]}
 
 
 def _exhaust(cases: st.SearchStrategy[Case[Any]], count: int, send: Callable[[Case[Any], str], None]) -> None:
@@ -214,6 +224,7 @@ def attacks() -> Iterator[tuple[str, bytes]]:
     yield "line feeds only", posted(body.replace(b"\r\n", b"\n"))
     yield "option of a megabyte", posted(part(b"steps", b"9" * 1_000_000) + end)
     yield "gzip that is none", posted(body, form + b"Content-Encoding: gzip\r\n")
+    yield from tensor_attacks(vis, ir)
     # HTTP
     yield "not HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)
     yield "empty lines", b"\r\n" * 5000
@@ -242,6 +253,58 @@ def attacks() -> Iterator[tuple[str, bytes]]:
     yield "slow head", head[:40]
     yield "slow body", head + b"\r\n\r\n" + body[:100]
     yield "silence", b""
+
+
+def tensor_attacks(vis: bytes, ir: bytes) -> Iterator[tuple[str, bytes]]:
+    """The same for the Open Inference Protocol: JSON, and tensors after it, that do not fit each other."""
+
+    def posted(content: bytes, headers: bytes = b"") -> bytes:
+        path = b"POST /v2/models/recofuse/infer HTTP/1.1\r\nHost: h\r\n"
+        return path + headers + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+    def binary(sizes: tuple[Any, Any], shapes: tuple[Any, Any], rest: bytes, **more: Any) -> bytes:
+        inputs = [
+            {"name": name, "datatype": "UINT8", "shape": shape, "parameters": {"binary_data_size": size}}
+            for name, size, shape in zip(("vis", "ir"), sizes, shapes, strict=True)
+        ]
+        text = json.dumps({"inputs": inputs, **more}).encode()
+        return posted(text + rest, b"Inference-Header-Content-Length: %d\r\n" % len(text))
+
+    shapes = ([48, 64, 3], [48, 64, 1])
+    sizes = (9216, 3072)
+    pixels = bytes(sum(sizes))
+    yield "tensors", binary(sizes, shapes, pixels, parameters={"binary_data_output": True})
+    yield "tensors cut short", binary(sizes, shapes, pixels[:-1])
+    yield "tensors that overlap", binary((12288, 3072), shapes, pixels)
+    yield "a tensor of minus one byte", binary((-1, 12289), shapes, pixels)
+    yield "a tensor of 2**63 bytes", binary((2**63, 3072), shapes, pixels)
+    yield "a tensor of 2**124 pixels", binary(sizes, ([2**31 - 1] * 4, shapes[1]), pixels)
+    yield "a tensor of no pixels", binary(sizes, ([0, 64, 3], shapes[1]), pixels)
+    yield "a tensor of a thousand dimensions", binary(sizes, ([1] * 1000, shapes[1]), pixels)
+    yield "2**31 pairs", binary(sizes, ([2**31 - 1, 1, 1, 3], [2**31 - 1, 1, 1, 1]), pixels)
+    yield "a seed beyond all", binary(sizes, shapes, pixels, parameters={"seed": 10**4000})
+    for length in (b"-1", b"99999999999999999999", b"7", b"x", b"\xff"):
+        yield f"JSON of {length!r} bytes", posted(b"{}", b"Inference-Header-Content-Length: %b\r\n" % length)
+    yield "JSON that only opens", posted(b"[" * 1_000_000)
+    yield "JSON that only opens inside", posted(b'{"inputs": ' + b'{"data": [' * 100_000)
+    yield "a number of a megabyte", posted(b'{"inputs": [], "id": ' + b"9" * 1_000_000 + b"}")
+    yield "half a surrogate", posted(b'{"inputs": [], "id": "\\ud800"}')
+    yield (
+        "one long string among numbers",
+        posted(
+            json.dumps(
+                {
+                    "inputs": [
+                        {"name": "vis", "datatype": "UINT8", "shape": [9], "data": ["a" * 1_000_000] + [1] * 300_000}
+                    ]
+                }
+            ).encode()
+        ),
+    )
+    yield "a zlib bomb", posted(zlib.compress(bytes(50_000_000), 9), b"Content-Encoding: deflate\r\n")
+    for name, content in {**bombs(), "pair": vis}.items():
+        text = json.dumps({"inputs": [_file_tensor("vis", content), _file_tensor("ir", ir)]}).encode()
+        yield f"{name} as a tensor", posted(text)
 
 
 def bombs() -> dict[str, bytes]:
@@ -391,11 +454,12 @@ async def attack_grpc(address: tuple[str, int], verdict: Verdict) -> None:
         *(rng.integers(0, 256, size, dtype=np.uint8).tobytes() for size in (1, 10, 100, 1000, 100_000)),
     ]
     async with grpc.aio.insecure_channel(target) as channel:
-        for method in ("Fuse", "FuseStream", "Nothing"):
+        for method in ("Fuse", "FuseStream", "Nothing", "ModelInfer"):
+            service = "inference.GRPCInferenceService" if method == "ModelInfer" else "recofuse.v1.FusionService"
             for message in messages:
                 verdict.num_attacks += 1
                 verdict.num_requests += 1
-                path = f"/recofuse.v1.FusionService/{method}"
+                path = f"/{service}/{method}"
                 try:
                     if method == "FuseStream":
                         # One message: a second could meet the ended call in the client's own library.

@@ -1036,6 +1036,7 @@ async def test_reflection_lists_and_describes_the_services(face: Face) -> None:
     listed, described = [answer async for answer in stub.ServerReflectionInfo(iter(asked))]
     assert {service.name for service in listed.list_services_response.service} == {
         "recofuse.v1.FusionService",
+        "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
