@@ -6,6 +6,9 @@ that other code generated from the same files can share a process with this one.
 
 The Open Inference Protocol's messages are also shipped by its clients (tritonclient, kserve), under file names of their
 own, and protobuf's default pool refuses a message that comes twice. Ours go into a pool of their own.
+
+gRPC's plugin gives every method of a servicer a body that answers UNIMPLEMENTED, for servers that leave it out. Ours
+leaves none out, which tests/service/test_grpc.py holds; a note at the top of those modules says so.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ IMPORT = re.compile(r"^(from|import) (recofuse|inference)\.", re.MULTILINE)
 FOREIGN = ("inference",)  # folders of messages that others define as well
 DEFAULT_POOL = "_descriptor_pool.Default()"
 OWN_POOL = "_descriptor_pool.DescriptorPool()"
+SERVICER_NOTE = (
+    "# The bodies of the servicers below answer for methods that a server leaves out; service/ leaves none out, which\n"
+    "# tests/service/test_grpc.py holds. Like all of this module they are the plugin's: see proto/generate.py.\n"
+)
 
 
 def generate(target: Path) -> None:
@@ -40,6 +47,8 @@ def generate(target: Path) -> None:
         text = IMPORT.sub(rf"\1 {PACKAGE}.\2.", path.read_text("utf-8"))
         if path.relative_to(target).parts[0] in FOREIGN:
             text = text.replace(DEFAULT_POOL, OWN_POOL)
+        if path.name.endswith("_pb2_grpc.py"):
+            text = SERVICER_NOTE + text
         path.write_text(text, "utf-8")
     modules = {path.relative_to(target) for path in target.rglob("*_pb2.py")}
     for folder in {target / parent for path in modules for parent in path.parents}:

@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 from service import grpc_api, jobs
 from service.errors import STATUS, ErrorCode
 from service.metrics import FlowMode
+from service.oip_grpc import InferenceServicer
+from service.pb.inference.v2 import inference_pb2_grpc
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from service.pb.recofuse.v1 import fusion_pb2_grpc
 from service.queue import MemoryQueue
@@ -1153,6 +1155,19 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
 
 
 # generated code
+
+
+@pytest.mark.parametrize(
+    ("ours", "generated"),
+    [
+        (grpc_api._Fusion, fusion_pb2_grpc.FusionServiceServicer),
+        (InferenceServicer, inference_pb2_grpc.GRPCInferenceServiceServicer),
+    ],
+)
+def test_no_method_is_left_to_the_generated_refusal(ours: type, generated: type) -> None:
+    methods = {name for name in vars(generated) if not name.startswith("_")}
+    assert "Fuse" in methods or "ModelInfer" in methods
+    assert methods <= set(vars(ours))
 
 
 def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
