@@ -37,7 +37,7 @@ from benchmarks.processes import machine
 from benchmarks.straightforward import straightforward
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.model import ALL_OUTPUTS, PRESETS, Conditions, OutputName, ReCoFuse, build_model
-from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime, ScheduleCache
+from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime, ScheduleCache, named_device
 from recofuse_core.sampler import Pair, SamplerName, seeded_noise
 
 BASELINE_STEPS = 100
@@ -501,7 +501,7 @@ def run(
     import tempfile
 
     where = machine()
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = torch.device(named_device(device))
     on_gpu = chosen.type == "cuda"
     num_threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)

@@ -53,10 +53,11 @@ def run(
     """Measure both; say the summary as the last line."""
     import torch
 
+    from recofuse_core.runtime import named_device
     from service.engine import CoreEngine
     from service.settings import EngineSettings
 
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = named_device(device)
     on_gpu = chosen.startswith("cuda")
     where = machine()
     engine = CoreEngine(EngineSettings(device=chosen, num_threads=num_threads))

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from benchmarks import plot
@@ -24,7 +23,7 @@ from recofuse_core import evaluation
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.data import Pair, PairFiles, find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.quality import fusion_scores, psnr
-from recofuse_core.runtime import Precision, Runtime
+from recofuse_core.runtime import Precision, Runtime, named_device
 from recofuse_core.sampler import SamplerName
 
 STEPS = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100)
@@ -120,7 +119,7 @@ def run(
 
     side: of the middle square that is used, in pixels; 0 takes whole frames.
     """
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = named_device(device)
     model = load_pretrained(weights, device=chosen)
     own = Setting(model.info.default_sampler, model.info.default_steps)
     settings = [YARDSTICK, replace(own, precision="float32"), own]

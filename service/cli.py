@@ -768,17 +768,13 @@ def ablate(
     """Train and score the paper's ablations under one budget (docs/ablations.md)."""
     import json
 
-    import torch
-
     from recofuse_core import ablations
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from recofuse_core.runtime import named_device
 
     def say(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True)
 
-    results = ablations.run_ablations(config, output, variants=variants, device=device, say=say)
+    results = ablations.run_ablations(config, output, variants=variants, device=named_device(device), say=say)
     text = ablations.table(results)
     for path, content in (
         (markdown, text),
@@ -814,11 +810,11 @@ def export(
     from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs
     from recofuse_core.downstream import export_pairs, plan_export
+    from recofuse_core.runtime import named_device
 
     if threads:
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = named_device(device)
     items = plan_export(pairs, find_pairs(pairs, split=split), cast("Any", task))
     model = load_pretrained(weights, device=device)
     written = export_pairs(
@@ -886,6 +882,7 @@ def evaluate(
     from recofuse_core import evaluation, load_pretrained
     from recofuse_core.data import find_pairs, write_image
     from recofuse_core.plots import bar_plots
+    from recofuse_core.runtime import named_device
 
     if coupling not in ("on", "off"):
         raise InvalidInputError(f"coupling must be on or off, not {coupling}")
@@ -899,8 +896,7 @@ def evaluate(
         folders[name] = Path(folder)
     if threads:
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = named_device(device)
     files = find_pairs(pairs, split=split)[:limit]
     model = None if weights == "none" else load_pretrained(weights, device=device)
     settings = evaluation.EvaluationSettings(

@@ -142,10 +142,10 @@ class CoreEngine:
         import torch
 
         from recofuse_core import Runtime, load_pretrained
+        from recofuse_core.runtime import named_device
 
         settings = self._settings
-        if self._device == "auto":
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = named_device(self._device)
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
         self._runtime = Runtime(

@@ -94,6 +94,19 @@ class Gateway:
 
     # what faces call
 
+    def timeout_within(self, asked_s: float | None, remaining_s: float | None) -> float | None:
+        """The earlier of what a request asks for and its call's own deadline; None if there is neither.
+
+        A generous deadline is common and harmless, so it is cut rather than refused. Raises TimedOutError if it has
+        passed.
+        """
+        if remaining_s is None:
+            return asked_s
+        remaining_s = min(remaining_s, self._settings.jobs.max_timeout_s)
+        if remaining_s <= 0:
+            raise TimedOutError("the call's deadline had passed when it arrived")
+        return remaining_s if asked_s is None else min(asked_s, remaining_s)
+
     async def fuse(self, request: FusionRequest, on_accepted: Callable[[], None] | None = None) -> FusionResult:
         """Fuse, and wait for the pictures. on_accepted: called once the job has a place in the queue.
 

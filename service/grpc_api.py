@@ -366,7 +366,9 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
         """See fusion.proto."""
         started_s = time.monotonic()
         options = _Options.of(request.options)
-        wanted = self._request(request, options, self._timeout_s(options.timeout_s, context), context)
+        wanted = self._request(
+            request, options, self._gateway.timeout_within(options.timeout_s, context.time_remaining()), context
+        )
         result = await self._gateway.fuse(wanted)
         fusion = fusion_of(result, is_raw=options.is_raw, started_s=started_s)
         return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())
@@ -427,17 +429,6 @@ class _Fusion(fusion_pb2_grpc.FusionServiceServicer):
             request_id=logs.request_id.get(),
             traceparent=logs.traceparent.get() or None,
         )
-
-    def _timeout_s(self, asked_s: float | None, context: Context) -> float | None:
-        """The earlier of what was asked for and the call's own deadline; None if there is neither."""
-        remaining: float | None = context.time_remaining()
-        if remaining is None:
-            return asked_s
-        # A generous deadline is common and harmless, so it is cut rather than refused.
-        remaining_s = min(remaining, self._settings.jobs.max_timeout_s)
-        if remaining_s <= 0:
-            raise TimedOutError("the call's deadline had passed when it arrived")
-        return remaining_s if asked_s is None else min(asked_s, remaining_s)
 
 
 @dataclass(frozen=True, slots=True)

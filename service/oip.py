@@ -35,7 +35,6 @@ from service.errors import (
     ModelNotFoundError,
     PayloadTooLargeError,
     ServiceError,
-    TimedOutError,
     error_of,
 )
 from service.gateway import FusionRequest, Gateway, Readiness
@@ -524,7 +523,7 @@ class Inference:
             if name != MODEL or version:
                 await self._workers(name, version)
             plan = plan_of(request, self._settings.limits)
-            timeout_s = self._timeout_s(plan.requests[0].timeout_s, remaining_s)
+            timeout_s = self._gateway.timeout_within(plan.requests[0].timeout_s, remaining_s)
             await asyncio.to_thread(self._check_answer, request, plan)
             for _ in plan.requests[1:]:  # the first was charged when the request came
                 await auth.charge()
@@ -607,15 +606,6 @@ class Inference:
             versions = ", ".join(sorted({worker.model_version for worker in named})) or "none"
             raise ModelNotFoundError(f"{name} is not there in version {version[:64]!r}; there is {versions}")
         return found
-
-    def _timeout_s(self, asked_s: float | None, remaining_s: float | None) -> float | None:
-        if remaining_s is None:
-            return asked_s
-        # A generous deadline is common and harmless, so it is cut rather than refused.
-        remaining_s = min(remaining_s, self._settings.jobs.max_timeout_s)
-        if remaining_s <= 0:
-            raise TimedOutError("the call's deadline had passed when it arrived")
-        return remaining_s if asked_s is None else min(asked_s, remaining_s)
 
     def _check_answer(self, request: InferRequest, plan: _Plan) -> None:
         """Whether the pictures will fit one tensor, and JSON where that is asked for; before any work is done."""
