@@ -65,6 +65,8 @@ _OF_GRPC: dict[grpc.StatusCode, type[RecofuseError]] = {
 _NEVER_LEFT = ("failed to connect to all addresses", "DNS resolution failed", "empty address list")
 # How it describes a call whose connection broke, beside UNAVAILABLE.
 _BROKEN = ("RST_STREAM", "Stream removed", "Internal error from Core")
+# How it describes a call that its own side gave up.
+_GIVEN_UP_HERE = "Locally cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,9 @@ def error_of_call(error: grpc.RpcError) -> RecofuseError:
             return ConnectionFailedError(f"no connection to the server: {text}")
         return ConnectionLostError(f"the connection was lost while the server was at work: {text}")
     if any(words in text for words in _BROKEN):
+        return ConnectionLostError(f"the connection was lost while the server was at work: {text}")
+    if code is grpc.StatusCode.CANCELLED and _GIVEN_UP_HERE not in text:
+        # A service that means a job says so in a detail; this is gRPC's core, in the moment in which a server closes.
         return ConnectionLostError(f"the connection was lost while the server was at work: {text}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's limits: one of sizes, the other of calls at once
         if "larger than max" in text:

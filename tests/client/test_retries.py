@@ -356,8 +356,9 @@ def test_statuses_of_grpc_itself() -> None:
     cases = {
         rc.ConnectionLostError: [
             ("UNAVAILABLE", "Socket closed"), ("INTERNAL", "Received RST_STREAM with error code 2"),
-            ("UNKNOWN", "Stream removed"),
+            ("UNKNOWN", "Stream removed"), ("CANCELLED", "CANCELLED"), ("CANCELLED", ""),
         ],
+        rc.CancelledError: [("CANCELLED", "Locally cancelled by application!")],
         rc.ConnectionFailedError: [("UNAVAILABLE", "failed to connect to all addresses; last error: ...")],
         rc.PayloadTooLargeError: [("RESOURCE_EXHAUSTED", "CLIENT: Sent message larger than max (8 vs. 4)")],
         rc.OverloadedError: [("RESOURCE_EXHAUSTED", "Concurrent RPC limit exceeded!")],
