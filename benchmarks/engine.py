@@ -26,19 +26,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import plot
 from benchmarks.processes import machine
 from benchmarks.straightforward import straightforward
+from recofuse_core import plots
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.model import ALL_OUTPUTS, PRESETS, Conditions, OutputName, ReCoFuse, build_model
 from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime, ScheduleCache, named_device
 from recofuse_core.sampler import Pair, SamplerName, seeded_noise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE_STEPS = 100
 SIZES = ((320, 256), (640, 480), (1280, 1024))  # width, height
@@ -500,6 +503,8 @@ def run(
     """Measure; say one row at a time, and a summary as the last line."""
     import tempfile
 
+    if plot_path is not None:
+        plots.require_matplotlib()
     where = machine()
     chosen = torch.device(named_device(device))
     on_gpu = chosen.type == "cuda"
@@ -549,7 +554,7 @@ def run(
     if csv_path is not None:
         write_csv(csv_path, rows)
     if plot_path is not None:
-        plot_path.write_text(chart(rows, name), encoding="utf-8")
+        plot_path.write_text(plots.svg(chart(rows, name)), encoding="utf-8")
     say(line)
     return Outcome(rows, checks, line)
 
@@ -562,16 +567,22 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def chart(rows: Sequence[Row], name: str) -> str:
+@plots.look()
+def chart(rows: Sequence[Row], name: str) -> Figure:
     """Seconds of an image by variant, for the first preset and the named size where there is one."""
+    from matplotlib.figure import Figure
+
     first = next((r for r in rows if (r.width, r.height) == NAMED_SIZE), rows[0])
     chosen = [
         r
         for r in rows
         if (r.preset, r.width, r.height, r.batch) == (first.preset, first.width, first.height, first.batch)
     ]
-    title = f"{first.preset}, {first.width}x{first.height}, one image ({name})"
-    return plot.bars(title, {row.variant: row.image_ms / 1e3 for row in chosen}, "s")
+    figure = Figure(figsize=(7.5, 0.5 + 0.25 * len(chosen)))
+    axes = figure.subplots()
+    axes.set_title(f"{first.preset}, {first.width}x{first.height}, one image ({name})")
+    plots.bars(axes, {row.variant: row.image_ms / 1e3 for row in chosen}, lambda value: f"{value:.3g} s")
+    return figure
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -14,17 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from benchmarks import plot
-from recofuse_core import evaluation
+from recofuse_core import evaluation, plots
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.data import Pair, PairFiles, find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.quality import fusion_scores, psnr
 from recofuse_core.runtime import Precision, Runtime, named_device
 from recofuse_core.sampler import SamplerName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEPS = (1, 2, 3, 4, 5, 8, 10, 20, 50, 100)
 SAMPLERS: tuple[SamplerName, ...] = ("ode1", "ode2", "posterior")
@@ -119,6 +121,8 @@ def run(
 
     side: of the middle square that is used, in pixels; 0 takes whole frames.
     """
+    if plot_path is not None:
+        plots.require_matplotlib()
     chosen = named_device(device)
     model = load_pretrained(weights, device=chosen)
     own = Setting(model.info.default_sampler, model.info.default_steps)
@@ -165,19 +169,31 @@ def run(
             writer.writerow(HEAD)
             writer.writerows(quality.cells(best) for quality in qualities)
     if plot_path is not None:
-        plot_path.write_text(chart(qualities, samplers, f"{weights} {model.info.version}"), encoding="utf-8")
+        figure = chart(qualities, samplers, f"{weights} {model.info.version}")
+        plot_path.write_text(plots.svg(figure), encoding="utf-8")
     say("\n" + line)
     return Outcome(qualities, enough, line)
 
 
-def chart(qualities: Sequence[Quality], samplers: Sequence[SamplerName], name: str) -> str:
+@plots.look()
+def chart(qualities: Sequence[Quality], samplers: Sequence[SamplerName], name: str) -> Figure:
     """Mean PSNR of both restored pictures over steps; the dashed level is the yardstick."""
-    series: dict[str, Sequence[tuple[float, float]]] = {
-        sampler: [(float(q.setting.steps), _psnr_db(q)) for q in qualities if _is_try(q, sampler)]
-        for sampler in samplers
-    }
-    title = f"{name}: quality against steps (dashed: 100 Euler steps, float32)"
-    return plot.lines(title, "steps", "restored PSNR, dB", series, mark=_psnr_db(qualities[0]))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.0))
+    axes = figure.subplots()
+    axes.set(title=f"{name}: quality against steps", xlabel="steps", ylabel="restored PSNR, dB", xscale="log")
+    for sampler in samplers:
+        tries = sorted((q.setting.steps, _psnr_db(q)) for q in qualities if _is_try(q, sampler))
+        axes.plot([steps for steps, _ in tries], [db for _, db in tries], "o-", markersize=4, label=sampler)
+    best = qualities[0]
+    axes.axhline(_psnr_db(best), color=plots.OTHER, linestyle="--", label=best.cells(best)[0])
+    ticks = sorted({q.setting.steps for q in qualities if q.setting.sampler in samplers})
+    axes.set_xticks(ticks, [str(steps) for steps in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="y")
+    figure.legend(loc="outside right upper")
+    return figure
 
 
 def _psnr_db(quality: Quality) -> float:

@@ -881,13 +881,15 @@ def evaluate(
 
     from recofuse_core import evaluation, load_pretrained
     from recofuse_core.data import find_pairs, write_image
-    from recofuse_core.plots import bar_plots
+    from recofuse_core.plots import bar_plots, require_matplotlib, svg
     from recofuse_core.runtime import named_device
 
     if coupling not in ("on", "off"):
         raise InvalidInputError(f"coupling must be on or off, not {coupling}")
     if plot is not None and plot.suffix.lower() != ".svg":
         raise InvalidInputError(f"plot: the plots are SVG, so the file must end in .svg, not {plot.name}")
+    if plot is not None:
+        require_matplotlib()
     folders = {}
     for item in others or ():
         name, separator, folder = item.partition("=")
@@ -931,7 +933,7 @@ def evaluate(
         json_path: lambda: json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n",
         csv_path: report.csv,
         markdown: report.markdown,
-        plot: lambda: bar_plots(report),
+        plot: lambda: svg(bar_plots(report)),
     }
     for path, text in texts.items():
         if path is not None:

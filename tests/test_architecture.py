@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What a module may never pull in, directly or through another. `recofuse_core` has one rule for all its modules.
-CORE_BANNED = ("service", "pydantic", "fastapi", "grpc", "redis", "typer")
+CORE_BANNED = ("service", "pydantic", "fastapi", "grpc", "redis", "typer", "matplotlib")
 SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.__main__": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),

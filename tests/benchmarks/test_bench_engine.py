@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import xml.etree.ElementTree as ElementTree
+import sys
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from benchmarks import engine
 from benchmarks.engine import Ceilings, Check, Row, Variant, cases, count_costs, judge, ladder, measure
 from benchmarks.straightforward import WRITTEN_OUT, straightforward
+from recofuse_core.errors import ConfigError
 from recofuse_core.model import PRESETS, ModelConfig, build_model
+from recofuse_core.plots import svg
 from recofuse_core.runtime import EagerRecorder, Runtime
 from tests.core.tiny import GATED, PUBLISHED, largest_difference, pairs, tiny_model
 
@@ -157,9 +160,28 @@ def test_everything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(document["rows"]) == len(outcome.rows) == len(ladder(False))
     with paths[1].open() as stream:
         assert [line["variant"] for line in csv.DictReader(stream)] == [r.variant for r in outcome.rows]
-    svg = ElementTree.fromstring(paths[2].read_text())
-    assert len(svg.findall("{*}rect")) == 1 + len(outcome.rows)
+    assert paths[2].read_text() == svg(engine.chart(outcome.rows, document["device"]))
     assert engine.markdown(outcome.rows).count("\n") == 1 + len(outcome.rows)
+
+
+def test_the_chart_shows_seconds_of_the_named_size() -> None:
+    named = [row(), row(variant="+ <all>", image_ms=6176.0)]
+    others = [row(width=320, height=256, image_ms=9e5), row(batch=4, image_ms=9e5), row(preset="compact", image_ms=9e5)]
+    figure = engine.chart([others[0], *named, *others[1:]], "a & b")
+    (axes,) = figure.axes
+    (bars,) = axes.containers
+    assert [bar.get_width() for bar in bars] == [96.0, 6.176]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["baseline", "+ <all>"]
+    texts = [text.text for text in ElementTree.fromstring(svg(figure)).findall(".//{*}text")]
+    assert {"paper, 640x480, one image (a & b)", "96 s", "6.18 s", "baseline", "+ <all>"} == set(texts)
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"recofuse\[plot\]"):
+        engine.run(plot_path=tmp_path / "out.svg", only=[])
 
 
 def test_a_check_says_what_was_asked() -> None:

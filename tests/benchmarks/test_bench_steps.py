@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-import xml.etree.ElementTree as ElementTree
+import sys
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from benchmarks import plot, steps
+from benchmarks import steps
 from benchmarks.steps import LESS_IS_BETTER, SCORES, Quality, Setting
 from recofuse_core.data import to_uint8, write_image
+from recofuse_core.errors import ConfigError
+from recofuse_core.plots import svg
+from recofuse_core.sampler import SamplerName
 from recofuse_core.scenes import make_scene
 from tests.core.tiny import tiny_model
 
@@ -58,17 +64,35 @@ def test_a_folder_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(paths[0].read_text())["num_pairs"] == 2
     with paths[1].open() as stream:
         assert len(list(csv.reader(stream))) == 1 + len(settings)
-    svg = ElementTree.fromstring(paths[2].read_text())
-    assert len(svg.findall("{*}circle")) == 2
+    assert paths[2].read_text() == svg(steps.chart(outcome.qualities, ("ode2",), "compact 1"))
 
 
-def test_charts_are_readable_and_escape_their_text() -> None:
-    bars = ElementTree.fromstring(plot.bars("a < b", {"one & two": 1.0, "half": 0.5}, "s"))
-    widths = [float(rect.get("width", "")) for rect in bars.findall("{*}rect")[1:]]
-    assert widths[0] == pytest.approx(2 * widths[1], abs=0.2)
-    lines = ElementTree.fromstring(plot.lines("t", "x", "y", {"a": [(1, 2.0), (100, 3.0), (10, 2.5)]}, mark=2.0))
-    points = [point.split(",") for point in lines.findall("{*}polyline")[0].get("points", "").split()]
-    xs, ys = ([float(point[axis]) for point in points] for axis in (0, 1))
-    assert xs == sorted(xs)
-    assert xs[1] == pytest.approx((xs[0] + xs[2]) / 2, abs=0.2)  # logarithmic
-    assert ys == sorted(ys, reverse=True)
+def test_the_chart_shows_what_was_tried_over_logarithmic_steps() -> None:
+    tried: list[tuple[SamplerName, int, float]]
+    tried = [("ode2", 100, 33.0), ("ode2", 1, 30.0), ("ode1", 10, 29.0), ("ode2", 10, 32.0), ("ode1", 1, 28.0)]
+    qualities = [quality(db=31.0)]
+    qualities += [replace(quality(db=db), setting=Setting(sampler, count)) for sampler, count, db in tried]
+    qualities += [replace(quality(db=50.0), setting=Setting("ode2", 1, "float32"))]  # no try: of another precision
+    figure = steps.chart(qualities, ("ode1", "ode2"), "<a & b>")
+    (axes,) = figure.axes
+    lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
+    assert lines == {
+        "ode1": [[1, 30.0], [10, 30.5]],  # the mean of both pictures' PSNR, 32 dB of ir
+        "ode2": [[1, 31.0], [10, 32.0], [100, 32.5]],
+        "euler 100 float32": [[0, 31.5], [1, 31.5]],  # from the left edge to the right one
+    }
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "10", "100"]
+    assert len(axes.get_xticks(minor=True)) == 0
+    xs = [axes.transData.transform((count, 32.0))[0] for count in (1, 10, 100)]
+    assert xs[1] == pytest.approx((xs[0] + xs[2]) / 2)
+    texts = [text.text for text in ElementTree.fromstring(svg(figure)).findall(".//{*}text")]
+    assert {"<a & b>: quality against steps", "restored PSNR, dB", "steps", *lines} <= set(texts)
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"recofuse\[plot\]"):
+        steps.run(tmp_path / "missing", plot_path=tmp_path / "out.svg")

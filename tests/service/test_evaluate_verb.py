@@ -2,7 +2,9 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -89,7 +91,8 @@ def test_every_output_is_written(pairs: Path, weights: Path, tmp_path: Path) -> 
         "2 pairs, strong, seed 4, tiny 0.1, posterior 3 steps, coupling off: vis "
     )
     assert read_vis(out / "a.png").shape[0] == 3
-    assert "opencv-average" in (out / "a.svg").read_text()
+    texts = [text.text for text in ElementTree.fromstring((out / "a.svg").read_text()).findall(".//{*}text")]
+    assert {"opencv-average", "vis PSNR, dB", "Qabf"} <= set(texts)
     assert len(list((out / "pictures").iterdir())) == 11
     assert read_vis(out / "pictures" / "fused_recofuse" / "1.png").shape == (3, 64, 80)
 
@@ -134,4 +137,14 @@ def test_mistakes_get_one_line(pairs: Path, arguments: list[str], message: str) 
     code, _, stderr = run("--pairs", pairs, "--weights", "none", *arguments)
     assert code == 2
     assert message in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_scored(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, stdout, stderr = run("--pairs", pairs, "--weights", "none", "--baselines", "--plot", tmp_path / "a.svg")
+    assert (code, stdout) == (2, "")
+    assert "pip install 'recofuse[plot]'" in stderr
     assert "Traceback" not in stderr
