@@ -2,8 +2,12 @@
 
 What uvicorn leaves open: a request's head may be as long, and take as long, as a client likes, and a connection that
 never sends anything stays for ever; so a few thousand idle sockets would use up all connections. Here a head is bounded
-in bytes and in time. What uvicorn refuses by itself (bytes that are not HTTP, too many connections) is answered with
-the same problem documents as everything else.
+in bytes and in time, and so is what may stand between a body's bytes and behind them (chunk extensions, trailers, which
+uvicorn collects without end). Any byte counts as life for uvicorn, also the rest of a body whose answer is out; here a
+kept connection must begin its next request in time.
+
+What uvicorn refuses by itself (bytes that are not HTTP, too many connections) is answered with the same problem
+documents as everything else.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_bytes = 0  # since the last byte of a head or a body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came; it owes us a request's head."""
@@ -37,13 +42,19 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._stop_timer()
+        self._stop_keep_alive()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """The next bytes of a head or a body."""
         was_in_head = self._is_in_head
+        self._idle_bytes += len(data)
         super().data_received(data)
-        if not self._is_in_head or self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if not self._is_in_head:
+            if self._idle_bytes > self._http.max_head_bytes:
+                self.transport.close()  # the answer to this request is the application's, or out already
             return
         if self._head_timer is None:  # the next request on a kept connection has begun
             self._expect_head()
@@ -56,14 +67,26 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self._is_in_head = True
+        self._stop_keep_alive()
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header. Trailers, which come after a body, are nobody's here."""
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A request's head is complete."""
         self._is_in_head = False
-        self._head_bytes = 0
+        self._head_bytes = self._idle_bytes = 0
         self._stop_timer()
+        self._stop_keep_alive()  # armed by the answer before, if that was completed in the middle of this head
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """The next bytes of a body."""
+        self._idle_bytes = 0
+        super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP."""
@@ -83,6 +106,12 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete:  # half an answer cannot be followed by another
             self.transport.write(b"".join([*lines, b"\r\n", bytes(answer.body)]))
         self.transport.close()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Do nothing when uvicorn asks for it, at any byte that comes: the timer ends with the next request's begin."""
+
+    def _stop_keep_alive(self) -> None:
+        super()._unset_keepalive_if_required()
 
     def _expect_head(self) -> None:
         self._stop_timer()

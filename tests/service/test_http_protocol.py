@@ -1,0 +1,153 @@
+"""One HTTP connection, byte by byte: the transport and the timers are stand-ins, so nothing here waits for a clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from service.http_protocol import GuardedProtocol
+from service.settings import HttpSettings
+
+HTTP = HttpSettings(max_head_bytes=1000)
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Timers:
+    """The event loop with timers that a test runs itself."""
+
+    def __init__(self) -> None:
+        self.armed: list[tuple[float, Callable[[], None], asyncio.TimerHandle]] = []
+
+    def call_later(self, delay_s: float, call: Callable[..., None], *arguments: Any) -> asyncio.TimerHandle:
+        loop = asyncio.get_running_loop()
+        handle = asyncio.TimerHandle(0, call, arguments, loop)
+        self.armed.append((delay_s, lambda: call(*arguments), handle))
+        return handle
+
+    def run(self, delay_s: float) -> None:
+        """What was to happen after so many seconds, and is still wanted, happens now."""
+        due = [entry for entry in self.armed if entry[0] == delay_s]
+        self.armed = [entry for entry in self.armed if entry[0] != delay_s]
+        for _, call, handle in due:
+            if not handle.cancelled():
+                call()
+
+    def create_task(self, work: Any) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(work)
+
+
+class Transport(asyncio.Transport):
+    """A connection whose client takes what the test takes."""
+
+    def __init__(self) -> None:
+        super().__init__({"sockname": ("127.0.0.1", 80), "peername": ("127.0.0.1", 9)})
+        self.sent = b""
+        self.num_waiting = 0
+        self.has_closed = self.has_aborted = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.sent += bytes(data)
+
+    def close(self) -> None:
+        self.has_closed = True
+
+    def abort(self) -> None:
+        self.has_aborted = True
+
+    def is_closing(self) -> bool:
+        return self.has_closed or self.has_aborted
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_waiting
+
+    def pause_reading(self) -> None:
+        return
+
+    def resume_reading(self) -> None:
+        return
+
+
+class Connection:
+    """A protocol with its transport, its timers, and an application that answers without reading the body."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.transport, self.timers = Transport(), Timers()
+        config = uvicorn.Config(
+            self._answer, interface="asgi3", ws="none", timeout_keep_alive=int(HTTP.keep_alive_s), log_config=None
+        )
+        self.protocol = GuardedProtocol(config, ServerState(), {}, _loop=self.timers, http=HTTP)
+        self.protocol.connection_made(self.transport)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        self.seen.append(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def receive(self, data: bytes) -> None:
+        """The client sends this, and whatever it sets off comes to its end."""
+        self.protocol.data_received(data)
+        while self.protocol.tasks:
+            await asyncio.wait(self.protocol.tasks)
+
+
+@pytest.fixture
+async def connection() -> Connection:
+    return Connection()
+
+
+async def test_trailers_are_not_collected(connection: Connection) -> None:
+    await connection.receive(CHUNKED + b"0\r\n")
+    assert connection.transport.sent.endswith(b"ok")
+    headers = cast("list[Any]", connection.seen[0]["headers"])
+    before = len(headers)
+    await connection.receive(b"a: b\r\n" * 20)
+    assert len(headers) == before
+
+
+@pytest.mark.parametrize("tail", [b"0\r\n" + b"a: b\r\n" * 200, b"0\r\na: " + b"b" * 1100, b"1;a=" + b"b" * 1100])
+async def test_what_is_neither_head_nor_body_is_bounded(connection: Connection, tail: bytes) -> None:
+    await connection.receive(CHUNKED)
+    for at in range(0, len(tail), 100):
+        assert connection.transport.is_closing() == (at > HTTP.max_head_bytes)
+        await connection.receive(tail[at : at + 100])
+    assert connection.transport.sent.count(b"HTTP/1.1") == 1  # no second answer to one request
+
+
+async def test_a_long_body_is_not_taken_for_that(connection: Connection) -> None:
+    await connection.receive(CHUNKED)
+    for _ in range(3 * HTTP.max_head_bytes):
+        await connection.receive(b"1\r\na\r\n")
+    await connection.receive(b"0\r\n\r\n" + GET)
+    assert not connection.transport.is_closing()
+    assert connection.transport.sent.count(b"HTTP/1.1 200") == 2
+
+
+@pytest.mark.parametrize(("first", "drop"), [(GET, b"\r\n"), (CHUNKED, b"1\r\na\r\n"), (CHUNKED, b"0\r\na: b\r\n")])
+async def test_a_kept_connection_must_begin_a_request(connection: Connection, first: bytes, drop: bytes) -> None:
+    """Neither empty lines nor the rest of a body that nobody reads any more count as life."""
+    await connection.receive(first)
+    assert connection.transport.sent.endswith(b"ok")
+    await connection.receive(drop)
+    connection.timers.run(HTTP.keep_alive_s)
+    assert connection.transport.is_closing()
+
+
+async def test_a_request_that_began_is_not_held_to_the_pause_before_it(connection: Connection) -> None:
+    for _ in range(3):
+        await connection.receive(GET)
+        await connection.receive(GET[:20])  # its timer is that of a head
+        connection.timers.run(HTTP.keep_alive_s)
+        assert not connection.transport.is_closing()
+        await connection.receive(GET[20:])
+    connection.timers.run(HTTP.head_timeout_s)
+    assert not connection.transport.is_closing()
+    connection.timers.run(HTTP.keep_alive_s)
+    assert connection.transport.is_closing()
+    assert connection.transport.sent.count(b"HTTP/1.1 200") == 6
