@@ -4,7 +4,7 @@ What uvicorn leaves open: a request's head may be as long, and take as long, as 
 never sends anything stays for ever; so a few thousand idle sockets would use up all connections. Here a head is bounded
 in bytes and in time, and so is what may stand between a body's bytes and behind them (chunk extensions, trailers, which
 uvicorn collects without end). Any byte counts as life for uvicorn, also the rest of a body whose answer is out; here a
-kept connection must begin its next request in time.
+kept connection must begin its next request in time. And an answer that is not taken is given up.
 
 What uvicorn refuses by itself (bytes that are not HTTP, too many connections) is answered with the same problem
 documents as everything else.
@@ -22,6 +22,8 @@ from service.api import problem
 from service.errors import MalformedRequestError, PayloadTooLargeError, UnavailableError
 from service.settings import HttpSettings
 
+MIN_TAKEN_BYTES = 64 * 1024  # of an answer, in `answer_timeout_s`; all sockets' own buffers are larger
+
 
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. http: the limits; the other arguments are uvicorn's."""
@@ -33,6 +35,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_bytes = 0  # since the last byte of a head or a body
+        self._answer_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came; it owes us a request's head."""
@@ -43,6 +46,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The connection is gone."""
         self._stop_timer()
         self._stop_keep_alive()
+        self._stop_answer_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -88,6 +92,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._idle_bytes = 0
         super().on_body(body)
 
+    def pause_writing(self) -> None:
+        """More of an answer waits to be taken than the transport likes to hold."""
+        super().pause_writing()
+        self._expect_taking()
+
+    def resume_writing(self) -> None:
+        """The client has taken it."""
+        self._stop_answer_timer()
+        super().resume_writing()
+
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP."""
         self._refuse(MalformedRequestError("this is not a readable HTTP/1.1 request"))
@@ -112,6 +126,23 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _stop_keep_alive(self) -> None:
         super()._unset_keepalive_if_required()
+
+    def _expect_taking(self) -> None:
+        self._stop_answer_timer()
+        size = self.transport.get_write_buffer_size()
+        self._answer_timer = self.loop.call_later(self._http.answer_timeout_s, self._look_at_taking, size)
+
+    def _look_at_taking(self, before: int) -> None:
+        self._answer_timer = None
+        if before - self.transport.get_write_buffer_size() < MIN_TAKEN_BYTES:
+            self.transport.abort()  # closing would wait for the client
+        else:
+            self._expect_taking()
+
+    def _stop_answer_timer(self) -> None:
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
 
     def _expect_head(self) -> None:
         self._stop_timer()

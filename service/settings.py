@@ -67,6 +67,10 @@ class HttpSettings(FaceSettings):
     head_timeout_s: Seconds = Field(default=10.0, description="a request's head must arrive within this many seconds")
     max_head_bytes: NumBytes = Field(default=64 << 10, description="bytes of a request's head: address and headers")
     body_timeout_s: Seconds = Field(default=30.0, description="a request body must arrive within this many seconds")
+    answer_timeout_s: Seconds = Field(
+        default=30.0,
+        description="a client that takes less than 64 KiB of a waiting answer in this many seconds is cut off",
+    )
     max_connections: Count = Field(default=1024, description="open connections; beyond it the answer is 503")
     require_worker: bool = Field(default=True, description="/health/ready asks for at least one warm worker")
     trusted_proxies: str = Field(

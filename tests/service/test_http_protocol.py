@@ -10,10 +10,10 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from service.http_protocol import GuardedProtocol
+from service.http_protocol import MIN_TAKEN_BYTES, GuardedProtocol
 from service.settings import HttpSettings
 
-HTTP = HttpSettings(max_head_bytes=1000)
+HTTP = HttpSettings(max_head_bytes=1000, answer_timeout_s=7)
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -151,3 +151,26 @@ async def test_a_request_that_began_is_not_held_to_the_pause_before_it(connectio
     connection.timers.run(HTTP.keep_alive_s)
     assert connection.transport.is_closing()
     assert connection.transport.sent.count(b"HTTP/1.1 200") == 6
+
+
+async def test_an_answer_that_is_not_taken_is_given_up(connection: Connection) -> None:
+    await connection.receive(GET)
+    connection.transport.num_waiting = 10 * MIN_TAKEN_BYTES
+    connection.protocol.pause_writing()
+    for _ in range(5):
+        connection.transport.num_waiting -= MIN_TAKEN_BYTES
+        connection.timers.run(HTTP.answer_timeout_s)
+        assert not connection.transport.is_closing()
+    connection.transport.num_waiting -= 1
+    connection.timers.run(HTTP.answer_timeout_s)
+    assert connection.transport.is_closing()
+
+
+async def test_an_answer_that_was_taken_is_forgotten(connection: Connection) -> None:
+    await connection.receive(GET)
+    connection.transport.num_waiting = 10 * MIN_TAKEN_BYTES
+    connection.protocol.pause_writing()
+    connection.transport.num_waiting = 0
+    connection.protocol.resume_writing()
+    connection.timers.run(HTTP.answer_timeout_s)
+    assert not connection.transport.is_closing()
