@@ -61,6 +61,9 @@ PARAMETERS = ("seed", "steps", "sampler", "ir_range", "format", "priority", "tim
 PRIORITIES = ("normal", "high", "normal", "low")  # by Triton's numbers: 0 is the default, 1 the most urgent
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
 MAX_MESSAGE_CHARS = 1000
+MAX_NAME_CHARS = 64
+MAX_ID_CHARS = 256
+MAX_DIMENSIONS = 8
 
 _CODES = {"UINT8": "B", "UINT16": "H"}  # of `array`
 _HEADER_LENGTH = re.compile(r"[0-9]{1,12}")
@@ -241,20 +244,20 @@ class _Document(BaseModel):
 
 
 class _InputDocument(_Document):
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
     datatype: Annotated[str, Field(max_length=16)]
-    shape: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(max_length=8)]
+    shape: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(max_length=MAX_DIMENSIONS)]
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None
 
 
 class _OutputDocument(_Document):
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
     parameters: dict[str, Any] = {}
 
 
 class _RequestDocument(_Document):
-    id: Annotated[str, Field(max_length=256)] = ""
+    id: Annotated[str, Field(max_length=MAX_ID_CHARS)] = ""
     parameters: dict[str, Any] = {}
     inputs: Annotated[list[_InputDocument], Field(max_length=8)]
     outputs: Annotated[list[_OutputDocument], Field(max_length=8)] = []

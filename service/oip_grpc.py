@@ -14,6 +14,9 @@ from google.protobuf.message import Message
 
 from service.errors import InvalidInputError
 from service.oip import (
+    MAX_DIMENSIONS,
+    MAX_ID_CHARS,
+    MAX_NAME_CHARS,
     Inference,
     InferRequest,
     Parameter,
@@ -103,8 +106,15 @@ def request_of(message: pb.ModelInferRequest) -> InferRequest:
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise InvalidInputError(f"raw_input_contents holds {len(raw)} tensors for {len(message.inputs)} inputs")
+    if len(message.id) > MAX_ID_CHARS:
+        raise InvalidInputError(f"id: accepted are at most {MAX_ID_CHARS} characters")
     inputs = []
     for index, entry in enumerate(message.inputs):
+        if len(entry.name) > MAX_NAME_CHARS or len(entry.shape) > MAX_DIMENSIONS:
+            raise InvalidInputError(
+                f"{entry.name[:MAX_NAME_CHARS]}: accepted are names of at most {MAX_NAME_CHARS} characters and shapes "
+                f"of at most {MAX_DIMENSIONS} dimensions"
+            )
         refuse_shared_memory(entry.name, entry.parameters)
         has_contents = entry.HasField("contents")
         if has_contents and raw:

@@ -243,6 +243,22 @@ def test_a_long_list_of_pairs_is_refused_by_its_shape_alone() -> None:
         oip.plan_of(oip.InferRequest((claimed, oip.Tensor("ir", "BYTES", (1,), b""))), LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("shape", [2**62] * 300), ("name", "a" * 65), ("id", "a" * 257)], ids=["shape", "name", "id"]
+)
+def test_messages_are_bounded_as_the_json_is(field: str, value: Any) -> None:
+    """The product of some hundred large dimensions is a number that Python takes long for, and refuses to print."""
+    sent = pb.ModelInferRequest(raw_input_contents=[b"", b""], id=value if field == "id" else "")
+    vis, _ = (sent.inputs.add(name=name, datatype="BYTES", shape=[1]) for name in ("vis", "ir"))
+    if field == "shape":
+        vis.shape[:] = value
+    elif field == "name":
+        vis.name = value
+    with pytest.raises(InvalidInputError, match="at most") as refused:
+        oip.plan_of(request_of(sent), LIMITS)
+    assert len(refused.value.message) < 200
+
+
 def test_json_is_bounded_and_deep_nesting_is_not_followed() -> None:
     with pytest.raises(PayloadTooLargeError, match="binary data"):
         read(b" " * (LIMITS.max_json_bytes + 1), None)
