@@ -3,6 +3,10 @@
 Two steps. `inspect` reads a file's header alone, so that a decompression bomb costs nothing, and finds files that were
 cut short, because the pixel decoders would quietly fill the missing part. `decode_pair` then reads the pixels.
 
+What a newcomer would get wrong: a header may be as large as the file. Pillow makes Python objects of every tag and
+segment, many times their size, and a JPEG decoder goes through the whole picture once for each scan, however empty. So
+the parts of a file are counted before a library sees it.
+
 Infrared values become 8 bits like this: 8-bit files are taken as they are; deeper files (16-bit or float, which use a
 small part of their range) are stretched from their 0.5th to their 99.5th percentile, so that a few dead or glowing
 pixels do not set the scale; `ir_range` replaces either rule. Deep VIS files keep their upper eight bits. Alpha is
@@ -12,7 +16,9 @@ dropped, palettes are expanded, EXIF orientation is applied. Arrays are RGB, (H,
 from __future__ import annotations
 
 import io
+import re
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -37,9 +43,25 @@ cv2.setNumThreads(1)  # the worker decodes several images at once; threads below
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
 )  # a broken upload is the caller's news, not a line on our standard error
+warnings.filterwarnings("ignore", module=r"PIL\.")  # nor are tens of thousands, one for each odd tag
 
 _ORIENTATION_TAG = 274
 _TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+# More of them than any honest file has.
+MAX_CHUNKS = 1 << 16  # of a PNG file
+MAX_SEGMENTS = 4096  # of a JPEG file, before its first scan
+MAX_SCANS = 100  # of a progressive JPEG file; encoders make some 10
+MAX_TAGS = 4096  # of a TIFF file
+MAX_TAG_VALUES = 1 << 18  # numbers in one of them; a palette of 16 bits has three quarters of that
+MAX_EXIF_BYTES = 1 << 20
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_JPEG_MARKER = re.compile(
+    rb"\xff+([^\x00\xd0-\xd7\xff])"
+)  # what may follow a scan's data; stuffing and restarts belong to it
+_TIFF_NUMBERS = frozenset(
+    {3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 17, 18}
+)  # types that become Python numbers; not text and bytes
 _TIFF_OFFSETS = ((273, 279), (324, 325))  # (offsets, byte counts) of strips and of tiles
 
 
@@ -76,10 +98,12 @@ def inspect(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
         )
     if data[:4] == b"RIFF":  # Pillow sets a canvas up when it opens a WebP file, so its size is read first
         _check_size(*_webp_size(data, role), role, limits)
+    elif data[:2] == b"\xff\xd8":
+        _check_jpeg(data, role)
+    elif data[:2] in (b"II", b"MM"):
+        _check_tiff_tags(data, role, limits)
     header = _read_header(data, role, limits)
     _check_size(header.width, header.height, role, limits)
-    if header.format == "JPEG":
-        _check_jpeg(data, role)
     return header
 
 
@@ -232,14 +256,16 @@ def _png_flags(level: int) -> list[int]:
 
 
 def _read_header(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
+    png_exif = _check_png(data, role) if data.startswith(_PNG_MAGIC) else b""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "TIFF")) as image:
             image_format = image.format or ""
             width, height = image.size
             _check_size(width, height, role, limits)
+            _check_exif(len(image.info.get("exif", b"")), role)
             exif = image.getexif() if image_format in ("JPEG", "WEBP") else Image.Exif()
             if image_format == "PNG":  # Pillow would decode the whole picture to look for its EXIF chunk
-                exif.load(_check_png(data, role))
+                exif.load(png_exif)
             # Pillow's size and OpenCV's pixels of a TIFF file are both upright already.
             orientation = int(exif.get(_ORIENTATION_TAG, 1))
             if _has_second_frame(image):
@@ -288,10 +314,21 @@ def _cut_short(role: Role, kind: str) -> InvalidInputError:
     return InvalidInputError(f"{role}: the {kind} file is damaged or cut short; accepted are complete files")
 
 
+def _too_many(role: Role, kind: str, most: int, what: str) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"{role}: the {kind} file has more than the accepted {most} {what}")
+
+
+def _check_exif(num_bytes: int, role: Role) -> None:
+    if num_bytes > MAX_EXIF_BYTES:
+        raise PayloadTooLargeError(f"{role}: the file has more than the accepted {MAX_EXIF_BYTES} bytes of EXIF data")
+
+
 def _check_png(data: bytes, role: Role) -> bytes:
     """Every chunk is there with its checksum, up to the closing one. Returns the EXIF chunk's content."""
-    at, view, exif = 8, memoryview(data), b""
+    at, view, exif, num_chunks = 8, memoryview(data), b"", 0
     while at + 12 <= len(data):
+        if (num_chunks := num_chunks + 1) > MAX_CHUNKS:
+            raise _too_many(role, "PNG", MAX_CHUNKS, "chunks")
         length = int.from_bytes(view[at : at + 4], "big")
         end = at + 12 + length
         if end > len(data) or zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
@@ -300,6 +337,7 @@ def _check_png(data: bytes, role: Role) -> bytes:
         if kind == b"IEND":
             return exif
         if kind == b"eXIf":
+            _check_exif(length, role)
             exif = data[at + 8 : end - 4]
         at = end
     raise _cut_short(role, "PNG")
@@ -307,20 +345,61 @@ def _check_png(data: bytes, role: Role) -> bytes:
 
 def _check_jpeg(data: bytes, role: Role) -> None:
     """The image data end with an end marker; a thumbnail's own, in a segment before them, does not count."""
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            break
+    at, num_exif = 2, 0
+    for _ in range(MAX_SEGMENTS):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            raise _cut_short(role, "JPEG")
         marker = data[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
             continue
         if marker == 0xDA:  # start of scan
-            if data.rfind(b"\xff\xd9", at) > 0:
-                return
-            break
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    raise _cut_short(role, "JPEG")
+            if data.rfind(b"\xff\xd9", at) < 0:
+                raise _cut_short(role, "JPEG")
+            _check_scans(data, at, role)
+            return
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":  # Pillow joins them
+            num_exif += length
+            _check_exif(num_exif, role)
+        at += 2 + length
+    raise _too_many(role, "JPEG", MAX_SEGMENTS, "segments")
+
+
+def _check_scans(data: bytes, at: int, role: Role) -> None:
+    """The scans, from the first one's marker on, are not too many; what follows the picture does not count."""
+    if data.count(b"\xff\xda", at) <= MAX_SCANS:  # nearly always, and never fewer than there are
+        return
+    num_scans = num_markers = 0
+    while (found := _JPEG_MARKER.search(data, at)) and data[found.end() - 1] != 0xD9:
+        num_markers += 1
+        num_scans += data[found.end() - 1] == 0xDA
+        if num_scans > MAX_SCANS or num_markers > MAX_SEGMENTS:
+            raise _too_many(role, "JPEG", MAX_SCANS, "scans")
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+
+
+def _check_tiff_tags(data: bytes, role: Role, limits: LimitSettings) -> None:
+    """One image, and no tag with more numbers than a picture needs; the fields are those that Pillow looks at."""
+    order, is_big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+"
+    head, offset, count, entry = (4, "L", "H", "HHL4x") if not is_big else (8, "Q", "Q", "HHQ8x")
+    most = max(MAX_TAG_VALUES, limits.max_pixels // 64)  # the tiles of a picture are numbers, too
+    try:
+        (first,) = struct.unpack_from(order + offset, data, head)
+        (num_tags,) = struct.unpack_from(order + count, data, first)
+        if num_tags > MAX_TAGS:
+            raise _too_many(role, "TIFF", MAX_TAGS, "tags")
+        at = first + struct.calcsize(order + count)
+        for _ in range(num_tags):
+            _, kind, num_values = struct.unpack_from(order + entry, data, at)
+            if num_values > most and kind in _TIFF_NUMBERS:
+                raise _too_many(role, "TIFF", most, "numbers in one tag")
+            at += struct.calcsize(order + entry)
+        (following,) = struct.unpack_from(order + offset, data, at)
+    except struct.error as error:
+        raise _cut_short(role, "TIFF") from error
+    if following not in (0, first):  # Pillow would read their tags, too, to say that they are there
+        raise PayloadTooLargeError(f"{role}: the file holds several images; one is accepted")
 
 
 def _check_tiff(image: Image.Image, num_bytes: int, role: Role, limits: LimitSettings) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from typing import Any
@@ -18,7 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError, UnsupportedMediaError
-from service.images import decode_pair, encode, inspect, normalise_ir
+from service.images import (
+    MAX_CHUNKS,
+    MAX_EXIF_BYTES,
+    MAX_SCANS,
+    MAX_SEGMENTS,
+    MAX_TAG_VALUES,
+    MAX_TAGS,
+    decode_pair,
+    encode,
+    inspect,
+    normalise_ir,
+)
 from service.jobs import ImageFormat, PixelFormat, RawLayout
 from service.settings import CodecSettings, LimitSettings
 from tests.fakes import file_of, picture
@@ -35,10 +48,11 @@ def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
+
+def png_header(width: int, height: int) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
@@ -199,6 +213,73 @@ def test_a_webp_bomb_costs_nothing() -> None:
     with pytest.raises(PayloadTooLargeError, match="16383x16383"):
         inspect(bomb, "vis", LIMITS)
     assert time.perf_counter() - started < 1  # decoding 268 million pixels takes longer
+
+
+def png_with(chunks: bytes) -> bytes:
+    """A small PNG file with more chunks behind its header."""
+    return VIS_FILE[:33] + chunks + VIS_FILE[33:]
+
+
+def jpeg_with(segments: bytes, *, scans: bytes = b"", tail: bytes = b"") -> bytes:
+    """A small progressive JPEG file with more segments after its begin, scans before its end, bytes behind that."""
+    whole = saved(Image.fromarray(VIS), "JPEG", progressive=True)
+    return whole[:2] + segments + whole[2:-2] + scans + whole[-2:] + tail
+
+
+def tiff_with(tags: list[tuple[int, int, int, int]], *, following: int = 0, order: str = "<") -> bytes:
+    """A TIFF file of 64x48 grey pixels, with more tags: number, type, how many values, where they are."""
+    own = [(256, 64), (257, 48), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 48), (279, 64 * 48)]
+    named = sorted([*((tag, 4, 1, value) for tag, value in own), *tags])
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    head = magic + struct.pack(f"{order}I", 8 + 64 * 48) + IR.tobytes() + struct.pack(f"{order}H", len(named))
+    directory = b"".join(struct.pack(f"{order}HHII", *tag) for tag in named)
+    return head + directory + struct.pack(f"{order}I", following) + bytes(4 * MAX_TAG_VALUES + 2)
+
+
+EMPTY_SCAN = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\0\xff\0"
+EXIF_SEGMENT = b"\xff\xe1" + struct.pack(">H", 65000) + b"Exif\0\0" + bytes(65000 - 8)
+EXIF = b"Exif\0\0II*\0" + bytes(MAX_EXIF_BYTES)
+CROWDED = {
+    "png chunks": (png_with(chunk(b"teSt", b"") * MAX_CHUNKS), "chunks"),
+    "png exif": (png_with(chunk(b"eXIf", bytes(MAX_EXIF_BYTES + 1))), "EXIF"),
+    "webp exif": (saved(Image.fromarray(VIS), "WEBP", exif=EXIF), "EXIF"),
+    "jpeg segments": (jpeg_with(b"\xff\xe1\0\2" * MAX_SEGMENTS), "segments"),
+    "jpeg fill bytes": (jpeg_with(b"\xff" * MAX_SEGMENTS), "segments"),
+    "jpeg exif": (jpeg_with(EXIF_SEGMENT * (MAX_EXIF_BYTES // 65000 + 1)), "EXIF"),
+    "jpeg scans": (jpeg_with(b"", scans=EMPTY_SCAN * MAX_SCANS), "scans"),
+    "jpeg hidden end": (jpeg_with(b"", scans=b"\xff\xfe\0\4\xff\xd9" + EMPTY_SCAN * MAX_SCANS), "scans"),
+    "tiff values": (tiff_with([(338, 3, MAX_TAG_VALUES + 1, 8)]), "numbers in one tag"),
+    "tiff values, big endian": (tiff_with([(338, 3, MAX_TAG_VALUES + 1, 8)], order=">"), "numbers in one tag"),
+    "tiff tags": (tiff_with([(1000 + number, 3, 1, 0) for number in range(MAX_TAGS)]), "tags"),
+    "tiff second image": (tiff_with([], following=8 + 64 * 48 + 100), "several images"),
+}
+
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_a_file_of_too_many_parts_is_refused_before_a_library_makes_objects_of_them(name: str) -> None:
+    data, words = CROWDED[name]
+    with pytest.raises(PayloadTooLargeError, match=words):
+        inspect(data, "ir", LIMITS)
+
+
+def test_many_parts_are_accepted() -> None:
+    many = {
+        "png": png_with(chunk(b"teSt", b"") * 1000),
+        "jpeg": jpeg_with(b"\xff\xe1\0\2" * 1000, tail=b"\xff\xda" * 1000),  # phones put films behind their pictures
+        "tiff": tiff_with([(65001, 3, MAX_TAG_VALUES, 8), (65002, 7, 2 * MAX_TAG_VALUES, 8)], following=8 + 64 * 48),
+    }
+    for name, data in many.items():
+        pair = decode_pair(VIS_FILE, data, LIMITS)
+        assert pair.ir.shape == IR.shape, name
+
+
+def test_odd_files_leave_no_lines_on_standard_error() -> None:
+    """Whatever Pillow has to say about somebody's upload; pytest's own filters would hide what it says here."""
+    tags = b"".join(struct.pack("<HHII", tag, 7, 900, 8) for tag in range(50))  # more than the file has, together
+    odd = png_with(chunk(b"eXIf", b"II*\0" + struct.pack("<IH", 8, 50) + tags + bytes(900)))
+    program = f"from service import images, settings; images.inspect({odd!r}, 'vis', settings.LimitSettings())"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert ended.stderr == b""
 
 
 @settings(deadline=None, max_examples=60)
