@@ -10,7 +10,7 @@ local lease_ms, max_attempts, max_dead = tonumber(ARGV[2]), tonumber(ARGV[3]), t
 local call = redis.call
 local CLASSES = {'high', 'normal', 'low'}
 local GROUP = 'workers'
-local MARGIN_MS = 60000  -- keys outlive their entry in an index by this much, so that the index decides
+local MARGIN_MS = 60000  -- keys outlive their entry in an index by this much, so that the index decides while anyone calls
 
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -82,8 +82,8 @@ local function finish(id, code, message, result_size, buries, teller)
   call('HDEL', job, 'entry', 'waiters')
   call('HSET', job, 'finished', whole(now), 'code', code, 'message', message, 'attempts', attempts,
     'result_size', result_size)
+  -- The job itself stays until it is swept, however long nobody calls: its bytes are still to be taken off.
   call('ZADD', key('finished'), whole(now + ttl), id)
-  call('PEXPIRE', job, whole(ttl + MARGIN_MS))
   if idem then call('PEXPIRE', key('idem', idem), whole(ttl + MARGIN_MS)) end
   for inbox in string.gmatch(waiters or '', '%S+') do call('PUBLISH', inbox, id) end
   if holder and holder ~= teller then call('PUBLISH', key('worker', holder), id) end
@@ -392,7 +392,7 @@ function commands.finish(id, worker, code, message, result_size, buries, pending
   local is_first = finish(id, code, message, tonumber(result_size), buries == '1', worker)
   if is_first then
     call('RENAME', key('pending-result', pending), key('result', id))
-    call('PEXPIRE', key('result', id), call('PTTL', key('job', id)))
+    call('PEXPIRE', key('result', id), whole(call('HGET', key('job', id), 'ttl') + MARGIN_MS))
   else
     call('UNLINK', key('pending-result', pending))
   end

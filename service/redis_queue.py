@@ -5,7 +5,7 @@ beside the script, so that they are never copied through Lua. Keys, all with the
 
     jobs:high|normal|low    streams, one group `workers`; an entry carries id, deadline, header, and lives until the end
     payload:ID              hash of vis and ir; TTL past the deadline; gone at the end
-    job:ID                  hash: where the entry is, bytes, times, and at the end what became of it
+    job:ID                  hash: where the entry is, bytes, times, and at the end what became of it; no TTL, but swept
     result:ID               the result's bytes; TTL
     pending-result:TOKEN    a result on its way: renamed to result:ID, or dropped as a duplicate, in the same MULTI
     deadlines, finished     sorted sets of ids: when to give up, when to forget
