@@ -47,6 +47,8 @@ from service.settings import QueueSettings
 
 Clock = Callable[[], float]
 
+MAX_GONE = 64  # jobs that are gone while a MemoryQueue still has their times in a heap, beside as many as there are
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -397,8 +399,8 @@ class MemoryQueue:
         now = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             job_id = heapq.heappop(self._deadlines)[1]
-            entry = self._entries.get(job_id)
-            if entry is not None and entry.result is None:
+            if self._is_unfinished(job_id):
+                entry = self._entries[job_id]
                 waited_s = now - entry.job.created_s
                 late = TimedOutError(f"the job's deadline passed after {waited_s:.1f} s, before there was a result")
                 self._end(entry, FusionResult.failed(job_id, late))
@@ -410,13 +412,27 @@ class MemoryQueue:
                 self._put_back(entry)
         while self._finished and self._finished[0][0] <= now:
             self._drop(heapq.heappop(self._finished)[1])
+        # Most jobs are gone long before their deadline and their result's time; their entries must not wait for those.
+        if len(self._finished) > 2 * len(self._entries) + MAX_GONE:
+            self._finished = [(end_s, job_id) for end_s, job_id in self._finished if job_id in self._entries]
+            heapq.heapify(self._finished)
+        if len(self._deadlines) > 2 * self._num_unfinished + MAX_GONE:
+            self._deadlines = [(end_s, job_id) for end_s, job_id in self._deadlines if self._is_unfinished(job_id)]
+            heapq.heapify(self._deadlines)
         return now
+
+    @property
+    def _num_unfinished(self) -> int:
+        return sum(map(len, self._waiting.values())) + len(self._leased)
+
+    def _is_unfinished(self, job_id: str) -> bool:
+        entry = self._entries.get(job_id)
+        return entry is not None and entry.result is None
 
     def _admit(self, job: FusionJob) -> None:
         limits = self._settings
         check_size(job, limits)
-        num_unfinished = sum(map(len, self._waiting.values())) + len(self._leased)
-        if num_unfinished >= limits.max_jobs:
+        if (num_unfinished := self._num_unfinished) >= limits.max_jobs:
             raise OverloadedError(
                 f"the queue is full ({num_unfinished} jobs); try again later", retry_after_s=limits.retry_after_s
             )

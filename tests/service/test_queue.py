@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.jobs import FusionJob, FusionResult, JobStatus, Priority
-from service.queue import Lease, MemoryQueue
+from service.queue import MAX_GONE, Lease, MemoryQueue
 from service.settings import QueueSettings
 from tests.fakes import FakeClock, job
 from tests.service.queue_contract import SETTINGS, QueueContract, World, success
@@ -36,6 +36,28 @@ async def test_closing_wakes_takers() -> None:
     await asyncio.sleep(0)
     await queue.close()
     assert await asyncio.wait_for(taking, 1) == []
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_jobs_that_are_gone_leave_nothing_behind_until_their_times(keep: bool) -> None:
+    """Results may be kept for minutes and deadlines be hours away, at hundreds of jobs a second."""
+    clock = FakeClock()
+    queue = MemoryQueue(QueueSettings(result_ttl_s=600 if not keep else 2, idempotency_ttl_s=600), clock=clock)
+    for _ in range(1000):
+        one = job(created_s=clock(), deadline_s=clock() + 3600, keep_result=keep)
+        await queue.submit(one)
+        (lease,) = await queue.take("w", max_jobs=1, wait_s=0)
+        await queue.finish(lease, success(one))
+        assert await queue.wait_result(one.id, timeout_s=0) is not None
+        clock.advance(0.1)
+    last = job(created_s=clock(), deadline_s=clock() + 5)
+    await queue.submit(last)
+    kept = len(queue._entries)
+    assert kept <= 22
+    assert len(queue._finished) <= 2 * kept + MAX_GONE
+    assert len(queue._deadlines) <= 2 + MAX_GONE
+    clock.advance(6)
+    assert (await queue.view(last.id)).status is JobStatus.EXPIRED  # what is still there still counts
 
 
 @settings(deadline=None, max_examples=60)
