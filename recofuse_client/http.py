@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
+from urllib.parse import unquote
 
 import httpx
 
@@ -219,8 +220,8 @@ def _fusion(answer: httpx.Response) -> Fusion:
         raise BadAnswerError(f"an answer of {media_type or 'no type'} is no picture")
     return Fusion(
         pictures=pictures,
-        model_name=answer.headers.get("x-model-name", ""),
-        model_version=answer.headers.get("x-model-version", ""),
+        model_name=unquote(answer.headers.get("x-model-name", "")),
+        model_version=unquote(answer.headers.get("x-model-version", "")),
         timings=_timings(answer.headers.get("server-timing", "")),
         job_id=answer.headers.get("x-job-id", ""),
         request_id=answer.headers.get("x-request-id", ""),

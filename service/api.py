@@ -20,6 +20,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -192,11 +193,13 @@ def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
     }  # fmt: skip
 
 
+_PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what a header may carry as it is
+_NAME = {"schema": {"type": "string"}, "description": "percent-encoded where it is not printable ASCII"}
 _HEADERS = {
     "Server-Timing": {"schema": {"type": "string"}, "description": "decode, queue, batch, model, encode, in ms"},
-    "X-Model-Name": {"schema": {"type": "string"}},
+    "X-Model-Name": _NAME,
     "X-Picture": {"schema": {"type": "string", "enum": list(Part)}, "description": "which picture this is"},
-    "X-Model-Version": {"schema": {"type": "string"}},
+    "X-Model-Version": _NAME,
 }
 
 
@@ -620,8 +623,8 @@ async def _pictures(result: FusionResult) -> Response:
     timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in result.timings_s.items())
     headers = {
         "Server-Timing": timing,
-        "X-Model-Name": result.model_name,
-        "X-Model-Version": result.model_version,
+        "X-Model-Name": quote(result.model_name, safe=_PLAIN),
+        "X-Model-Version": quote(result.model_version, safe=_PLAIN),
         "X-Job-ID": result.job_id,
     }
     if len(result.images) == 1:

@@ -121,7 +121,7 @@ function resultOf(blob, header) {
     type,
     isZip: type === "application/zip",
     timing: timingOf(header("Server-Timing") ?? ""),
-    model: [header("X-Model-Name"), header("X-Model-Version")].filter(Boolean).join(" "),
+    model: [header("X-Model-Name"), header("X-Model-Version")].filter(Boolean).map(decodeURIComponent).join(" "),
   };
 }
 

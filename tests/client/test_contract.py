@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import trustme
 
 import recofuse_client as rc
 from service.auth import FileKeys, Scope, new_key
+from service.engine import EngineInfo
 from tests.client.conftest import KINDS, QUICK, Served, served
 from tests.fakes import FakeEngine, file_of, pair, picture
 from tests.service.conftest import Serving
@@ -130,6 +132,17 @@ async def test_refusals_are_the_servers_own_words(running: Served, kind: str) ->
     with pytest.raises((rc.InvalidInputError, ValueError)):
         await client.job("../models")
     assert not running.engine.batches
+
+
+async def test_a_model_may_have_any_name(serving: Serving, kind: str) -> None:
+    class Named(FakeEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return replace(super().info, model_name="夜 %20\n", model_version="1 µ")
+
+    async with served(serving, Named()) as running:
+        fusion = await running.reach.client(kind).fuse(VIS, IR)
+        assert (fusion.model_name, fusion.model_version) == ("夜 %20\n", "1 µ")
 
 
 async def test_a_failing_model_is_an_internal_error(serving: Serving, kind: str) -> None:
