@@ -123,14 +123,14 @@ class Gateway:
                     f"and at most {jobs.max_timeout_s * 1000:.0f} ms"
                 )
             job = await self._job_of(request, timeout_s, keep_result=request.idempotency_key is not None)
-            job_id = await self._submit(job, request)
-            if on_accepted is not None:
-                on_accepted()
             try:
+                job_id = await self._submit(job, request)
+                if on_accepted is not None:
+                    on_accepted()
                 result = await self._result_by(job_id, job.deadline_s or 0.0, request)
             except asyncio.CancelledError:
-                if request.idempotency_key is None:
-                    await asyncio.shield(self._abandon(job_id))
+                if request.idempotency_key is None:  # the queue may have the job, also if it has not said so yet
+                    await asyncio.shield(self._abandon(job.id))
                 raise
             result.raise_for_error()
             return result

@@ -1,4 +1,4 @@
-"""What the gateway makes of a queue that forgets."""
+"""What the gateway makes of a queue that forgets, and of callers that leave."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from recofuse_client import errors as client_errors
 from recofuse_client.retries import is_safe_to_repeat
 from service.errors import ErrorCode, ServiceError
 from service.gateway import FusionRequest, Gateway
-from service.jobs import FusionResult
+from service.jobs import FusionJob, FusionResult
 from service.metrics import Metrics
-from service.queue import MemoryQueue
-from service.settings import Settings
+from service.queue import Admission, MemoryQueue
+from service.settings import QueueSettings, Settings
 from tests.fakes import pair
 
 
@@ -43,3 +43,32 @@ async def test_a_lost_job_is_repeated_only_by_who_may(changes: dict[str, object]
     assert (lost.value.code, "lost this job" in lost.value.message) == (code, True)
     error = client_errors.error_of(lost.value.code, lost.value.message)
     assert is_safe_to_repeat(error, is_idempotent=False) == (code is ErrorCode.UNAVAILABLE)
+
+
+class SlowToAnswer(MemoryQueue):
+    """Accepts a job, and is then on its way to say so."""
+
+    def __init__(self, settings: QueueSettings) -> None:
+        super().__init__(settings)
+        self.has_accepted = asyncio.Event()
+
+    async def submit(self, job: FusionJob, *, idempotency_key: str | None = None) -> Admission:
+        admission = await super().submit(job, idempotency_key=idempotency_key)
+        self.has_accepted.set()
+        await asyncio.Event().wait()
+        return admission
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_who_hangs_up_while_the_queue_accepts_leaves_no_work(key: str | None) -> None:
+    settings = Settings()
+    queue = SlowToAnswer(settings.queue)
+    gateway = Gateway(queue, settings, Metrics(CollectorRegistry()))
+    vis, ir = pair()
+    fusing = asyncio.create_task(gateway.fuse(FusionRequest(vis=vis, ir=ir, idempotency_key=key)))
+    await queue.has_accepted.wait()
+    fusing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fusing
+    leases = await queue.take("w", max_jobs=1, wait_s=0)
+    assert len(leases) == (await queue.stats()).num_unfinished == (key is not None)
