@@ -237,10 +237,11 @@ class LocalLimiter:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes the current request."""
+    """Who makes the current request. token: what the guard remembers the key by."""
 
     key: ApiKey
     guard: Guard
+    token: bytes
 
 
 caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -253,9 +254,12 @@ def own_idempotency_key(given: str | None) -> str | None:
 
 
 async def charge() -> None:
-    """Count one more picture against the current caller's rate, as a stream does by frame. Raises RateLimitedError."""
+    """Count one more picture against the current caller's rate, as a stream does by frame.
+
+    Raises RateLimitedError, and UnauthenticatedError if the key has been revoked or has expired since it was admitted.
+    """
     if (current := caller.get()) is not None:
-        await current.guard.charge(current.key)
+        await current.guard.charge(await current.guard.key_now(current))
 
 
 @dataclass(slots=True)
@@ -301,7 +305,7 @@ class Guard:
         """
         fields: dict[str, str] = {"face": face, "action": action, "peer": peer}
         try:
-            key = await self._key_of(headers)
+            key, token = await self._key_of(headers)
             fields |= {"key_id": key.id, "key_name": key.name}
             if scope not in key.scopes:
                 raise PermissionDeniedError(
@@ -315,7 +319,7 @@ class Guard:
             raise
         if self._settings.audit:
             audit.info("request admitted", extra=fields)
-        current = Caller(key, self)
+        current = Caller(key, self, token)
         caller.set(current)
         return current
 
@@ -331,7 +335,19 @@ class Guard:
                 retry_after_s=wait_s,
             )
 
-    async def _key_of(self, headers: Mapping[str, str]) -> ApiKey:
+    async def key_now(self, admitted: Caller) -> ApiKey:
+        """The key of a call that was admitted and still goes on, as it is now. Raises UnauthenticatedError."""
+        key = await self._known(admitted.token)
+        if key is None:  # it is gone, or was forgotten for newer ones
+            try:
+                key = await self._store.get(admitted.key.id)
+            except UnavailableError:
+                key = admitted.key
+        if key is None or key.digest != admitted.key.digest or not key.is_valid(self._wall()):
+            raise _refused()
+        return key
+
+    async def _key_of(self, headers: Mapping[str, str]) -> tuple[ApiKey, bytes]:
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         if not presented.strip() or scheme.lower() != "bearer":
             presented = headers.get("x-api-key", "")
@@ -352,7 +368,7 @@ class Guard:
             key = await asyncio.shield(verifying)
         if not key.is_valid(self._wall()):
             raise _refused()
-        return key
+        return key, token
 
     def _forget(self, token: bytes, done: asyncio.Task[ApiKey]) -> None:
         del self._verifying[token]

@@ -48,6 +48,7 @@ from service.errors import (
     RouteNotFoundError,
     ServiceError,
     TimedOutError,
+    UnauthenticatedError,
     UnavailableError,
     error_of,
 )
@@ -638,6 +639,7 @@ class _Stream:
         self._emptied = asyncio.Event()
         self._emptied.set()
         self._end: _End | None = None
+        self._is_barred = asyncio.Event()  # its key is not valid any more
         self._ordered: asyncio.Queue[tuple[_Arrived, asyncio.Task[pb.FuseStreamResponse]] | _End] = asyncio.Queue()
         self._fusing: set[asyncio.Task[pb.FuseStreamResponse]] = set()
         self._configure(pb.StreamOptions())
@@ -664,21 +666,25 @@ class _Stream:
     # reading
 
     async def _read_until_told(self) -> None:
-        """Read until the sender ends, this server stops, or nothing moves any more."""
+        """Read until the sender ends, this server stops, nothing moves any more, or the sender's key has ended."""
         reading = asyncio.create_task(self._read())
         draining = asyncio.create_task(self._gateway.drain_started())
         resting = asyncio.create_task(self._idle())
+        barred = asyncio.create_task(self._is_barred.wait())
+        told = {draining, resting, barred}
         try:
-            await asyncio.wait({reading, draining, resting}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
+            await asyncio.wait({reading, *told}, return_when=asyncio.FIRST_COMPLETED)
+            if barred.done():
+                self._finish(UnauthenticatedError("the API key of this stream is not valid any more"))
+            elif not reading.done():
                 stopping = UnavailableError("this server is stopping; open the stream again", retry_after_s=1.0)
                 idle_s = self._settings.grpc.stream_idle_s
                 idle = TimedOutError(f"no frame came for {idle_s:g} s; open the stream again when there are some")
                 self._finish(stopping if draining.done() else idle)
         finally:
-            for task in (reading, draining, resting):
+            for task in (reading, *told):
                 task.cancel()
-            await asyncio.gather(reading, draining, resting, return_exceptions=True)
+            await asyncio.gather(reading, *told, return_exceptions=True)
 
     async def _idle(self) -> None:
         """Returns once no frame is open and nothing has moved for `stream_idle_s`; never if that is 0."""
@@ -774,6 +780,8 @@ class _Stream:
         except ServiceError as error:
             self._metrics.errors.labels(error.code).inc()
             answer.error.CopyFrom(error_detail(error))
+            if isinstance(error, UnauthenticatedError):
+                self._is_barred.set()
         except Exception:  # the process boundary of one frame
             logger.exception("frame failed", extra={"sequence": arrived.frame.sequence})
             failure = InternalError(INTERNAL_MESSAGE)

@@ -251,6 +251,30 @@ async def test_revocation_is_noticed_within_the_cache_time_and_expiry_at_once(do
         await door.knock(brief)
 
 
+async def test_a_call_that_goes_on_has_its_key_looked_at_again(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "MAX_REMEMBERED", 1)
+    record, key = door.add(rate_per_s=1.0, burst=100)
+    await door.knock(key)
+    await auth.charge()
+    door.clock.advance(AuthSettings().cache_s)
+    door.keys.is_away = True
+    await auth.charge()
+    door.keys.is_away = False
+    admitted = auth.caller.get()
+    await door.knock(door.add()[1])  # for which the first one is forgotten
+    auth.caller.set(admitted)
+    await auth.charge()
+    door.keys.is_away = True
+    await auth.charge()
+    door.keys.is_away = False
+    await door.keys.put(replace(record, revoked_s=door.clock()))
+    with pytest.raises(UnauthenticatedError):
+        await auth.charge()
+    door.keys.clear()
+    with pytest.raises(UnauthenticatedError):
+        await auth.charge()
+
+
 async def test_a_store_that_is_away_keeps_out_only_strangers(door: Door) -> None:
     _, key = door.add()
     _, stranger = door.add()
@@ -428,6 +452,33 @@ async def test_a_stream_is_charged_by_frame(both: tuple[Both, FileKeys]) -> None
     record, key = new_key("camera", rate_per_s=0.001, burst=3)
     await store.put(record)
     assert sorted(await faces.stream(key, 5)) == ["", "", "", "rate_limited", "rate_limited"]
+
+
+@pytest.mark.parametrize("mode", [pb.FLOW_CONTROL_ALL, pb.FLOW_CONTROL_LATEST])
+async def test_a_stream_ends_with_its_key(both: tuple[Both, FileKeys], mode: pb.FlowControl.ValueType) -> None:
+    faces, store = both
+    record, key = new_key("camera")
+    await store.put(record)
+    answered = asyncio.Event()
+
+    async def frames() -> AsyncIterator[pb.FuseStreamRequest]:
+        yield pb.FuseStreamRequest(options=pb.StreamOptions(flow_control=mode))
+        for sequence in range(2):
+            frame = pb.Frame(sequence=sequence, vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
+            yield pb.FuseStreamRequest(frame=frame)
+            await answered.wait()
+            await store.put(replace(record, revoked_s=1.0))
+        await asyncio.Event().wait()  # the sender does not end it
+
+    call = faces.fusion.FuseStream(frames(), metadata=[("x-api-key", key)], timeout=60)
+    codes = []
+    async for answer in call:
+        codes.append(answer.error.code)
+        answered.set()
+        if len(codes) == 2:
+            break
+    assert codes == ["", "unauthenticated"]
+    assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_what_a_refusal_tells(both: tuple[Both, FileKeys]) -> None:
