@@ -504,6 +504,11 @@ class AsyncFrameStream(AsyncIterator[FrameResult]):
         call = self._call
         try:
             response = await anext(self._answers, None)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._is_closed and task is not None and not task.cancelling():
+                return None  # `close`, called elsewhere, has cancelled the call, and not who reads it
+            raise
         except grpc.RpcError as error:
             if self._is_closed:
                 return None

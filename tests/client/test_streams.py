@@ -368,6 +368,29 @@ async def test_a_stream_that_is_left_early_closes_its_source(running: Served) ->
     await asyncio.wait_for(is_closed.wait(), 10)
 
 
+async def test_a_stream_that_is_closed_elsewhere_ends_for_who_reads_it(running: Served) -> None:
+    """It ends as the blocking one does; a task that nobody cancelled must not look like one."""
+    came = asyncio.Event()
+
+    async def camera() -> AsyncIterator[rc.Frame]:
+        yield rc.Frame(VIS, IR)
+        await asyncio.Event().wait()
+
+    stream = running.reach.client("grpc-async").client.stream(camera())
+
+    async def read() -> list[int]:
+        sequences = []
+        async for result in stream:
+            sequences.append(result.sequence)
+            came.set()
+        return sequences
+
+    reading = asyncio.create_task(read())
+    await asyncio.wait_for(came.wait(), 20)
+    await stream.close()
+    assert await asyncio.wait_for(reading, 20) == [0]
+
+
 def test_a_source_that_never_gives_way_keeps_no_program_from_ending() -> None:
     program = """
 import asyncio, threading, recofuse_client as rc
