@@ -284,21 +284,30 @@ function commands.announce(id, info, ttl)
   if tonumber(ttl) > 0 then
     call('HSET', key('workers'), id, info)
     call('ZADD', key('workers-until'), whole(now + ttl), id)
+    call('SREM', key('workers-gone'), id)
   else
     call('HDEL', key('workers'), id)
     call('ZREM', key('workers-until'), id)
+    call('SADD', key('workers-gone'), id)
   end
   return 1
 end
 
--- Answers the descriptions of the workers that are there. Consumers that are gone and hold nothing are removed.
+-- Answers the descriptions of the workers that are there. Those that are gone are forgotten as consumers, too, once
+-- they hold nothing any more: a worker that was lost with jobs is silent long before its leases end.
 function commands.workers()
   for _, id in ipairs(call('ZRANGEBYSCORE', key('workers-until'), '-inf', whole(now))) do
     commands.announce(id, '', 0)
+  end
+  for _, id in ipairs(call('SMEMBERS', key('workers-gone'))) do
+    local holds = false
     for _, class in ipairs(CLASSES) do
-      if #call('XPENDING', stream_of(class), GROUP, '-', '+', 1, id) == 0 then
-        call('XGROUP', 'DELCONSUMER', stream_of(class), GROUP, id)
-      end
+      holds = holds or #call('XPENDING', stream_of(class), GROUP, '-', '+', 1, id) > 0
+    end
+    if not holds then
+      for _, class in ipairs(CLASSES) do call('XGROUP', 'DELCONSUMER', stream_of(class), GROUP, id) end
+      call('XGROUP', 'DELCONSUMER', key('wake'), GROUP, id)
+      call('SREM', key('workers-gone'), id)
     end
   end
   return call('HVALS', key('workers'))

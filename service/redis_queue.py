@@ -13,6 +13,7 @@ beside the script, so that they are never copied through Lua. Keys, all with the
     bytes                   what counts for max_bytes
     dead                    stream of dead letters, oldest first; dead-index: id to entry; dead-payload:ID
     workers, workers-until  what workers said about themselves, and until when that holds
+    workers-gone            set of ids that are still to be forgotten as consumers
     wake                    stream that wakes blocked takers when a job is handed back
     inbox:TOKEN, worker:ID  pub/sub channels: ids of jobs that ended, to those who wait and those who work
 

@@ -291,26 +291,42 @@ async def test_an_unreadable_job_is_reported_failed(server: RedisServer) -> None
         assert (await queue.stats()).size_bytes == 0
 
 
-async def test_gone_workers_leave_no_consumers(server: RedisServer) -> None:
+@pytest.mark.parametrize("ttl_s", [0.05, 60.0], ids=["lost", "stopped"])
+async def test_gone_workers_leave_no_consumers(server: RedisServer, ttl_s: float) -> None:
+    """Every process has a name of its own: they would gather with each restart, whichever way it ended."""
     from service.jobs import WorkerInfo
 
     info = WorkerInfo(
         id="w1", model_name="m", model_version="1", device="cpu", default_steps=4, default_sampler="ode1",
         batch_sizes=(), is_warm=True, started_s=1.0,
     )  # fmt: skip
-    async with opened(server) as queue:
-        await queue.announce(info, ttl_s=0.1)
+    streams = [*(f"{PREFIX}:jobs:{priority}" for priority in Priority), f"{PREFIX}:wake"]
+    async with opened(server, lease_s=60.0) as queue:
+
+        async def pending() -> list[int]:
+            rows = [row for stream in streams for row in await queue._client.xinfo_consumers(stream, "workers")]
+            return [row["pending"] for row in rows]
+
+        await queue.announce(info, ttl_s=ttl_s)
+        await queue.submit(replace(fresh(), priority=Priority.HIGH))
+        urgent = await take_one(queue)
+        await queue.finish(urgent, success(urgent.job))
         await queue.submit(fresh())
         lease = await take_one(queue)
-        stream = f"{PREFIX}:jobs:normal"
-        await asyncio.sleep(0.15)
+        if ttl_s == 60.0:
+            await queue.announce(info, ttl_s=0)
+        await asyncio.sleep(0.1)
         assert await queue.workers() == []
-        assert [row["pending"] for row in await queue._client.xinfo_consumers(stream, "workers")] == [1]  # it holds one
-        await queue.announce(info, ttl_s=0.1)
-        await queue.finish(lease, success(lease.job))
-        await asyncio.sleep(0.15)
+        assert sorted(await pending()) == [0, 1]  # it holds one
+        assert await queue.finish(lease, success(lease.job))
         assert await queue.workers() == []
-        assert await queue._client.xinfo_consumers(stream, "workers") == []
+        assert await pending() == []
+        assert "workers-gone" not in await keys_of(queue)
+        await queue.announce(info, ttl_s=60)
+        await queue.submit(fresh())
+        await take_one(queue)  # the name may be used again
+        assert [known.id for known in await queue.workers()] == ["w1"]
+        assert sum(await pending()) == 1
 
 
 # Redis goes away
