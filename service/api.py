@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Header, Path, Request, Response
@@ -63,6 +64,9 @@ from service.logs import accepted_id, request_id, traceparent
 from service.metrics import Metrics
 from service.settings import HttpSettings, Settings
 from service.tracing import NO_TRACES, Tracer
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 logger = logging.getLogger(__name__)
 
@@ -404,8 +408,10 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
     """
     body = _Body(request)
     try:
-        form = _form_of(request, settings)
-        await body.pour(form.write, settings)
+        form = _Form(settings.limits.max_image_bytes)
+        # The form does not know the parser that calls it: the two would keep each upload until a collection.
+        parser = MultipartParser(_boundary_of(request), form.callbacks())
+        await body.pour(functools.partial(_parse, parser), settings)
         return form.close()
     except ServiceError:
         await body.discard_rest()
@@ -476,20 +482,28 @@ class _Body:
                         return
 
 
-def _form_of(request: Request, settings: Settings) -> _Form:
+def _boundary_of(request: Request) -> bytes:
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         raise UnsupportedMediaError("the request body must be multipart/form-data with the files vis and ir")
     boundary = parameters.get(b"boundary", b"")
     if not 1 <= len(boundary) <= 70:
         raise MalformedRequestError("the multipart boundary is missing or longer than 70 characters")
-    return _Form(boundary, settings.limits.max_image_bytes)
+    return boundary
+
+
+def _parse(parser: MultipartParser, chunk: bytes) -> None:
+    """Parse the next piece of the body."""
+    try:
+        parser.write(chunk)
+    except FormParserError as error:
+        raise MalformedRequestError("the multipart body cannot be parsed") from error
 
 
 class _Form:
     """Collects multipart fields and stops at the first that is not wanted or too large."""
 
-    def __init__(self, boundary: bytes, max_image_bytes: int) -> None:
+    def __init__(self, max_image_bytes: int) -> None:
         self._max_image_bytes = max_image_bytes
         self._fields: dict[str, bytearray] = {}
         self._headers: dict[bytes, bytes] = {}
@@ -497,26 +511,19 @@ class _Form:
         self._value = b""
         self._field = ""
         self._is_closed = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._headers.clear,
-                "on_header_begin": self._on_header_begin,
-                "on_header_field": self._on_header_field,
-                "on_header_value": self._on_header_value,
-                "on_header_end": self._on_header_end,
-                "on_headers_finished": self._on_headers_finished,
-                "on_part_data": self._on_part_data,
-                "on_end": self._on_end,
-            },
-        )
 
-    def write(self, chunk: bytes) -> None:
-        """Parse the next piece of the body."""
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise MalformedRequestError("the multipart body cannot be parsed") from error
+    def callbacks(self) -> MultipartCallbacks:
+        """What a parser is to call."""
+        return {
+            "on_part_begin": self._headers.clear,
+            "on_header_begin": self._on_header_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": self._on_end,
+        }
 
     def close(self) -> dict[str, bytes]:
         """The complete fields."""
