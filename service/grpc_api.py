@@ -25,7 +25,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import numpy as np
@@ -82,6 +82,7 @@ _IDEMPOTENCY_KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
 _JOB_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Answer = TypeVar("Answer")
 
 
 @contextlib.asynccontextmanager
@@ -190,10 +191,11 @@ class _Envelope(grpc.aio.ServerInterceptor):
         """Wrap the method's handler. Messages arrive as bytes and are parsed in here, where failing has a status."""
         handler: Any = await continuation(handler_call_details)
         if handler is None:
-            return grpc.stream_stream_rpc_method_handler(self._unknown)
+            return grpc.stream_stream_rpc_method_handler(_lets_go(self._unknown))
         route, parse, serialise = handler_call_details.method, handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
 
+            @_lets_go
             async def unary(request: bytes, context: Context) -> Any:
                 async with self._call(context, route, "unary"):
                     return await handler.unary_unary(_parsed(parse, request), context)
@@ -203,12 +205,14 @@ class _Envelope(grpc.aio.ServerInterceptor):
         # A coroutine that writes, rather than a generator, so that the inner generator is closed within the call.
         if handler.unary_stream is not None:
 
+            @_lets_go
             async def server_stream(request: bytes, context: Context) -> None:
                 async with self._call(context, route, "stream"):
                     await _send(handler.unary_stream(_parsed(parse, request), context), context)
 
             return grpc.unary_stream_rpc_method_handler(server_stream, response_serializer=serialise)
 
+        @_lets_go
         async def both_stream(requests: AsyncIterator[bytes], context: Context) -> None:
             async with self._call(context, route, "stream"):
                 await _send(handler.stream_stream(_all_parsed(parse, requests), context), context)
@@ -275,6 +279,28 @@ class _Envelope(grpc.aio.ServerInterceptor):
         if error.retry_after_s is not None:
             metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
         await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(metadata))
+
+
+def _lets_go(call: Callable[[Any, Context], Awaitable[Answer]]) -> Callable[[Any, Context], Awaitable[Answer]]:
+    """The call, of which an abort leaves nothing behind.
+
+    gRPC keeps the exception of an abort in what the call's context refers to. Frames in its traceback, or in that of
+    the error that it stands for, would keep the context and the request in turn, up to twice the size of an image,
+    until a collection.
+    """
+
+    async def until_the_end(request: Any, context: Context) -> Answer:
+        work = call(request, context)
+        del request, context  # of all frames, this one alone stays in the traceback
+        try:
+            return await work
+        except grpc.aio.AbortError as aborted:
+            if aborted.__context__ is not None:
+                aborted.__context__.__traceback__ = None
+                aborted.__context__ = None
+            raise aborted.with_traceback(None) from None
+
+    return until_the_end
 
 
 def _metadata(context: Context) -> dict[str, str]:
@@ -662,6 +688,8 @@ class _Stream:
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
+            # An error's frames refer to this stream, which would keep it with all frames of both kinds in turn.
+            self._ordered, self._end, self._waiting = asyncio.Queue(), None, None
 
     # reading
 

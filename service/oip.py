@@ -621,7 +621,9 @@ class Inference:
                 try:
                     header = images.inspect(pair.vis, "vis", self._settings.limits)
                 except ServiceError as error:
-                    raise _numbered(error, index, len(plan.requests)) from error
+                    if len(plan.requests) == 1:
+                        raise
+                    raise _numbered(error, index) from error
                 sizes.append((header.width, header.height))
             else:
                 sizes.append((layout.width, layout.height))
@@ -642,8 +644,8 @@ class Inference:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for index, task in enumerate(tasks):
-                if task.done() and isinstance(error := task.exception(), ServiceError):
-                    raise _numbered(error, index, len(tasks)) from error
+                if len(tasks) > 1 and task.done() and isinstance(error := task.exception(), ServiceError):
+                    raise _numbered(error, index) from error
             return [await task for task in tasks]
         finally:
             for task in tasks:
@@ -655,10 +657,8 @@ def _within(request: FusionRequest, timeout_s: float | None) -> FusionRequest:
     return replace(request, timeout_s=timeout_s)
 
 
-def _numbered(error: ServiceError, index: int, num_pairs: int) -> ServiceError:
+def _numbered(error: ServiceError, index: int) -> ServiceError:
     """The error of one pair, told apart from its neighbours'."""
-    if num_pairs == 1:
-        return error
     numbered = error_of(error.code, f"pair {index}: {error.message}")
     numbered.retry_after_s = error.retry_after_s
     return numbered

@@ -6,16 +6,25 @@ megabytes may lie there before it looks; and an allocator does not give all of t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import service
 from service.jobs import FusionJob
-from tests.fakes import job
+from service.pb.inference.v2 import inference_pb2
+from service.pb.recofuse.v1 import fusion_pb2 as pb
+from service.pb.recofuse.v1 import fusion_pb2_grpc
+from tests.fakes import FakeEngine, job
 from tests.service.conftest import Serving
 from tests.service.error_cases import ERROR_CASES, IR, VIS
 
@@ -75,3 +84,70 @@ async def test_http_requests_leave_nothing(serving: Serving) -> None:
                 content_type = {"Content-Type": "multipart/form-data; boundary=x"}
                 assert (await server.client.post("/v1/fuse", content=content, headers=content_type)).is_client_error
             assert not left()
+
+
+async def test_grpc_calls_leave_nothing(serving: Serving) -> None:
+    async with serving(grpc={"port": 0}) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        raw: Callable[[str], Any] = channel.unary_unary  # takes any bytes
+        with without_collector() as left:
+            for case in ERROR_CASES.values():
+                await refused(stub.Fuse(case.message()))
+            await refused(stub.SubmitFuse(pb.FuseRequest()))
+            await refused(stub.GetJobResult(pb.JobRequest(job_id="none")))
+            await refused(raw("/recofuse.v1.FusionService/Fuse")(b"\xff" * 100))
+            await refused(raw("/recofuse.v1.FusionService/Nothing")(b"\xff" * 100))
+            infer = raw("/inference.GRPCInferenceService/ModelInfer")
+            for files in ([VIS[:-20]], [VIS, VIS[:-20]], []):
+                await refused(infer(inference_request(files).SerializeToString()))
+            await refused(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="none")))
+            await infer(inference_request([VIS, VIS]).SerializeToString())
+            await stub.Fuse(pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR)))
+            assert not left()
+
+
+async def test_streams_leave_nothing(serving: Serving) -> None:
+    engine = FakeEngine()
+    async with (
+        serving(engine, grpc={"port": 0}) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        raw: Callable[[str], Any] = channel.stream_stream  # takes any bytes
+        with without_collector() as left:
+            for numbers in ([1, 2, 3], [2, 1], [1, 2, 2, 3]):
+                answers = 0
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for answer in stub.FuseStream(frames(numbers)):
+                        answers += answer.WhichOneof("outcome") == "fusion"
+                assert answers
+            await refused(raw("/recofuse.v1.FusionService/FuseStream")(iter([b"\xff" * 100])).read())
+            for _ in range(3):
+                engine.gate.clear()
+                engine.started.clear()
+                cancelled = stub.FuseStream(frames([1, 2, 3, 4]))
+                await cancelled.wait_for_connection()
+                await asyncio.to_thread(engine.started.wait, 10)
+                cancelled.cancel()
+                engine.gate.set()
+                await stub.Fuse(pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR)))
+            assert not left()
+
+
+async def refused(call: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
+
+
+async def frames(numbers: list[int]) -> AsyncIterator[pb.FuseStreamRequest]:
+    for number in numbers:
+        yield pb.FuseStreamRequest(frame=pb.Frame(sequence=number, vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR)))
+
+
+def inference_request(files: list[bytes]) -> inference_pb2.ModelInferRequest:
+    """These files as vis, and as many good ones as ir."""
+    asked = inference_pb2.ModelInferRequest(model_name="recofuse")
+    for name, contents in (("vis", files), ("ir", [IR] * len(files))):
+        asked.inputs.add(name=name, datatype="BYTES", shape=[len(contents)])
+        asked.raw_input_contents.append(b"".join(len(each).to_bytes(4, "little") + each for each in contents))
+    return asked
