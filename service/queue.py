@@ -12,7 +12,8 @@ The contract (`JobQueue`), which every implementation keeps and `tests/service/q
 - *Nothing is done for nobody.* A job that is cancelled or past its deadline is not handed out any more, and its waiters
   are told; one that is being worked on shows up in `cancelled` and in the answer of `renew`.
 - *Bounds.* `submit` refuses at once (OverloadedError) beyond `max_jobs` unfinished jobs or `max_bytes` of unfinished
-  payloads and unread results (NoRoomError). A job that alone is larger than that can never fit (PayloadTooLargeError).
+  payloads and of kept results, each with RECORD_BYTES for its record (NoRoomError). A job that alone is larger than
+  that can never fit (PayloadTooLargeError).
 - *Pushed.* `wait_result` wakes up when the result is there; it never polls. If waiting breaks off, waiting again works.
 
 Every method may raise UnavailableError while the queue cannot be reached; callers back off and repeat. All methods are
@@ -48,6 +49,7 @@ from service.settings import QueueSettings
 Clock = Callable[[], float]
 
 MAX_GONE = 64  # jobs that are gone while a MemoryQueue still has their times in a heap, beside as many as there are
+RECORD_BYTES = 2048  # what counts of a job that has ended, besides its pictures, until it is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +484,7 @@ class MemoryQueue:
         entry.result = result
         entry.finished_s = self._clock()
         entry.token = None
-        self._size_bytes += result.size_bytes - job.size_bytes
+        self._size_bytes += RECORD_BYTES + result.size_bytes - job.size_bytes
         entry.job = replace(job, vis=b"", ir=b"")  # the payloads are not needed any more
         heapq.heappush(self._finished, (entry.finished_s + entry.ttl_s, job.id))
         if result.error_code in FAULTS:
@@ -506,7 +508,7 @@ class MemoryQueue:
         if entry is None:
             return  # was handed out already
         if entry.result is not None:
-            self._size_bytes -= entry.result.size_bytes
+            self._size_bytes -= RECORD_BYTES + entry.result.size_bytes
         if entry.idempotency_key is not None:
             del self._keys[entry.idempotency_key]
 

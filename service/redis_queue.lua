@@ -10,6 +10,7 @@ local lease_ms, max_attempts, max_dead = tonumber(ARGV[2]), tonumber(ARGV[3]), t
 local call = redis.call
 local CLASSES = {'high', 'normal', 'low'}
 local GROUP = 'workers'
+local RECORD_BYTES = 2048  -- as service/queue.py has it
 local MARGIN_MS = 60000  -- keys outlive their entry in an index by this much, so that the index decides while anyone calls
 
 local clock = call('TIME')
@@ -64,6 +65,7 @@ local function finish(id, code, message, result_size, buries, teller)
   if not entry then return false end  -- unknown, or it has ended already
   local holder, _, attempts = delivery_of(class, entry)
   local payload, kept_size = key('payload', id), 0
+  result_size = result_size + RECORD_BYTES
   if buries and call('EXISTS', payload) == 1 then
     call('RENAME', payload, key('dead-payload', id))
     call('PERSIST', key('dead-payload', id))

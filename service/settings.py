@@ -179,7 +179,10 @@ class QueueSettings(Group):
         "rediss+sentinel:// (docs/redis.md)",
     )
     max_jobs: Count = Field(default=512, description="jobs waiting or running; beyond it requests are refused (429)")
-    max_bytes: NumBytes = Field(default=1 << 30, description="bytes of waiting jobs and unread results; beyond it: 429")
+    max_bytes: NumBytes = Field(
+        default=1 << 30,
+        description="bytes of waiting jobs and of kept results, each with 2 KiB for its record; beyond it: 429",
+    )
     retry_after_s: Seconds = Field(default=1.0, description="what a refused request is told to wait, in seconds")
     lease_s: Seconds = Field(
         default=15.0, description="a job whose worker is silent for this long goes to another worker"

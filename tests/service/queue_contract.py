@@ -22,7 +22,7 @@ from service.errors import (
     PayloadTooLargeError,
 )
 from service.jobs import FusionJob, FusionResult, JobStatus, Part, Priority, WorkerInfo, new_job_id
-from service.queue import JobQueue, Lease
+from service.queue import RECORD_BYTES, JobQueue, Lease
 from service.settings import QueueSettings
 from tests.fakes import job as new_job
 
@@ -295,6 +295,15 @@ class QueueContract:
             await world.queue.submit(replace(world.job(), vis=bytes(20_000)))
         await world.queue.finish(await world.take_one(), success(heavy))
         await world.queue.submit(replace(world.job(), vis=bytes(20_000)))
+
+    async def test_what_is_kept_of_ended_jobs_counts(self, world: World) -> None:
+        cancelled, computed = await world.submit(2)
+        await world.queue.cancel(cancelled.id)
+        result = success(computed)
+        await world.queue.finish(await world.take_one(), result)
+        assert (await world.queue.stats()).size_bytes == 2 * RECORD_BYTES + result.size_bytes
+        await world.advance(SETTINGS.result_ttl_s + 0.2)
+        assert (await world.queue.stats()).size_bytes == 0
 
     async def test_a_job_that_can_never_fit_is_not_told_to_come_back(self, world: World) -> None:
         with pytest.raises(PayloadTooLargeError) as refused:

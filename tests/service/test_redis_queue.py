@@ -16,7 +16,7 @@ import pytest
 
 from service.errors import ErrorCode, InternalError, JobNotFoundError, OverloadedError, UnavailableError
 from service.jobs import FusionJob, FusionResult, JobStatus, Priority, new_job_id
-from service.queue import Lease, MemoryQueue
+from service.queue import RECORD_BYTES, Lease, MemoryQueue
 from service.redis_queue import PREFIX, RedisAddress, RedisQueue, build_queue
 from service.settings import QueueSettings, SettingsError
 from tests.fakes import job as new_job
@@ -102,7 +102,7 @@ async def test_what_redis_forgets_while_nobody_calls_stays_in_no_books(server: R
         job = fresh()
         await queue.submit(job, idempotency_key="k")
         await queue.finish(await take_one(queue), success(job, b"p" * 1000))
-        assert (await queue.stats()).size_bytes == 1000
+        assert (await queue.stats()).size_bytes == RECORD_BYTES + 1000
         keys = await queue._client.keys("*")
         mortal = [key for key in keys if await queue._client.pttl(key) > 0]
         assert f"{PREFIX}:result:{job.id}".encode() in mortal  # pictures go in any case
@@ -207,7 +207,7 @@ async def test_old_failures_make_room_for_new_work(server: RedisServer) -> None:
         assert (await queue.stats()).num_dead_letters == 1
         await queue.submit(replace(job, id=new_job_id()))
         stats = await queue.stats()
-        assert (stats.num_dead_letters, stats.size_bytes) == (0, job.size_bytes)
+        assert (stats.num_dead_letters, stats.size_bytes) == (0, RECORD_BYTES + job.size_bytes)
 
 
 async def test_a_job_that_kills_workers_is_put_aside_and_can_be_retried(server: RedisServer) -> None:
@@ -288,7 +288,7 @@ async def test_an_unreadable_job_is_reported_failed(server: RedisServer) -> None
         result = await queue.wait_result(job.id, timeout_s=0)
         assert result is not None
         assert result.error_code is ErrorCode.INTERNAL
-        assert (await queue.stats()).size_bytes == 0
+        assert (await queue.stats()).size_bytes == RECORD_BYTES
 
 
 @pytest.mark.parametrize("ttl_s", [0.05, 60.0], ids=["lost", "stopped"])
