@@ -103,7 +103,7 @@ async def listening(
     options = settings.grpc
     stopping = asyncio.Event()
     server = grpc.aio.server(
-        interceptors=[_Envelope(metrics, guard, tracer)],
+        interceptors=[_Envelope(metrics, guard, tracer, max_open=max(1, options.max_calls // 8))],
         options=_channel_options(settings),
         maximum_concurrent_rpcs=options.max_calls,
     )
@@ -178,10 +178,13 @@ class _Pools:
 class _Envelope(grpc.aio.ServerInterceptor):
     """Around every call: its id, metrics, trace and caller, parsing of its messages, the status of any failure."""
 
-    def __init__(self, metrics: Metrics, guard: auth.Guard | None, tracer: Tracer) -> None:
+    def __init__(self, metrics: Metrics, guard: auth.Guard | None, tracer: Tracer, *, max_open: int) -> None:
+        """max_open: calls at once that need no key and have no end; one connection could take all places with them."""
         self._metrics = metrics
         self._guard = guard
         self._tracer = tracer
+        self._max_open = max_open
+        self._num_open = 0
 
     async def intercept_service(
         self,
@@ -233,8 +236,16 @@ class _Envelope(grpc.aio.ServerInterceptor):
             self._tracer.request(route, timer, metadata.get("traceparent", "")),
         ):
             timer.route, timer.method = route, kind
+            is_public = route.startswith(PUBLIC_METHODS)
+            is_open = is_public and kind == "stream"
+            self._num_open += is_open
             try:
-                if self._guard is not None and not route.startswith(PUBLIC_METHODS):
+                if self._num_open > self._max_open and is_open:
+                    raise OverloadedError(
+                        f"at most {self._max_open} calls may watch or reflect at once; try again later",
+                        retry_after_s=5.0,
+                    )
+                if self._guard is not None and not is_public:
                     await self._admit(self._guard, context, route, kind)
                 yield
                 timer.status = "OK"
@@ -252,6 +263,8 @@ class _Envelope(grpc.aio.ServerInterceptor):
                 timer.status = "INTERNAL"
                 logger.exception("call failed", extra={"method": route})
                 await self._refuse(context, InternalError(INTERNAL_MESSAGE))
+            finally:
+                self._num_open -= is_open
 
     @staticmethod
     async def _admit(guard: auth.Guard, context: Context, route: str, kind: str) -> None:

@@ -86,7 +86,10 @@ class GrpcSettings(FaceSettings):
     port: int = Field(
         default=8001, ge=-1, le=65535, description="port to listen on; 0 picks a free one, -1 turns gRPC off"
     )
-    max_calls: Count = Field(default=1024, description="calls and streams at once; beyond it they are refused")
+    max_calls: Count = Field(
+        default=1024,
+        description="calls and streams at once, an eighth of it for watching health; beyond it they are refused",
+    )
     max_in_flight: Count = Field(
         default=8, description="frames of one stream being fused or sent back, at most; also its default for mode all"
     )

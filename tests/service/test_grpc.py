@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import subprocess
 import sys
@@ -1012,6 +1013,25 @@ async def test_health_is_readiness() -> None:
         await held
         assert await watch.read() is grpc.aio.EOF
         await asyncio.wait_for(running, 10)
+
+
+async def test_watching_takes_no_places_from_fusing(facing: Facing) -> None:
+    """Watching needs no key and has no end."""
+    async with facing(grpc={"max_calls": 16}) as face:
+        stub, asked = health_pb2_grpc.HealthStub(face.channel), health_pb2.HealthCheckRequest()
+        watches = [stub.Watch(asked) for _ in range(15)]
+        first = await asyncio.gather(*(watch.read() for watch in watches), return_exceptions=True)
+        assert [getattr(answer, "status", None) for answer in first].count(SERVING) == 2
+        refused = [error for error in first if isinstance(error, grpc.aio.AioRpcError)]
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        await asyncio.gather(*(face.stub.Fuse(request(), timeout=20) for _ in range(4)))
+        for watch in watches:
+            watch.cancel()
+        async with asyncio.timeout(20):
+            while True:  # until the server has seen that they are gone
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    if await stub.Watch(asked).read() != grpc.aio.EOF:
+                        break
 
 
 async def test_a_front_end_alone_is_not_ready_without_workers() -> None:
