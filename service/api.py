@@ -42,6 +42,7 @@ from service.errors import (
     InvalidInputError,
     MalformedRequestError,
     MethodNotAllowedError,
+    OverloadedError,
     PayloadTooLargeError,
     RouteNotFoundError,
     ServiceError,
@@ -227,6 +228,7 @@ def build_app(
     if guard is not None:
         app.add_middleware(_Gate, guard=guard)
     app.add_middleware(_Envelope, metrics=metrics, http=settings.http, tracer=tracer)
+    app.state.uploads = _Uploads(settings)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -432,6 +434,27 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     return b"".join(chunks)
 
 
+class _Uploads:
+    """Bytes of bodies that are being received, over all connections: the queue counts them only once it has them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._most = settings.http.max_uploads_bytes
+        self._retry_after_s = settings.queue.retry_after_s
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """More has come. Raises OverloadedError if that is too much."""
+        if self._num_bytes + num_bytes > self._most:
+            raise OverloadedError(
+                "too much is being uploaded at once; try again later", retry_after_s=self._retry_after_s
+            )
+        self._num_bytes += num_bytes
+
+    def remove(self, num_bytes: int) -> None:
+        """A body is complete, or was given up."""
+        self._num_bytes -= num_bytes
+
+
 class _Body:
     """A request's body as it arrives."""
 
@@ -450,21 +473,28 @@ class _Body:
             yield message.get("body", b"")
 
     async def pour(self, write: Callable[[bytes], None], settings: Settings) -> None:
-        """Hand the pieces on, within the limits. Raises PayloadTooLargeError, TimedOutError, MalformedRequestError."""
+        """Hand the pieces on, within the limits.
+
+        Raises PayloadTooLargeError, OverloadedError, TimedOutError, MalformedRequestError.
+        """
         max_bytes = 2 * settings.limits.max_image_bytes + 64 * 1024
         announced = self._request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > max_bytes:
             raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
+        uploads: _Uploads = self._request.app.state.uploads
         num_bytes = 0
         try:
             async with asyncio.timeout(settings.http.body_timeout_s):
                 async for chunk in self.chunks():
-                    num_bytes += len(chunk)
-                    if num_bytes > max_bytes:
+                    if num_bytes + len(chunk) > max_bytes:
                         raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
+                    uploads.add(len(chunk))
+                    num_bytes += len(chunk)
                     write(chunk)
         except TimeoutError as error:
             raise TimedOutError(f"the body did not arrive within {settings.http.body_timeout_s:g} s") from error
+        finally:
+            uploads.remove(num_bytes)
 
     async def discard_rest(self) -> None:
         """Let a refused client finish a body of bearable size: closing on it would destroy the answer on its way.

@@ -67,6 +67,9 @@ class HttpSettings(FaceSettings):
     head_timeout_s: Seconds = Field(default=10.0, description="a request's head must arrive within this many seconds")
     max_head_bytes: NumBytes = Field(default=64 << 10, description="bytes of a request's head: address and headers")
     body_timeout_s: Seconds = Field(default=30.0, description="a request body must arrive within this many seconds")
+    max_uploads_bytes: NumBytes = Field(
+        default=1 << 30, description="bytes of all bodies that are being received; beyond it uploads are refused (429)"
+    )
     answer_timeout_s: Seconds = Field(
         default=30.0,
         description="a client that takes less than 64 KiB of a waiting answer in this many seconds is cut off",

@@ -151,6 +151,35 @@ async def test_bad_forms_are_refused(server: Server) -> None:
     problem(await client.post("/v1/fuse", content=no_name, headers=form), ErrorCode.INVALID_INPUT)
 
 
+async def test_all_uploads_together_are_bounded(serving: Serving) -> None:
+    """A body costs memory from its first byte on, and the queue's bound begins with the last one."""
+    goes_on = asyncio.Event()
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    head = b'--x\r\nContent-Disposition: form-data; name="vis"\r\n\r\n'
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield head + bytes(80_000)
+        await goes_on.wait()
+        yield b"\r\n--x--\r\n"
+
+    async with serving(http={"max_uploads_bytes": 100_000}) as server:
+
+        async def other(path: str) -> httpx.Response:
+            return await server.client.post(path, content=head + bytes(30_000), headers=kind)
+
+        holding = asyncio.create_task(server.client.post("/v1/fuse", content=slow(), headers=kind))
+        async with asyncio.timeout(20):
+            while (refused := await other("/v1/fuse")).status_code != 429:  # until the first one's bytes are there
+                problem(refused, ErrorCode.MALFORMED_REQUEST)
+        problem(refused, ErrorCode.OVERLOADED)
+        assert refused.headers["retry-after"] == "1"
+        assert (await other("/v2/models/recofuse/infer")).status_code == 429
+        goes_on.set()
+        problem(await holding, ErrorCode.INVALID_INPUT)
+        for _ in range(5):
+            problem(await other("/v1/fuse"), ErrorCode.MALFORMED_REQUEST)
+
+
 async def test_an_endless_body_is_cut_off_while_it_streams(serving: Serving) -> None:
     async with serving(limits={"max_image_bytes": 100_000}) as server:
         sent = 0
