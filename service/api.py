@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
@@ -78,6 +78,7 @@ CLIENT_CLOSED = 499  # nobody hears it; it only tells the metrics what became of
 MAX_OPTION_BYTES = 1024
 MAX_DISCARD_BYTES = 16 << 20  # of a refused body
 DISCARD_S = 2.0
+PIECE_BYTES = 512 * 1024  # of an answer
 OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "priority", "timeout_ms")
 IMAGE_FIELDS = ("vis", "ir")
 
@@ -763,6 +764,21 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     return problem(InvalidInputError("; ".join(lines)), path=request.scope["path"])
 
 
+def _pieces(message: Message) -> Iterator[Message]:
+    """A large body in pieces, each handed over when the client has taken those before.
+
+    At once it would be complete for uvicorn, which then waits for the next request, and over TLS hangs up on a client
+    that takes longer for its answer than an idle connection is kept.
+    """
+    body: bytes = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), PIECE_BYTES):
+        end = start + PIECE_BYTES
+        yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}
+
+
 class _Envelope:
     """Around every request: its id, metrics and trace, and an answer even if something unforeseen happens."""
 
@@ -805,7 +821,8 @@ class _Envelope:
                             headers.append((b"content-security-policy", _PAGE_POLICY if is_page else _DATA_POLICY))
                         if b"cache-control" not in names and not is_page:
                             headers.append((b"cache-control", b"no-store"))
-                    await send(message)
+                    for piece in _pieces(message):
+                        await send(piece)
 
                 try:
                     await self._app(scope, receive, send_marked)

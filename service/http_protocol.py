@@ -22,7 +22,7 @@ from service.api import problem
 from service.errors import MalformedRequestError, PayloadTooLargeError, UnavailableError
 from service.settings import HttpSettings
 
-MIN_TAKEN_BYTES = 64 * 1024  # of an answer, in `answer_timeout_s`; all sockets' own buffers are larger
+MIN_TAKEN_BYTES = 64 * 1024  # of an answer, in `answer_timeout_s`; sockets show what is taken in lumps of a megabyte
 
 
 class GuardedProtocol(HttpToolsProtocol):

@@ -71,7 +71,7 @@ class HttpSettings(FaceSettings):
         default=1 << 30, description="bytes of all bodies that are being received; beyond it uploads are refused (429)"
     )
     answer_timeout_s: Seconds = Field(
-        default=30.0,
+        default=60.0,
         description="a client that takes less than 64 KiB of a waiting answer in this many seconds is cut off",
     )
     max_connections: Count = Field(default=1024, description="open connections; beyond it the answer is 503")

@@ -16,9 +16,16 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+from fastapi import Response
+from prometheus_client import CollectorRegistry
 
+from service.api import build_app
 from service.errors import STATUS, ErrorCode
+from service.gateway import Gateway
 from service.jobs import Stage
+from service.metrics import Metrics
+from service.queue import MemoryQueue
+from service.settings import Settings
 from tests.fakes import FakeEngine, file_of, pair, picture
 from tests.service.conftest import Server, Serving
 from tests.service.test_images import BAD_FILES, png_header
@@ -411,3 +418,26 @@ async def test_bytes_that_are_not_http_do_not_hurt(server: Server) -> None:
     writer.close()
     await writer.wait_closed()
     assert (await server.client.get("/health/live")).status_code == 200
+
+
+async def test_a_large_answer_is_handed_over_as_it_is_taken() -> None:
+    """What is handed over at once is complete for uvicorn, which over TLS leaves a slow client half of it."""
+    values = Settings()
+    handed: list[Any] = []
+    metrics = Metrics(CollectorRegistry())
+    app = build_app(Gateway(MemoryQueue(values.queue), values, metrics), values, metrics)
+    noise = np.random.default_rng(0).bytes(3_000_000)
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(noise)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            handed.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/large", "headers": [], "query_string": b"", "root_path": ""}
+    await app(scope, asyncio.Event().wait, send)  # type: ignore[arg-type]
+    assert b"".join(message["body"] for message in handed) == noise
+    assert max(len(message["body"]) for message in handed) <= 1_000_000
+    assert [message.get("more_body", False) for message in handed] == [True] * (len(handed) - 1) + [False]
