@@ -16,6 +16,7 @@ dropped, palettes are expanded, EXIF orientation is applied. Arrays are RGB, (H,
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import warnings
@@ -408,6 +409,10 @@ def _check_tiff(image: Image.Image, num_bytes: int, role: Role, limits: LimitSet
     tags = getattr(image, "tag_v2", {})
     if any(tags.get(tag, 1) > limits.max_side + 64 for tag in (322, 323)):  # tile width and height
         raise PayloadTooLargeError(f"{role}: the TIFF file's tiles are larger than {limits.max_side} pixels a side")
+    sides = ((tags.get(256, 1), tags.get(322, 1)), (tags.get(257, 1), tags.get(323, 1)))
+    decoded = math.prod(-(-image_side // tile_side) * tile_side for image_side, tile_side in sides)
+    if decoded > 2 * limits.max_pixels:  # tiles are decoded whole, however little of the picture is in them
+        raise PayloadTooLargeError(f"{role}: the TIFF file's tiles hold more than {2 * limits.max_pixels} pixels")
     has_data = False
     for offsets_tag, counts_tag in _TIFF_OFFSETS:
         offsets, counts = tags.get(offsets_tag, ()), tags.get(counts_tag, ())

@@ -251,6 +251,7 @@ CROWDED = {
     "tiff values": (tiff_with([(338, 3, MAX_TAG_VALUES + 1, 8)]), "numbers in one tag"),
     "tiff values, big endian": (tiff_with([(338, 3, MAX_TAG_VALUES + 1, 8)], order=">"), "numbers in one tag"),
     "tiff tags": (tiff_with([(1000 + number, 3, 1, 0) for number in range(MAX_TAGS)]), "tags"),
+    "tiff tiles": (tiff_with([(322, 4, 1, 8192), (323, 4, 1, 8192)]), "tiles"),
     "tiff second image": (tiff_with([], following=8 + 64 * 48 + 100), "several images"),
 }
 
