@@ -57,12 +57,10 @@ MAX_TAG_VALUES = 1 << 18  # numbers in one of them; a palette of 16 bits has thr
 MAX_EXIF_BYTES = 1 << 20
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_JPEG_MARKER = re.compile(
-    rb"\xff+([^\x00\xd0-\xd7\xff])"
-)  # what may follow a scan's data; stuffing and restarts belong to it
-_TIFF_NUMBERS = frozenset(
-    {3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 17, 18}
-)  # types that become Python numbers; not text and bytes
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # stuffing and restarts belong to a scan's data
+# What Pillow takes for TIFF; the last two are wrong, and read all the same.
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"II\0*", b"MM*\0")
+_TIFF_NUMBERS = frozenset({3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 17, 18})  # types of values: all but text and bytes
 _TIFF_OFFSETS = ((273, 279), (324, 325))  # (offsets, byte counts) of strips and of tiles
 
 
@@ -101,7 +99,7 @@ def inspect(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
         _check_size(*_webp_size(data, role), role, limits)
     elif data[:2] == b"\xff\xd8":
         _check_jpeg(data, role)
-    elif data[:2] in (b"II", b"MM"):
+    elif data[:4] in _TIFF_MAGICS:
         _check_tiff_tags(data, role, limits)
     header = _read_header(data, role, limits)
     _check_size(header.width, header.height, role, limits)

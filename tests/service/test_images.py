@@ -167,6 +167,7 @@ BAD_FILES = {
     "text": (b"this is not an image at all" * 9, UnsupportedMediaError, "PNG, JPEG, WebP and TIFF"),
     "gif": (saved(Image.fromarray(VIS), "GIF"), UnsupportedMediaError, "PNG, JPEG"),
     "bmp": (saved(Image.fromarray(VIS), "BMP"), UnsupportedMediaError, "PNG, JPEG"),
+    "camera raw": (b"IIRO\xff\xff\xff\xff" * 9, UnsupportedMediaError, "PNG, JPEG"),  # Olympus's cousin of TIFF
     "one pixel": (file_of(VIS[:1, :1]), InvalidInputError, "1x1"),
     "bomb": (png_header(50_000, 50_000), PayloadTooLargeError, "50000x50000"),
     "long": (png_header(9000, 40), PayloadTooLargeError, "9000x40"),
