@@ -357,8 +357,11 @@ class FusionResult:
 class WorkerInfo(_Strict):
     """What a worker tells the front ends about itself, again and again while it lives.
 
+    One of a newer release may tell more than a front end knows; that is no reason to call it none.
     batch_sizes: the batch sizes that the engine prefers, ascending. is_warm: whether it can serve at full speed now.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     id: str
     model_name: str

@@ -19,6 +19,7 @@ from service.jobs import (
     Priority,
     RawLayout,
     Stage,
+    WorkerInfo,
     new_job_id,
 )
 
@@ -137,3 +138,14 @@ def test_fresh_ids_can_be_typed_into_a_command_line() -> None:
     ids = {new_job_id() for _ in range(500)}
     assert len(ids) == 500
     assert not any(each.startswith("-") for each in ids)
+
+
+def test_a_worker_of_a_newer_release_is_understood() -> None:
+    """During a rolling update it meets front ends of the older one, whose readiness must not fail with it."""
+    known = WorkerInfo(
+        id="w1", model_name="m", model_version="1", device="cpu", default_steps=4, default_sampler="ode1",
+        batch_sizes=(1, 2), is_warm=True, started_s=1.0,
+    )  # fmt: skip
+    told = known.model_dump_json()[:-1] + ',"memory_bytes":7}'
+    assert WorkerInfo.model_validate_json(told) == known
+    assert WorkerInfo.model_config["frozen"]
