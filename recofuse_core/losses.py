@@ -68,6 +68,21 @@ class FusionTerms:
         return self.intensity + self.gradient + self.colour
 
 
+def log_error(image: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of log10 of the squared error, a tenth of the negative PSNR. (B, C, H, W) each.
+
+    It gives every image an equal say, where L1 is ruled by the hard ones and lets dark and easy ones be damaged.
+    """
+    squared = (image - target).square().flatten(1).mean(dim=1)
+    return torch.log10(squared + 1e-5).mean()
+
+
+def strongest(vis: Tensor, ir: Tensor) -> Tensor:
+    """The picture that intensity and colour term aim at: the larger luma with the visible chroma. (B, 3, H, W) each."""
+    y_vis = luma(vis)
+    return vis + (torch.maximum(y_vis, luma(ir)) - y_vis)
+
+
 def fusion_loss(
     fused: Tensor,
     vis: Tensor,

@@ -40,7 +40,15 @@ from recofuse_core.checkpoint import build_config, load_checkpoint, model_config
 from recofuse_core.data import find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
-from recofuse_core.losses import FusionTarget, FusionTargets, FusionTerms, fusion_loss, matching_loss
+from recofuse_core.losses import (
+    FusionTarget,
+    FusionTargets,
+    FusionTerms,
+    fusion_loss,
+    log_error,
+    matching_loss,
+    strongest,
+)
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse
 from recofuse_core.networks import Skips, ToneEstimator
 from recofuse_core.quality import psnr
@@ -98,10 +106,14 @@ class StageConfig:
     final_ratio: float = 0.02
     max_minutes: float | None = None  # the schedule shrinks to fit; makes a run depend on the machine's speed
     rollout: bool = False
+    rollout_steps: tuple[
+        int, ...
+    ] = ()  # one number of sampling steps is drawn for every batch; the model's own if empty
     image_weight: float = 1.0
     log_weight: float = 0.0  # of the logarithm of each image's squared error, see image_loss
     latent_weight: float = 0.25
     fusion_weight: float = 1.0
+    fusion_log_weight: float = 0.0  # of `log_error` of the fused image, so that dark scenes count too
     updates: Updates = "alternating"  # coupled, without rollout: which loss moves what, see Trainer._coupled_update
     fusion_batch: int = 0  # items of a batch that the fusion loss is taken on, for its decoding is dear; 0: all
     intensity_target: FusionTarget = "maximum"
@@ -117,6 +129,8 @@ class StageConfig:
             raise ConfigError(f"updates must be one of {', '.join(get_args(Updates))}, got {self.updates!r}")
         if self.updates != "alternating" and (self.name != "coupled" or self.rollout):
             raise ConfigError(f"updates = {self.updates!r} belongs to a coupled stage without rollout")
+        if self.rollout_steps and not (self.rollout and all(steps >= 1 for steps in self.rollout_steps)):
+            raise ConfigError(f"rollout_steps = {self.rollout_steps} belongs to a rollout, of one step or more each")
         targets = {self.intensity_target, self.gradient_target}
         if not targets <= set(get_args(FusionTarget)):
             raise ConfigError(
@@ -582,8 +596,11 @@ def prediction_losses(
     return losses[0], losses[1]
 
 
-def rollout(model: ReCoFuse, mu: Pair, draw: NoiseSource) -> tuple[Pair, list[Pair]]:
-    """The model's default sampler with gradients. Returns its result and the clean estimate of every evaluation."""
+def rollout(model: ReCoFuse, mu: Pair, draw: NoiseSource, steps: int | None = None) -> tuple[Pair, list[Pair]]:
+    """The model's default sampler with gradients. Returns its result and the clean estimate of every evaluation.
+
+    `steps` is the model's own number if None.
+    """
     estimates: list[Pair] = []
 
     def predict(state: Pair, mu: Pair, t: int) -> Prediction:
@@ -595,18 +612,14 @@ def rollout(model: ReCoFuse, mu: Pair, draw: NoiseSource) -> tuple[Pair, list[Pa
 
     noise = draw()
     state = Pair(*(model.sde.noise_state(m, n) for m, n in zip(mu, noise, strict=True)))
-    plan = model.plan()
+    plan = model.plan(steps=steps)
     result = SAMPLERS[plan.sampler](predict, model.sde, state, mu, draw, plan.timesteps)
     return result, estimates
 
 
 def image_loss(image: Tensor, target: Tensor, log_weight: float) -> Tensor:
-    """L1 plus `log_weight` times the mean over images of log10 of the squared error (a tenth of the negative PSNR).
-
-    The second part gives every image an equal say: L1 alone is ruled by the hard ones and lets easy ones be damaged.
-    """
-    squared = (image - target).square().flatten(1).mean(dim=1)
-    return F.l1_loss(image, target) + log_weight * torch.log10(squared + 1e-5).mean()
+    """L1 plus `log_weight` times `log_error`."""
+    return F.l1_loss(image, target) + log_weight * log_error(image, target)
 
 
 def final_fusion_loss(
@@ -860,8 +873,8 @@ class Trainer:
                 others = self.tone_samples.take(partners.to(self.device))
                 samples = samples.with_infrared_of(others, where.to(self.device), tone)
             terms = tone_loss(tone, samples, stage.spread_weight)
-            self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
-            return {name: float(term.detach()) for name, term in terms.items()}
+            self._descend(_sum(terms), self.parameters)
+            return _reported(terms)
         if isinstance(self.source, LatentSource):
             if stage.name == "autoencoder" or stage.rollout:
                 raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
@@ -871,8 +884,8 @@ class Trainer:
         if stage.name == "autoencoder":
             with self._autocast():
                 terms = autoencoder_loss(self.model, batch, stage)
-            self._descend(sum(terms.values(), torch.zeros(())), self.parameters)
-            return {name: float(term.detach()) for name, term in terms.items()}
+            self._descend(_sum(terms), self.parameters)
+            return _reported(terms)
         with torch.no_grad():
             degraded = self.model.normalise(batch.degraded, batch.frame)
         with self._autocast():
@@ -913,9 +926,9 @@ class Trainer:
             losses = {"vis": float(vis_loss.detach()), "ir": float(ir_loss.detach())}
             if updates == "joint":
                 estimates = clean_latents(self.model.sde, prediction, state, batch.mu, timesteps)
-                terms = self._fusion_terms(estimates, batch.skips, batch.references)
-                self._descend(vis_loss + ir_loss + self.stage.fusion_weight * terms.total, self.parameters)
-                return losses | _reported(terms)
+                fusion = self._fusion_losses(estimates, batch.skips, batch.references)
+                self._descend(vis_loss + ir_loss + _sum(fusion), self.parameters)
+                return losses | _reported(fusion)
             branches = list(self.model.denoiser.parameters())
             self._descend(vis_loss + ir_loss, branches if updates == "decoupled" else self.parameters)
             if updates == "separated":
@@ -926,30 +939,37 @@ class Trainer:
         """Restoration through the sampler's own trajectory to the image, then the fusion update on its result."""
         stage = self.stage
         size = (batch.clean.vis.shape[-2], batch.clean.vis.shape[-1])
-        result, estimates = rollout(self.model, mu, lambda: Pair(self._noise(mu.vis), self._noise(mu.ir)))
+        steps = None
+        if stage.rollout_steps:
+            pick = float(torch.rand(1, generator=self.generator))
+            steps = stage.rollout_steps[int(pick * len(stage.rollout_steps))]
+        result, estimates = rollout(self.model, mu, lambda: Pair(self._noise(mu.vis), self._noise(mu.ir)), steps)
         losses: dict[str, Tensor] = {}
         for name, index in (("vis", 0), ("ir", 1)):
             image = self.model.autoencoder.decode(result[index], skips[index], size).float()
             losses[name] = stage.image_weight * image_loss(image, batch.clean[index], stage.log_weight)
             latent = sum(matching_loss(estimate[index], clean[index]) for estimate in estimates) / len(estimates)
             losses[f"{name}_latent"] = stage.latent_weight * torch.as_tensor(latent)
-        self._descend(sum(losses.values(), torch.zeros(())), self.parameters)
+        self._descend(_sum(losses), self.parameters)
         detached = Pair(result.vis.detach(), result.ir.detach())
-        reports = {name: float(loss.detach()) for name, loss in losses.items()}
-        return reports | self._fusion_update(detached, skips, batch.clean)
+        return _reported(losses) | self._fusion_update(detached, skips, batch.clean)
 
     def _fusion_update(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> dict[str, float]:
-        terms = self._fusion_terms(clean, skips, references)
-        self._descend(self.stage.fusion_weight * terms.total, self.fusion_parameters)
-        return _reported(terms)
+        losses = self._fusion_losses(clean, skips, references)
+        self._descend(_sum(losses), self.fusion_parameters)
+        return _reported(losses)
 
-    def _fusion_terms(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> FusionTerms:
-        """The stage's fusion loss on the first `fusion_batch` items."""
+    def _fusion_losses(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> dict[str, Tensor]:
+        """The stage's fusion losses on the first `fusion_batch` items."""
         stage, count = self.stage, self.stage.fusion_batch or len(clean.vis)
         vis_skips, ir_skips = (tuple(skip[:count] for skip in part) for part in skips)
         latents, images = (Pair(pair.vis[:count], pair.ir[:count]) for pair in (clean, references))
         targets = FusionTargets(stage.intensity_target, stage.gradient_target)
-        return final_fusion_loss(self.model, latents, (vis_skips, ir_skips), images, targets)[0]
+        terms, image = final_fusion_loss(self.model, latents, (vis_skips, ir_skips), images, targets)
+        losses = {name: stage.fusion_weight * getattr(terms, name) for name in ("intensity", "gradient", "colour")}
+        if stage.fusion_log_weight > 0:
+            losses["fused"] = stage.fusion_log_weight * log_error(image, strongest(images.vis, images.ir))
+        return losses
 
     def _descend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -1060,8 +1080,12 @@ class Trainer:
             raise CheckpointError(f"{path} is not a training state: {error}") from error
 
 
-def _reported(terms: FusionTerms) -> dict[str, float]:
-    return {name: float(getattr(terms, name).detach()) for name in ("intensity", "gradient", "colour")}
+def _sum(losses: Mapping[str, Tensor]) -> Tensor:
+    return sum(losses.values(), torch.zeros(()))
+
+
+def _reported(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
 def _is_decoder(name: str) -> bool:

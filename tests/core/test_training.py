@@ -18,8 +18,9 @@ from torch import Generator, Tensor, nn
 
 from recofuse_core import PRESETS, load_pretrained
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError
-from recofuse_core.losses import FusionTargets, fusion_loss
+from recofuse_core.losses import FusionTargets, chroma, fusion_loss, log_error, luma, strongest
 from recofuse_core.networks import ToneConfig, ToneEstimator
+from recofuse_core.sampler import Pair, Prediction
 from recofuse_core.scenes import make_scene
 from recofuse_core.training import (
     DataConfig,
@@ -388,6 +389,44 @@ def test_fusion_targets_are_told_apart() -> None:
     assert float(gentle.intensity) == float(harsh.intensity)
 
 
+def test_the_log_error_gives_every_image_an_equal_say() -> None:
+    target = torch.rand(2, 3, 16, 16, generator=Generator().manual_seed(0))
+    image = target + torch.tensor([0.1, 0.01])[:, None, None, None]
+    expected = (math.log10(0.1**2 + 1e-5) + math.log10(0.01**2 + 1e-5)) / 2
+    assert float(log_error(image, target)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_strongest_picture_has_the_larger_luma_and_the_visible_chroma() -> None:
+    vis, ir = torch.rand(2, 1, 3, 16, 16, generator=Generator().manual_seed(0))
+    best = strongest(vis, ir)
+    torch.testing.assert_close(luma(best), torch.maximum(luma(vis), luma(ir)))
+    torch.testing.assert_close(chroma(best), chroma(vis))
+
+
+def test_rollouts_take_the_steps_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(replace(stage("coupled", 12, rollout=True), rollout_steps=(1, 4)))
+    timesteps: list[int] = []
+    predict = run.model.predict
+
+    def noted(state: Pair, mu: Pair, t: int) -> Prediction:
+        timesteps.append(t)
+        return predict(state, mu, t)
+
+    monkeypatch.setattr(run.model, "predict", noted)
+    seen = set()
+    for _ in run.run_stage():
+        seen.add(tuple(timesteps))
+        timesteps.clear()
+    assert seen == {run.model.plan(steps=steps).timesteps for steps in (1, 4)}
+
+
+def test_the_fused_image_counts_by_its_logarithm_where_asked() -> None:
+    (report,) = trainer(replace(stage("coupled", 1, rollout=True), fusion_log_weight=0.5)).run_stage()
+    (without,) = trainer(stage("coupled", 1, rollout=True)).run_stage()
+    assert set(report.losses) - set(without.losses) == {"fused"}
+    assert report.losses["fused"] < 0
+
+
 def test_a_model_differs_from_its_preset_where_the_configuration_says_so() -> None:
     data = DataConfig(root="x")
     model = {"coupling": "late", "fusion": {"uses_time": False, "width": 32, "time_dim": 128, "num_groups": 16}}
@@ -406,6 +445,8 @@ def test_a_model_differs_from_its_preset_where_the_configuration_says_so() -> No
     [
         {"updates": "sometimes"},
         {"updates": "joint", "rollout": True},
+        {"rollout_steps": (3,)},
+        {"rollout": True, "rollout_steps": (3, 0)},
         {"name": "branches", "updates": "joint"},
         {"intensity_target": "minimum"},
     ],
@@ -449,6 +490,7 @@ TOGETHER = """
 import sys
 from pathlib import Path
 import torch
+from recofuse_core.sampler import Pair, Prediction
 from recofuse_core.scenes import make_scene
 from recofuse_core.training import DataConfig, PairSource, StageConfig, TrainConfig, Trainer
 
