@@ -6,8 +6,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
+from recofuse_core.losses import luma
 from recofuse_core.networks import (
     AutoencoderConfig,
     BlockModulations,
@@ -51,6 +53,7 @@ class ModelConfig:
 
     coupling: where TIM acts. "every_step" is the paper's; "late" fuses the restored latents alone, "none" takes their
     mean instead (both ablations, docs/ablations.md).
+    widening: how far the range of the fused image is widened towards black and white, see `widen_range`.
     """
 
     autoencoder: AutoencoderConfig
@@ -61,6 +64,7 @@ class ModelConfig:
     sampler: SamplerName = "euler"
     steps: int = 100
     coupling: Coupling = "every_step"
+    widening: float = 0.0
 
     def __post_init__(self) -> None:
         channels = {self.autoencoder.latent_channels, self.denoiser.latent_channels, self.fusion.latent_channels}
@@ -68,6 +72,8 @@ class ModelConfig:
             raise ConfigError(f"the networks disagree on the number of latent channels: {sorted(channels)}")
         if not 1 <= self.steps <= self.sde.num_steps:
             raise ConfigError(f"default steps must be within 1..{self.sde.num_steps}, got {self.steps}")
+        if not 0 <= self.widening < 1:
+            raise ConfigError(f"widening must be at least 0 and below 1, got {self.widening}")
 
 
 PRESETS = {
@@ -90,6 +96,7 @@ PRESETS = {
         tone=ToneConfig(width=512),
         sampler="ode2",
         steps=3,
+        widening=0.2,
     ),
 }
 
@@ -320,23 +327,24 @@ class ReCoFuse(nn.Module):
 
         flags: list[Tensor] = []
 
-        def decode(latent: Tensor, skips: Skips, channels: int) -> Tensor:
+        def decode(latent: Tensor, skips: Skips) -> Tensor:
             image = frame.decode(self.autoencoder.decode, latent, skips)[..., :height, :width]
             flags.append(torch.isfinite(image).all())
-            image = image.clamp(0, 1)
-            if channels == 1:
-                image = image.mean(dim=1, keepdim=True)
+            return image.clamp(0, 1)
+
+        def finish(image: Tensor) -> Tensor:
             return (image * 255).round().byte() if levels else image
 
         fused = restored_vis = restored_ir = None
         if "fused" in plan.outputs:
             conditioning = conditions(0)
             latent = frame.fuse(lambda pair: self.final_fusion(pair, conditioning), clean)
-            fused = decode(latent, self.autoencoder.fuse_skips(vis_skips, ir_skips), 3)
+            image = decode(latent, self.autoencoder.fuse_skips(vis_skips, ir_skips))
+            fused = finish(widen_range(image, self.config.widening))
         if "vis" in plan.outputs:
-            restored_vis = decode(clean.vis, vis_skips, 3)
+            restored_vis = finish(decode(clean.vis, vis_skips))
         if "ir" in plan.outputs:
-            restored_ir = decode(clean.ir, ir_skips, 1)
+            restored_ir = finish(decode(clean.ir, ir_skips).mean(dim=1, keepdim=True))
         return FusionOutput(fused, restored_vis, restored_ir, latents=clean), torch.stack(flags).all()
 
     def _start(self, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
@@ -348,6 +356,33 @@ class ReCoFuse(nn.Module):
             mean, std = self.sde.marginal(clean, m, t)
             states.append(mean + std * n)
         return Pair(*states)
+
+
+WIDENING_GRID = 64  # cells a side that a frame is averaged to, so that noise and hot pixels hardly move its ends
+WIDENING_TAIL = 0.005  # share of the cells beyond either end
+WIDENING_GAIN = 1.5  # at most, so that fog and flat frames do not come back as noise
+
+
+def widen_range(image: Tensor, share: float) -> Tensor:
+    """Move both ends of each image's range of luma by a share of their way to black and to white.
+
+    image: (B, 3, H, W) in [0, 1]; returns the same. The curve has three straight parts, from (0, 0) to the lower end,
+    to the upper and to (1, 1): it clips no luma and keeps its order. Chroma stays. The share is less where the middle
+    part would be steeper than `WIDENING_GAIN`; a frame that uses the whole range comes back as it is.
+    """
+    if share == 0:
+        return image
+    y = luma(image)
+    cells = F.adaptive_avg_pool2d(y, WIDENING_GRID).flatten(1).sort(dim=1).values[:, :, None, None]
+    tail = round(WIDENING_TAIL * cells.shape[1])
+    low, high = cells[:, tail : tail + 1], cells[:, -tail - 1 : cells.shape[1] - tail]
+    used = (high - low).clamp(1e-6, 1 - 1e-6)
+    unused = 1 - used
+    moved = ((WIDENING_GAIN - 1) * used / unused).clamp(max=share)
+    kept = 1 - moved
+    middle = kept * low + (1 + moved * unused / used) * (y - low)
+    curve = torch.where(y < low, kept * y, torch.where(y > high, 1 - kept * (1 - y), middle))
+    return (image + (curve - y)).clamp(0, 1)
 
 
 def _padded(side: int) -> int:
