@@ -23,10 +23,10 @@ def chroma(image: Tensor) -> Tensor:
 
 
 def sobel(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Absolute horizontal and vertical Sobel responses with replicated borders. (B, 1, H, W) each."""
+    """Horizontal and vertical Sobel responses, signed, with replicated borders. (B, 1, H, W) each."""
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=y.device, dtype=y.dtype)
     padded = F.pad(y, (1, 1, 1, 1), "replicate")
-    return F.conv2d(padded, kernel[None, None]).abs(), F.conv2d(padded, kernel.T[None, None]).abs()
+    return F.conv2d(padded, kernel[None, None]), F.conv2d(padded, kernel.T[None, None])
 
 
 def matching_loss(estimate: Tensor, target: Tensor) -> Tensor:
@@ -43,15 +43,21 @@ class FusionWeights:
     colour: float = 8.0
 
 
-FusionTarget = Literal["maximum", "mean"]
+IntensityTarget = Literal["maximum", "mean"]
+GradientTarget = Literal["maximum", "mean", "signed"]
 
 
 @dataclass(frozen=True)
 class FusionTargets:
-    """What the fused image is compared with, from both sources; "maximum" is published, "mean" are ablations."""
+    """What the fused image is compared with, from both sources; "maximum" is published, "mean" are ablations.
 
-    intensity: FusionTarget = "maximum"
-    gradient: FusionTarget = "maximum"
+    The published gradient term compares absolute values, which any texture of the right strength meets: where the true
+    one cannot be known, a made-up grid costs less than a smooth area. "signed" compares with the stronger gradient and
+    its sign, which a made-up texture misses (docs/decisions/0012).
+    """
+
+    intensity: IntensityTarget = "maximum"
+    gradient: GradientTarget = "maximum"
 
 
 @dataclass(frozen=True)
@@ -97,13 +103,16 @@ def fusion_loss(
     weights, targets = weights or FusionWeights(), targets or FusionTargets()
     y, y_vis, y_ir = luma(fused), luma(vis), luma(ir)
     intensity = F.l1_loss(y, _target(y_vis, y_ir, targets.intensity))
-    (gx, gy), (gx_vis, gy_vis), (gx_ir, gy_ir) = sobel(y), sobel(y_vis), sobel(y_ir)
-    gradient = F.l1_loss(gx, _target(gx_vis, gx_ir, targets.gradient))
-    gradient = gradient + F.l1_loss(gy, _target(gy_vis, gy_ir, targets.gradient))
+    gradient = torch.zeros((), device=y.device)
+    for ours, of_vis, of_ir in zip(sobel(y), sobel(y_vis), sobel(y_ir), strict=True):
+        if targets.gradient == "signed":
+            gradient = gradient + F.l1_loss(ours, torch.where(of_vis.abs() >= of_ir.abs(), of_vis, of_ir))
+        else:
+            gradient = gradient + F.l1_loss(ours.abs(), _target(of_vis.abs(), of_ir.abs(), targets.gradient))
     cb_cr, cb_cr_vis = chroma(fused), chroma(vis)
     colour = F.l1_loss(cb_cr[:, 0], cb_cr_vis[:, 0]) + F.l1_loss(cb_cr[:, 1], cb_cr_vis[:, 1])
     return FusionTerms(weights.intensity * intensity, weights.gradient * gradient, weights.colour * colour)
 
 
-def _target(vis: Tensor, ir: Tensor, kind: FusionTarget) -> Tensor:
+def _target(vis: Tensor, ir: Tensor, kind: IntensityTarget) -> Tensor:
     return torch.maximum(vis, ir) if kind == "maximum" else (vis + ir) / 2

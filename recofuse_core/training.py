@@ -41,9 +41,10 @@ from recofuse_core.data import find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
 from recofuse_core.losses import (
-    FusionTarget,
     FusionTargets,
     FusionTerms,
+    GradientTarget,
+    IntensityTarget,
     fusion_loss,
     log_error,
     matching_loss,
@@ -116,8 +117,8 @@ class StageConfig:
     fusion_log_weight: float = 0.0  # of `log_error` of the fused image, so that dark scenes count too
     updates: Updates = "alternating"  # coupled, without rollout: which loss moves what, see Trainer._coupled_update
     fusion_batch: int = 0  # items of a batch that the fusion loss is taken on, for its decoding is dear; 0: all
-    intensity_target: FusionTarget = "maximum"
-    gradient_target: FusionTarget = "maximum"
+    intensity_target: IntensityTarget = "maximum"
+    gradient_target: GradientTarget = "maximum"
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
     num_frames: int = 18_000  # tone: degraded frames that are drawn once and kept
@@ -131,11 +132,9 @@ class StageConfig:
             raise ConfigError(f"updates = {self.updates!r} belongs to a coupled stage without rollout")
         if self.rollout_steps and not (self.rollout and all(steps >= 1 for steps in self.rollout_steps)):
             raise ConfigError(f"rollout_steps = {self.rollout_steps} belongs to a rollout, of one step or more each")
-        targets = {self.intensity_target, self.gradient_target}
-        if not targets <= set(get_args(FusionTarget)):
-            raise ConfigError(
-                f"targets of the fusion loss must be {' or '.join(get_args(FusionTarget))}, got {targets}"
-            )
+        for name, kinds in (("intensity_target", IntensityTarget), ("gradient_target", GradientTarget)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from recofuse_core import PRESETS, load_pretrained
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError
-from recofuse_core.losses import FusionTargets, chroma, fusion_loss, log_error, luma, strongest
+from recofuse_core.losses import FusionTargets, GradientTarget, chroma, fusion_loss, log_error, luma, strongest
 from recofuse_core.networks import ToneConfig, ToneEstimator
 from recofuse_core.sampler import Pair, Prediction
 from recofuse_core.scenes import make_scene
@@ -387,6 +387,25 @@ def test_fusion_targets_are_told_apart() -> None:
     harsh = fusion_loss(torch.full_like(vis, 0.5), vis, ir)
     assert float(gentle.gradient) < float(harsh.gradient)  # a flat picture lacks the mean less than the maximum
     assert float(gentle.intensity) == float(harsh.intensity)
+
+
+def test_signed_gradients_are_not_met_by_a_made_up_texture() -> None:
+    generator = Generator().manual_seed(0)
+    vis, other = 0.5 + 0.05 * torch.randn(2, 1, 1, 32, 32, generator=generator).expand(-1, -1, 3, -1, -1)
+    ir = torch.full_like(vis, 0.5)
+    flat = torch.full_like(vis, 0.5)
+
+    def costs(gradient: GradientTarget) -> list[float]:
+        targets = FusionTargets(gradient=gradient)
+        return [float(fusion_loss(image, vis, ir, targets=targets).gradient) for image in (flat, other, vis)]
+
+    # Texture of the right strength that is not the source's own: better than none by absolute values, worse by signs.
+    smooth, made_up, true = costs("maximum")
+    assert true < made_up < smooth
+    smooth, made_up, true = costs("signed")
+    assert true == 0 < smooth < made_up
+    # The stronger source is followed, whichever it is.
+    assert float(fusion_loss(vis, flat, vis, targets=FusionTargets(gradient="signed")).gradient) == 0
 
 
 def test_the_log_error_gives_every_image_an_equal_say() -> None:
