@@ -63,6 +63,7 @@ VARIANTS = (
     Variant("decoupled", "VI: decoupled alternation", stage={"updates": "decoupled"}),
     Variant("mean-intensity", "VII: mean intensity", stage={"intensity_target": "mean"}),
     Variant("mean-gradient", "VIII: mean gradient", stage={"gradient_target": "mean"}),
+    Variant("signed-gradient", "ours: signed gradient", stage={"gradient_target": "signed"}),
 )
 
 COLUMNS = {  # of the tables: a score's key, its heading and its digits

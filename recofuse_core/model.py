@@ -379,10 +379,10 @@ def widen_range(image: Tensor, share: float) -> Tensor:
     used = (high - low).clamp(1e-6, 1 - 1e-6)
     unused = 1 - used
     moved = ((WIDENING_GAIN - 1) * used / unused).clamp(max=share)
-    kept = 1 - moved
-    middle = kept * low + (1 + moved * unused / used) * (y - low)
-    curve = torch.where(y < low, kept * y, torch.where(y > high, 1 - kept * (1 - y), middle))
-    return (image + (curve - y)).clamp(0, 1)
+    # How far luma moves: outwards by the share of its way at and beyond either end, and in between along a line.
+    between = (moved * unused / used) * (y - low) - moved * low
+    change = torch.maximum(-moved * y, torch.minimum(between, moved * (1 - y)))
+    return (image + change).clamp(0, 1)
 
 
 def _padded(side: int) -> int:

@@ -68,13 +68,13 @@ def config(tmp_path: Path) -> Path:
 def test_the_shipped_configuration_holds_every_variant() -> None:
     config = read_ablations(ROOT / "configs" / "ablations.toml")
     assert config.num_seeds == 3
-    assert len({variant.name for variant in VARIANTS}) == 9
+    assert len({variant.name for variant in VARIANTS}) == 10
     described = set()
     for variant in VARIANTS:
         train = config_of(config, variant, 2)
         assert train.seed == config.train.seed + 2
         described.add((train.model_config, train.stages))
-    assert len(described) == 9  # each differs from every other in model or stage
+    assert len(described) == 10  # each differs from every other in model or stage
 
 
 def test_runs_share_what_is_frozen_and_are_not_run_twice(config: Path, tmp_path: Path) -> None:

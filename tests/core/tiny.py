@@ -34,7 +34,9 @@ LAST_LAYERS = ("autoencoder.head.weight", "autoencoder.final_conv.weight")
 
 def tiny_model(config: ModelConfig = GATED, seed: int = 0) -> ReCoFuse:
     generator = Generator().manual_seed(seed)
-    model = build_model(config, name="tiny", version="1").eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # fresh weights are drawn from the global generator
+        model = build_model(config, name="tiny", version="1").eval()
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2 and "beta" not in name and "gamma" not in name:

@@ -1,0 +1,49 @@
+"""What the shipped weights promise on pictures, beyond what their card tells of scores."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from recofuse_core import load_pretrained
+from recofuse_core.losses import luma
+from recofuse_core.model import ReCoFuse
+from recofuse_core.scenes import make_scene
+
+
+@cache
+def shipped() -> ReCoFuse:
+    return load_pretrained("compact")
+
+
+def grid_of(image: Tensor) -> float:
+    """Peak to peak of the mean 4x4 px pattern of an even image (1, C, H, W) in [0, 1], in levels of 255."""
+    _, _, height, width = image.shape
+    tiles = image.mean(dim=1).reshape(height // 4, 4, width // 4, 4)
+    pattern = 255 * tiles.mean(dim=(0, 2))
+    return float(pattern.max() - pattern.min())
+
+
+def test_black_frames_come_back_without_a_grid() -> None:
+    output = shipped().fuse(torch.zeros(1, 3, 128, 128), torch.zeros(1, 1, 128, 128))
+    assert output.fused is not None
+    assert grid_of(output.fused[..., 32:96, 32:96]) < 1.5  # 4.0 before 1.3.0
+    pattern = torch.tensor([[0.0, 1.0], [1.0, 2.0]]).repeat_interleave(2, 0).repeat_interleave(2, 1) / 255
+    assert grid_of(pattern.repeat(16, 16)[None, None]) == pytest.approx(2, abs=1e-5)
+
+
+def test_people_at_night_are_seen_in_the_fused_picture_alone() -> None:
+    """The purpose of it all: warm targets that the visible camera lost stand out in the fused picture."""
+    scene = make_scene(3, 256, 320)
+    vis, ir = 0.15 * scene.vis[None], scene.ir[None]
+    output = shipped().fuse(vis, ir)
+    assert output.fused is not None
+    warm = ir[0, 0] > ir.quantile(0.99)
+
+    def contrast(image: Tensor) -> float:
+        y = luma(image)[0, 0]
+        return float(y[warm].mean() - y[~warm].mean())
+
+    assert contrast(output.fused) > 0.25
+    assert contrast(output.fused) > 2 * abs(contrast(vis))
