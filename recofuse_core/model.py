@@ -96,7 +96,7 @@ PRESETS = {
         tone=ToneConfig(width=512),
         sampler="ode2",
         steps=3,
-        widening=0.2,
+        widening=0.4,
     ),
 }
 
