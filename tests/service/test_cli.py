@@ -136,7 +136,7 @@ def test_a_bad_pair_in_a_folder_does_not_stop_the_others(pairs: Path, weights: P
 BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
     "missing file": ({"--vis": "vis/none.png"}, "none.png"),
     "file beside folder": ({"--vis": "vis"}, "two files or two folders"),
-    "no picture": ({"--vis": "broken.png"}, "not a readable image"),
+    "no picture": ({"--vis": "broken.png"}, "damaged or cut short"),
     "mismatched aspect": ({"--ir": "wide.png"}, "64x48 and ir is 200x48"),
     "unknown suffix": ({"-o": "out.xyz"}, ".png"),
     "sheet without suffix": ({"--sheet": "sheet"}, ".png"),
