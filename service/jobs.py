@@ -266,6 +266,8 @@ class FusionJob:
 
 
 class _ResultHeader(_Strict):
+    model_config = ConfigDict(extra="ignore")  # a newer worker may tell more; a job with options unknown here may not
+
     job_id: str
     media_type: str
     parts: dict[Part, Annotated[int, Field(ge=0)]]  # bytes of each picture, in payload order

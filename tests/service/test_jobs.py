@@ -149,3 +149,18 @@ def test_a_worker_of_a_newer_release_is_understood() -> None:
     told = known.model_dump_json()[:-1] + ',"memory_bytes":7}'
     assert WorkerInfo.model_validate_json(told) == known
     assert WorkerInfo.model_config["frozen"]
+
+
+def with_another_field(raw: bytes) -> bytes:
+    """A record as a newer release might write it."""
+    end = 8 + int.from_bytes(raw[4:8], "little")
+    header = raw[8 : end - 1] + b',"colour_space":"srgb"}'
+    return raw[:4] + len(header).to_bytes(4, "little") + header + raw[end:]
+
+
+@settings(deadline=None, max_examples=10)
+@given(RESULTS, JOBS)
+def test_newer_results_are_understood_and_newer_jobs_are_not_guessed(result: FusionResult, job: FusionJob) -> None:
+    assert FusionResult.from_bytes(with_another_field(result.to_bytes())) == result
+    with pytest.raises(MalformedRequestError):  # whatever the field asks for, it would not be done
+        FusionJob.from_bytes(with_another_field(job.to_bytes()))
