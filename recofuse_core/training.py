@@ -107,9 +107,7 @@ class StageConfig:
     final_ratio: float = 0.02
     max_minutes: float | None = None  # the schedule shrinks to fit; makes a run depend on the machine's speed
     rollout: bool = False
-    rollout_steps: tuple[
-        int, ...
-    ] = ()  # one number of sampling steps is drawn for every batch; the model's own if empty
+    rollout_steps: tuple[int, ...] = ()  # one of these numbers of steps is drawn for every batch; the model's if empty
     image_weight: float = 1.0
     log_weight: float = 0.0  # of the logarithm of each image's squared error, see image_loss
     latent_weight: float = 0.25
