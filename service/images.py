@@ -29,6 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from recofuse_images import tiff
+from recofuse_images.errors import ImageError
+from recofuse_images.limits import Limits
+from recofuse_images.picture import grey_of, upright
 from service.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
 from service.jobs import FusionJob, ImageFormat, Part, PixelFormat, RawLayout
 from service.settings import CodecSettings, LimitSettings
@@ -442,6 +446,8 @@ def _webp_size(data: bytes, role: Role) -> tuple[int, int]:
 
 
 def _decode(data: bytes, flags: int, header: ImageHeader, role: Role) -> NDArray[Any]:
+    if header.format == "TIFF":
+        return _decode_tiff(data, role)
     try:
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -452,6 +458,18 @@ def _decode(data: bytes, flags: int, header: ImageHeader, role: Role) -> NDArray
     if upright.shape[:2] != (header.height, header.width):
         raise _cut_short(role, header.format)
     return upright
+
+
+def _decode_tiff(data: bytes, role: Role) -> NDArray[Any]:
+    """Upright grey or RGB; OpenCV 5 hands out memory that it never wrote for 16-bit colour."""
+    try:
+        header = tiff.read_header(data, Limits())
+        values = upright(tiff.read_pixels(data, header).values, header.orientation)
+    except ImageError as error:
+        raise InvalidInputError(f"{role}: {error}") from error
+    if role == "vis":
+        return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+    return grey_of(values) if values.ndim == 3 else values
 
 
 def _decode_vis(data: bytes, limits: LimitSettings) -> Pixels:

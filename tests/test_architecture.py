@@ -95,6 +95,12 @@ def test_the_client_stays_free_of_model_and_service() -> None:
     assert {name.split(".")[1] for name in run.stdout.split()} == {"pb"}
 
 
+def test_reading_images_needs_nothing_of_ours() -> None:
+    modules = sorted(modules_of("recofuse_images"))
+    assert "recofuse_images.tiff" in modules
+    assert pulled_in(modules, (*CLIENT_BANNED, "service", "recofuse_client", "grpc")) == []
+
+
 def test_the_probe_sees_what_is_imported() -> None:
     assert pulled_in(["recofuse_core.sde"], ("torch", "service")) == ["torch"]
 
@@ -116,7 +122,7 @@ def test_environment_probe_sees_a_read() -> None:
     assert not reads_environment("import os\nvalue = os.getpid()")
 
 
-@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
+@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "recofuse_images", "service"])
 def test_only_the_command_line_reads_the_environment(package: str) -> None:
     sources = [path for path in sorted((ROOT / package).rglob("*.py")) if "pb" not in path.parts]
     assert sources
