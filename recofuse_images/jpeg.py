@@ -22,7 +22,8 @@ _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # stuffing and restarts b
 _ORIENTATION_TAG = 274
 _FRAMES = {  # what a start-of-frame marker says; the table has the first three
     0xC0: "baseline", 0xC1: "baseline", 0xC2: "progressive", 0xC3: "lossless",
-    0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded", 0xCB: "arithmetic-coded",
+    0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",
+    0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded", 0xCB: "arithmetic-coded",
     0xCD: "hierarchical", 0xCE: "hierarchical", 0xCF: "hierarchical", 0xF7: "JPEG-LS",
 }  # fmt: skip
 
