@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.errors import BadAnswerError
+from recofuse_images.errors import ImageError
+from recofuse_images.limits import OWN_FILES
+from recofuse_images.reader import read_picture
+from recofuse_images.writer import png_bytes
 
 Array = NDArray[np.uint8] | NDArray[np.uint16]
 ImageLike = Array | bytes | bytearray | memoryview | str | os.PathLike[str]
@@ -49,31 +52,33 @@ def checked_array(image: NDArray[Any], role: str) -> NDArray[Any]:
 def png_of(image: NDArray[Any], role: str, *, bgr: bool = False) -> bytes:
     """A lossless file of pixels (`checked_array`), compressed little, because it is sent at once."""
     array = checked_array(image, role)
-    if array.ndim == 3 and not bgr:
-        array = np.ascontiguousarray(array[..., ::-1])  # OpenCV takes blue first
-    is_done, encoded = cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    if not is_done:
-        raise ValueError(f"{role}: {image.shape} {image.dtype} cannot be encoded")
-    return encoded.tobytes()
+    if array.ndim == 3 and bgr:
+        array = np.ascontiguousarray(array[..., ::-1])
+    try:
+        return png_bytes(array)
+    except ImageError as error:
+        raise ValueError(f"{role}: {image.shape} {image.dtype} cannot be encoded") from error
 
 
 def decoded(data: bytes, media_type: str) -> NDArray[np.uint8]:
     """The pixels of an answer's file: (H, W, 3) RGB or (H, W), uint8. Raises BadAnswerError if it cannot be read."""
     if media_type == "application/x-npy":
         return npy_pixels(data)
-    flat = np.frombuffer(data, np.uint8)
-    pixels = cv2.imdecode(flat, cv2.IMREAD_UNCHANGED) if flat.size else None
-    if pixels is None or pixels.dtype != np.uint8:
-        raise BadAnswerError(f"a picture of {len(data)} bytes cannot be read as {media_type}")
-    return np.ascontiguousarray(pixels[..., 2::-1] if pixels.ndim == 3 else pixels, np.uint8)
+    try:
+        pixels = read_picture(data, "vis", OWN_FILES).values
+    except ImageError as error:
+        raise BadAnswerError(f"a picture of {len(data)} bytes cannot be read as {media_type}") from error
+    if pixels.dtype != np.uint8:
+        raise BadAnswerError(f"a picture is of {pixels.dtype}, not of uint8")
+    return np.ascontiguousarray(pixels)
 
 
 def npy_pixels(data: bytes) -> NDArray[np.uint8]:
     """The pixels of a file of NumPy's format. Raises BadAnswerError."""
     try:
-        pixels = np.load(io.BytesIO(data), allow_pickle=False)
+        pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)  # np.load takes zip archives, too
     except (ValueError, EOFError, OSError) as error:
         raise BadAnswerError(f"a picture of {len(data)} bytes cannot be read as npy") from error
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+    if pixels.dtype != np.uint8:
         raise BadAnswerError("a picture is not of uint8 pixels")
     return pixels

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.values import Frame
+from recofuse_images.writer import jpeg_bytes
 
 DEFAULT_FPS = 25.0
 OPEN_TIMEOUT_MS = 10_000
@@ -249,12 +250,10 @@ class Viewer:
 
     def write(self, picture: Pixels, timestamp_ns: int) -> None:
         """Show a picture, (H, W, 3) RGB or (H, W)."""
-        frame = picture if picture.ndim == 2 else picture[..., ::-1]
-        is_done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(frame), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        if is_done:
-            with self._changed:
-                self._jpeg, self._number = jpeg.tobytes(), self._number + 1
-                self._changed.notify_all()
+        jpeg = jpeg_bytes(picture, JPEG_QUALITY)
+        with self._changed:
+            self._jpeg, self._number = jpeg, self._number + 1
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Stop serving; pages that are open keep the last picture."""

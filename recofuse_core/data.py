@@ -17,25 +17,29 @@ copy exists (`HQ`, `gt`), it is the pair's image and the other one its degraded 
 
 A file manifest.csv in the root or beside it may tell more: columns name, and any of dataset, time_of_day, vis_color.
 
-Images are torch tensors, RGB, uint8 as long as they rest in memory: vis (3, H, W), ir (1, H, W). Deeper files become 8
-bits as in the service: vis keeps its upper eight bits, ir is stretched from its 0.5th to its 99.5th percentile.
+Images are torch tensors, RGB, uint8 as long as they rest in memory: vis (3, H, W), ir (1, H, W). `recofuse_images`
+reads them, so that a file means the same here and in the service.
 """
 
 import csv
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from recofuse_core.errors import DatasetError, ShapeError
+from recofuse_images import reader, scale, writer
+from recofuse_images.errors import ImageError
+from recofuse_images.limits import OWN_FILES
+from recofuse_images.picture import Picture
 
 Modality = Literal["vis", "ir"]
 
@@ -45,7 +49,6 @@ IR_NAMES = {"ir", "inf", "infrared", "thermal"}
 CLEAN_NAMES = {"hq", "gt"}
 DEGRADED_NAMES = {"lq"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
-IR_PERCENTILES = (0.5, 99.5)
 MAX_DEPTH = 5
 _MAX_NAMED = 5  # stems listed in one error
 
@@ -309,26 +312,15 @@ def read_pair(files: PairFiles) -> Pair:
 
 
 def read_vis(path: Path) -> Tensor:
-    """A visible image as uint8 (3, H, W), RGB; grey is repeated, alpha dropped. Raises DatasetError."""
-    pixels = _decode(path)
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    return _tensor(pixels[..., 2::-1])  # the decoder gives BGR(A)
+    """A visible image as uint8 (3, H, W), RGB, upright, alpha dropped. Raises DatasetError."""
+    return _tensor(scale.vis_levels(_picture(path, "vis")))
 
 
 def read_ir(path: Path) -> Tensor:
-    """An infrared image as uint8 (1, H, W); colour becomes BT.601 grey, deep files stretched. Raises DatasetError."""
-    pixels = _decode(path)
-    if pixels.ndim == 3:
-        grey = pixels[..., :3].astype(np.float64) @ np.array([0.114, 0.587, 0.299])
-        pixels = np.rint(grey).astype(pixels.dtype)
-    if pixels.dtype == np.uint16:
-        low, high = np.percentile(pixels, IR_PERCENTILES)
-        scaled = (pixels - low) / max(high - low, 1.0)
-        pixels = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
-    return _tensor(pixels[..., None])
+    """An infrared image as uint8 (1, H, W), upright, deep files scaled to the scene. Raises DatasetError."""
+    with _cannot_read(path):
+        infrared = reader.read_infrared(path.read_bytes(), OWN_FILES)
+    return _tensor(scale.ir_levels(infrared.picture)[..., None])
 
 
 def write_image(path: Path, image: Tensor) -> None:
@@ -338,14 +330,12 @@ def write_image(path: Path, image: Tensor) -> None:
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ShapeError(f"expected an image of shape (1, H, W) or (3, H, W), got {tuple(image.shape)}")
-    pixels = to_uint8(image).flip(0).permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy()
     try:
-        done, encoded = cv2.imencode(path.suffix, pixels)
-        if not done:
-            raise DatasetError(f"cannot encode {path}")
+        encoded = writer.encoded(pixels[..., 0] if pixels.shape[2] == 1 else pixels, path.suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded.tobytes())
-    except (cv2.error, OSError) as error:
+        path.write_bytes(encoded)
+    except (ImageError, OSError) as error:
         raise DatasetError(f"cannot write {path}: {error}") from error
 
 
@@ -361,29 +351,24 @@ def to_uint8(image: Tensor) -> Tensor:
     return (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _decode(path: Path) -> NDArray[Any]:
-    """Pixels as stored: (H, W) or (H, W, 3 or 4) BGR(A), uint8 or uint16."""
-    try:
-        encoded = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-        pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
-    except (cv2.error, OSError) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
-    if pixels is None:
-        raise DatasetError(f"cannot read {path}: not an image, or damaged")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise DatasetError(f"cannot read {path}: {pixels.dtype} values, expected 8 or 16 bits")
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim == 3 and pixels.shape[2] == 2:  # grey with alpha
-        pixels = pixels[..., 0]
-    return pixels
-
-
 def _read_packed(path: Path) -> tuple[Tensor, Tensor]:
-    pixels = _decode(path)
-    if pixels.ndim != 3 or pixels.shape[2] != 4 or pixels.dtype != np.uint8:
-        raise DatasetError(f"{path} should hold 8-bit RGB and infrared in four channels, got shape {pixels.shape}")
-    return _tensor(pixels[..., 2::-1]), _tensor(pixels[..., 3:])
+    both = _picture(path, "vis")
+    if both.alpha is None or both.values.dtype != np.uint8:
+        raise DatasetError(f"{path} should hold 8-bit RGB and infrared in four channels")
+    return _tensor(both.values), _tensor(both.alpha[..., None])
+
+
+def _picture(path: Path, role: Modality) -> Picture:
+    with _cannot_read(path):
+        return reader.read_picture(path.read_bytes(), role, OWN_FILES)
+
+
+@contextmanager
+def _cannot_read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ImageError, OSError) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
 
 
 def _tensor(pixels: NDArray[Any]) -> Tensor:

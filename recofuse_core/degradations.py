@@ -25,6 +25,10 @@ import torch
 from torch import Generator, Tensor
 
 from recofuse_core.errors import ConfigError, CoreError, ShapeError
+from recofuse_images.errors import ImageError
+from recofuse_images.limits import OWN_FILES
+from recofuse_images.reader import read_picture
+from recofuse_images.writer import jpeg_bytes
 
 Strength = Literal["light", "medium", "strong"]
 MIN_SIDE = 16
@@ -305,14 +309,12 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
     """JPEG coding and decoding at `quality`, in [25, 80] (infrared [40, 90]); clips to [0, 1] and rounds to 8 bit."""
     channels = image.shape[0]
     pixels = image.clamp(0, 1).mul_(255).round_().to(torch.uint8)
-    array = pixels.permute(1, 2, 0).flip(-1).contiguous().numpy()  # the codec takes BGR; grey is its own flip
-    encoded, buffer = cv2.imencode(".jpg", array, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not encoded:
-        raise CoreError(f"JPEG coding failed for an image of shape {tuple(image.shape)}")
-    decoded = cv2.imdecode(buffer, cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE)
-    if decoded is None:
-        raise CoreError(f"JPEG decoding failed for an image of shape {tuple(image.shape)}")
-    planes = torch.from_numpy(decoded.reshape(*array.shape)).flip(-1).permute(2, 0, 1)
+    array = (pixels[0] if channels == 1 else pixels.permute(1, 2, 0)).contiguous().numpy()
+    try:
+        decoded = read_picture(jpeg_bytes(array, quality), "vis", OWN_FILES).values
+    except ImageError as error:
+        raise CoreError(f"JPEG coding failed for an image of shape {tuple(image.shape)}") from error
+    planes = torch.from_numpy(np.array(decoded).reshape(*pixels.shape[1:], channels)).permute(2, 0, 1)
     return planes.contiguous().float().div_(255)
 
 

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-import cv2
 import torch
 
 from recofuse_core.data import IMAGE_SUFFIXES, PairFiles, read_pair, split_of, to_float, to_uint8, write_image
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.evaluation import EvaluationStrength, Fuser, degrade_pair, item_seed
+from recofuse_images.errors import ImageError
+from recofuse_images.limits import OWN_FILES
+from recofuse_images.reader import inspect
 
 Task = Literal["detection", "segmentation"]
 LABEL_WORDS = {"label", "labels", "annotation", "annotations", "mask", "masks", "seg", "segmentation", "bbox", "xml"}
@@ -259,11 +261,12 @@ def _yolo_classes(path: Path) -> set[int]:
 
 def _copy_mask(source: Path, target: Path, height: int, width: int) -> None:
     """Copy a mask unchanged, once it is known to fit."""
-    mask = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
-    if mask is None:
-        raise DatasetError(f"cannot read {source}: not an image, or damaged")
-    if mask.shape[:2] != (height, width):
-        raise DatasetError(f"{source} is {mask.shape[1]}x{mask.shape[0]}, its pair {width}x{height}")
+    try:
+        mask = inspect(source.read_bytes(), "vis", OWN_FILES)
+    except (ImageError, OSError) as error:
+        raise DatasetError(f"cannot read {source}: {error}") from error
+    if (mask.width, mask.height) != (width, height):
+        raise DatasetError(f"{source} is {mask.width}x{mask.height}, its pair {width}x{height}")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 

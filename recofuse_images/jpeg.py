@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from recofuse_images.directories import exif_orientation
 from recofuse_images.errors import UnsupportedImageError
 from recofuse_images.limits import MAX_SCANS, MAX_SEGMENTS, Limits, check_exif, cut_short, too_many
 from recofuse_images.picture import Header, Picture, rgb_of_cmyk
@@ -19,7 +19,6 @@ from recofuse_images.picture import Header, Picture, rgb_of_cmyk
 MAGIC = b"\xff\xd8"
 
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # stuffing and restarts belong to a scan's data
-_ORIENTATION_TAG = 274
 _FRAMES = {  # what a start-of-frame marker says; the table has the first three
     0xC0: "baseline", 0xC1: "baseline", 0xC2: "progressive", 0xC3: "lossless",
     0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",
@@ -109,19 +108,6 @@ def read_pixels(data: bytes, header: JpegHeader) -> Picture:
     if values.ndim == 3 and values.shape[2] == 4:
         values = rgb_of_cmyk(255 - values)  # Adobe stores light, not ink
     return Picture(values, bits=8)
-
-
-def exif_orientation(exif: bytes) -> int:
-    """The orientation that EXIF data name, 1 to 8; 1 where they are missing or damaged."""
-    if not exif:
-        return 1
-    try:
-        tags = Image.Exif()
-        tags.load(exif)
-        orientation = int(tags.get(_ORIENTATION_TAG, 1))
-    except Exception:  # noqa: BLE001 - a broken note is no reason to refuse the picture
-        return 1
-    return orientation if orientation in range(1, 9) else 1
 
 
 def _check_scans(data: bytes, at: int) -> None:

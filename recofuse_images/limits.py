@@ -54,6 +54,10 @@ class Limits:
             )
 
 
+# For files that their reader's owner chose, such as training data: as large as they come.
+OWN_FILES = Limits(max_image_bytes=1 << 31, max_pixels=1 << 28, max_side=1 << 16, min_side=1)
+
+
 def check_exif(num_bytes: int) -> None:
     """Raises ImageTooLargeError for more EXIF data than is read."""
     if num_bytes > MAX_EXIF_BYTES:

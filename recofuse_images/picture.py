@@ -33,13 +33,15 @@ class Header:
 class Picture:
     """Decoded pixels at the file's own depth: grey (H, W) or RGB (H, W, 3), unsigned, signed or floating point.
 
-    bits: of unsigned values, how many of them count: what the file says, else None where it uses a deeper container
-    that may be filled in part. nodata: the value that the file itself calls no measurement. alpha: (H, W) of the same
-    type, if the file has it; it takes part in nothing but MFNet's layout, where it is the infrared image.
+    bits: of unsigned values, the depth that the file stores; None for a container of 16 that may be filled in part,
+    where likely_bits is what the file says of it. nodata: the value that the file itself calls no measurement. alpha:
+    (H, W) of the same type, if the file has it; it takes part in nothing but MFNet's layout, where it is the infrared
+    image.
     """
 
     values: NDArray[Any]
     bits: int | None = None
+    likely_bits: int | None = None
     nodata: float | None = None
     alpha: NDArray[Any] | None = None
 

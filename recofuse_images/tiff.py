@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_images import formats, jpeg
+from recofuse_images.directories import Directory, Form, directories
 from recofuse_images.errors import BadImageError, ImageError, ImageTooLargeError, UnsupportedImageError
-from recofuse_images.limits import MAX_PAGES, MAX_TAG_VALUES, MAX_TAGS, Limits, cut_short, too_many
+from recofuse_images.limits import MAX_TAG_VALUES, Limits, cut_short
 from recofuse_images.picture import Header, Picture, rgb_of_cmyk
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ _FOR_TIFFFILE = frozenset(
     | {_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES}
     | {_EXTRA_SAMPLES, _SAMPLE_FORMAT, _JPEG_TABLES, _SUBSAMPLING}
 )
-_NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}  # by type
-_COUNTED = frozenset({3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 17, 18})  # types whose values libraries make numbers of
-
 _COMPRESSIONS = {
     1: "none", 2: "CCITT RLE", 3: "CCITT fax 3", 4: "CCITT fax 4", 5: "LZW", 6: "old-style JPEG", 7: "JPEG",
     8: "Deflate", 32773: "PackBits", 32946: "Deflate", 33003: "JPEG 2000", 33005: "JPEG 2000",
@@ -76,84 +74,10 @@ class TiffHeader(Header):
     entries: tuple[bytes, ...] = ()
 
 
-class _Directory:
-    """One directory: its tags' numbers, read when asked for."""
-
-    def __init__(self, data: bytes, at: int, form: _Form, max_values: int) -> None:
-        self._data, self._form = data, form
-        self._tags: dict[int, tuple[int, int, int]] = {}  # type, number of values, where they are
-        self.entries: dict[int, bytes] = {}
-        try:
-            (num_tags,) = struct.unpack_from(form.order + form.count, data, at)
-            if num_tags > MAX_TAGS:
-                raise too_many("TIFF", MAX_TAGS, "tags")
-            at += struct.calcsize(form.order + form.count)
-            for _ in range(num_tags):
-                code, kind, num_values = struct.unpack_from(f"{form.order}HH{form.offset}", data, at)
-                if num_values > max_values and kind in _COUNTED:
-                    raise too_many("TIFF", max_values, "numbers in one tag")
-                self._tags.setdefault(code, (kind, num_values, at + form.value_at))
-                self.entries.setdefault(code, data[at : at + form.entry_bytes])
-                at += form.entry_bytes
-            (self.following,) = struct.unpack_from(form.order + form.offset, data, at)
-        except struct.error as error:
-            raise cut_short("TIFF") from error
-
-    def __contains__(self, code: int) -> bool:
-        return code in self._tags
-
-    def numbers(self, code: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """A tag's whole numbers; default where the tag is missing. Raises BadImageError."""
-        if code not in self._tags:
-            return default
-        kind, num_values, _ = self._tags[code]
-        if kind not in _NUMBERS or not num_values:
-            raise cut_short("TIFF")
-        try:
-            return struct.unpack_from(f"{self._form.order}{num_values}{_NUMBERS[kind]}", *self._where(code))
-        except struct.error as error:
-            raise cut_short("TIFF") from error
-
-    def number(self, code: int, default: int) -> int:
-        """A tag's first whole number."""
-        return self.numbers(code, (default,))[0]
-
-    def text(self, code: int) -> str:
-        """A tag's text, "" where there is none."""
-        if code not in self._tags or self._tags[code][0] != 2:
-            return ""
-        data, at = self._where(code)
-        return data[at : at + min(self._tags[code][1], 64)].split(b"\0")[0].decode("ascii", "replace").strip()
-
-    def _where(self, code: int) -> tuple[bytes, int]:
-        kind, num_values, at = self._tags[code]
-        size = num_values * struct.calcsize("=" + _NUMBERS.get(kind, "B"))
-        if size > struct.calcsize("=" + self._form.offset):
-            (at,) = struct.unpack_from(self._form.order + self._form.offset, self._data, at)
-        return self._data, at
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How numbers stand in the file: struct's letters for byte order, offsets and counts of tags, sizes in bytes."""
-
-    order: str
-    offset: str
-    count: str
-    first_at: int
-    entry_bytes: int
-    value_at: int
-
-    @classmethod
-    def of(cls, data: bytes) -> _Form:
-        order = "<" if data[:2] == b"II" else ">"
-        return cls(order, "Q", "Q", 8, 20, 12) if b"+" in data[2:4] else cls(order, "I", "H", 4, 12, 8)
-
-
 def read_header(data: bytes, limits: Limits) -> TiffHeader:
     """The picture's directory; thumbnails and overviews are passed over. Raises ImageError."""
-    form = _Form.of(data)
-    directory = _picture_of(_directories(data, form, max(MAX_TAG_VALUES, limits.max_pixels // 64)))
+    form = Form.of(data)
+    directory = _picture_of(directories(data, form, max(MAX_TAG_VALUES, limits.max_pixels // 64)))
     width, height = directory.number(_WIDTH, 0), directory.number(_HEIGHT, 0)
     limits.check_size(width, height)
     if _DNG in directory:
@@ -178,25 +102,7 @@ def read_pixels(data: bytes, header: TiffHeader) -> Picture:
     return _interpreted(values, header)
 
 
-def _directories(data: bytes, form: _Form, max_values: int) -> list[_Directory]:
-    found: list[_Directory] = []
-    seen: set[int] = set()
-    try:
-        (at,) = struct.unpack_from(form.order + form.offset, data, form.first_at)
-    except struct.error as error:
-        raise cut_short("TIFF") from error
-    while at and at not in seen:
-        if len(found) == MAX_PAGES:
-            raise too_many("TIFF", MAX_PAGES, "directories")
-        seen.add(at)
-        found.append(_Directory(data, at, form, max_values))
-        at = found[-1].following
-    if not found:
-        raise cut_short("TIFF")
-    return found
-
-
-def _picture_of(directories: list[_Directory]) -> _Directory:
+def _picture_of(directories: list[Directory]) -> Directory:
     """The largest image of those that are no reduced copies and no masks; smaller ones of its shape are copies, too."""
     full = [directory for directory in directories if not directory.number(_SUBFILE, 0) & 0b101] or directories
     sizes = [(directory.number(_WIDTH, 0), directory.number(_HEIGHT, 0)) for directory in full]
@@ -208,7 +114,7 @@ def _picture_of(directories: list[_Directory]) -> _Directory:
     return best
 
 
-def _described(directory: _Directory, width: int, height: int) -> TiffHeader:
+def _described(directory: Directory, width: int, height: int) -> TiffHeader:
     """What the tags say, held against the table. Raises UnsupportedImageError by the name of what is not in it."""
     photometric, samples = directory.number(_PHOTOMETRIC, -1), directory.number(_SAMPLES, 1)
     pixels = _PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
@@ -250,12 +156,12 @@ def _described(directory: _Directory, width: int, height: int) -> TiffHeader:
     )
 
 
-def _compression_of(directory: _Directory) -> str:
+def _compression_of(directory: Directory) -> str:
     compression = directory.number(_COMPRESSION, 1)
     return _COMPRESSIONS.get(compression, f"method {compression}")
 
 
-def _check_samples(directory: _Directory, pixels: str, samples: int, row: formats.Row) -> None:
+def _check_samples(directory: Directory, pixels: str, samples: int, row: formats.Row) -> None:
     num_extra = samples - _COLOURS[pixels]
     if num_extra < 0:
         raise cut_short("TIFF")
@@ -267,7 +173,7 @@ def _check_samples(directory: _Directory, pixels: str, samples: int, row: format
         raise cut_short("TIFF")
 
 
-def _check_predictor(directory: _Directory, kind: str, bits: int, storage: str) -> None:
+def _check_predictor(directory: Directory, kind: str, bits: int, storage: str) -> None:
     predictor = directory.number(_PREDICTOR, 1)
     if storage == "JPEG" or predictor == 1:
         return
@@ -276,7 +182,7 @@ def _check_predictor(directory: _Directory, kind: str, bits: int, storage: str) 
         raise UnsupportedImageError(f"a TIFF of {bits}-bit {kind} samples with predictor {predictor} is not accepted")
 
 
-def _colour_map_of(directory: _Directory, bits: int) -> tuple[int, ...]:
+def _colour_map_of(directory: Directory, bits: int) -> tuple[int, ...]:
     colours = directory.numbers(_COLOUR_MAP)
     if len(colours) != 3 << bits:
         raise cut_short("TIFF")
@@ -290,7 +196,7 @@ def _number_of(text: str) -> float | None:
         return None
 
 
-def _check_storage(directory: _Directory, header: TiffHeader, num_bytes: int, limits: Limits) -> None:
+def _check_storage(directory: Directory, header: TiffHeader, num_bytes: int, limits: Limits) -> None:
     """Every strip or tile of the picture is named and lies within the file."""
     is_tiled = _TILE_WIDTH in directory or _TILE_OFFSETS in directory
     if is_tiled:
@@ -315,7 +221,7 @@ def _check_storage(directory: _Directory, header: TiffHeader, num_bytes: int, li
 
 def _bare(data: bytes, entries: tuple[bytes, ...]) -> bytes:
     """The file with one directory, of these tags alone, behind what it had."""
-    form = _Form.of(data)
+    form = Form.of(data)
     at = len(data) + len(data) % 2
     directory = struct.pack(form.order + form.count, len(entries)) + b"".join(entries)
     head = data[: form.first_at] + struct.pack(form.order + form.offset, at)
@@ -369,7 +275,7 @@ def _interpreted(values: NDArray[Any], header: TiffHeader) -> Picture:
     if header.pixels in ("grey", "CMYK") and values.shape[2] == 1:
         values = values[..., 0]
     is_exact = header.kind == "unsigned" and bits < 16
-    return Picture(np.ascontiguousarray(values), bits if is_exact else None, nodata, alpha)
+    return Picture(np.ascontiguousarray(values), bits if is_exact else None, nodata=nodata, alpha=alpha)
 
 
 def _inverted(values: NDArray[Any], nodata: float | None, kind: str, bits: int) -> tuple[NDArray[Any], float | None]:

@@ -19,11 +19,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import cv2
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from recofuse_images.writer import jpeg_bytes
 from service.metrics import FlowMode
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from service.pb.recofuse.v1 import fusion_pb2_grpc
@@ -207,16 +207,12 @@ def _image(picture: Tensor, encoding: Encoding) -> pb.Image:
 
 
 def message_of(pixels: NDArray[np.uint8], encoding: Encoding) -> pb.Image:
-    """Pixels (H, W, 3) RGB or (H, W) grey as an image of the contract. Raises RuntimeError if OpenCV cannot encode."""
+    """Pixels (H, W, 3) RGB or (H, W) grey as an image of the contract."""
     if encoding == "raw":
         pixel_format = pb.PIXEL_FORMAT_MONO8 if pixels.ndim == 2 else pb.PIXEL_FORMAT_RGB8
         height, width = pixels.shape[:2]
         return pb.Image(raw=pb.RawImage(pixel_format=pixel_format, width=width, height=height, data=pixels.tobytes()))
-    ordered = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
-    is_done, encoded = cv2.imencode(".jpg", ordered, [cv2.IMWRITE_JPEG_QUALITY, 90])
-    if not is_done:
-        raise RuntimeError("OpenCV cannot write JPEG")
-    return pb.Image(encoded=encoded.tobytes())
+    return pb.Image(encoded=jpeg_bytes(pixels, quality=90))
 
 
 # --- what cameras do --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from recofuse_images.reader import Pair
 from service import images
 from service.engine import Engine, PassOptions
 from service.errors import InvalidInputError
@@ -58,7 +59,7 @@ class Cost:
 class Fusion:
     """One fused pair: what went in (8 bits, on the vis grid), what came out, and what each stage cost."""
 
-    inputs: images.Pair
+    inputs: Pair
     pictures: Mapping[Part, Pixels]
     costs: Mapping[Stage, Cost]
 

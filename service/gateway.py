@@ -236,7 +236,14 @@ class Gateway:
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
         if self.is_draining:
             raise UnavailableError("this server is stopping; try again, another one may answer", retry_after_s=1.0)
-        width, height = await asyncio.to_thread(self._check, request)
+        width, height = await asyncio.to_thread(
+            images.check_request,
+            request.vis,
+            request.ir,
+            request.vis_layout,
+            request.ir_layout,
+            self._settings.limits,
+        )
         now = self._clock()
         return FusionJob(
             id=new_job_id(),
@@ -254,20 +261,6 @@ class Gateway:
             vis_layout=request.vis_layout,
             ir_layout=request.ir_layout,
         )
-
-    def _check(self, request: FusionRequest) -> tuple[int, int]:
-        """Both headers, without decoding; returns the vis size."""
-        limits, sizes = self._settings.limits, []
-        payloads = (("vis", request.vis, request.vis_layout), ("ir", request.ir, request.ir_layout))
-        for role, payload, layout in payloads:
-            if layout is None:
-                header = images.inspect(payload, role, limits)  # type: ignore[arg-type]
-                sizes.append((header.width, header.height))
-            else:
-                images.inspect_raw(payload, layout, role, limits)  # type: ignore[arg-type]
-                sizes.append((layout.width, layout.height))
-        images.check_pair(sizes[0], sizes[1], limits)
-        return sizes[0]
 
     async def _submit(self, job: FusionJob, request: FusionRequest) -> str:
         own_key = auth.own_idempotency_key(request.idempotency_key)

@@ -617,16 +617,12 @@ class Inference:
             return
         sizes = []
         for index, pair in enumerate(plan.requests):
-            if (layout := pair.vis_layout) is None:
-                try:
-                    header = images.inspect(pair.vis, "vis", self._settings.limits)
-                except ServiceError as error:
-                    if len(plan.requests) == 1:
-                        raise
-                    raise _numbered(error, index) from error
-                sizes.append((header.width, header.height))
-            else:
-                sizes.append((layout.width, layout.height))
+            try:
+                sizes.append(images.size_of(pair.vis, "vis", pair.vis_layout, self._settings.limits))
+            except ServiceError as error:
+                if len(plan.requests) == 1:
+                    raise
+                raise _numbered(error, index) from error
         if len(set(sizes)) > 1:
             shown = " and ".join(f"{width}x{height}" for width, height in sorted(set(sizes))[:2])
             raise InvalidInputError(

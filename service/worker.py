@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from recofuse_images.reader import Pair
 from service import images, logs
 from service.batcher import Batcher, BatchPolicy, Waiting
 from service.engine import Engine, PassOptions
@@ -56,7 +57,7 @@ class _Held:
     """One job in this worker's hands."""
 
     lease: Lease
-    pair: images.Pair | None = None
+    pair: Pair | None = None
     ready_s: float = 0.0
     timings_s: dict[Stage, float] = field(default_factory=dict)
     is_running: bool = False  # in the model or beyond

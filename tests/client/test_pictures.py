@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from recofuse_client import BadAnswerError, Part, Picture
 from recofuse_client.pictures import checked_array, decoded, file_of, npy_pixels, png_of
 from recofuse_client.rpc import fusion_of, image_message
+from recofuse_images.frames import read_frame
+from recofuse_images.limits import Limits
+from recofuse_images.reader import read_vis
+from recofuse_images.scale import vis_levels
 from service.grpc_api import _content
-from service.images import decode_pair
 from service.pb.recofuse.v1 import fusion_pb2 as pb
-from service.settings import LimitSettings
 from tests.fakes import file_of as encoded
 
-LIMITS = LimitSettings(min_side=1, aspect_tolerance=0.5)
+LIMITS = Limits(min_side=1)
 
 sides = st.tuples(st.integers(1, 40), st.integers(1, 40))
 grey8 = sides.flatmap(lambda side: hnp.arrays(np.uint8, side))
@@ -31,22 +33,23 @@ colour16 = sides.flatmap(lambda side: hnp.arrays(np.uint16, (*side, 3)))
 views = st.sampled_from([np.s_[:], np.s_[::-1], np.s_[:, ::-1], np.s_[::2]])
 
 
-def seen_by_server(image: pb.Image, role: str) -> NDArray[np.uint8]:
-    """What the server makes of an image, as 8 bits."""
-    payload, layout = _content(image, role)
-    other = {"vis": payload, "ir": payload, "vis_layout": layout, "ir_layout": layout}
-    pair = decode_pair(other["vis"], other["ir"], LIMITS, vis_layout=layout, ir_layout=layout, ir_range=(0.0, 65535.0))  # type: ignore[arg-type]
-    return pair.vis if role == "vis" else pair.ir
+def seen_by_server(image: pb.Image, highest: int) -> NDArray[np.uint8]:
+    """What the server makes of a visible image, as 8 bits."""
+    payload, layout = _content(image, "vis")
+    if layout is None:
+        return read_vis(payload, LIMITS, (0, highest))
+    return vis_levels(read_frame(payload, layout, LIMITS), (0, highest))
 
 
 @given(colour8 | grey8 | colour16 | grey16, views, st.booleans())
 def test_what_the_server_sees_is_what_was_given(array: NDArray[Any], view: Any, bgr: bool) -> None:
     shown = array[view]
-    eight = (shown >> 8).astype(np.uint8) if shown.dtype == np.uint16 else shown
+    highest = np.iinfo(shown.dtype).max
+    eight = np.rint(shown / (highest / 255)).astype(np.uint8)
     expected = np.repeat(eight[..., None], 3, axis=2) if eight.ndim == 2 else eight[..., ::-1] if bgr else eight
-    np.testing.assert_array_equal(seen_by_server(image_message(shown, "vis", bgr=bgr), "vis"), expected)
+    np.testing.assert_array_equal(seen_by_server(image_message(shown, "vis", bgr=bgr), highest), expected)
     file = pb.Image(encoded=file_of(shown, "vis", bgr=bgr))
-    np.testing.assert_array_equal(seen_by_server(file, "vis"), expected)
+    np.testing.assert_array_equal(seen_by_server(file, highest), expected)
 
 
 @given(colour8 | grey8)

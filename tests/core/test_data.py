@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from recofuse_core.data import find_images, find_pairs, read_ir, read_pair, read_vis, to_float, to_uint8, write_image
 from recofuse_core.errors import DatasetError, ShapeError
@@ -193,18 +194,32 @@ def test_deep_files_become_eight_bits(tmp_path: Path) -> None:
     ir = read_ir(path).float()
     low, high = np.percentile(ramp, (0.5, 99.5))
     expected = ((torch.from_numpy(ramp.astype(np.float32)) - low) / (high - low)).clamp(0, 1) * 255
-    assert (ir[0] - expected).abs().max() <= 0.51
-    assert torch.equal(read_vis(path)[0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+    assert (ir[0] - expected).abs().max() <= 1
+    assert torch.equal(read_vis(path)[0], torch.from_numpy(np.rint(ramp / 257).astype(np.uint8)))
     flat = store(tmp_path / "flat.png", np.full((8, 8), 31000), np.uint16)
     assert set(read_ir(flat).flatten().tolist()) == {0}
 
 
+def test_files_are_upright_and_read_as_the_service_reads_them(tmp_path: Path) -> None:
+    colours = np.random.default_rng(1).integers(0, 256, (24, 40, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6  # a camera on its side
+    Image.fromarray(np.rot90(colours)).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(read_vis(tmp_path / "turned.png"), torch.from_numpy(colours).permute(2, 0, 1))
+    degrees = np.linspace(-5, 40, 24 * 40).astype(np.float32).reshape(24, 40)
+    degrees[:, :6] = np.nan
+    ir = read_ir(store(tmp_path / "degrees.tiff", degrees, np.float32))
+    assert not ir[0, :, :6].any()
+    assert ir.max() == 255
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    empty, text, floats = tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "float.tiff"
+    empty, text, short = tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "short.tiff"
     empty.touch()
     text.write_text("not an image", encoding="utf-8")
-    store(floats, np.zeros((4, 4)), np.float32)
-    for path in (empty, text, floats, tmp_path / "missing.png"):
+    store(tmp_path / "whole.tiff", np.zeros((40, 40)), np.float32)
+    short.write_bytes((tmp_path / "whole.tiff").read_bytes()[:900])
+    for path in (empty, text, short, tmp_path / "missing.png"):
         with pytest.raises(DatasetError, match=path.name):
             read_vis(path)
 

@@ -9,13 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from recofuse_images.errors import BadImageError, ImageError, ImageTooLargeError, UnsupportedImageError
 from service.errors import ErrorCode
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 from tests.fakes import file_of, pair, picture
-from tests.service.test_images import BAD_FILES
+from tests.images.files import BAD_FILES
 
 VIS, IR = pair()
 UNKNOWN: Any = 99
+CODES: dict[type[ImageError], ErrorCode] = {
+    BadImageError: ErrorCode.INVALID_INPUT,
+    ImageTooLargeError: ErrorCode.PAYLOAD_TOO_LARGE,
+    UnsupportedImageError: ErrorCode.UNSUPPORTED_MEDIA,
+}
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,9 @@ def _bad_options(**pairs: tuple[str, pb.FuseOptions]) -> dict[str, ErrorCase]:
 
 
 ERROR_CASES: dict[str, ErrorCase] = {
-    **{
-        f"vis {name}": ErrorCase(kind.code, vis=data)
-        for name, (data, kind, _) in BAD_FILES.items()
-        if "float" not in name
-    },
-    **{
-        f"ir {name}": ErrorCase(kind.code, ir=data)
-        for name, (data, kind, _) in BAD_FILES.items()
-        if "float" not in name
-    },
+    **{f"vis {name}": ErrorCase(CODES[kind], vis=data) for name, (data, kind, _) in BAD_FILES.items()},
+    **{f"ir {name}": ErrorCase(CODES[kind], ir=data) for name, (data, kind, _) in BAD_FILES.items()},
+    "one file for both": ErrorCase(ErrorCode.INVALID_INPUT, vis=VIS, ir=VIS),
     "no vis": ErrorCase(ErrorCode.INVALID_INPUT, vis=None),
     "no ir": ErrorCase(ErrorCode.INVALID_INPUT, ir=None),
     "other aspect": ErrorCase(ErrorCode.INVALID_INPUT, ir=file_of(picture(64, 64, channels=1))),

@@ -1,372 +1,45 @@
-"""Every accepted kind of file decodes to the right pixels; everything else is refused with a reason, and cheaply."""
+"""The bridge to `recofuse_images`: its errors are those of the one tree, and its bounds are the settings."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import struct
-import subprocess
-import sys
-import time
-import zlib
-from typing import Any
+import dataclasses
 
-import cv2
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-from PIL import Image
 
-from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError, UnsupportedMediaError
-from service.images import (
-    MAX_CHUNKS,
-    MAX_EXIF_BYTES,
-    MAX_SCANS,
-    MAX_SEGMENTS,
-    MAX_TAG_VALUES,
-    MAX_TAGS,
-    decode_pair,
-    encode,
-    inspect,
-    normalise_ir,
-)
-from service.jobs import ImageFormat, PixelFormat, RawLayout
-from service.settings import CodecSettings, LimitSettings
-from tests.fakes import file_of, picture
-
-LIMITS = LimitSettings()
-VIS = picture(64, 48)
-IR = picture(64, 48, channels=1)
-VIS_FILE, IR_FILE = file_of(VIS), file_of(IR)
-
-
-def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, image_format, **options)
-    return stream.getvalue()
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_header(width: int, height: int) -> bytes:
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_lossless_files_come_back_exactly(suffix: str) -> None:
-    pair = decode_pair(file_of(VIS, suffix), file_of(IR, suffix), LIMITS)
-    np.testing.assert_array_equal(pair.vis, VIS)
-    np.testing.assert_array_equal(pair.ir, IR)
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-def test_lossy_files_come_back_nearly(suffix: str) -> None:
-    pair = decode_pair(file_of(VIS, suffix), file_of(IR, suffix), LIMITS)
-    assert np.abs(pair.vis.astype(int) - VIS).mean() < 6
-    assert np.abs(pair.ir.astype(int) - IR).mean() < 6
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_every_mode_of_colour_is_understood(mode: str, image_format: str) -> None:
-    image = Image.fromarray(VIS).convert(mode)
-    pair = decode_pair(saved(image, image_format), saved(image, image_format), LIMITS)
-    expected = np.asarray(image.convert("RGB"))
-    np.testing.assert_array_equal(pair.vis, expected)
-    grey = np.asarray(image.convert("RGB").convert("L"))
-    assert np.abs(pair.ir.astype(int) - grey).max() <= 2
-
-
-def test_cmyk_jpeg_is_understood() -> None:
-    pair = decode_pair(saved(Image.fromarray(VIS).convert("CMYK"), "JPEG", quality=95), IR_FILE, LIMITS)
-    assert np.abs(pair.vis.astype(int) - VIS).mean() < 8
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
-def test_deep_infrared_is_stretched_between_robust_percentiles(image_format: str, dtype: type[np.generic]) -> None:
-    if image_format == "PNG" and dtype is np.float32:
-        return  # there is no such file
-    counts = (7000 + IR.astype(np.float64) * 4).astype(dtype)
-    counts[0, 0], counts[0, 1] = 65000, 1  # a glowing and a dead pixel
-    pair = decode_pair(VIS_FILE, file_of(counts, f".{image_format.lower()}"), LIMITS)
-    low, high = np.percentile(counts.astype(float), (0.5, 99.5))
-    expected = np.clip((counts.astype(float) - low) / (high - low), 0, 1) * 255
-    assert np.abs(pair.ir - expected).max() <= 1.5
-    assert pair.ir.std() > 40
-
-
-def test_ir_range_overrides_the_rule() -> None:
-    counts = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
-    pair = decode_pair(VIS_FILE, file_of(counts), LIMITS, ir_range=(0, 65535))
-    assert np.abs(pair.ir.astype(float) - counts / 257).max() <= 0.51
-    eight = decode_pair(VIS_FILE, IR_FILE, LIMITS, ir_range=(0, 127.5))
-    assert np.abs(eight.ir.astype(float) - np.clip(IR * 2.0, 0, 255)).max() <= 1
-
-
-def test_a_flat_deep_image_is_black() -> None:
-    assert not normalise_ir(np.full((4, 4), 900, np.uint16)).any()
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60000))
-def test_counting_finds_the_percentiles_that_sorting_finds(seed: int, spread: int) -> None:
-    values = np.random.default_rng(seed).integers(0, spread + 1, (40, 50)).astype(np.uint16)
-    low, high = np.percentile(values, (0.5, 99.5), method="lower").astype(float)
-    if high > low:
-        expected = np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
-        np.testing.assert_array_equal(normalise_ir(values), expected)
-    else:
-        assert not normalise_ir(values).any()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_orientation_is_applied(orientation: int, image_format: str) -> None:
-    exif = Image.Exif()
-    exif[274] = orientation
-    lossless = {"lossless": True} if image_format == "WEBP" else {}
-    data = saved(Image.fromarray(VIS), image_format, exif=exif, **lossless)
-    upright = np.asarray(Image.fromarray(VIS).transpose(TRANSPOSE[orientation]) if orientation > 1 else VIS)
-    header = inspect(data, "vis", LIMITS)
-    assert (header.height, header.width) == upright.shape[:2]
-    ir = file_of(picture(header.width, header.height, channels=1))
-    decoded = decode_pair(data, ir, LIMITS).vis
-    assert np.abs(decoded.astype(int) - upright).mean() < 6
-
-
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-@pytest.mark.parametrize("size", [(32, 32), (128, 96), (65, 49), (200, 152)])
-def test_infrared_of_the_same_aspect_is_resampled(size: tuple[int, int]) -> None:
-    pair = decode_pair(file_of(picture(256, 256 * size[1] // size[0])), file_of(picture(*size, channels=1)), LIMITS)
-    assert pair.ir.shape == pair.vis.shape[:2]
-
-
-def test_other_aspects_are_refused_with_both_sizes() -> None:
-    with pytest.raises(InvalidInputError, match=r"vis is 64x48 and ir is 64x64; accepted"):
-        decode_pair(VIS_FILE, file_of(picture(64, 64, channels=1)), LIMITS)
-
-
-BAD_FILES = {
-    "empty": (b"", InvalidInputError, "empty"),
-    "text": (b"this is not an image at all" * 9, UnsupportedMediaError, "PNG, JPEG, WebP and TIFF"),
-    "gif": (saved(Image.fromarray(VIS), "GIF"), UnsupportedMediaError, "PNG, JPEG"),
-    "bmp": (saved(Image.fromarray(VIS), "BMP"), UnsupportedMediaError, "PNG, JPEG"),
-    "camera raw": (b"IIRO\xff\xff\xff\xff" * 9, UnsupportedMediaError, "PNG, JPEG"),  # Olympus's cousin of TIFF
-    "one pixel": (file_of(VIS[:1, :1]), InvalidInputError, "1x1"),
-    "bomb": (png_header(50_000, 50_000), PayloadTooLargeError, "50000x50000"),
-    "long": (png_header(9000, 40), PayloadTooLargeError, "9000x40"),
-    "only a header": (VIS_FILE[:60], InvalidInputError, "cut short"),
-    "several frames": (
-        saved(Image.fromarray(VIS), "TIFF", save_all=True, append_images=[Image.fromarray(VIS)]),
-        PayloadTooLargeError,
-        "several images",
-    ),
-    "animation": (
-        saved(Image.fromarray(VIS), "WEBP", save_all=True, append_images=[Image.fromarray(255 - VIS)]),
-        PayloadTooLargeError,
-        "several images",
-    ),
-    "float vis": (file_of(VIS.astype(np.float32), ".tiff"), ServiceError, "vis"),
-    "wrong pixels": (png_header(640, 480), InvalidInputError, "cut short"),
-}
+from recofuse_images.errors import ImageError
+from recofuse_images.limits import Limits
+from service.errors import ServiceError
+from service.images import check_request, decode_pair, size_of
+from service.settings import LimitSettings
+from tests.images.files import BAD_FILES, IR_FILE, VIS_FILE
+from tests.service.error_cases import CODES
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_refused_with_a_reason(name: str) -> None:
+def test_every_error_of_a_file_is_one_of_ours(name: str) -> None:
     data, kind, words = BAD_FILES[name]
-    with pytest.raises(kind, match=words) as refused:
-        decode_pair(data, IR_FILE, LIMITS)
-    assert 400 <= refused.value.http_status < 500
+    for vis, ir in ((data, IR_FILE), (VIS_FILE, data)):
+        with pytest.raises(ServiceError, match=words) as refused:
+            decode_pair(vis, ir, LimitSettings())
+        assert refused.value.code is CODES[kind]
 
 
-def test_not_finite_infrared_is_refused() -> None:
-    values = IR.astype(np.float32)
-    values[3, 3] = np.nan
-    with pytest.raises(InvalidInputError, match="not finite"):
-        decode_pair(VIS_FILE, file_of(values, ".tiff"), LIMITS)
+def test_no_kind_of_error_is_left_out() -> None:
+    assert set(ImageError.__subclasses__()) == set(CODES)
 
 
-def test_a_file_of_too_many_bytes_is_refused() -> None:
-    with pytest.raises(PayloadTooLargeError, match="at most 100"):
-        inspect(VIS_FILE, "vis", LimitSettings(max_image_bytes=100))
+def test_the_limits_have_a_setting_each_of_equal_default() -> None:
+    for bound in dataclasses.fields(Limits):
+        assert getattr(LimitSettings(), bound.name) == getattr(Limits(), bound.name)
 
 
-def test_a_webp_bomb_costs_nothing() -> None:
-    body = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (16382).to_bytes(3, "little") + (16382).to_bytes(3, "little")
-    bomb = b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
-    started = time.perf_counter()
-    with pytest.raises(PayloadTooLargeError, match="16383x16383"):
-        inspect(bomb, "vis", LIMITS)
-    assert time.perf_counter() - started < 1  # decoding 268 million pixels takes longer
+@pytest.mark.parametrize("bound", [{"max_side": 50}, {"max_pixels": 900}, {"max_image_bytes": 99}])
+def test_the_settings_bound_what_is_read(bound: dict[str, int]) -> None:
+    with pytest.raises(ServiceError, match="at most"):
+        size_of(VIS_FILE, "vis", None, LimitSettings(**bound))
 
 
-def png_with(chunks: bytes) -> bytes:
-    """A small PNG file with more chunks behind its header."""
-    return VIS_FILE[:33] + chunks + VIS_FILE[33:]
-
-
-def jpeg_with(segments: bytes, *, scans: bytes = b"", tail: bytes = b"") -> bytes:
-    """A small progressive JPEG file with more segments after its begin, scans before its end, bytes behind that."""
-    whole = saved(Image.fromarray(VIS), "JPEG", progressive=True)
-    return whole[:2] + segments + whole[2:-2] + scans + whole[-2:] + tail
-
-
-def tiff_with(tags: list[tuple[int, int, int, int]], *, following: int = 0, order: str = "<") -> bytes:
-    """A TIFF file of 64x48 grey pixels, with more tags: number, type, how many values, where they are."""
-    own = [(256, 64), (257, 48), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 48), (279, 64 * 48)]
-    named = sorted([*((tag, 4, 1, value) for tag, value in own), *tags])
-    magic = b"II*\0" if order == "<" else b"MM\0*"
-    head = magic + struct.pack(f"{order}I", 8 + 64 * 48) + IR.tobytes() + struct.pack(f"{order}H", len(named))
-    directory = b"".join(struct.pack(f"{order}HHII", *tag) for tag in named)
-    return head + directory + struct.pack(f"{order}I", following) + bytes(4 * MAX_TAG_VALUES + 2)
-
-
-EMPTY_SCAN = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\0\xff\0"
-EXIF_SEGMENT = b"\xff\xe1" + struct.pack(">H", 65000) + b"Exif\0\0" + bytes(65000 - 8)
-EXIF = b"Exif\0\0II*\0" + bytes(MAX_EXIF_BYTES)
-CROWDED = {
-    "png chunks": (png_with(chunk(b"teSt", b"") * MAX_CHUNKS), "chunks"),
-    "png exif": (png_with(chunk(b"eXIf", bytes(MAX_EXIF_BYTES + 1))), "EXIF"),
-    "webp exif": (saved(Image.fromarray(VIS), "WEBP", exif=EXIF), "EXIF"),
-    "jpeg segments": (jpeg_with(b"\xff\xe1\0\2" * MAX_SEGMENTS), "segments"),
-    "jpeg fill bytes": (jpeg_with(b"\xff" * MAX_SEGMENTS), "segments"),
-    "jpeg exif": (jpeg_with(EXIF_SEGMENT * (MAX_EXIF_BYTES // 65000 + 1)), "EXIF"),
-    "jpeg scans": (jpeg_with(b"", scans=EMPTY_SCAN * MAX_SCANS), "scans"),
-    "jpeg hidden end": (jpeg_with(b"", scans=b"\xff\xfe\0\4\xff\xd9" + EMPTY_SCAN * MAX_SCANS), "scans"),
-    "tiff values": (tiff_with([(338, 3, MAX_TAG_VALUES + 1, 8)]), "numbers in one tag"),
-    "tiff values, big endian": (tiff_with([(338, 3, MAX_TAG_VALUES + 1, 8)], order=">"), "numbers in one tag"),
-    "tiff tags": (tiff_with([(1000 + number, 3, 1, 0) for number in range(MAX_TAGS)]), "tags"),
-    "tiff tiles": (tiff_with([(322, 4, 1, 8192), (323, 4, 1, 8192)]), "tiles"),
-    "tiff second image": (tiff_with([], following=8 + 64 * 48 + 100), "several images"),
-}
-
-
-@pytest.mark.parametrize("name", CROWDED)
-def test_a_file_of_too_many_parts_is_refused_before_a_library_makes_objects_of_them(name: str) -> None:
-    data, words = CROWDED[name]
-    with pytest.raises(PayloadTooLargeError, match=words):
-        inspect(data, "ir", LIMITS)
-
-
-def test_many_parts_are_accepted() -> None:
-    many = {
-        "png": png_with(chunk(b"teSt", b"") * 1000),
-        "jpeg": jpeg_with(b"\xff\xe1\0\2" * 1000, tail=b"\xff\xda" * 1000),  # phones put films behind their pictures
-        "tiff": tiff_with([(65001, 3, MAX_TAG_VALUES, 8), (65002, 7, 2 * MAX_TAG_VALUES, 8)], following=8 + 64 * 48),
-    }
-    for name, data in many.items():
-        pair = decode_pair(VIS_FILE, data, LIMITS)
-        assert pair.ir.shape == IR.shape, name
-
-
-def test_odd_files_leave_no_lines_on_standard_error() -> None:
-    """Whatever Pillow has to say about somebody's upload; pytest's own filters would hide what it says here."""
-    tags = b"".join(struct.pack("<HHII", tag, 7, 900, 8) for tag in range(50))  # more than the file has, together
-    odd = png_with(chunk(b"eXIf", b"II*\0" + struct.pack("<IH", 8, 50) + tags + bytes(900)))
-    program = f"from service import images, settings; images.inspect({odd!r}, 'vis', settings.LimitSettings())"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert ended.stderr == b""
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.sampled_from([".png", ".jpg", ".webp", ".tiff"]), st.floats(0, 0.999))
-def test_no_part_of_a_file_passes_for_the_whole(suffix: str, share: float) -> None:
-    whole = file_of(VIS, suffix)
-    cut = whole[: int(len(whole) * share)]
-    with pytest.raises(ServiceError) as refused:
-        decode_pair(cut, IR_FILE, LIMITS)
-    assert 400 <= refused.value.http_status < 500
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.sampled_from([".png", ".jpg", ".webp", ".tiff"]), st.data())
-def test_damaged_files_are_decoded_or_refused_but_never_worse(suffix: str, data: st.DataObject) -> None:
-    damaged = bytearray(file_of(VIS, suffix))
-    for _ in range(data.draw(st.integers(1, 8))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    for vis, ir in ((bytes(damaged), IR_FILE), (VIS_FILE, bytes(damaged))):
-        with contextlib.suppress(InvalidInputError, UnsupportedMediaError, PayloadTooLargeError):
-            decoded = decode_pair(vis, ir, LIMITS)
-            assert decoded.vis.shape[:2] == decoded.ir.shape
-
-
-@settings(deadline=None, max_examples=80)
-@given(
-    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0\x08\0\0\0", b"RIFF\xff\0\0\0WEBPVP8 "]),
-    st.binary(max_size=200),
-)
-def test_garbage_is_refused(magic: bytes, rest: bytes) -> None:
-    with pytest.raises(ServiceError) as refused:
-        inspect(magic + rest, "ir", LIMITS)
-    assert 400 <= refused.value.http_status < 500
-
-
-@pytest.mark.parametrize("pixels", [VIS, IR], ids=["colour", "grey"])
-@pytest.mark.parametrize("image_format", list(ImageFormat))
-def test_answers_are_readable_by_others(image_format: ImageFormat, pixels: NDArray[np.uint8]) -> None:
-    data = encode(pixels, image_format, CodecSettings())
-    if image_format is ImageFormat.NPY:
-        read = np.load(io.BytesIO(data), allow_pickle=False)
-    else:
-        with Image.open(io.BytesIO(data)) as image:
-            read = np.asarray(image.convert("RGB" if pixels.ndim == 3 else "L"))
-    if image_format in (ImageFormat.PNG, ImageFormat.NPY):
-        np.testing.assert_array_equal(read, pixels)
-    else:
-        assert np.abs(read.astype(int) - pixels).mean() < 6
-
-
-@pytest.mark.parametrize("level", range(0, 10, 3))
-def test_every_png_level_is_lossless(level: int) -> None:
-    data = encode(VIS, ImageFormat.PNG, CodecSettings(png_compression=level))
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), VIS)
-
-
-def test_a_picture_too_large_for_its_format_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="webp"):
-        encode(np.zeros((32, 17_000), np.uint8), ImageFormat.WEBP, CodecSettings())
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.sampled_from(PixelFormat), st.integers(0, 20), st.booleans())
-def test_raw_frames_are_read_with_their_stride(pixel_format: PixelFormat, padding: int, is_last_padded: bool) -> None:
-    grey16 = IR.astype(np.uint16) * 257
-    rows = {
-        PixelFormat.MONO8: IR,
-        PixelFormat.MONO16: grey16.astype("<u2").view(np.uint8).reshape(48, 128),
-        PixelFormat.RGB8: VIS.reshape(48, 192),
-        PixelFormat.BGR8: np.ascontiguousarray(VIS[..., ::-1]).reshape(48, 192),
-        PixelFormat.NV12: np.concatenate([IR, np.full((24, 64), 128, np.uint8)]),
-    }[pixel_format]
-    padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
-    data = padded.tobytes() if is_last_padded else padded.tobytes()[: padded.size - padding]
-    layout = RawLayout(pixel_format=pixel_format, width=64, height=48, stride=padded.shape[1])
-    as_vis = decode_pair(data, IR_FILE, LIMITS, vis_layout=layout).vis
-    as_ir = decode_pair(VIS_FILE, data, LIMITS, ir_layout=layout, ir_range=None).ir
-    if pixel_format in (PixelFormat.RGB8, PixelFormat.BGR8):
-        np.testing.assert_array_equal(as_vis, VIS)
-        assert np.abs(as_ir.astype(int) - cv2.cvtColor(VIS, cv2.COLOR_RGB2GRAY)).max() <= 1
-    elif pixel_format is PixelFormat.NV12:
-        assert np.abs(as_vis.astype(int) - as_vis[..., :1]).max() <= 2  # grey stays grey
-        np.testing.assert_array_equal(as_ir, IR)
-    else:
-        np.testing.assert_array_equal(as_vis[..., 0], IR)
-    for wrong in (data[:-21], data + bytes(30)):
-        with pytest.raises(InvalidInputError, match="bytes"):
-            decode_pair(wrong, IR_FILE, LIMITS, vis_layout=layout)
+def test_a_request_is_checked_as_a_whole() -> None:
+    assert check_request(VIS_FILE, IR_FILE, None, None, LimitSettings()) == (64, 48)
+    with pytest.raises(ServiceError, match="the same file"):
+        check_request(VIS_FILE, VIS_FILE, None, None, LimitSettings())

@@ -1,0 +1,102 @@
+"""PNG: every chunk there with its checksum, up to the closing one; one picture of 1 to 16 bits a sample."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from recofuse_images import formats
+from recofuse_images.directories import exif_orientation
+from recofuse_images.errors import BadImageError, ImageTooLargeError
+from recofuse_images.limits import MAX_CHUNKS, Limits, check_exif, cut_short, too_many
+from recofuse_images.picture import Header, Picture
+
+MAGIC = b"\x89PNG\r\n\x1a\n"
+
+_COLOUR_TYPES: dict[int, tuple[formats.Pixels, int]] = {  # pixels of the table, samples a pixel
+    0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey", 2), 6: ("RGB", 4),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PngHeader(Header):
+    """bits: of a sample as stored; significant_bits: what `sBIT` says, 0 where it is missing. channels: with alpha."""
+
+    bits: int = 8
+    significant_bits: int = 0
+    channels: int = 3
+
+
+def read_header(data: bytes, limits: Limits) -> PngHeader:
+    """Check all chunks. Raises ImageError."""
+    if len(data) < 33 or data[8:16] != b"\0\0\0\x0dIHDR":
+        raise cut_short("PNG")
+    width, height, bits, colour_type = struct.unpack_from(">IIBB", data, 16)
+    pixels, channels = _COLOUR_TYPES.get(colour_type, ("", 0))
+    if formats.row_of("PNG", pixels, "unsigned", bits, "Deflate") is None:
+        raise BadImageError(
+            f"the PNG file says that it has colour type {colour_type} of {bits} bits, which does not exist"
+        )
+    decoded_channels = 4 if pixels == "palette" else channels + 1  # a transparent colour makes an alpha channel
+    limits.check_size(width, height, bytes_per_pixel=decoded_channels * -(-bits // 8))
+    exif, significant_bits = _check_chunks(data)
+    return PngHeader(
+        container="PNG",
+        width=width,
+        height=height,
+        orientation=exif_orientation(exif),
+        bits=bits,
+        significant_bits=significant_bits,
+        channels=channels,
+    )
+
+
+def is_rgba(data: bytes) -> bool:
+    """Whether a file is a PNG of four 8-bit channels, as MFNet packs a visible and an infrared image."""
+    return data.startswith(MAGIC) and data[24:26] == b"\x08\x06"
+
+
+def read_pixels(data: bytes, header: PngHeader) -> Picture:
+    """Grey (H, W) or RGB (H, W, 3), uint8 or uint16, and alpha. Raises BadImageError."""
+    import imagecodecs  # not above: front ends read headers alone, and go without it
+
+    try:
+        values = np.asarray(imagecodecs.png_decode(data))
+    except Exception as error:  # the decoder meets hostile bytes here
+        raise cut_short("PNG") from error
+    if values.shape[:2] != (header.height, header.width):
+        raise cut_short("PNG")
+    depth, likely_depth = (8, None) if values.dtype == np.uint8 else (None, header.significant_bits or None)
+    if values.ndim == 2:
+        return Picture(values, depth, likely_depth)
+    num_colours = 1 if values.shape[2] == 2 else 3
+    colours = np.ascontiguousarray(values[..., 0] if num_colours == 1 else values[..., :3])
+    alpha = np.ascontiguousarray(values[..., num_colours]) if values.shape[2] > num_colours else None
+    return Picture(colours, depth, likely_depth, alpha=alpha)
+
+
+def _check_chunks(data: bytes) -> tuple[bytes, int]:
+    """The EXIF chunk's content and the most significant bits of a colour. Raises ImageError."""
+    at, view, exif, significant_bits, num_chunks = 8, memoryview(data), b"", 0, 0
+    while at + 12 <= len(data):
+        if (num_chunks := num_chunks + 1) > MAX_CHUNKS:
+            raise too_many("PNG", MAX_CHUNKS, "chunks")
+        length = int.from_bytes(view[at : at + 4], "big")
+        end = at + 12 + length
+        if end > len(data) or zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            break
+        kind = data[at + 4 : at + 8]
+        if kind == b"IEND":
+            return exif, significant_bits
+        if kind == b"eXIf":
+            check_exif(length)
+            exif = data[at + 8 : end - 4]
+        elif kind == b"sBIT" and length:
+            significant_bits = max(data[at + 8 : end - 4][:3])
+        elif kind == b"acTL" and int.from_bytes(view[at + 8 : at + 12], "big") > 1:
+            raise ImageTooLargeError("the file holds several images; one is accepted")
+        at = end
+    raise cut_short("PNG")

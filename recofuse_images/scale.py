@@ -1,0 +1,172 @@
+"""Values of any depth as the 8 bits that the model takes.
+
+Visible. 8-bit files are taken as they are. Deeper unsigned ones are divided by the highest value of their depth: the
+file's own word (TIFF's BitsPerSample, PNG's sBIT), else the smallest of 8, 10, 12, 14 and 16 bits that holds the
+picture, because cameras write 10 to 14 bits into 16. Of 32 bits, signed or floating point, they are stretched like
+infrared; floating point within [0, 1] is taken as it is. `vis_range` replaces all of it.
+
+Infrared. 8-bit files are taken as they are; deeper ones are stretched from the 0.5th to the 99.5th percentile of what
+the camera saw, so that a few dead or glowing pixels do not set the scale. `ir_range` replaces that. What is no
+measurement takes no part and comes out black: values that are not finite, the file's own nodata value, and the border
+that warping leaves (one value far from all others that reaches the picture's edge). A frame that is flat but for one
+hot spot keeps the spot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recofuse_images.picture import Picture
+
+Pixels = NDArray[np.uint8]
+Range = tuple[float, float]
+
+PERCENTILES = (0.5, 99.5)
+
+_DEPTHS = (8, 10, 12, 14, 16)
+_MAX_SORTED = 1 << 22  # values that percentiles are taken of; of larger pictures, every nth
+_MIN_FILL = 0.0025  # share of the pixels that a border's value holds
+_FAR = 0.5  # how far it lies from the scene, in spans of the scene
+_MIN_SCENE = 0.1  # share of the pixels that are left to be the scene
+_MIN_EDGE = 0.5  # share of one of the picture's sides that a fill brighter than the scene holds
+_SPOT = 4.0  # how many spans of the percentiles a hot spot stands out by to be let into the range
+_HIGHEST = frozenset({9999.0, 99999.0, 32767.0, 65535.0, 2147483647.0, 4294967295.0})  # what stands for nothing
+
+
+@np.errstate(invalid="ignore", over="ignore")  # floating point may hold anything
+def vis_levels(picture: Picture, vis_range: Range | None = None) -> Pixels:
+    """(H, W, 3), uint8, of a grey or RGB picture; the rule is in the module's text."""
+    values = picture.values
+    if values.ndim == 2:
+        values = np.repeat(values[..., None], 3, axis=2)
+    if values.dtype == np.uint8 and vis_range is None:
+        return values
+    if vis_range is not None:
+        return _levels(values, *vis_range)
+    if values.dtype == np.uint16:
+        return _levels(values, 0, (1 << (picture.bits or _significant_bits(values, picture.likely_bits))) - 1)
+    finite = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
+    low, high = _robust_range(values, finite)
+    if values.dtype.kind == "f" and finite.any() and values[finite].min() >= 0 and values[finite].max() <= 1:
+        low, high = 0.0, 1.0
+    levels = _levels(np.where(finite, values, 0), low, high)
+    levels[~finite] = 0
+    return levels
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def ir_levels(picture: Picture, ir_range: Range | None = None) -> Pixels:
+    """(H, W), uint8, of a grey picture; the rule is in the module's text."""
+    values = picture.values
+    if values.dtype == np.uint8 and ir_range is None and picture.nodata is None:
+        return values
+    seen = _measured(values, picture.nodata)
+    if values.dtype == np.uint8 and ir_range is None:
+        return np.where(seen, values, np.uint8(0))
+    low, high = ir_range if ir_range is not None else _scene_range(values, seen)
+    levels = _levels(values, low, high)
+    if not seen.all():
+        levels[~seen] = 0
+    return levels
+
+
+def _levels(values: NDArray[Any], low: float, high: float) -> Pixels:
+    if not high > low:
+        return np.zeros(values.shape, np.uint8)  # a constant image has no contrast to stretch
+    if values.dtype in (np.uint8, np.uint16):  # a table of all values is much faster than arithmetic on pixels
+        all_values = np.arange(1 << (8 * values.dtype.itemsize), dtype=np.float64)
+        return np.take(_levels(all_values, low, high), values)
+    scaled = np.nan_to_num((values.astype(np.float64) - low) / (high - low))
+    return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+
+
+def _significant_bits(values: NDArray[np.uint16], said: int | None) -> int:
+    """How many of 16 bits count.
+
+    PNG asks writers to spread few bits over the whole container, which many do not: what has low bits set where such a
+    picture would have none, or does not repeat its upper byte, stands at the low end.
+    """
+    highest = int(values.max(initial=0))
+    bits = said if said is not None and highest < 1 << said else next(n for n in _DEPTHS if highest < 1 << n)
+    if bits == 16:
+        return 16
+    is_spread = not np.any(values & ((1 << (16 - bits)) - 1)) or np.array_equal((values >> 8) * 257, values)
+    return 16 if is_spread and highest else bits
+
+
+def _measured(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
+    """Which pixels the camera saw: (H, W)."""
+    seen = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
+    if nodata is not None and np.isfinite(nodata):
+        seen &= ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    if values.dtype == np.uint8:
+        return seen
+    for _ in range(2):  # a border of zeros within one of nodata
+        fill = _fill_of(values, seen)
+        if fill is None:
+            break
+        seen &= values != fill
+    return seen
+
+
+def _fill_of(values: NDArray[Any], seen: NDArray[np.bool_]) -> float | None:
+    """The value of a border that no camera saw, or None."""
+    if not seen.any():
+        return None
+    for fill, is_low in ((values[seen].min(), True), (values[seen].max(), False)):
+        held = seen & (values == fill)
+        if held.mean() < _MIN_FILL:
+            continue
+        edges = (held[0], held[-1], held[:, 0], held[:, -1])
+        rest = seen & ~held
+        if rest.mean() < _MIN_SCENE or not max(edge.mean() for edge in edges) > (0 if is_low else _MIN_EDGE):
+            continue
+        if not is_low and not (float(fill) in _HIGHEST or abs(float(fill)) >= 1e30):
+            continue
+        low, high = np.percentile(_sample(values, rest), (2.0, 99.5))
+        distance = low - float(fill) if is_low else float(fill) - high
+        if distance > _FAR * (high - low) and distance > 0:
+            return float(fill)
+    return None
+
+
+def _scene_range(values: NDArray[Any], seen: NDArray[np.bool_]) -> Range:
+    inner = seen if seen.all() else _shrunk(seen)
+    low, high = _robust_range(values, inner if inner.any() else seen)
+    if not seen.any():
+        return low, high
+    if not high > low:  # flat, but perhaps for a spot
+        return float(values[seen].min()), float(values[seen].max())
+    masked = np.where(inner, values, values.dtype.type(0) if values.dtype.kind == "u" else values[seen].min())
+    pairs = np.minimum(masked[:-1], masked[1:])
+    spot = float(np.minimum(pairs[:, :-1], pairs[:, 1:]).max())  # two pixels wide: a glowing pixel or line is none
+    return low, spot if spot - low > _SPOT * (high - low) else high
+
+
+def _shrunk(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Without the two pixels beside a border, which warping mixes with it."""
+    import cv2  # not above: front ends read headers alone, and go without it
+
+    kernel = np.ones((5, 5), np.uint8)
+    padded = cv2.erode(seen.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=1)
+    return np.asarray(padded, bool)
+
+
+def _robust_range(values: NDArray[Any], seen: NDArray[np.bool_]) -> Range:
+    if not seen.any():
+        return 0.0, 0.0
+    if values.dtype == np.uint16:  # counting is much cheaper than sorting
+        cumulated = np.cumsum(np.bincount((values if seen.all() else values[seen]).ravel()))
+        wanted = np.array(PERCENTILES) / 100 * (cumulated[-1] - 1)
+        low, high = np.searchsorted(cumulated, wanted, side="right")
+        return float(low), float(high)
+    low, high = np.percentile(_sample(values, seen), PERCENTILES)
+    return float(low), float(high)
+
+
+def _sample(values: NDArray[Any], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    found = values[seen].ravel()
+    return found[:: max(1, -(-found.size // _MAX_SORTED))].astype(np.float64)

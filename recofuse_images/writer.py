@@ -1,0 +1,71 @@
+"""Pictures to files: the answers of the service, what the client sends, what training degrades."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from recofuse_images.errors import BadImageError
+
+
+def png_bytes(pixels: NDArray[Any], compression: int = 1) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as PNG of zlib's level 0 to 9. Raises BadImageError."""
+    # Measured on 640x480 photographs: run-length matching after the Up filter takes 7 ms for 430 kB where the default
+    # matching takes 14 ms for 392 kB (Up) or 49 ms for 370 kB (level 6, adaptive); stored, 0.6 ms for 954 kB.
+    flags = [cv2.IMWRITE_PNG_COMPRESSION, compression]
+    if compression == 0:
+        flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    else:
+        flags += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE] if compression == 1 else []
+        flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+    return _encoded(pixels, "png", flags)
+
+
+def jpeg_bytes(pixels: NDArray[np.uint8], quality: int = 92) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB as JPEG of a quality from 1 to 100. Raises BadImageError."""
+    return _encoded(pixels, "jpeg", [cv2.IMWRITE_JPEG_QUALITY, quality])
+
+
+def webp_bytes(pixels: NDArray[np.uint8], quality: int = 90) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB as WebP of a quality from 1 to 100, 101 for lossless. Raises BadImageError."""
+    return _encoded(pixels, "webp", [cv2.IMWRITE_WEBP_QUALITY, quality])
+
+
+def npy_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    """An array as a file of NumPy's format."""
+    stream = io.BytesIO()
+    np.save(stream, pixels, allow_pickle=False)
+    return stream.getvalue()
+
+
+def encoded(pixels: NDArray[Any], suffix: str) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB in the format of a file name's suffix, such as ".png". Raises BadImageError."""
+    written = _WRITERS.get(suffix.lower())
+    if written is None:
+        raise BadImageError(f"{suffix!r} names no format that is written; accepted are {', '.join(sorted(_WRITERS))}")
+    return written(pixels)
+
+
+def _encoded(pixels: NDArray[Any], name: str, flags: list[int]) -> bytes:
+    ordered = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
+    try:
+        is_done, content = cv2.imencode(f".{name}", np.ascontiguousarray(ordered), flags)
+    except cv2.error:
+        is_done = False
+    if not is_done:
+        raise BadImageError(f"{pixels.shape[1]}x{pixels.shape[0]} is too large for {name}; png and npy take any size")
+    return content.tobytes()
+
+
+_WRITERS: dict[str, Callable[[NDArray[Any]], bytes]] = {
+    ".png": png_bytes,
+    ".jpg": jpeg_bytes,
+    ".jpeg": jpeg_bytes,
+    ".webp": webp_bytes,
+    ".npy": npy_bytes,
+}
