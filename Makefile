@@ -40,9 +40,10 @@ fmt: $(INSTALLED) ## format, and mend what lint can mend
 proto: $(INSTALLED) ## generate service/pb from proto/
 	@$(BIN)/python proto/generate.py
 
-docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md and .env.example from the code
+docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md, .env.example and README's table of files from the code
 	@$(BIN)/recofuse settings > docs/settings.md
 	@$(BIN)/recofuse metrics > docs/metrics.md
+	@$(BIN)/python -m docs.write_formats
 	@{ cat deploy/compose.env; $(BIN)/recofuse settings --env; } > .env.example
 
 pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes

@@ -80,6 +80,13 @@ class Directory:
         data, at = self._where(code)
         return data[at : at + min(self._tags[code][1], 64)].split(b"\0")[0].decode("ascii", "replace").strip()
 
+    def require(self, code: int) -> None:
+        """Raises BadImageError if a tag's values, of whatever type, do not lie within the file."""
+        data, at = self._where(code)
+        kind, num_values, _ = self._tags[code]
+        if at + num_values * struct.calcsize("=" + _NUMBERS.get(kind, "B")) > len(data):
+            raise cut_short("TIFF")
+
     def _where(self, code: int) -> tuple[bytes, int]:
         kind, num_values, at = self._tags[code]
         size = num_values * struct.calcsize("=" + _NUMBERS.get(kind, "B"))

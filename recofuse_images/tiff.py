@@ -140,6 +140,8 @@ def _described(directory: Directory, width: int, height: int) -> TiffHeader:
     _check_samples(directory, pixels, samples, row)
     _check_predictor(directory, kind, bits, storage)
     orientation = directory.number(_ORIENTATION, 1)
+    for code in _FOR_TIFFFILE & directory.entries.keys():
+        directory.require(code)
     return TiffHeader(
         container="TIFF",
         width=width,

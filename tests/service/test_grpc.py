@@ -426,6 +426,8 @@ async def test_a_stream_keeps_its_order(face: Face) -> None:
     files = [pair(*size, seed=index) for index, size in enumerate(sizes)]
     bad = {7: (b"nonsense", IR), 20: (VIS, file_of(picture(64, 64, channels=1)))}
     sent = [frame(10 + 3 * number, *bad.get(number, files[number % 4]), timestamp_ns=-number) for number in range(60)]
+    face.engine.gate.clear()  # the first pass waits, so that frames gather behind it
+    asyncio.get_running_loop().call_later(0.5, face.engine.gate.set)
     answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
     assert [answer.sequence for answer in answers] == [10 + 3 * number for number in range(60)]
     assert [answer.timestamp_ns for answer in answers] == [-number for number in range(60)]
