@@ -86,6 +86,32 @@ def test_every_service_module_has_a_row() -> None:
     assert modules_of("service") == set(SERVICE_BANNED)
 
 
+FRONT_END = ("api", "gateway", "grpc_api", "images", "oip_grpc", "oip_http", "playground", "queue", "redis_queue")
+CODECS = ("cv2", "imagecodecs", "tifffile", "PIL")
+
+
+def test_front_ends_read_headers_without_a_codec() -> None:
+    assert pulled_in([f"service.{name}" for name in FRONT_END], CODECS) == []
+
+
+def codec_calls(source: str) -> set[str]:
+    """The functions that a module's text calls to turn files into pixels or pixels into files."""
+    attributes = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    return attributes & {"imdecode", "imencode", "imread", "imwrite", "imreadmulti", "imwritemulti"}
+
+
+@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
+def test_only_recofuse_images_calls_a_codec(package: str) -> None:
+    assert codec_calls("import cv2\ncv2.imread('a.png')") == {"imread"}
+    for name in sorted(modules_of(package)):
+        path = ROOT / Path(*name.split("."))
+        source = (path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py").read_text(
+            "utf-8"
+        )
+        assert codec_calls(source) == set(), name
+        assert not {"imagecodecs", "tifffile"} & set(source.split()), name
+
+
 def test_the_client_stays_free_of_model_and_service() -> None:
     modules = sorted(modules_of("recofuse_client"))
     assert "recofuse_client.streams" in modules

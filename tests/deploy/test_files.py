@@ -78,7 +78,7 @@ def test_the_lists_of_the_image_are_the_projects_dependencies() -> None:
 
 def test_a_front_end_starts_without_the_workers_packages() -> None:
     """As in the api image: importing any of requirements-worker.txt fails, and `recofuse api` does not notice."""
-    blocked = ["torch", "safetensors", "imagecodecs", "tifffile", "recofuse_core"]
+    blocked = ["torch", "safetensors", "imagecodecs", "tifffile", "cv2", "PIL", "recofuse_core"]
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
