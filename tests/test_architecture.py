@@ -52,6 +52,19 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
 # The client is for machines that have neither the model nor the service: of the service, only the generated messages.
 CLIENT_BANNED = ("torch", "recofuse_core", "fastapi", "pydantic", "redis", "uvicorn", "typer", "prometheus_client")
 
+# Files and their names are read for everybody, so by nobody's types.
+IMAGES_BANNED = (
+    "torch",
+    "service",
+    "recofuse_core",
+    "recofuse_client",
+    "pydantic",
+    "fastapi",
+    "grpc",
+    "redis",
+    "typer",
+)
+
 # Only these speak to the environment; everything else is handed its settings.
 ENVIRONMENT_READERS = {"service/cli.py"}
 
@@ -86,6 +99,12 @@ def test_every_service_module_has_a_row() -> None:
     assert modules_of("service") == set(SERVICE_BANNED)
 
 
+def test_images_stay_free_of_everything_of_ours() -> None:
+    modules = sorted(modules_of("recofuse_images"))
+    assert "recofuse_images.names" in modules
+    assert pulled_in(modules, IMAGES_BANNED) == []
+
+
 def test_the_client_stays_free_of_model_and_service() -> None:
     modules = sorted(modules_of("recofuse_client"))
     assert "recofuse_client.streams" in modules
@@ -116,7 +135,7 @@ def test_environment_probe_sees_a_read() -> None:
     assert not reads_environment("import os\nvalue = os.getpid()")
 
 
-@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
+@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_images", "recofuse_client", "service"])
 def test_only_the_command_line_reads_the_environment(package: str) -> None:
     sources = [path for path in sorted((ROOT / package).rglob("*.py")) if "pb" not in path.parts]
     assert sources
