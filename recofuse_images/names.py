@@ -32,6 +32,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -43,7 +44,7 @@ Role = Literal["vis", "ir"]
 
 READABLE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".webp", ".tif", ".tiff", ".bmp", ".avif"})
 
-# Role words of folders; those of files hold more. `color` is left out: FMB keeps its coloured labels there.
+# Role words of folders; those of files hold more. `color` is but a weak one there: FMB keeps coloured labels in it.
 FOLDER_WORDS: Mapping[Role, frozenset[str]] = {
     "vis": frozenset({"vis", "vi", "visible", "visual", "rgb"}),
     "ir": frozenset({"ir", "inf", "infrared", "thermal", "therm", "lwir", "mwir", "swir", "nir", "fir", "tir"}),
@@ -211,7 +212,9 @@ def _words(part: int, text: str) -> list[_Word]:
     for index, (start, end) in enumerate(spans):
         folded = _folded(text[start:end])
         strong = _role_in(FOLDER_WORDS if part else STRONG_WORDS, folded)
-        weak = _role_in(WEAK_WORDS, folded) if part == 0 or len(spans) == 1 else None  # a folder called T, not day_t
+        weak = _role_in(WEAK_WORDS, folded) if part == 0 else None
+        if part and len(spans) == 1:  # a folder called T, not day_t
+            weak = _role_in(WEAK_WORDS, folded) or _role_in(STRONG_WORDS, folded)
         words.append(_Word(part, index, start, end, folded, strong or weak, strong is not None))
     return words
 
@@ -449,8 +452,6 @@ class _Matching:
                 if len(others) > 1:
                     raise self._ambiguous(1 - side, sorted(others), name)
         for (vis, ir), scene in found.items():
-            if self.shared and (ir, vis) in found:
-                raise PairingError(f"{vis} and {ir} each may be the visible one: leave one role word in each name")
             match = Match(scene or NO_NAME, vis, ir)
             self.matches.append(match)
             for side, names in ((0, (vis, ir) if self.shared else (vis,)), (1, (vis, ir) if self.shared else (ir,))):
@@ -643,8 +644,9 @@ def _nothing_in_common(vis: Path, ir: Path, unmatched: Sequence[Unmatched]) -> s
         f"carry one name, such as {vis}/001.png and {ir}/001.jpg, or 001_vis.png and 001_ir.png"
     )
     given = {role: [item.name for item in unmatched if item.role == role] for role in ("vis", "ir")}
-    if match_names(given["ir"], given["vis"])[0]:
-        text += "; by their names the two are swapped"
+    with suppress(PairingError):
+        if match_names(given["ir"], given["vis"])[0]:
+            text += "; by their names the two are swapped"
     return text + _told_of(unmatched)
 
 
