@@ -1,6 +1,6 @@
 """Aligned visible/infrared pairs on disk: finding them, reading them, writing images.
 
-`find_pairs(root)` walks a folder and pairs files by stem. What a folder holds is read from its path, so that the usual
+`find_pairs(root)` walks a folder and pairs files by name. What a folder holds is read from its path, so that the usual
 data sets need no configuration:
 
     plain          vis/*.png                        ir/*.png
@@ -10,10 +10,15 @@ data sets need no configuration:
     M3FD           Vis/*.png                        Ir/*.png
     AWMM           Train/Haze/{vi,gt_vi}/*.png      Train/Haze/{ir,gt_ir}/*.png
     ReCoFuse       FMB/vi/{LQ,HQ}/*.png             FMB/ir/{LQ,HQ}/*.png    (also {LQ,HQ}/{vis,ir}/*.png)
+    KAIST          set00/V000/visible/*.jpg         set00/V000/lwir/*.jpg
+    FLIR ADAS      train/RGB/*.jpg                  train/thermal_8_bit/*.jpeg
+    DroneVehicle   train/trainimg/*.jpg             train/trainimgr/*.jpg
     MFNet          images/*.png                     the fourth channel of the same file; train.txt lists a split
+    VEDAI, TNO     *_co.png                         *_ir.png    (one folder for both, where no folder names a side)
 
 Letter case does not matter; folders that name neither modality (labels, annotations) are passed over. Where a clean
-copy exists (`HQ`, `gt`), it is the pair's image and the other one its degraded input.
+copy exists (`HQ`, `gt`), it is the pair's image and the other one its degraded input. Within such folders files pair by
+the rules of recofuse_images/names.py: equal stems, or stems that differ by a role word (`0001_vis`, `0001_ir`).
 
 A file manifest.csv in the root or beside it may tell more: columns name, and any of dataset, time_of_day, vis_color.
 
@@ -23,6 +28,7 @@ reads them, so that a file means the same here and in the service.
 
 import csv
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,26 +45,46 @@ from recofuse_core.errors import DatasetError, ShapeError
 from recofuse_images import reader, scale, writer
 from recofuse_images.errors import ImageError
 from recofuse_images.limits import OWN_FILES
+from recofuse_images.names import (
+    FOLDER_WORDS,
+    NO_PARTNER,
+    READABLE_SUFFIXES,
+    PairingError,
+    is_packed,
+    listed,
+    match_names,
+    match_within,
+    names_a_role,
+)
 from recofuse_images.picture import Picture
 
 Modality = Literal["vis", "ir"]
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-VIS_NAMES = {"vis", "vi", "visible"}
-IR_NAMES = {"ir", "inf", "infrared", "thermal"}
+IMAGE_SUFFIXES = READABLE_SUFFIXES
+VIS_NAMES = FOLDER_WORDS["vis"]
+IR_NAMES = FOLDER_WORDS["ir"]
+_USUAL_NAMES = {"vis", "vi", "visible", "ir", "inf", "infrared", "thermal"}
+# Single letters (VT5000: RGB and T, GTOT: v and i) count where no other part of the path names a modality.
+LETTERS: Mapping[str, Modality] = {"v": "vis", "i": "ir", "t": "ir"}
 CLEAN_NAMES = {"hq", "gt"}
 DEGRADED_NAMES = {"lq"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_DEPTH = 5
-_MAX_NAMED = 5  # stems listed in one error
+_DRONE_VEHICLE = re.compile(r"(train|val|test)img(r?)", re.IGNORECASE)
+_BESIDE_NAMES = {
+    "fl",
+    "aligned",
+    "8",
+    "bit",
+}  # beside a modality's name: fl_ir_aligned (Freiburg), thermal_8_bit (FLIR)
 
 
 @dataclass(frozen=True)
 class PairFiles:
     """Where one registered pair lies. vis and ir are the clean images; the degraded ones exist in LQ/HQ folders only.
 
-    name is unique within one search: the stem, or folder/stem where stems repeat. source names the data set. In the
-    MFNet layout vis and ir are the same four-channel file.
+    name is unique within one search: the stem without role words, or folder/stem where stems repeat. source names the
+    data set. In the MFNet layout vis and ir are the same four-channel file.
     """
 
     name: str
@@ -70,6 +96,11 @@ class PairFiles:
     split: str | None = None
     time_of_day: str = "unknown"  # day, night or unknown
     is_colour: bool = True  # False: a grey visible image stored as RGB
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """What files that belong to the pair (labels, fused images) may be called, the likeliest first."""
+        return tuple(dict.fromkeys((self.vis.stem, self.name.rpartition("/")[2], self.ir.stem)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +123,7 @@ class _Folder:
     quality: Literal["clean", "degraded", "unsaid"]
     context: tuple[str, ...]  # the other components of its path
     split: str | None
+    rank: int  # how surely it is meant: 0 as most data sets call theirs, 1 other words, 2 a single letter
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -108,13 +140,16 @@ def find_pairs(root: Path, *, split: str | None = None) -> list[PairFiles]:
     groups: dict[tuple[str, ...], list[_Folder]] = defaultdict(list)
     for folder in folders:
         groups[folder.context].append(folder)
-    pairs = [pair for context, members in groups.items() for pair in _pair_group(root, context, members)]
+    pairs = [pair for context, members in groups.items() for pair in _pair_group(root, context, _surest(members))]
+    if not pairs:
+        pairs = _pairs_by_role_words(root, split)
     if not pairs:
         pairs = _packed_pairs(root, split)
     if not pairs:
         of_split = f" of the split {split!r}" if split else ""
         raise DatasetError(
-            f"no image pairs{of_split} in {root}: expected folders such as vis/ and ir/ with files of the same stem"
+            f"no image pairs{of_split} in {root}: expected folders such as vis/ and ir/ with files of the same stem, "
+            "or names such as 0001_vis.png and 0001_ir.png"
         )
     return sorted(_described(root, _uniquely_named(pairs)), key=lambda pair: pair.name)
 
@@ -132,42 +167,60 @@ def find_images(folder: Path) -> dict[str, Path]:
     return images
 
 
-def _image_folders(root: Path) -> list[_Folder]:
-    folders = []
+def _walk(root: Path) -> Iterable[tuple[Path, list[str]]]:
+    """The folders below a root that hold images, and the images' names."""
     for directory, subdirectories, names in os.walk(root, followlinks=True):
         path = Path(directory)
-        parts = path.relative_to(root).parts
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        if len(parts) >= MAX_DEPTH:
+        if len(path.relative_to(root).parts) >= MAX_DEPTH:
             subdirectories.clear()
-        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
-            folder = _classify(path, parts)
-            if folder is not None:
-                folders.append(folder)
-    return folders
+        images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+        if images:
+            yield path, images
+
+
+def _image_folders(root: Path) -> list[_Folder]:
+    classified = (_classify(path, path.relative_to(root).parts) for path, _ in _walk(root))
+    return [folder for folder in classified if folder is not None]
 
 
 def _classify(path: Path, parts: tuple[str, ...]) -> _Folder | None:
     """What a path's components say; None if they name no modality or both."""
     modalities: set[Modality] = set()
+    rank = 0
     quality: Literal["clean", "degraded", "unsaid"] = "unsaid"
     context = []
     for part in parts:
         words = set(part.casefold().split("_"))
+        if match := _DRONE_VEHICLE.fullmatch(part):
+            modalities.add("ir" if match[2] else "vis")
+            context.append(match[1])
+            rank = 1
+            continue
+        if words & (VIS_NAMES | IR_NAMES) and words & _BESIDE_NAMES:
+            words -= _BESIDE_NAMES
+            rank = 1
         if words <= VIS_NAMES | IR_NAMES | CLEAN_NAMES | DEGRADED_NAMES:
             if words & VIS_NAMES:
                 modalities.add("vis")
             if words & IR_NAMES:
                 modalities.add("ir")
+            if words & (VIS_NAMES | IR_NAMES) and not words & _USUAL_NAMES:
+                rank = 1
             if words & CLEAN_NAMES:
                 quality = "clean"
             elif words & DEGRADED_NAMES:
                 quality = "degraded"
             continue
         context.append(part)
+    letters = [part for part in context if part.casefold() in LETTERS]
+    if not modalities and len(letters) == 1:
+        modalities.add(LETTERS[letters[0].casefold()])
+        context.remove(letters[0])
+        rank = 2
     if len(modalities) != 1:
         return None
-    return _Folder(path, modalities.pop(), quality, tuple(context), split_of(context))
+    return _Folder(path, modalities.pop(), quality, tuple(context), split_of(context), rank)
 
 
 def split_of(parts: Iterable[str]) -> str | None:
@@ -179,7 +232,20 @@ def split_of(parts: Iterable[str]) -> str | None:
     return None
 
 
+def _surest(folders: list[_Folder]) -> list[_Folder]:
+    """Of folders for one place those with the surest name; unsure names alone (rgb/ without a partner) are no pair."""
+    best: dict[tuple[str, str], int] = {}
+    for folder in folders:
+        place = (folder.modality, folder.quality)
+        best[place] = min(folder.rank, best.get(place, folder.rank))
+    kept = [folder for folder in folders if folder.rank == best[folder.modality, folder.quality]]
+    is_pair = len({folder.modality for folder in kept}) == 2
+    return [folder for folder in kept if is_pair or folder.rank == 0]
+
+
 def _pair_group(root: Path, context: tuple[str, ...], folders: list[_Folder]) -> list[PairFiles]:
+    if not folders:
+        return []
     vis, vis_degraded = _clean_and_degraded([folder for folder in folders if folder.modality == "vis"])
     ir, ir_degraded = _clean_and_degraded([folder for folder in folders if folder.modality == "ir"])
     if vis is None or ir is None:
@@ -188,19 +254,56 @@ def _pair_group(root: Path, context: tuple[str, ...], folders: list[_Folder]) ->
         raise DatasetError(f"{root}: {found} has no clean {missing} partner folder ({', '.join(sorted(names))})")
     present = [folder for folder in (vis, ir, vis_degraded, ir_degraded) if folder is not None]
     images = {folder.path: find_images(folder.path) for folder in present}
-    _require_partners(images)
+    infrared = _partners(vis.path, ir.path, images)
+    visible_input = _partners(vis.path, vis_degraded.path, images, ("vis", "vis")) if vis_degraded else {}
+    infrared_input = _partners(ir.path, ir_degraded.path, images, ("ir", "ir")) if ir_degraded else {}
     return [
         PairFiles(
-            name=stem,
-            vis=images[vis.path][stem],
-            ir=images[ir.path][stem],
-            vis_degraded=images[vis_degraded.path][stem] if vis_degraded else None,
-            ir_degraded=images[ir_degraded.path][stem] if ir_degraded else None,
-            source="/".join(part for part in context if part.casefold() not in SPLIT_NAMES),
+            name=name,
+            vis=vis_file,
+            ir=_distinct(vis_file, ir_file),
+            vis_degraded=visible_input[vis_file][1] if vis_degraded else None,
+            ir_degraded=infrared_input[ir_file][1] if ir_degraded else None,
+            source=_source(context),
             split=vis.split,
         )
-        for stem in images[vis.path]
+        for vis_file, (name, ir_file) in infrared.items()
     ]
+
+
+def _source(context: Iterable[str]) -> str:
+    return "/".join(part for part in context if part.casefold() not in SPLIT_NAMES)
+
+
+def _partners(
+    left: Path, right: Path, images: Mapping[Path, Mapping[str, Path]], roles: tuple[Modality, Modality] = ("vis", "ir")
+) -> dict[Path, tuple[str, Path]]:
+    """For every image of one folder the name that it shares with its partner in the other one, and the partner.
+
+    Raises DatasetError if an image of either has none, or more than one.
+    """
+    files = [{path.name: path for path in images[folder].values()} for folder in (left, right)]
+    try:
+        matches, unmatched = match_names(files[0], files[1], roles=roles)
+    except PairingError as error:
+        raise DatasetError(f"{left} and {right}: {error}") from error
+    for others, found, folder in ((files[0], right, left), (files[1], left, right)):
+        missing = [item for item in unmatched if others.get(item.name) == folder / item.name]
+        if missing:
+            named = listed([others[item.name].stem for item in missing])
+            reasons = sorted({item.reason for item in missing} - {NO_PARTNER})
+            why = f"; {', '.join(reasons)}" if reasons else ""
+            raise DatasetError(f"{found} lacks a partner for {named} (such as {others[missing[0].name]}{why})")
+    return {files[0][match.vis]: (match.name, files[1][match.ir]) for match in matches}
+
+
+def _distinct(vis: Path, ir: Path) -> Path:
+    """The infrared file, if it is not the visible one under another name; a packed file is named once for both."""
+    if not vis.samefile(ir):
+        return ir
+    if is_packed(vis):
+        return vis
+    raise DatasetError(f"{vis} and {ir} are one file: a pair is two images, or a PNG whose fourth channel is infrared")
 
 
 def _clean_and_degraded(folders: list[_Folder]) -> tuple[_Folder | None, _Folder | None]:
@@ -217,16 +320,31 @@ def _clean_and_degraded(folders: list[_Folder]) -> tuple[_Folder | None, _Folder
     return by_quality.get("unsaid"), by_quality.get("degraded")
 
 
-def _require_partners(images: Mapping[Path, Mapping[str, Path]]) -> None:
-    everything = set().union(*images.values())
-    for folder, found in images.items():
-        missing = sorted(everything - found.keys())
-        if missing:
-            named = ", ".join(missing[:_MAX_NAMED]) + (
-                f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
-            )
-            partner = next(others[missing[0]] for others in images.values() if missing[0] in others)
-            raise DatasetError(f"{folder} lacks a partner for {named} (such as {partner})")
+def _pairs_by_role_words(root: Path, split: str | None) -> list[PairFiles]:
+    """Pairs whose files lie in one folder, or in folders that name no modality, told apart by role words.
+
+    Images that name no role (labels, masks) are passed over; one that does and has no partner is an error.
+    """
+    images = {
+        path.relative_to(root).as_posix(): path
+        for folder, names in _walk(root)
+        for path in sorted(folder / name for name in names)
+        if split is None or split_of(folder.relative_to(root).parts) == split
+    }
+    try:
+        matches, unmatched = match_within(images)
+    except PairingError as error:
+        raise DatasetError(f"{root}: {error}") from error
+    lonely = [item for item in unmatched if names_a_role(item.name)]
+    if matches and lonely:
+        named = listed([f"{item.name} ({item.reason})" for item in lonely])
+        raise DatasetError(f"{root} lacks a partner for {named}")
+    pairs = []
+    for match in matches:
+        *folders, stem = match.name.split("/")
+        vis, ir = images[match.vis], images[match.ir]
+        pairs.append(PairFiles(stem, vis, _distinct(vis, ir), source=_source(folders), split=split_of(folders)))
+    return pairs
 
 
 def _packed_pairs(root: Path, split: str | None) -> list[PairFiles]:
@@ -242,7 +360,7 @@ def _packed_pairs(root: Path, split: str | None) -> list[PairFiles]:
         stems = listing.read_text(encoding="utf-8").split()
         missing = [stem for stem in stems if stem not in images]
         if missing:
-            raise DatasetError(f"{listing} lists {', '.join(missing[:_MAX_NAMED])}, missing from {folder}")
+            raise DatasetError(f"{listing} lists {listed(missing)}, missing from {folder}")
         images = {stem: images[stem] for stem in stems}
     return [PairFiles(name=stem, vis=path, ir=path, split=split) for stem, path in images.items()]
 
@@ -252,7 +370,7 @@ def _uniquely_named(pairs: list[PairFiles]) -> list[PairFiles]:
     named = [replace(pair, name=f"{_prefix(pair)}/{pair.name}") if counts[pair.name] > 1 else pair for pair in pairs]
     repeated = [name for name, count in Counter(pair.name for pair in named).items() if count > 1]
     if repeated:
-        raise DatasetError(f"several pairs are named {', '.join(repeated[:_MAX_NAMED])}")
+        raise DatasetError(f"several pairs are named {listed(repeated)}")
     return named
 
 
@@ -271,7 +389,7 @@ def _described(root: Path, pairs: list[PairFiles]) -> Iterable[PairFiles]:
         rows = {row["name"]: row for row in reader}
     described = []
     for pair in pairs:
-        row = rows.get(pair.vis.stem, {})
+        row = next((rows[stem] for stem in pair.stems if stem in rows), {})
         described.append(
             replace(
                 pair,

@@ -1,8 +1,8 @@
 """Fused images as training data for detectors and segmenters: one image a pair, its label beside it, lists of splits.
 
 Labels are looked for below the data set's root, in folders whose names say so (labels, Annotations, masks, ...), by the
-stem of the pair: `.txt` (YOLO) and `.xml` (Pascal VOC) for detection, pictures for segmentation. Fused images have the
-size of their pairs, so boxes and masks stay true.
+stem of the pair or of one of its files: `.txt` (YOLO) and `.xml` (Pascal VOC) for detection, pictures for segmentation.
+Fused images have the size of their pairs, so boxes and masks stay true.
 
     detection      images/SPLIT/STEM.png    labels/SPLIT/STEM.txt    data.yaml (as ultralytics reads it)
     segmentation   images/SPLIT/STEM.png    masks/SPLIT/STEM.png     SPLIT.txt (stems)
@@ -67,11 +67,12 @@ def plan_export(root: Path, pairs: Sequence[PairFiles], task: Task) -> list[Item
     if task not in SUFFIXES:
         raise ConfigError(f"task must be {' or '.join(SUFFIXES)}, not {task!r}")
     labels = _label_files(root, SUFFIXES[task])
-    repeated = len({pair.vis.stem for pair in pairs}) < len(pairs)
+    stems = [pair.name.rpartition("/")[2] for pair in pairs]
+    repeated = len(set(stems)) < len(pairs)
     items = []
-    for pair in pairs:
-        stem = pair.name.replace("/", "_") if repeated else pair.vis.stem
-        label = _label_of(pair, labels[pair.vis.stem])
+    for pair, own_stem in zip(pairs, stems, strict=True):
+        stem = pair.name.replace("/", "_") if repeated else own_stem
+        label = _label_of(pair, next((labels[stem] for stem in pair.stems if stem in labels), ()))
         items.append(Item(pair, stem, pair.split or WHOLE_SET, label and root / label))
     if not any(item.label for item in items):
         wanted = ", ".join(sorted(SUFFIXES[task]))

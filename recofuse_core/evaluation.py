@@ -28,6 +28,7 @@ from recofuse_core.errors import ConfigError, DatasetError, ShapeError
 from recofuse_core.model import FusionOutput
 from recofuse_core.quality import FusionScores, fusion_scores, psnr, ssim
 from recofuse_core.sampler import SamplerName
+from recofuse_images.names import listed
 
 PROTOCOL_VERSION = 1
 MODEL = "recofuse"  # the model's row in every table
@@ -156,14 +157,15 @@ def evaluate(
 ) -> Iterator[tuple[PairScores, PairImages]]:
     """Score the pairs one after the other; the model must be on `device` already. None: score the other methods alone.
 
-    others: folders of fused images by method name, files named by the pair's stem. Raises DatasetError if one of them
-    lacks an image (before the first pair is worked on) or has one of another size, ConfigError if a name is reserved.
+    others: folders of fused images by method name, files named by the pair or by one of its files. Raises DatasetError
+    if one of them lacks an image (before the first pair is worked on) or has one of another size, ConfigError if a name
+    is reserved.
     """
     outputs = {name: _outputs_of(name, folder, pairs) for name, folder in (others or {}).items()}
 
     def run() -> Iterator[tuple[PairScores, PairImages]]:
         for files in pairs:
-            loaded = {name: found[files.vis.stem] for name, found in outputs.items()}
+            loaded = {name: found[files.name] for name, found in outputs.items()}
             yield _evaluate_pair(model, read_pair(files), settings, loaded, device)
 
     return run()
@@ -223,11 +225,11 @@ def _outputs_of(name: str, folder: Path, pairs: Sequence[PairFiles]) -> dict[str
     if name in RESERVED:
         raise ConfigError(f"a method cannot be called {name!r}: the table uses that name itself")
     found = find_images(folder)
-    missing = [pair.vis.stem for pair in pairs if pair.vis.stem not in found]
+    outputs = {pair.name: found[stem] for pair in pairs for stem in reversed(pair.stems) if stem in found}
+    missing = [pair.stems[0] for pair in pairs if pair.name not in outputs]
     if missing:
-        named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DatasetError(f"{name}: {folder} has no image for {named}")
-    return found
+        raise DatasetError(f"{name}: {folder} has no image for {listed(missing)}")
+    return outputs
 
 
 def _read_output(name: str, path: Path, pair: Pair) -> Tensor:

@@ -116,8 +116,14 @@ def recofuse(
 
 @app.command()
 def fuse(
-    vis: Annotated[Path, typer.Option(help="Visible image, or a folder of them.")],
-    ir: Annotated[Path, typer.Option(help="Infrared image, or a folder of files of the same names.")],
+    vis: Annotated[Path, typer.Option(help="Visible image, or a folder of them and of folders.")],
+    ir: Annotated[
+        Path,
+        typer.Option(
+            help="Infrared image, or a folder: files of the same names, or of names that differ by a word such as vis "
+            "and ir, RGB and T. May be the folder of --vis, if such words tell the files apart."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Fused image to write, or a folder for them.")],
     all_: Annotated[
         bool, typer.Option("--all", help="Write the restored inputs too, as NAME_vis and NAME_ir.")
@@ -138,13 +144,14 @@ def fuse(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Fuse one pair of files, or two folders of pairs matched by file name."""
+    """Fuse one pair of files, or folders of pairs matched by file name (docs/training.md, How names pair)."""
+    from recofuse_images.names import told
     from service.engine import CoreEngine, PassOptions
     from service.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
     from service.jobs import Part
 
     settings = _settings()
-    pairs, lonely = match_pairs(vis, ir)
+    pairs, passed_over = match_pairs(vis, ir, leave_out=output)
     parts = tuple(Part) if all_ else (Part.FUSED,)
     is_folder = vis.is_dir()
     if is_folder and output.exists() and not output.is_dir():
@@ -152,12 +159,11 @@ def fuse(
     targets = [paths_of_parts(output / f"{pair.name}.png" if is_folder else output, parts) for pair in pairs]
     if sheet is not None:
         paths_of_parts(sheet, (Part.FUSED,))  # an impossible suffix is told before the work, not after it
-    _refuse_to_overwrite(pairs, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
+    sources = [path for pair in pairs for path in (pair.vis, pair.ir)] + [item.path for item in passed_over]
+    _refuse_to_overwrite(sources, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
     asked = _valid_options(steps=steps, sampler=sampler, seed=seed, ir_range=ir_range)
-    if lonely:
-        complain(
-            f"{len(lonely)} images have no partner and are left out: {', '.join(lonely[:5])}{'...'[: len(lonely)]}"
-        )
+    if passed_over:
+        complain(told(passed_over))
 
     engine = CoreEngine(settings.engine.model_copy(update={"model": weights, "device": device, "num_threads": threads}))
     engine.load()
@@ -205,11 +211,17 @@ def _valid_options(**values: object) -> FusionOptions:
         raise InvalidInputError(problems_of(error)) from error
 
 
-def _refuse_to_overwrite(pairs: Sequence[FilePair], targets: Sequence[Path]) -> None:
-    sources = {path.resolve() for pair in pairs for path in (pair.vis, pair.ir)}
+def _refuse_to_overwrite(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Refuse targets that are inputs (those passed over too), and two pictures in one file."""
+    known = {path.resolve() for path in sources}
+    written: set[Path] = set()
     for target in targets:
-        if target.resolve() in sources:
+        place = target.resolve()
+        if place in known:
             raise InvalidInputError(f"output: writing {target} would destroy an input; choose another name or folder")
+        if place in written:
+            raise InvalidInputError(f"output: two pictures would be written to {target}; rename one of their inputs")
+        written.add(place)
 
 
 def _progress() -> Progress:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from recofuse_images.names import PairingError, PassedOver, pair_paths
 from recofuse_images.reader import Pair
 from service import images
 from service.engine import Engine, PassOptions
@@ -32,7 +33,6 @@ FORMAT_OF_SUFFIX = {
     ".webp": ImageFormat.WEBP,
     ".npy": ImageFormat.NPY,
 }
-READABLE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"})
 
 _MARGIN, _LABEL_HEIGHT = 8, 28  # pixels of a sheet
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
@@ -40,11 +40,15 @@ _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 @dataclass(frozen=True, slots=True)
 class FilePair:
-    """The two files of one scene; name is what they are called without suffix."""
+    """The two files of one scene; name is what they have in common, with folders, without role words and suffix.
+
+    A packed pair is one file: infrared is its fourth channel.
+    """
 
     name: str
     vis: Path
     ir: Path
+    is_packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,40 +68,18 @@ class Fusion:
     costs: Mapping[Stage, Cost]
 
 
-def match_pairs(vis: Path, ir: Path) -> tuple[list[FilePair], list[str]]:
-    """The pairs of two files or of two folders (matched by file name without suffix), and the names without partner.
+def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[list[FilePair], list[PassedOver]]:
+    """The pairs of two files, of two folders or of one folder for both sides, and the files in no pair.
 
-    Raises InvalidInputError for a missing path, a file beside a folder, two files of one name, and folders that have no
-    name in common.
+    recofuse_images/names.py says which names are a pair. `leave_out` is a folder that is not searched, the output's.
+    Raises InvalidInputError for what it refuses: a missing path, a file beside a folder, one file as both sides, names
+    that are ambiguous, and paths without any pair.
     """
-    for role, path in (("vis", vis), ("ir", ir)):
-        if not path.exists():
-            raise InvalidInputError(f"{role}: there is no file or folder {path}")
-    if vis.is_dir() != ir.is_dir():
-        raise InvalidInputError(f"vis and ir must be two files or two folders, not {vis} and {ir}")
-    if not vis.is_dir():
-        return [FilePair(vis.stem, vis, ir)], []
-    vis_files, ir_files = _images_in(vis, "vis"), _images_in(ir, "ir")
-    common = sorted(vis_files.keys() & ir_files.keys())
-    if not common:
-        raise InvalidInputError(
-            f"{vis} ({len(vis_files)} images) and {ir} ({len(ir_files)} images) have no file name in common; "
-            f"pairs carry one name, such as {vis}/001.png and {ir}/001.jpg"
-        )
-    return [FilePair(name, vis_files[name], ir_files[name]) for name in common], sorted(
-        vis_files.keys() ^ ir_files.keys()
-    )
-
-
-def _images_in(folder: Path, role: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in READABLE_SUFFIXES or path.name.startswith("."):
-            continue
-        if path.stem in found:
-            raise InvalidInputError(f"{role}: {found[path.stem].name} and {path.name} in {folder} share one name")
-        found[path.stem] = path
-    return found
+    try:
+        pairs, passed_over = pair_paths(vis, ir, leave_out=leave_out)
+    except PairingError as error:
+        raise InvalidInputError(str(error)) from error
+    return [FilePair(pair.name, pair.vis, pair.ir, pair.is_packed) for pair in pairs], passed_over
 
 
 def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:

@@ -52,6 +52,7 @@ SERVICE_BANNED: dict[str, tuple[str, ...]] = {
 # The client is for machines that have neither the model nor the service: of the service, only the generated messages.
 CLIENT_BANNED = ("torch", "recofuse_core", "fastapi", "pydantic", "redis", "uvicorn", "typer", "prometheus_client")
 
+
 # Only these speak to the environment; everything else is handed its settings.
 ENVIRONMENT_READERS = {"service/cli.py"}
 

@@ -46,6 +46,66 @@ def test_layouts_of_clean_pairs_are_recognised(tmp_path: Path, vis: str, ir: str
 
 
 @pytest.mark.parametrize(
+    ("vis", "ir", "name", "source"),
+    [
+        ("vis/0001_vis.png", "ir/0001_ir.png", "0001", ""),
+        ("Vis/VIS1.bmp", "Ir/IR1.bmp", "1", ""),  # TNO, NestFuse
+        ("rgb/FLIR_1_RGB.jpg", "thermal/FLIR_1.jpeg", "FLIR_1", ""),  # FLIR ADAS 1
+        ("visible/1.png", "infrared/01.png", "1", ""),
+        ("visible/00001v.jpg", "infrared/00001i.jpg", "00001", ""),  # RGBT234
+        ("v/00001v.png", "i/00001i.png", "00001", ""),  # GTOT
+        ("VT5000/RGB/1.jpg", "VT5000/T/1.jpg", "1", "VT5000"),
+        ("set00/V000/visible/I00000.jpg", "set00/V000/lwir/I00000.jpg", "I00000", "set00/V000"),  # KAIST
+        ("Day/Visible/Train/1.tif", "Day/FIR/Train/1.tif", "1", "Day"),  # CVC-14
+        ("train/RGB/FLIR_1.jpg", "train/thermal_8_bit/FLIR_1.jpeg", "FLIR_1", ""),
+        ("seq/fl_rgb/fl_rgb_1_2.png", "seq/fl_ir_aligned/fl_ir_aligned_1_2.png", "fl_1_2", "seq"),  # Freiburg
+        ("train/trainimg/1.jpg", "train/trainimgr/1.jpg", "1", ""),  # DroneVehicle
+        ("Vehicles/00000000_co.png", "Vehicles/00000000_ir.png", "00000000", "Vehicles"),  # VEDAI
+        ("FLIR_1_RGB.jpg", "FLIR_1_PreviewData.jpeg", "FLIR_1", ""),  # FLIR ADAS, aligned
+        ("DJI_20240101120000_0001_W.JPG", "DJI_20240101120001_0001_T.JPG", "DJI_20240101120000_0001", ""),
+        ("images/1_vis.png", "images/1_ir.png", "1", "images"),  # not packed, though they lie where MFNet's do
+    ],
+)
+def test_names_that_differ_by_a_role_word(tmp_path: Path, vis: str, ir: str, name: str, source: str) -> None:
+    put(tmp_path, vis, ir, "labels/1.png", "GT/1.png")
+    (pair,) = find_pairs(tmp_path)
+    assert (pair.name, pair.vis, pair.ir) == (name, tmp_path / vis, tmp_path / ir)
+    assert pair.source == source
+    assert (pair.vis.stem in pair.stems, pair.ir.stem in pair.stems, name in pair.stems) == (True, True, True)
+
+
+def test_degraded_files_may_have_role_words_too(tmp_path: Path) -> None:
+    put(tmp_path, "HQ/vis/1_vis.png", "HQ/ir/1_ir.png", "LQ/vis/01.png", "LQ/ir/1.png")
+    (pair,) = find_pairs(tmp_path)
+    assert (pair.vis_degraded, pair.ir_degraded) == (tmp_path / "LQ/vis/01.png", tmp_path / "LQ/ir/1.png")
+
+
+def test_folders_of_unsure_names_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    put(tmp_path, "vis/a.png", "thermal/a.png")
+    put(tmp_path, "rgb/a.png", "nir/a.png", "T/a.png", "other/rgb/a.png", "other/v/a.png")
+    (pair,) = find_pairs(tmp_path)
+    assert (pair.vis, pair.ir) == (tmp_path / "vis/a.png", tmp_path / "thermal/a.png")
+
+
+def test_splits_of_one_folder_for_both(tmp_path: Path) -> None:
+    put(tmp_path, "train/1_vis.png", "train/1_ir.png", "test/2_vis.png", "test/2_ir.png")
+    assert names(tmp_path) == ["1", "2"]
+    assert names(tmp_path, "test") == ["2"]
+    with pytest.raises(DatasetError, match="'val'"):
+        find_pairs(tmp_path, split="val")
+
+
+def test_no_file_is_its_own_partner(tmp_path: Path) -> None:
+    put(tmp_path, "vis/a.png")
+    (tmp_path / "ir").symlink_to(tmp_path / "vis", target_is_directory=True)
+    with pytest.raises(DatasetError, match="are one file"):
+        find_pairs(tmp_path)
+    assert cv2.imwrite(str(tmp_path / "vis/a.png"), np.full((8, 8, 4), 9, np.uint8))
+    (files,) = find_pairs(tmp_path)
+    assert set(read_pair(files).ir.flatten().tolist()) == {9}
+
+
+@pytest.mark.parametrize(
     ("vis", "ir", "vis_degraded", "ir_degraded"),
     [
         ("FMB/vi/HQ/a.png", "FMB/ir/HQ/a.png", "FMB/vi/LQ/a.png", "FMB/ir/LQ/a.png"),
@@ -131,6 +191,10 @@ def test_a_missing_partner_is_named(tmp_path: Path) -> None:
         (["LQ/vis/a.png", "LQ/ir/a.png"], "clean visible partner"),
         (["vis/a.png", "visible/a.png", "ir/a.png"], "claim the same place"),
         (["vis/a.png", "vis/a.jpg", "ir/a.png"], "share the stem 'a'"),
+        (["vis/a_vis.png", "vis/a_rgb.png", "ir/a.png"], "a_rgb.png and a_vis.png both fit"),
+        (["vis/a_ir.png", "ir/a_vis.png"], "named for the other side"),
+        (["a_vis.png", "a_rgb.png", "a_ir.png"], "a_rgb.png and a_vis.png both fit a_ir.png"),
+        (["a_vis.png", "a_ir.png", "b_vis.png"], r"lacks a partner for b_vis.png \(no partner\)"),
         (["fused/a.png"], "no image pairs"),
         (["vis_ir/a.png"], "no image pairs"),
         ([], "no image pairs"),

@@ -124,6 +124,60 @@ def test_folders_are_matched_by_name_and_equal_single_fusions(pairs: Path, weigh
     assert single.read_bytes() == (pairs / "out/b.png").read_bytes()
 
 
+def test_one_folder_for_both_sides(pairs: Path, weights: Path) -> None:
+    both = pairs / "both"
+    for name in "ab":
+        for role in ("vis", "ir"):
+            (both / "day").mkdir(parents=True, exist_ok=True)
+            (pairs / role / f"{name}.png").rename(both / "day" / f"{name}_{role}.png")
+    (both / "c_vis.png").write_bytes(b"lonely")
+    (both / "notes.txt").write_text("not an image")
+    call = ("fuse", "--vis", both, "--ir", both, "-o", both / "fused", "--weights", weights)
+    for _ in range(2):  # what the first run has written is no input of the second
+        result = run(*call, "--all")
+        assert result.exit_code == 0, result.output
+        assert "2 fused" in result.stdout
+        assert "no partner: both/c_vis.png; not an image: both/notes.txt" in result.stderr
+        written = {path.relative_to(both).as_posix() for path in (both / "fused").rglob("*.png")}
+        assert written == {f"fused/day/{name}{part}.png" for name in "ab" for part in ("", "_vis", "_ir")}
+
+
+def test_one_file_is_not_fused_with_itself(pairs: Path, weights: Path) -> None:
+    for other in ("vis/a.png", "link.png"):
+        if not (pairs / other).exists():
+            (pairs / other).symlink_to(pairs / "vis/a.png")
+        call = (
+            "fuse",
+            "--vis",
+            pairs / "vis/a.png",
+            "--ir",
+            pairs / other,
+            "-o",
+            pairs / "x.png",
+            "--weights",
+            weights,
+        )
+        assert_one_line(run(*call), "one file")
+    folder = ("fuse", "--vis", pairs / "vis", "--ir", pairs / "vis", "-o", pairs / "out", "--weights", weights)
+    assert_one_line(run(*folder), "given for both sides", "0001_vis.png", "a.png, b.png")
+
+
+def test_no_picture_is_written_over_another(pairs: Path, weights: Path) -> None:
+    both = pairs / "both"
+    for source, target in (
+        ("vis/a", "1_vis"),
+        ("ir/a", "1_ir"),
+        ("vis/b", "1"),
+        ("vis/b", "1_vis_vis"),
+        ("ir/b", "1_vis_ir"),
+    ):
+        both.mkdir(exist_ok=True)
+        (both / f"{target}.png").write_bytes((pairs / f"{source}.png").read_bytes())
+    call = ("fuse", "--vis", both, "--ir", both, "--weights", weights)
+    assert_one_line(run(*call, "-o", both), "1.png would destroy an input")  # in no pair, and yet the user's
+    assert_one_line(run(*call, "-o", pairs / "out", "--all"), "two pictures would be written to", "1_vis.png")
+
+
 def test_a_bad_pair_in_a_folder_does_not_stop_the_others(pairs: Path, weights: Path) -> None:
     (pairs / "vis/a.png").write_bytes(b"no picture")
     result = run("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out", "--weights", weights)
