@@ -1,8 +1,9 @@
-"""What PNG settings cost and bring: `recofuse bench codec`. Processor time, which a busy machine disturbs little.
+"""What reading costs, what PNG settings cost and bring: `recofuse bench codec`. Processor time, in alternating calls.
 
-Four kinds of 640x480 pictures, since the answer depends on them: a generated street, the same with more sensor noise,
-the smooth noisy picture that `bench service` sends, and a drawing of flat areas. Every setting is lossless; what is
-chosen is a point between time and size.
+Reading: a pair of files by `recofuse_images`, checks and scaling included, beside OpenCV's decoder alone on the same
+bytes. Writing: four kinds of 640x480 pictures, since the answer depends on them: a generated street, the same with more
+sensor noise, the smooth noisy picture that `bench service` sends, and a drawing of flat areas. Every setting is
+lossless; what is chosen is a point between time and size.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.load import picture_pair
 from benchmarks.processes import machine
+from recofuse_images.reader import read_pair
 
 Pixels = NDArray[np.uint8]
 
@@ -40,7 +43,7 @@ SETTINGS: dict[str, list[int]] = {
     "level 3, matches, Up": _flags(3, "DEFAULT", "UP"),
     "level 6, matches, all filters": _flags(6, "DEFAULT", "ALL"),
 }
-CHOSEN = "level 1, run lengths, Up"  # what service/images.py does at codec.png_compression=1, the default
+CHOSEN = "level 1, run lengths, Up"  # what recofuse_images/writer.py does at compression 1, the default
 
 
 def pictures() -> dict[str, Pixels]:
@@ -66,6 +69,7 @@ def run(
     """Measure every setting on every picture; say a Markdown table. json_path: where the figures go as well."""
     cv2.setNumThreads(1)
     where = machine()
+    reading = compare_reading(repeats, say)
     say(f"{where['cpu']}; 640x480, processor ms of one picture, median of {repeats}; * is the default\n")
     say("| Picture | PNG settings | encode ms | decode ms | kB |\n|---|---|--:|--:|--:|")
     rows: list[dict[str, object]] = []
@@ -81,8 +85,48 @@ def run(
             row = {"picture": name, "setting": setting, "encode_ms": encode_ms, "decode_ms": decode_ms}
             rows.append({**row, "bytes": int(encoded.size)})
     if json_path is not None:
-        json_path.write_text(json.dumps({"machine": where, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        json_path.write_text(
+            json.dumps({"machine": where, "rows": rows, "reading": reading}, indent=2) + "\n", encoding="utf-8"
+        )
     return rows
+
+
+def compare_reading(repeats: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Processor ms of a pair by our reader and by OpenCV's decoder alone, and their ratio."""
+    vis = pictures()["noisy street"]
+    ir = np.asarray(cv2.cvtColor(vis, cv2.COLOR_RGB2GRAY))
+    pairs = {
+        "PNG": (_file(vis, ".png"), _file(ir, ".png")),
+        "PNG, infrared of 16 bits": (_file(vis, ".png"), _file(ir.astype(np.uint16) * 20 + 7000, ".png")),
+        "JPEG": (_file(vis, ".jpg"), _file(ir, ".jpg")),
+        "TIFF": (_file(vis, ".tiff"), _file(ir, ".tiff")),
+    }
+    say("| Pair read | recofuse_images, ms | OpenCV's decoder alone, ms | ratio |\n|---|--:|--:|--:|")
+    found: dict[str, dict[str, float]] = {}
+    for name, files in pairs.items():
+        ours, alone = _alternating_ms(partial(read_pair, *files), partial(_opencv, files), repeats)
+        found[name] = {"recofuse_images_ms": ours, "opencv_ms": alone, "ratio": ours / alone}
+        say(f"| {name} | {ours:.1f} | {alone:.1f} | {ours / alone:.2f} |")
+    say("")
+    return found
+
+
+def _file(pixels: NDArray[np.generic], suffix: str) -> bytes:
+    return cv2.imencode(suffix, np.asarray(pixels))[1].tobytes()
+
+
+def _opencv(files: tuple[bytes, bytes]) -> None:
+    for data, flags in zip(files, (cv2.IMREAD_COLOR_RGB, cv2.IMREAD_GRAYSCALE), strict=True):
+        cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_ANYDEPTH)
+
+
+def _alternating_ms(ours: Callable[[], object], baseline: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Medians of two calls that take turns, so that both meet the same neighbours."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for call, times in zip((ours, baseline), spent, strict=True):
+            times.append(_median_ms(call, 1))
+    return _median(spent[0]), _median(spent[1])
 
 
 def _median_ms(call: Callable[[], object], repeats: int) -> float:

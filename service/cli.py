@@ -996,7 +996,7 @@ def bench_codec(
     repeats: Annotated[int, typer.Option(min=1, help="Times that each setting is tried.")] = 20,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
-    """What PNG settings cost and bring: processor time and size of answers."""
+    """What reading a pair costs, and what PNG settings cost and bring: processor time and size of answers."""
     _need_source_tree()
     from benchmarks import codec
 
