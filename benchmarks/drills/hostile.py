@@ -239,6 +239,9 @@ def attacks() -> Iterator[tuple[str, bytes]]:
     yield "chunk beyond all", path + form + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFFFF\r\nx"
     yield "bad chunk", path + form + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n"
     yield "length and chunks", path + form + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    offer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+    yield "a body behind an upgrade", posted(body, form + offer)
+    yield "a tunnel", b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n" + good
     yield "upgrade", b"GET /v1/models HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
     yield "a hundred pipelined", b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\n" * 100
     yield "answer, then rubbish", good + b"\x00" * 1000

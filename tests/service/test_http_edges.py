@@ -1,0 +1,138 @@
+"""The edges of HTTP, as clients of many kinds come to them: over a real socket where bytes matter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.fakes import pair, picture
+from tests.service.conftest import Server, Serving
+
+VIS, IR = pair()
+FORM_KIND = "multipart/form-data; boundary=edge"
+INFER = "/v2/models/recofuse/infer"
+
+JAVA = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nContent-Length: %d\r\nHost: h\r\n"
+    b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\nUser-Agent: Java-http-client/17\r\n"
+)
+OFFERS = {
+    "java": JAVA,
+    "websocket": b"Host: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nContent-Length: %d\r\n",
+    "loud": b"HOST: h\r\nCONNECTION: keep-alive, UPGRADE\r\nContent-Length: %d\r\nUPGRADE: TLS/1.0, IRC/6.9\r\n",
+    "twice": b"Host: h\r\nupgrade: a\r\nconnection: upgrade\r\nUpgrade: b\r\nContent-Length: %d\r\n",
+}
+
+
+def form_of(**fields: bytes) -> bytes:
+    """A multipart body with boundary `edge`."""
+    parts = [
+        b'--edge\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (name.encode(), value)
+        for name, value in fields.items()
+    ]
+    return b"".join([*parts, b"--edge--\r\n"])
+
+
+def chunked(body: bytes) -> bytes:
+    """A body in chunks of 1000 bytes."""
+    pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)]
+    return b"".join([b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"])
+
+
+@pytest.fixture
+async def server(serving: Serving) -> AsyncIterator[Server]:
+    async with serving() as running:
+        yield running
+
+
+class Line:
+    """A connection of which the test writes every byte."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def send(self, *pieces: bytes) -> None:
+        """Each piece in a segment of its own, as far as one may tell."""
+        for piece in pieces:
+            self._writer.write(piece)
+            await self._writer.drain()
+            await asyncio.sleep(0.02)
+
+    async def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """The next answer: status, headers, body."""
+        head = await asyncio.wait_for(self._reader.readuntil(b"\r\n\r\n"), 20)
+        first, *lines = head.decode().strip().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        status = int(first.split()[1])
+        return status, headers, await self._reader.readexactly(int(headers.get("content-length", "0")))
+
+
+@pytest.fixture
+async def line(server: Server) -> AsyncIterator[Line]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.client.base_url.port)
+    yield Line(reader, writer)
+    writer.close()
+    await writer.wait_closed()
+
+
+# upgrades
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+@pytest.mark.parametrize("way", ["at once", "head first", "in chunks"])
+async def test_an_offer_to_upgrade_is_declined_and_the_request_served(line: Line, offer: str, way: str) -> None:
+    """Twice on one connection, with another request behind."""
+    body = form_of(vis=VIS, ir=IR)
+    head = b"POST /v1/fuse?seed=3 HTTP/1.1\r\n" + OFFERS[offer] % len(body)
+    head += b"Content-Type: %b\r\n\r\n" % FORM_KIND.encode()
+    if way == "in chunks":
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        body = chunked(body)
+    for _ in range(2):
+        await line.send(*([head + body] if way == "at once" else [head[:30], head[30:], body[:500], body[500:]]))
+        status, headers, content = await line.answer()
+        assert (status, headers["content-type"]) == (200, "image/png"), content
+        assert "upgrade" not in headers
+        decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        np.testing.assert_array_equal(decoded, picture())
+    await line.send(b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert (await line.answer())[0] == 200
+
+
+async def test_pipelined_requests_may_offer_to_upgrade(line: Line) -> None:
+    body = form_of(vis=VIS, ir=IR)
+    fuse = b"POST /v1/fuse HTTP/1.1\r\n" + JAVA % len(body) + b"Content-Type: %b\r\n\r\n" % FORM_KIND.encode() + body
+    infer = b"POST %b HTTP/1.1\r\n" % INFER.encode() + OFFERS["loud"] % 2 + b"\r\n{}"
+    live = b"GET /health/live HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    await line.send(live + fuse + infer + live)
+    assert [(await line.answer())[0] for _ in range(4)] == [200, 200, 422, 200]
+
+
+async def test_an_offer_does_not_keep_a_connection_that_is_to_close(line: Line) -> None:
+    await line.send(b"POST %b HTTP/1.1\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n" % INFER.encode())
+    await line.send(b"Content-Length: 2\r\n\r\n{}")
+    status, headers, _ = await line.answer()
+    assert (status, headers["connection"]) == (422, "close")
+
+
+async def test_an_offer_with_a_question_gets_its_answer(line: Line) -> None:
+    """`curl --http2` asks before it sends much, and offers in the same head."""
+    body = form_of(vis=VIS, ir=IR)
+    head = b"POST /v1/fuse HTTP/1.1\r\n" + JAVA % len(body)
+    await line.send(head + b"Expect: 100-continue\r\nContent-Type: %b\r\n\r\n" % FORM_KIND.encode())
+    assert (await line.answer())[0] == 100
+    await line.send(body)
+    assert (await line.answer())[0] == 200
+
+
+@pytest.mark.parametrize("head", [b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+async def test_tunnels_and_unasked_http_2_are_refused(line: Line, head: bytes) -> None:
+    await line.send(head + b"\0" * 20)
+    status, headers, body = await line.answer()
+    assert (status, json.loads(body)["code"], headers["connection"]) == (400, "malformed_request", "close")
