@@ -27,7 +27,7 @@ Name = Annotated[str, Path(max_length=128, description="recofuse, or the model's
 Version = Annotated[str, Path(max_length=128, description="the model's version")]
 Length = Annotated[str | None, Header(alias=HEADER_LENGTH, description="bytes of the JSON, if tensors follow it")]
 
-_PARAMETERS: dict[str, Any] = {"type": "object", "additionalProperties": True}
+_PARAMETERS: dict[str, Any] = {"type": ["object", "null"], "additionalProperties": True}
 _SHAPE: dict[str, Any] = {
     "type": "array",
     "maxItems": 8,
@@ -37,11 +37,15 @@ _REQUEST: dict[str, Any] = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "id": {"type": "string", "maxLength": 256},
+        "id": {"type": ["string", "null"], "maxLength": 256},
         "parameters": {
-            "type": "object",
+            "type": ["object", "null"],
             "description": f"{', '.join(PARAMETERS)}; binary_data_output: every output as binary data",
-            "properties": {"seed": {"type": "integer"}, "steps": {"type": "integer"}, "sampler": {"type": "string"}},
+            "properties": {
+                "seed": {"type": ["integer", "null"]},
+                "steps": {"type": ["integer", "null"]},
+                "sampler": {"type": ["string", "null"]},
+            },
         },
         "inputs": {
             "type": "array",
@@ -55,12 +59,15 @@ _REQUEST: dict[str, Any] = {
                     "datatype": {"type": "string", "enum": ["UINT8", "UINT16", "BYTES"]},
                     "shape": _SHAPE,
                     "parameters": {**_PARAMETERS, "description": "binary_data_size: bytes of it after the JSON"},
-                    "data": {"type": "array", "description": "the elements in row-major order; files as base64"},
+                    "data": {
+                        "type": ["array", "null"],
+                        "description": "the elements in row-major order; files as base64",
+                    },
                 },
             },
         },
         "outputs": {
-            "type": "array",
+            "type": ["array", "null"],
             "description": "default: all of them",
             "items": {
                 "type": "object",
