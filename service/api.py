@@ -226,6 +226,7 @@ def build_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(_Head)
     if guard is not None:
         app.add_middleware(_Gate, guard=guard)
     app.add_middleware(_Envelope, metrics=metrics, http=settings.http, tracer=tracer)
@@ -244,6 +245,7 @@ def build_app(
 def build_monitor_app(is_warm: Callable[[], bool], metrics: Metrics) -> FastAPI:
     """What a worker process serves on its own port: /health/live, /health/ready, /metrics."""
     app = FastAPI(title="recofuse worker", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Head)
     app.add_middleware(_Envelope, metrics=metrics)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
@@ -749,12 +751,15 @@ async def _on_service_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown addresses and methods."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = getattr(error, "headers", None)
+    headers: Mapping[str, str] = getattr(error, "headers", None) or {}
     told: ServiceError = MalformedRequestError("the request cannot be read")
     if status == 404:
         told = RouteNotFoundError("there is nothing at this address; /docs lists what there is")
     elif status == 405:
         told = MethodNotAllowedError(f"{request.method} is not possible at this address")
+        allowed = headers.get("Allow", "").split(", ")
+        if "GET" in allowed:
+            headers = {**headers, "Allow": ", ".join(dict.fromkeys((*allowed, "HEAD")))}
     return problem(told, headers, path=request.scope["path"])
 
 
@@ -836,6 +841,24 @@ class _Envelope:
                     timer.route = getattr(scope.get("route"), "path", "unmatched")
         finally:
             request_id.reset(token)
+
+
+class _Head:
+    """Answers HEAD wherever there is GET, with the same status and headers; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+        try:
+            await self._app(asked, receive, send)
+        finally:
+            if "route" in asked:
+                scope["route"] = asked["route"]  # for the metrics
 
 
 class _Gate:

@@ -8,11 +8,17 @@ import re
 from collections.abc import AsyncIterator
 
 import cv2
+import httpx
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
+from service.api import build_monitor_app
+from service.errors import ErrorCode
+from service.metrics import Metrics
 from tests.fakes import pair, picture
 from tests.service.conftest import Server, Serving
+from tests.service.test_api import FILES, finished, problem
 
 VIS, IR = pair()
 FORM_KIND = "multipart/form-data; boundary=edge"
@@ -136,3 +142,54 @@ async def test_tunnels_and_unasked_http_2_are_refused(line: Line, head: bytes) -
     await line.send(head + b"\0" * 20)
     status, headers, body = await line.answer()
     assert (status, json.loads(body)["code"], headers["connection"]) == (400, "malformed_request", "close")
+
+
+# HEAD
+
+
+async def test_head_is_get_without_the_body(server: Server) -> None:
+    accepted = await server.client.post("/v1/fuse", files=FILES, headers={"Prefer": "respond-async"})
+    job = accepted.headers["location"]
+    assert (await finished(server.client, job))["status"] == "succeeded"
+    document = (await server.client.get("/openapi.json")).json()
+    paths = {path for path, operations in document["paths"].items() if "get" in operations}
+    assert len(paths) > 12
+    values = {"{job_id}": job.rpartition("/")[2], "{model_name}": "recofuse", "{model_version}": "7"}
+    for path in {
+        *paths,
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/playground/page.js",
+        "/v1/jobs/other",
+        "/nothing",
+        "/v1/fuse",
+    }:
+        for name, value in values.items():
+            path = path.replace(name, value)
+        got, headed = await server.client.get(path), await server.client.head(path)
+        assert headed.status_code == got.status_code, path
+        assert headed.content == b""
+        ignored = {"x-request-id", "date"} | (
+            {"content-length"} if path == "/metrics" or got.status_code > 400 else set()
+        )
+        for answer in (got, headed):
+            assert answer.status_code == 304 or int(answer.headers["content-length"]) > 0, path
+            for name in ignored & set(answer.headers):
+                del answer.headers[name]
+        assert headed.headers == got.headers, path
+    text = (await server.client.get("/metrics")).text
+    assert re.search(r'_requests_total\{[^}]*method="HEAD"[^}]*route="/v1/jobs/\{job_id\}/result"', text), text
+
+
+async def test_what_allows_get_allows_head(server: Server) -> None:
+    refused = await server.client.post("/health/live")
+    problem(refused, ErrorCode.METHOD_NOT_ALLOWED)
+    assert refused.headers["allow"] == "GET, HEAD"
+
+
+async def test_a_workers_monitor_answers_head_too() -> None:
+    app = build_monitor_app(lambda: False, Metrics(CollectorRegistry()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://worker") as client:
+        statuses = [(await client.head(path)).status_code for path in ("/health/live", "/health/ready", "/metrics")]
+    assert statuses == [200, 503, 200]
