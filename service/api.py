@@ -16,12 +16,12 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -183,6 +183,16 @@ _FORM: dict[str, Any] = {
     },
 }
 
+_QUERY: list[dict[str, Any]] = [
+    {
+        "name": name,
+        "in": "query",
+        "description": _FORM["properties"][name].get("description", "as the form field"),
+        "schema": _FORM["properties"][name],
+    }
+    for name in OPTION_FIELDS
+]
+
 JobId = Annotated[str, Path(pattern=r"^[0-9a-zA-Z_-]{1,64}$", description="the id from the 202 answer")]
 
 
@@ -294,7 +304,10 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
                 ErrorCode.TIMED_OUT,
             ),
         },
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+        openapi_extra={
+            "parameters": _QUERY,
+            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}},
+        },
     )
     async def fuse(
         request: Request,
@@ -406,14 +419,14 @@ def _add_problem_schema(app: FastAPI) -> None:
 
 
 async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
-    """The fields of a multipart body, read within the limits.
+    """The fields of a multipart body, read within the limits, and the options of the query string.
 
     Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
     repeated fields) and TimedOutError (a body that does not come to an end).
     """
     body = _Body(request)
     try:
-        form = _Form(settings.limits.max_image_bytes)
+        form = _Form(settings.limits.max_image_bytes, _options_in_query(request))
         # The form does not know the parser that calls it: the two would keep each upload until a collection.
         parser = MultipartParser(_boundary_of(request), form.callbacks())
         await body.pour(functools.partial(_parse, parser), settings)
@@ -423,18 +436,45 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
         raise
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """A body that is not a form, as it is. Raises UnsupportedMediaError (compressed), and like `read_form`."""
+async def read_body(request: Request, settings: Settings, options: Collection[str]) -> bytes:
+    """A body that is not a form, as it is. Raises like `read_form`.
+
+    options: what the body may ask for. In the query string they would be ignored, so they are refused there; what has
+    another name may be meant for a proxy on the way.
+    """
     body = _Body(request)
     chunks: list[bytes] = []
     try:
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise UnsupportedMediaError("compressed bodies are not accepted: images are compressed already")
+        if misplaced := [name for name, value in request.query_params.items() if value and name in options]:
+            told = ", ".join(dict.fromkeys(misplaced))
+            raise InvalidInputError(
+                f"the query parameter {told} is not read here; it belongs into the body's parameters"
+            )
         await body.pour(chunks.append, settings)
     except ServiceError:
         await body.discard_rest()
         raise
     return b"".join(chunks)
+
+
+def _options_in_query(request: Request) -> dict[str, bytes]:
+    """The options in the query string, as form fields; empty ones are left out.
+
+    Raises InvalidInputError (unknown or repeated ones) and PayloadTooLargeError.
+    """
+    given = parse_qsl(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
+    if unknown := [repr(name[:40]) for name in dict.fromkeys(name for name, _ in given) if name not in OPTION_FIELDS]:
+        accepted = ", ".join(OPTION_FIELDS)
+        raise InvalidInputError(f"there is no query parameter {', '.join(unknown[:8])}; accepted are {accepted}")
+    values: dict[str, bytes] = {}
+    for name, text in given:
+        if name in values:
+            raise InvalidInputError(f"the query parameter {name} is there more than once")
+        values[name] = text.encode()
+        if len(values[name]) > MAX_OPTION_BYTES:
+            most = MAX_OPTION_BYTES
+            raise PayloadTooLargeError(f"the query parameter {name} has more than the accepted {most} bytes")
+    return {name: value for name, value in values.items() if value}
 
 
 class _Uploads:
@@ -476,10 +516,12 @@ class _Body:
             yield message.get("body", b"")
 
     async def pour(self, write: Callable[[bytes], None], settings: Settings) -> None:
-        """Hand the pieces on, within the limits.
+        """Hand the pieces on, within the limits; none is asked for before what the head announces is acceptable.
 
-        Raises PayloadTooLargeError, OverloadedError, TimedOutError, MalformedRequestError.
+        Raises UnsupportedMediaError (compressed), PayloadTooLargeError, OverloadedError, TimedOutError,
+        MalformedRequestError.
         """
+        _require_plain(self._request)
         max_bytes = 2 * settings.limits.max_image_bytes + 64 * 1024
         announced = self._request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > max_bytes:
@@ -515,6 +557,17 @@ class _Body:
                         return
 
 
+def _require_plain(request: Request) -> None:
+    """Raises UnsupportedMediaError for a body that would have to be decompressed."""
+    for header in ("content-encoding", "transfer-encoding"):
+        codings = {coding.strip().lower() for line in request.headers.getlist(header) for coding in line.split(",")}
+        if unknown := sorted(codings - {"", "identity", "chunked"}):
+            raise UnsupportedMediaError(
+                f"compressed bodies are not accepted ({unknown[0][:40]}): send it uncompressed; images are compressed "
+                "already"
+            )
+
+
 def _boundary_of(request: Request) -> bytes:
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
@@ -534,10 +587,14 @@ def _parse(parser: MultipartParser, chunk: bytes) -> None:
 
 
 class _Form:
-    """Collects multipart fields and stops at the first that is not wanted or too large."""
+    """Collects multipart fields and stops at the first that is not wanted or too large.
 
-    def __init__(self, max_image_bytes: int) -> None:
+    query: the options that came outside the form.
+    """
+
+    def __init__(self, max_image_bytes: int, query: Mapping[str, bytes]) -> None:
         self._max_image_bytes = max_image_bytes
+        self._query = query
         self._fields: dict[str, bytearray] = {}
         self._headers: dict[bytes, bytes] = {}
         self._name = b""
@@ -559,13 +616,14 @@ class _Form:
         }
 
     def close(self) -> dict[str, bytes]:
-        """The complete fields."""
+        """The complete fields; an option that is empty is none."""
         if not self._is_closed:
             raise MalformedRequestError("the multipart body ends before its closing boundary")
         missing = [name for name in IMAGE_FIELDS if name not in self._fields]
         if missing:
             raise InvalidInputError(f"the field {' and '.join(missing)} is missing; vis and ir are required")
-        return {name: bytes(value) for name, value in self._fields.items()}
+        filled = {name: bytes(value) for name, value in self._fields.items() if value or name in IMAGE_FIELDS}
+        return {**self._query, **filled}
 
     def _on_header_begin(self) -> None:
         self._name = self._value = b""
@@ -591,6 +649,8 @@ class _Form:
         self._fields[name] = bytearray()
 
     def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
+        if start < end and self._field in self._query:
+            raise InvalidInputError(f"the field {self._field} is in the query string as well; keep one")
         value = self._fields[self._field]
         limit = self._max_image_bytes if self._field in IMAGE_FIELDS else MAX_OPTION_BYTES
         if len(value) + end - start > limit:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.api import CLIENT_CLOSED, problems, read_body, unless_hung_up
+from service.api import CLIENT_CLOSED, OPTION_FIELDS, problems, read_body, unless_hung_up
 from service.errors import ErrorCode, UnavailableError
 from service.gateway import Readiness
 from service.oip import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, Inference, InferRequest, answer_body, split_body
@@ -22,6 +22,8 @@ from service.settings import LimitSettings, Settings
 HEADER_LENGTH = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
 MAX_READ_AT_ONCE = 64 * 1024  # bytes of JSON
+
+_OPTIONS = frozenset((*PARAMETERS, *OPTION_FIELDS))  # what a caller may try to say in the query string
 
 Name = Annotated[str, Path(max_length=128, description="recofuse, or the model's own name", examples=["recofuse"])]
 Version = Annotated[str, Path(max_length=128, description="the model's version")]
@@ -215,7 +217,7 @@ def _add_infer(app: FastAPI, inference: Inference, settings: Settings) -> None:
     bodies = _Bodies(settings.limits)
 
     async def infer(request: Request, name: str, version: str, header_length: str | None) -> Response:
-        body = await read_body(request, settings)
+        body = await read_body(request, settings, _OPTIONS)
         wanted = await bodies.read(body, header_length)
         answer = await unless_hung_up(request, inference.infer(name, version, wanted, remaining_s=None))
         if answer is None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.api import build_monitor_app
+from service.api import OPTION_FIELDS, build_monitor_app
 from service.errors import ErrorCode
 from service.metrics import Metrics
 from tests.fakes import pair, picture
@@ -193,3 +193,131 @@ async def test_a_workers_monitor_answers_head_too() -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://worker") as client:
         statuses = [(await client.head(path)).status_code for path in ("/health/live", "/health/ready", "/metrics")]
     assert statuses == [200, 503, 200]
+
+
+# options in the query string
+
+
+async def test_options_may_come_in_form_and_query_together(server: Server) -> None:
+    answer = await server.client.post("/v1/fuse?output=ir&seed=5", files=FILES, data={"format": "jpeg", "steps": "4"})
+    assert (answer.headers["x-picture"], answer.headers["content-type"]) == ("ir", "image/jpeg")
+    assert server.engine.batches[-1] == [5]
+    assert server.engine.options[-1].steps == 4
+    submitted = await server.client.post("/v1/fuse?output=all", files=FILES, headers={"Prefer": "respond-async"})
+    assert (await finished(server.client, submitted.headers["location"]))["status"] == "succeeded"
+    result = await server.client.get(submitted.headers["location"] + "/result")
+    assert result.headers["content-type"] == "application/zip"
+
+
+@pytest.mark.parametrize(
+    ("query", "form", "told"),
+    [
+        ("stepz=3&seed=1&colour=2", {}, "no query parameter 'stepz', 'colour'; accepted are output, "),
+        ("vis=1", {}, "'vis'"),
+        ("Seed=1", {}, "'Seed'"),
+        ("=1", {}, "''"),
+        ("%FF%00=1", {}, "accepted are"),
+        ("stepz=", {}, "'stepz'"),
+        ("seed=1&seed=1", {}, "seed is there more than once"),
+        ("seed=1&seed=2", {}, "seed is there more than once"),
+        ("seed=1", {"seed": "1"}, "seed is in the query string as well"),
+        ("steps=many", {}, "steps"),
+        ("seed=%E2%98%83", {}, "seed is not plain text"),
+    ],
+)
+async def test_what_the_query_may_not_say_is_refused(
+    server: Server, query: str, form: dict[str, str], told: str
+) -> None:
+    answer = await server.client.post(f"/v1/fuse?{query}", files=FILES, data=form)
+    assert told in problem(answer, ErrorCode.INVALID_INPUT)["detail"]
+    assert server.engine.batches == []
+
+
+async def test_a_value_in_the_query_is_as_long_as_one_in_the_form(server: Server) -> None:
+    long = "1" * 1025
+    for answer in (
+        await server.client.post(f"/v1/fuse?seed={long}", files=FILES),
+        await server.client.post("/v1/fuse", files=FILES, data={"seed": long}),
+    ):
+        assert "seed has more than the accepted 1024 bytes" in problem(answer, ErrorCode.PAYLOAD_TOO_LARGE)["detail"]
+
+
+async def test_the_description_names_the_options_in_the_query(server: Server) -> None:
+    operation = (await server.client.get("/openapi.json")).json()["paths"]["/v1/fuse"]["post"]
+    form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    described = {entry["name"]: entry["schema"] for entry in operation["parameters"] if entry["in"] == "query"}
+    assert described == {name: form[name] for name in OPTION_FIELDS}
+    assert len(described) == sum(entry["in"] == "query" for entry in operation["parameters"])
+    assert {entry["name"] for entry in operation["parameters"] if entry["in"] == "header"} >= {"prefer"}
+
+
+async def test_an_empty_option_is_an_absent_one(server: Server) -> None:
+    empty = dict.fromkeys(OPTION_FIELDS, "")
+    query = "&".join(f"{name}=" for name in OPTION_FIELDS)
+    plain = await server.client.post("/v1/fuse", files=FILES)
+    for answer in (
+        await server.client.post("/v1/fuse", files=FILES, data=empty),
+        await server.client.post(f"/v1/fuse?{query}", files=FILES),
+        await server.client.post(f"/v1/fuse?{query}", files=FILES, data={**empty, "output": "fused"}),
+        await server.client.post("/v1/fuse?output=fused", files=FILES, data=empty),
+    ):
+        assert answer.status_code == 200, answer.text
+        assert answer.content == plain.content
+    filled = await server.client.post("/v1/fuse?output=ir&seed=", files=FILES, data={**empty, "seed": "8"})
+    assert (filled.headers["x-picture"], server.engine.batches[-1]) == ("ir", [8])
+
+
+async def test_the_inference_protocol_refuses_options_in_the_query(server: Server) -> None:
+    body = b'{"inputs": []}'
+    for query in ("seed=5", "x=1&ir_range=1,2", "output=ir"):
+        answer = await server.client.post(f"{INFER}?{query}", content=body)
+        assert "belongs into the body" in problem_of_v2(answer, ErrorCode.INVALID_INPUT)
+    for query in ("", "tenant=7", "seed="):  # for a proxy, perhaps; or nothing
+        answer = await server.client.post(f"{INFER}?{query}", content=body)
+        assert "missing" in problem_of_v2(answer, ErrorCode.INVALID_INPUT)
+
+
+def problem_of_v2(answer: httpx.Response, code: ErrorCode) -> str:
+    document = problem(answer, code)
+    assert document["error"] == document["detail"]
+    return str(document["error"])
+
+
+# compressed bodies
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "identity, gzip", "x-unknown"])
+async def test_compressed_bodies_are_refused_on_every_route(server: Server, coding: str) -> None:
+    document = (await server.client.get("/openapi.json")).json()
+    paths = [path for path, operations in document["paths"].items() if "requestBody" in operations.get("post", {})]
+    assert len(paths) >= 3
+    for path in paths:
+        path = path.replace("{model_name}", "recofuse").replace("{model_version}", "7")
+        answer = await server.client.post(path, files=FILES, headers={"Content-Encoding": coding})
+        told = problem(answer, ErrorCode.UNSUPPORTED_MEDIA)["detail"]
+        assert "send it uncompressed" in told
+    assert server.engine.batches == []
+
+
+@pytest.mark.parametrize("path", ["/v1/fuse", INFER])
+async def test_a_compressed_body_is_refused_before_it_is_sent(line: Line, path: str) -> None:
+    head = b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: 5000000\r\nExpect: 100-continue\r\n" % path.encode()
+    head += b"Content-Encoding: identity\r\nContent-Encoding: gzip\r\nContent-Type: %b\r\n\r\n" % FORM_KIND.encode()
+    await line.send(head)
+    status, headers, body = await line.answer()
+    assert (status, json.loads(body)["code"], headers["connection"]) == (415, "unsupported_media", "close")
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", "", "identity ,IDENTITY"])
+async def test_uncompressed_bodies_may_say_so(server: Server, coding: str) -> None:
+    answer = await server.client.post("/v1/fuse", files=FILES, headers={"Content-Encoding": coding})
+    assert answer.status_code == 200, answer.text
+    answer = await server.client.post(INFER, content=b"{}", headers={"Content-Encoding": coding})
+    problem_of_v2(answer, ErrorCode.INVALID_INPUT)
+
+
+async def test_a_compressed_transfer_is_refused(line: Line) -> None:
+    await line.send(b"POST /v1/fuse HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n")
+    await line.send(b"Content-Type: %b\r\n\r\n" % FORM_KIND.encode() + chunked(form_of(vis=VIS, ir=IR)))
+    status, _, body = await line.answer()
+    assert (status, json.loads(body)["code"]) == (415, "unsupported_media")
