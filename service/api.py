@@ -422,7 +422,7 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
     """The fields of a multipart body, read within the limits, and the options of the query string.
 
     Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
-    repeated fields) and TimedOutError (a body that does not come to an end).
+    repeated fields) and TimedOutError (a body that stops, or comes too slowly).
     """
     body = _Body(request)
     try:
@@ -527,17 +527,25 @@ class _Body:
         if announced.isdecimal() and int(announced) > max_bytes:
             raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
         uploads: _Uploads = self._request.app.state.uploads
+        pause_s, min_rate = settings.http.body_timeout_s, settings.http.min_body_bytes_per_s
+        now_s = asyncio.get_running_loop().time
+        slowest_s = now_s() + pause_s  # when this much of a body must be there, at the latest
         num_bytes = 0
         try:
-            async with asyncio.timeout(settings.http.body_timeout_s):
+            async with asyncio.timeout(pause_s) as patience:
                 async for chunk in self.chunks():
                     if num_bytes + len(chunk) > max_bytes:
                         raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
                     uploads.add(len(chunk))
                     num_bytes += len(chunk)
                     write(chunk)
+                    slowest_s += len(chunk) / min_rate
+                    patience.reschedule(min(now_s() + pause_s, slowest_s))
         except TimeoutError as error:
-            raise TimedOutError(f"the body did not arrive within {settings.http.body_timeout_s:g} s") from error
+            raise TimedOutError(
+                f"the body stopped or came too slowly; accepted are pauses of up to {pause_s:g} s and, after the first "
+                f"{pause_s:g} s, at least {min_rate} bytes/s on average"
+            ) from error
         finally:
             uploads.remove(num_bytes)
 

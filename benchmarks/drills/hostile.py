@@ -354,6 +354,7 @@ async def attack_http(address: tuple[str, int], verdict: Verdict) -> None:
             if index % 16 == 0:
                 tasks.create_task(_expect_service(address, verdict))
     await _hang_up_midway(address, verdict)
+    await _trickle(address, verdict)
     await _expect_service(address, verdict)
 
 
@@ -414,6 +415,31 @@ async def _hang_up_midway(address: tuple[str, int], verdict: Verdict) -> None:
         writer.write(request[:length])
         with contextlib.suppress(ConnectionError):
             await writer.drain()
+        writer.transport.abort()
+
+
+async def _trickle(address: tuple[str, int], verdict: Verdict) -> None:
+    """A body that never falls silent, and never ends: the server must end it all the same."""
+    verdict.num_attacks += 1
+    head, body = fuse_request(*_small_pair()).split(b"\r\n\r\n", 1)
+    reader, writer = await asyncio.open_connection(*address)
+
+    async def drip() -> None:
+        writer.write(head + b"\r\n\r\n")
+        for at in range(len(body) - 1):
+            writer.write(body[at : at + 1])
+            await asyncio.sleep(0.2)
+
+    dripping = asyncio.create_task(drip())
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await reader.read(1)
+    except TimeoutError:
+        verdict.expect(False, f"a trickling body was neither answered nor hung up on within {ANSWER_S:g} s")
+    except ConnectionError:
+        pass
+    finally:
+        dripping.cancel()
         writer.transport.abort()
 
 

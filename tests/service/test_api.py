@@ -228,7 +228,7 @@ async def test_a_body_that_does_not_end_is_given_up(serving: Serving) -> None:
         answer = await server.client.post(
             "/v1/fuse", content=stuck(), headers={"Content-Type": "multipart/form-data; boundary=b"}
         )
-        problem(answer, ErrorCode.TIMED_OUT)
+        assert "pauses of up to 0.2 s" in problem(answer, ErrorCode.TIMED_OUT)["detail"]
 
 
 async def test_unknown_addresses_and_methods(server: Server) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+import selectors
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import cv2
 import httpx
@@ -13,9 +15,12 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.api import OPTION_FIELDS, build_monitor_app
+from service.api import OPTION_FIELDS, build_app, build_monitor_app
 from service.errors import ErrorCode
+from service.gateway import Gateway
 from service.metrics import Metrics
+from service.queue import MemoryQueue
+from service.settings import Settings
 from tests.fakes import pair, picture
 from tests.service.conftest import Server, Serving
 from tests.service.test_api import FILES, finished, problem
@@ -321,3 +326,143 @@ async def test_a_compressed_transfer_is_refused(line: Line) -> None:
     await line.send(b"Content-Type: %b\r\n\r\n" % FORM_KIND.encode() + chunked(form_of(vis=VIS, ir=IR)))
     status, _, body = await line.answer()
     assert (status, json.loads(body)["code"]) == (415, "unsupported_media")
+
+
+# the time of a body
+
+
+class Instant(selectors.DefaultSelector):
+    """Waits for nothing: the clock jumps to the next timer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now_s += timeout or 0
+        return super().select(0)
+
+
+class InstantLoop(asyncio.SelectorEventLoop):
+    """An event loop in which hours pass at once; for what waits for timers only."""
+
+    def __init__(self) -> None:
+        self._instant = Instant()
+        super().__init__(self._instant)
+
+    def time(self) -> float:
+        return self._instant.now_s
+
+
+def post_slowly(pieces: Iterator[tuple[float, bytes]], **http: Any) -> tuple[int, str, float]:
+    """Send a body of which each piece comes so many seconds after the one before; the status, detail and seconds.
+
+    A body that ends is refused as one without its closing boundary; nothing else is waited for.
+    """
+
+    async def main() -> tuple[int, str, float]:
+        values = Settings.from_values({"http": http})
+        metrics = Metrics(CollectorRegistry())
+        app = build_app(Gateway(MemoryQueue(values.queue), values, metrics), values, metrics)
+        loop = asyncio.get_running_loop()
+        started_s, ended_s, sent = loop.time(), [0.0], []
+
+        async def receive() -> dict[str, Any]:
+            pause_s, piece = next(pieces, (0.0, b""))
+            await asyncio.sleep(pause_s)
+            return {"type": "http.request", "body": piece, "more_body": bool(piece)}
+
+        async def send(message: Any) -> None:
+            ended_s[0] = loop.time()
+            sent.append(message)
+
+        headers = [(b"content-type", FORM_KIND.encode()), (b"expect", b"100-continue")]  # nothing is discarded after it
+        scope = {"type": "http", "method": "POST", "path": "/v1/fuse", "headers": headers, "query_string": b""}
+        await app({**scope, "root_path": ""}, receive, send)
+        return sent[0]["status"], json.loads(sent[1]["body"])["detail"], ended_s[0] - started_s
+
+    with asyncio.Runner(loop_factory=InstantLoop) as runner:
+        return runner.run(main())
+
+
+FIELD = b'--edge\r\nContent-Disposition: form-data; name="vis"\r\n\r\n'
+
+
+def steadily(rate: float, num_bytes: int, every_s: float) -> Iterator[tuple[float, bytes]]:
+    """A body that comes with so many bytes a second."""
+    yield 0.0, FIELD
+    for _ in range(round(num_bytes / rate / every_s)):
+        yield every_s, bytes(max(1, round(rate * every_s)))
+
+
+def test_a_slow_but_steady_body_is_received() -> None:
+    """20 MB over an uplink of 2 Mbit/s, and a picture over one of 64 kbit/s."""
+    for rate, num_bytes in ((250_000, 20_000_000), (8000, 1_000_000)):
+        status, detail, seconds = post_slowly(steadily(rate, num_bytes, every_s=0.5))
+        assert (status, "closing boundary" in detail) == (400, True), detail
+        assert seconds == pytest.approx(num_bytes / rate, rel=0.01)
+
+
+def test_an_uplink_may_pause_and_go_on() -> None:
+    pauses = [(0.0, FIELD)] + [(29.0, bytes(200_000))] * 5
+    assert post_slowly(iter(pauses))[0] == 400
+
+
+def test_silence_ends_a_body() -> None:
+    """However much has come before."""
+    pieces = [(0.0, FIELD), (5.0, bytes(1_000_000)), (30.5, bytes(1000))]
+    status, detail, seconds = post_slowly(iter(pieces))
+    assert (status, "pauses of up to 30 s" in detail) == (504, True)
+    assert seconds == pytest.approx(35.0)
+
+
+@pytest.mark.parametrize(("rate", "every_s"), [(1.0, 1.0), (100.0, 0.1), (4000.0, 0.5), (1 / 29, 29.0)])
+def test_a_trickle_is_cut_off(rate: float, every_s: float) -> None:
+    """As soon as it is slower than the least rate allows, or at the next byte."""
+    status, detail, seconds = post_slowly(steadily(rate, 10_000_000, every_s))
+    assert (status, "at least 4096 bytes/s" in detail) == (504, True)
+    least = (30.0 + len(FIELD) / 4096) / (1 - rate / 4096)
+    assert least - every_s / (1 - rate / 4096) <= seconds <= least
+
+
+@pytest.mark.parametrize("least", [100, 1000, 100_000])
+def test_the_least_rate_is_a_setting(least: int) -> None:
+    http = {"body_timeout_s": 10, "min_body_bytes_per_s": least}
+    assert post_slowly(steadily(least * 1.1, least * 100, 1.0), **http)[0] == 400
+    assert post_slowly(steadily(least * 0.5, least * 100, 2.0), **http)[0] == 504
+
+
+async def test_a_body_longer_than_the_silence_it_may_have_arrives(serving: Serving) -> None:
+    """The same over a socket."""
+    body = form_of(vis=VIS, ir=IR)
+    size = -(-len(body) // 16)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), size):
+            await asyncio.sleep(0.25)
+            yield body[at : at + size]
+
+    async with serving(http={"body_timeout_s": 3.0, "min_body_bytes_per_s": 100}) as server:
+        answer = await server.client.post("/v1/fuse", content=pieces(), headers={"Content-Type": FORM_KIND})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_trickling_client_does_not_stay(serving: Serving) -> None:
+    """Answered while it still sends, after the setting's half a second and the patience with refused bodies."""
+    async with serving(http={"body_timeout_s": 0.5}) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.client.base_url.port)
+        head = b"POST /v1/fuse HTTP/1.1\r\nHost: h\r\nContent-Length: 400000\r\nContent-Type: %b\r\n\r\n"
+        writer.write(head % FORM_KIND.encode() + FIELD)
+
+        async def trickle() -> None:
+            while True:
+                writer.write(b"a")
+                await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle())
+        try:
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        finally:
+            trickling.cancel()
+            writer.transport.abort()
+    assert answer.startswith(b"HTTP/1.1 504")
