@@ -36,6 +36,16 @@ def webp_bytes(pixels: NDArray[np.uint8], quality: int = 90) -> bytes:
     return _encoded(pixels, "webp", [cv2.IMWRITE_WEBP_QUALITY, quality])
 
 
+def bmp_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB as BMP. Raises BadImageError."""
+    return _encoded(pixels, "bmp", [])
+
+
+def tiff_bytes(pixels: NDArray[Any]) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as TIFF. Raises BadImageError."""
+    return _encoded(pixels, "tiff", [])
+
+
 def npy_bytes(pixels: NDArray[np.uint8]) -> bytes:
     """An array as a file of NumPy's format."""
     stream = io.BytesIO()
@@ -67,5 +77,8 @@ _WRITERS: dict[str, Callable[[NDArray[Any]], bytes]] = {
     ".jpg": jpeg_bytes,
     ".jpeg": jpeg_bytes,
     ".webp": webp_bytes,
+    ".bmp": bmp_bytes,
+    ".tif": tiff_bytes,
+    ".tiff": tiff_bytes,
     ".npy": npy_bytes,
 }

@@ -16,12 +16,12 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -183,6 +183,16 @@ _FORM: dict[str, Any] = {
     },
 }
 
+_QUERY: list[dict[str, Any]] = [
+    {
+        "name": name,
+        "in": "query",
+        "description": _FORM["properties"][name].get("description", "as the form field"),
+        "schema": _FORM["properties"][name],
+    }
+    for name in OPTION_FIELDS
+]
+
 JobId = Annotated[str, Path(pattern=r"^[0-9a-zA-Z_-]{1,64}$", description="the id from the 202 answer")]
 
 
@@ -226,6 +236,7 @@ def build_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(_Head)
     if guard is not None:
         app.add_middleware(_Gate, guard=guard)
     app.add_middleware(_Envelope, metrics=metrics, http=settings.http, tracer=tracer)
@@ -244,6 +255,7 @@ def build_app(
 def build_monitor_app(is_warm: Callable[[], bool], metrics: Metrics) -> FastAPI:
     """What a worker process serves on its own port: /health/live, /health/ready, /metrics."""
     app = FastAPI(title="recofuse worker", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Head)
     app.add_middleware(_Envelope, metrics=metrics)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
@@ -292,7 +304,10 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
                 ErrorCode.TIMED_OUT,
             ),
         },
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+        openapi_extra={
+            "parameters": _QUERY,
+            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}},
+        },
     )
     async def fuse(
         request: Request,
@@ -404,14 +419,14 @@ def _add_problem_schema(app: FastAPI) -> None:
 
 
 async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
-    """The fields of a multipart body, read within the limits.
+    """The fields of a multipart body, read within the limits, and the options of the query string.
 
     Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
-    repeated fields) and TimedOutError (a body that does not come to an end).
+    repeated fields) and TimedOutError (a body that stops, or comes too slowly).
     """
     body = _Body(request)
     try:
-        form = _Form(settings.limits.max_image_bytes)
+        form = _Form(settings.limits.max_image_bytes, _options_in_query(request))
         # The form does not know the parser that calls it: the two would keep each upload until a collection.
         parser = MultipartParser(_boundary_of(request), form.callbacks())
         await body.pour(functools.partial(_parse, parser), settings)
@@ -421,18 +436,45 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
         raise
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """A body that is not a form, as it is. Raises UnsupportedMediaError (compressed), and like `read_form`."""
+async def read_body(request: Request, settings: Settings, options: Collection[str]) -> bytes:
+    """A body that is not a form, as it is. Raises like `read_form`.
+
+    options: what the body may ask for. In the query string they would be ignored, so they are refused there; what has
+    another name may be meant for a proxy on the way.
+    """
     body = _Body(request)
     chunks: list[bytes] = []
     try:
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise UnsupportedMediaError("compressed bodies are not accepted: images are compressed already")
+        if misplaced := [name for name, value in request.query_params.items() if value and name in options]:
+            told = ", ".join(dict.fromkeys(misplaced))
+            raise InvalidInputError(
+                f"the query parameter {told} is not read here; it belongs into the body's parameters"
+            )
         await body.pour(chunks.append, settings)
     except ServiceError:
         await body.discard_rest()
         raise
     return b"".join(chunks)
+
+
+def _options_in_query(request: Request) -> dict[str, bytes]:
+    """The options in the query string, as form fields; empty ones are left out.
+
+    Raises InvalidInputError (unknown or repeated ones) and PayloadTooLargeError.
+    """
+    given = parse_qsl(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
+    if unknown := [repr(name[:40]) for name in dict.fromkeys(name for name, _ in given) if name not in OPTION_FIELDS]:
+        accepted = ", ".join(OPTION_FIELDS)
+        raise InvalidInputError(f"there is no query parameter {', '.join(unknown[:8])}; accepted are {accepted}")
+    values: dict[str, bytes] = {}
+    for name, text in given:
+        if name in values:
+            raise InvalidInputError(f"the query parameter {name} is there more than once")
+        values[name] = text.encode()
+        if len(values[name]) > MAX_OPTION_BYTES:
+            most = MAX_OPTION_BYTES
+            raise PayloadTooLargeError(f"the query parameter {name} has more than the accepted {most} bytes")
+    return {name: value for name, value in values.items() if value}
 
 
 class _Uploads:
@@ -474,26 +516,36 @@ class _Body:
             yield message.get("body", b"")
 
     async def pour(self, write: Callable[[bytes], None], settings: Settings) -> None:
-        """Hand the pieces on, within the limits.
+        """Hand the pieces on, within the limits; none is asked for before what the head announces is acceptable.
 
-        Raises PayloadTooLargeError, OverloadedError, TimedOutError, MalformedRequestError.
+        Raises UnsupportedMediaError (compressed), PayloadTooLargeError, OverloadedError, TimedOutError,
+        MalformedRequestError.
         """
+        _require_plain(self._request)
         max_bytes = 2 * settings.limits.max_image_bytes + 64 * 1024
         announced = self._request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > max_bytes:
             raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
         uploads: _Uploads = self._request.app.state.uploads
+        pause_s, min_rate = settings.http.body_timeout_s, settings.http.min_body_bytes_per_s
+        now_s = asyncio.get_running_loop().time
+        slowest_s = now_s() + pause_s  # when this much of a body must be there, at the latest
         num_bytes = 0
         try:
-            async with asyncio.timeout(settings.http.body_timeout_s):
+            async with asyncio.timeout(pause_s) as patience:
                 async for chunk in self.chunks():
                     if num_bytes + len(chunk) > max_bytes:
                         raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
                     uploads.add(len(chunk))
                     num_bytes += len(chunk)
                     write(chunk)
+                    slowest_s += len(chunk) / min_rate
+                    patience.reschedule(min(now_s() + pause_s, slowest_s))
         except TimeoutError as error:
-            raise TimedOutError(f"the body did not arrive within {settings.http.body_timeout_s:g} s") from error
+            raise TimedOutError(
+                f"the body stopped or came too slowly; accepted are pauses of up to {pause_s:g} s and, after the first "
+                f"{pause_s:g} s, at least {min_rate} bytes/s on average"
+            ) from error
         finally:
             uploads.remove(num_bytes)
 
@@ -511,6 +563,17 @@ class _Body:
                     num_bytes += len(chunk)
                     if num_bytes > MAX_DISCARD_BYTES:
                         return
+
+
+def _require_plain(request: Request) -> None:
+    """Raises UnsupportedMediaError for a body that would have to be decompressed."""
+    for header in ("content-encoding", "transfer-encoding"):
+        codings = {coding.strip().lower() for line in request.headers.getlist(header) for coding in line.split(",")}
+        if unknown := sorted(codings - {"", "identity", "chunked"}):
+            raise UnsupportedMediaError(
+                f"compressed bodies are not accepted ({unknown[0][:40]}): send it uncompressed; images are compressed "
+                "already"
+            )
 
 
 def _boundary_of(request: Request) -> bytes:
@@ -532,10 +595,14 @@ def _parse(parser: MultipartParser, chunk: bytes) -> None:
 
 
 class _Form:
-    """Collects multipart fields and stops at the first that is not wanted or too large."""
+    """Collects multipart fields and stops at the first that is not wanted or too large.
 
-    def __init__(self, max_image_bytes: int) -> None:
+    query: the options that came outside the form.
+    """
+
+    def __init__(self, max_image_bytes: int, query: Mapping[str, bytes]) -> None:
         self._max_image_bytes = max_image_bytes
+        self._query = query
         self._fields: dict[str, bytearray] = {}
         self._headers: dict[bytes, bytes] = {}
         self._name = b""
@@ -557,13 +624,14 @@ class _Form:
         }
 
     def close(self) -> dict[str, bytes]:
-        """The complete fields."""
+        """The complete fields; an option that is empty is none."""
         if not self._is_closed:
             raise MalformedRequestError("the multipart body ends before its closing boundary")
         missing = [name for name in IMAGE_FIELDS if name not in self._fields]
         if missing:
             raise InvalidInputError(f"the field {' and '.join(missing)} is missing; vis and ir are required")
-        return {name: bytes(value) for name, value in self._fields.items()}
+        filled = {name: bytes(value) for name, value in self._fields.items() if value or name in IMAGE_FIELDS}
+        return {**self._query, **filled}
 
     def _on_header_begin(self) -> None:
         self._name = self._value = b""
@@ -589,6 +657,8 @@ class _Form:
         self._fields[name] = bytearray()
 
     def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
+        if start < end and self._field in self._query:
+            raise InvalidInputError(f"the field {self._field} is in the query string as well; keep one")
         value = self._fields[self._field]
         limit = self._max_image_bytes if self._field in IMAGE_FIELDS else MAX_OPTION_BYTES
         if len(value) + end - start > limit:
@@ -749,12 +819,15 @@ async def _on_service_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown addresses and methods."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = getattr(error, "headers", None)
+    headers: Mapping[str, str] = getattr(error, "headers", None) or {}
     told: ServiceError = MalformedRequestError("the request cannot be read")
     if status == 404:
         told = RouteNotFoundError("there is nothing at this address; /docs lists what there is")
     elif status == 405:
         told = MethodNotAllowedError(f"{request.method} is not possible at this address")
+        allowed = headers.get("Allow", "").split(", ")
+        if "GET" in allowed:
+            headers = {**headers, "Allow": ", ".join(dict.fromkeys((*allowed, "HEAD")))}
     return problem(told, headers, path=request.scope["path"])
 
 
@@ -836,6 +909,24 @@ class _Envelope:
                     timer.route = getattr(scope.get("route"), "path", "unmatched")
         finally:
             request_id.reset(token)
+
+
+class _Head:
+    """Answers HEAD wherever there is GET, with the same status and headers; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+        try:
+            await self._app(asked, receive, send)
+        finally:
+            if "route" in asked:
+                scope["route"] = asked["route"]  # for the metrics
 
 
 class _Gate:

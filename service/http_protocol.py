@@ -6,6 +6,10 @@ in bytes and in time, and so is what may stand between a body's bytes and behind
 uvicorn collects without end). Any byte counts as life for uvicorn, also the rest of a body whose answer is out; here a
 kept connection must begin its next request in time. And an answer that is not taken is given up.
 
+HTTP/1.1 is spoken and nothing else: a request that offers another protocol (`Upgrade: h2c`, as Java's HttpClient and
+`curl --http2` do unasked) is served as if it did not. Left alone, the parser takes such a head for the end of HTTP, and
+the body is lost.
+
 What uvicorn refuses by itself (bytes that are not HTTP, too many connections) is answered with the same problem
 documents as everything else.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.flow_control import service_unavailable
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -32,6 +37,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._http = http
         self._is_in_head = True
+        self._is_upgrade = False  # what the parser has last: a head that it takes for the end of HTTP
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_bytes = 0  # since the last byte of a head or a body
@@ -53,7 +59,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The next bytes of a head or a body."""
         was_in_head = self._is_in_head
         self._idle_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self.transport.is_closing():
             return
         if not self._is_in_head:
@@ -70,7 +76,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._is_in_head = True
+        self._is_in_head, self._is_upgrade = True, False
         self._stop_keep_alive()
         super().on_message_begin()
 
@@ -81,6 +87,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A request's head is complete."""
+        if self.parser.should_upgrade():
+            self._is_upgrade = True  # `_parse` has it come again
+            return
         self._is_in_head = False
         self._head_bytes = self._idle_bytes = 0
         self._stop_timer()
@@ -91,6 +100,11 @@ class GuardedProtocol(HttpToolsProtocol):
         """The next bytes of a body."""
         self._idle_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is complete."""
+        if not self._is_upgrade:
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """More of an answer waits to be taken than the transport likes to hold."""
@@ -105,6 +119,33 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP."""
         self._refuse(MalformedRequestError("this is not a readable HTTP/1.1 request"))
+
+    def _parse(self, data: bytes) -> None:
+        """Parse what came, as uvicorn does, but decline upgrades: each such head is read again without its offer."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    rest = rest[offer.args[0] :]
+                    head = self._head_without_upgrade()
+                    self.parser = httptools.HttpRequestParser(self)  # the old one may be done with the connection
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+                    self.parser.feed_data(head)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+
+    def _head_without_upgrade(self) -> bytes:
+        """Raises HttpParserError for CONNECT, which asks for a tunnel and has no other meaning."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise httptools.HttpParserInvalidMethodError("there is no tunnel")
+        lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+        lines += [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if app is service_unavailable:

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUseDefault, to_json
 
 from service import auth, images
 from service.errors import (
@@ -239,6 +239,20 @@ def refuse_shared_memory(name: str, parameters: Mapping[str, Any]) -> None:
         raise InvalidInputError(f"{name}: shared memory is not offered; send and receive tensors in the messages")
 
 
+def _unless_null(value: object) -> object:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
+
+
+_Optional = BeforeValidator(_unless_null)  # a member that is null is absent, as many writers of JSON have it
+_Parameters = Annotated[dict[str, Any], _Optional, AfterValidator(_without_nulls)]
+
+
 class _Document(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -247,20 +261,20 @@ class _InputDocument(_Document):
     name: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
     datatype: Annotated[str, Field(max_length=16)]
     shape: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(max_length=MAX_DIMENSIONS)]
-    parameters: dict[str, Any] = {}
+    parameters: _Parameters = {}
     data: list[Any] | None = None
 
 
 class _OutputDocument(_Document):
     name: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
-    parameters: dict[str, Any] = {}
+    parameters: _Parameters = {}
 
 
 class _RequestDocument(_Document):
-    id: Annotated[str, Field(max_length=MAX_ID_CHARS)] = ""
-    parameters: dict[str, Any] = {}
+    id: Annotated[str, _Optional, Field(max_length=MAX_ID_CHARS)] = ""
+    parameters: _Parameters = {}
     inputs: Annotated[list[_InputDocument], Field(max_length=8)]
-    outputs: Annotated[list[_OutputDocument], Field(max_length=8)] = []
+    outputs: Annotated[list[_OutputDocument], _Optional, Field(max_length=8)] = []
 
 
 def _read_document(text: bytes) -> _RequestDocument:
@@ -546,6 +560,13 @@ class Inference:
         """Whether the model should be sent requests. Raises ModelNotFoundError."""
         await self._workers(name, version)
         return await self._gateway.readiness()
+
+    async def is_model_ready(self, name: str, version: str) -> bool:
+        """The same as yes or no; a model that is not there is not ready."""
+        try:
+            return (await self.model_readiness(name, version)).is_ready
+        except ModelNotFoundError:
+            return False
 
     def server_metadata(self) -> dict[str, Any]:
         """Name, version and extensions."""

@@ -52,9 +52,8 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.ServerReadyResponse(ready=(await self._inference.readiness()).is_ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
-        """Whether a model is ready."""
-        readiness = await self._inference.model_readiness(request.name, request.version)
-        return pb.ModelReadyResponse(ready=readiness.is_ready)
+        """Whether a model is ready; one that is not there is not."""
+        return pb.ModelReadyResponse(ready=await self._inference.is_model_ready(request.name, request.version))
 
     async def ServerMetadata(  # noqa: N802
         self, _: pb.ServerMetadataRequest, context: Context
@@ -136,9 +135,10 @@ def _contents(entry: pb.ModelInferRequest.InferInputTensor) -> bytes:
     return join_numbers(list(contents.uint_contents), entry.datatype, entry.name)
 
 
-def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter | None]:
-    values: dict[str, Parameter | None] = {}
+def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter]:
+    """The parameters that have a value; without one they are as absent as null is in JSON."""
+    values: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
-        kind = parameter.WhichOneof("parameter_choice")
-        values[name] = None if kind is None else getattr(parameter, kind)
+        if (kind := parameter.WhichOneof("parameter_choice")) is not None:
+            values[name] = getattr(parameter, kind)
     return values

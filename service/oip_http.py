@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.api import CLIENT_CLOSED, problems, read_body, unless_hung_up
+from service.api import CLIENT_CLOSED, OPTION_FIELDS, problems, read_body, unless_hung_up
 from service.errors import ErrorCode, UnavailableError
 from service.gateway import Readiness
 from service.oip import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, Inference, InferRequest, answer_body, split_body
@@ -23,11 +23,13 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
 MAX_READ_AT_ONCE = 64 * 1024  # bytes of JSON
 
+_OPTIONS = frozenset((*PARAMETERS, *OPTION_FIELDS))  # what a caller may try to say in the query string
+
 Name = Annotated[str, Path(max_length=128, description="recofuse, or the model's own name", examples=["recofuse"])]
 Version = Annotated[str, Path(max_length=128, description="the model's version")]
 Length = Annotated[str | None, Header(alias=HEADER_LENGTH, description="bytes of the JSON, if tensors follow it")]
 
-_PARAMETERS: dict[str, Any] = {"type": "object", "additionalProperties": True}
+_PARAMETERS: dict[str, Any] = {"type": ["object", "null"], "additionalProperties": True}
 _SHAPE: dict[str, Any] = {
     "type": "array",
     "maxItems": 8,
@@ -37,11 +39,15 @@ _REQUEST: dict[str, Any] = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "id": {"type": "string", "maxLength": 256},
+        "id": {"type": ["string", "null"], "maxLength": 256},
         "parameters": {
-            "type": "object",
+            "type": ["object", "null"],
             "description": f"{', '.join(PARAMETERS)}; binary_data_output: every output as binary data",
-            "properties": {"seed": {"type": "integer"}, "steps": {"type": "integer"}, "sampler": {"type": "string"}},
+            "properties": {
+                "seed": {"type": ["integer", "null"]},
+                "steps": {"type": ["integer", "null"]},
+                "sampler": {"type": ["string", "null"]},
+            },
         },
         "inputs": {
             "type": "array",
@@ -55,12 +61,15 @@ _REQUEST: dict[str, Any] = {
                     "datatype": {"type": "string", "enum": ["UINT8", "UINT16", "BYTES"]},
                     "shape": _SHAPE,
                     "parameters": {**_PARAMETERS, "description": "binary_data_size: bytes of it after the JSON"},
-                    "data": {"type": "array", "description": "the elements in row-major order; files as base64"},
+                    "data": {
+                        "type": ["array", "null"],
+                        "description": "the elements in row-major order; files as base64",
+                    },
                 },
             },
         },
         "outputs": {
-            "type": "array",
+            "type": ["array", "null"],
             "description": "default: all of them",
             "items": {
                 "type": "object",
@@ -208,7 +217,7 @@ def _add_infer(app: FastAPI, inference: Inference, settings: Settings) -> None:
     bodies = _Bodies(settings.limits)
 
     async def infer(request: Request, name: str, version: str, header_length: str | None) -> Response:
-        body = await read_body(request, settings)
+        body = await read_body(request, settings, _OPTIONS)
         wanted = await bodies.read(body, header_length)
         answer = await unless_hung_up(request, inference.infer(name, version, wanted, remaining_s=None))
         if answer is None:

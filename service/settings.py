@@ -66,7 +66,13 @@ class HttpSettings(FaceSettings):
     keep_alive_s: Seconds = Field(default=30.0, description="an idle connection is closed after this many seconds")
     head_timeout_s: Seconds = Field(default=10.0, description="a request's head must arrive within this many seconds")
     max_head_bytes: NumBytes = Field(default=64 << 10, description="bytes of a request's head: address and headers")
-    body_timeout_s: Seconds = Field(default=30.0, description="a request body must arrive within this many seconds")
+    body_timeout_s: Seconds = Field(
+        default=30.0, description="a request body of which no byte comes for this many seconds is given up"
+    )
+    min_body_bytes_per_s: NumBytes = Field(
+        default=4096,
+        description="bytes a second, on average, that a request body must come with once body_timeout_s have passed",
+    )
     max_uploads_bytes: NumBytes = Field(
         default=1 << 30, description="bytes of all bodies that are being received; beyond it uploads are refused (429)"
     )

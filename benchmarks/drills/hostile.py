@@ -239,6 +239,9 @@ def attacks() -> Iterator[tuple[str, bytes]]:
     yield "chunk beyond all", path + form + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFFFF\r\nx"
     yield "bad chunk", path + form + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n"
     yield "length and chunks", path + form + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    offer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+    yield "a body behind an upgrade", posted(body, form + offer)
+    yield "a tunnel", b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n" + good
     yield "upgrade", b"GET /v1/models HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
     yield "a hundred pipelined", b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\n" * 100
     yield "answer, then rubbish", good + b"\x00" * 1000
@@ -351,6 +354,7 @@ async def attack_http(address: tuple[str, int], verdict: Verdict) -> None:
             if index % 16 == 0:
                 tasks.create_task(_expect_service(address, verdict))
     await _hang_up_midway(address, verdict)
+    await _trickle(address, verdict)
     await _expect_service(address, verdict)
 
 
@@ -411,6 +415,31 @@ async def _hang_up_midway(address: tuple[str, int], verdict: Verdict) -> None:
         writer.write(request[:length])
         with contextlib.suppress(ConnectionError):
             await writer.drain()
+        writer.transport.abort()
+
+
+async def _trickle(address: tuple[str, int], verdict: Verdict) -> None:
+    """A body that never falls silent, and never ends: the server must end it all the same."""
+    verdict.num_attacks += 1
+    head, body = fuse_request(*_small_pair()).split(b"\r\n\r\n", 1)
+    reader, writer = await asyncio.open_connection(*address)
+
+    async def drip() -> None:
+        writer.write(head + b"\r\n\r\n")
+        for at in range(len(body) - 1):
+            writer.write(body[at : at + 1])
+            await asyncio.sleep(0.2)
+
+    dripping = asyncio.create_task(drip())
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await reader.read(1)
+    except TimeoutError:
+        verdict.expect(False, f"a trickling body was neither answered nor hung up on within {ANSWER_S:g} s")
+    except ConnectionError:
+        pass
+    finally:
+        dripping.cancel()
         writer.transport.abort()
 
 

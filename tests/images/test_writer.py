@@ -10,10 +10,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recofuse_images.errors import BadImageError
-from recofuse_images.writer import jpeg_bytes, npy_bytes, png_bytes, webp_bytes
+from recofuse_images.writer import bmp_bytes, jpeg_bytes, npy_bytes, png_bytes, tiff_bytes, webp_bytes
 from tests.images.files import IR, VIS
 
-WRITERS = {"png": png_bytes, "jpeg": jpeg_bytes, "webp": webp_bytes, "npy": npy_bytes}
+WRITERS = {
+    "png": png_bytes,
+    "jpeg": jpeg_bytes,
+    "webp": webp_bytes,
+    "npy": npy_bytes,
+    "bmp": bmp_bytes,
+    "tiff": tiff_bytes,
+}
 
 
 @pytest.mark.parametrize("pixels", [VIS, IR], ids=["colour", "grey"])
@@ -25,7 +32,7 @@ def test_answers_are_readable_by_others(image_format: str, pixels: NDArray[np.ui
     else:
         with Image.open(io.BytesIO(data)) as image:
             read = np.asarray(image.convert("RGB" if pixels.ndim == 3 else "L"))
-    if image_format in ("png", "npy"):
+    if image_format in ("png", "npy", "bmp", "tiff"):
         np.testing.assert_array_equal(read, pixels)
     else:
         assert np.abs(read.astype(int) - pixels).mean() < 6

@@ -10,7 +10,7 @@ import socket
 import time
 import zipfile
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import httpx
@@ -94,7 +94,9 @@ async def test_outputs_and_formats(server: Server, output: str, kind: str) -> No
         assert decoded.shape[:2] == (48, 64)
 
 
-async def test_options_reach_the_engine(server: Server) -> None:
+@pytest.mark.parametrize("place", ["data", "params"])
+async def test_options_reach_the_engine(server: Server, place: Literal["data", "params"]) -> None:
+    """From the form and from the query string."""
     data = {
         "steps": "17",
         "sampler": "euler",
@@ -103,7 +105,8 @@ async def test_options_reach_the_engine(server: Server) -> None:
         "timeout_ms": "5000",
         "ir_range": "1,9.5",
     }
-    assert (await server.client.post("/v1/fuse", files=FILES, data=data)).status_code == 200
+    asked: dict[str, Any] = {place: data}
+    assert (await server.client.post("/v1/fuse", files=FILES, **asked)).status_code == 200
     assert server.engine.batches[-1] == [99]
     assert (server.engine.options[-1].steps, server.engine.options[-1].sampler) == (17, "euler")
 
@@ -118,8 +121,11 @@ async def test_options_reach_the_engine(server: Server) -> None:
     ],
 )  # fmt: skip
 async def test_options_that_cannot_be_are_refused(server: Server, field: str, value: str) -> None:
-    document = problem(await server.client.post("/v1/fuse", files=FILES, data={field: value}), ErrorCode.INVALID_INPUT)
+    in_form = await server.client.post("/v1/fuse", files=FILES, data={field: value})
+    in_query = await server.client.post("/v1/fuse", files=FILES, params={field: value})
+    document = problem(in_form, ErrorCode.INVALID_INPUT)
     assert field.split("_")[0] in document["detail"]
+    assert problem(in_query, ErrorCode.INVALID_INPUT)["detail"] == document["detail"]
 
 
 async def test_bad_images_are_the_callers_fault_and_the_server_goes_on(server: Server) -> None:
@@ -222,7 +228,7 @@ async def test_a_body_that_does_not_end_is_given_up(serving: Serving) -> None:
         answer = await server.client.post(
             "/v1/fuse", content=stuck(), headers={"Content-Type": "multipart/form-data; boundary=b"}
         )
-        problem(answer, ErrorCode.TIMED_OUT)
+        assert "pauses of up to 0.2 s" in problem(answer, ErrorCode.TIMED_OUT)["detail"]
 
 
 async def test_unknown_addresses_and_methods(server: Server) -> None:

@@ -74,10 +74,15 @@ class Transport(asyncio.Transport):
 
 
 class Connection:
-    """A protocol with its transport, its timers, and an application that answers without reading the body."""
+    """A protocol with its transport, its timers, and an application.
 
-    def __init__(self) -> None:
+    is_reading: whether the application reads the body before it answers; `bodies` has those.
+    """
+
+    def __init__(self, *, is_reading: bool = False) -> None:
         self.seen: list[Any] = []
+        self.bodies: list[bytes] = []
+        self._is_reading = is_reading
         self.transport, self.timers = Transport(), Timers()
         config = uvicorn.Config(
             self._answer, interface="asgi3", ws="none", timeout_keep_alive=int(HTTP.keep_alive_s), log_config=None
@@ -87,6 +92,12 @@ class Connection:
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         self.seen.append(scope)
+        if self._is_reading:
+            body, is_complete = b"", False
+            while not is_complete:
+                message = await receive()
+                body, is_complete = body + message["body"], not message["more_body"]
+            self.bodies.append(body)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -174,3 +185,51 @@ async def test_an_answer_that_was_taken_is_forgotten(connection: Connection) -> 
     connection.protocol.resume_writing()
     connection.timers.run(HTTP.answer_timeout_s)
     assert not connection.transport.is_closing()
+
+
+OFFER = b"Host: h\r\nCONNECTION: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+SEQUENCE = (
+    b"POST /a?x=1 HTTP/1.1\r\n" + OFFER + b"Content-Length: 5\r\n\r\nGET /",
+    b"GET /b HTTP/1.1\r\n" + OFFER + b"\r\n",
+    b"POST /c HTTP/1.1\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\n3;e\r\nabc\r\n2\r\n\r\n\r\n0\r\nt: u\r\n\r\n",
+    b"POST /d HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nend",
+    b"DELETE /e HTTP/1.1\r\nupgrade: websocket\r\nconnection: keep-alive\r\nConnection: upgrade, close\r\n"
+    b"Content-Length: 4\r\n\r\nlast",
+)
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 50, 10_000])
+async def test_requests_that_offer_an_upgrade_are_cut_as_any_others(step: int) -> None:
+    """However the bytes arrive: one by one, in lumps over the edges of heads and bodies, or all at once."""
+    connection = Connection(is_reading=True)
+    sent = b"".join(SEQUENCE)
+    for at in range(0, len(sent), step):
+        connection.protocol.data_received(sent[at : at + step])
+        await asyncio.sleep(0)
+    while connection.protocol.tasks:
+        await asyncio.wait(connection.protocol.tasks)
+    seen = [(scope["method"], scope["path"], scope["query_string"]) for scope in connection.seen]
+    assert seen == [
+        ("POST", "/a", b"x=1"), ("GET", "/b", b""), ("POST", "/c", b""), ("POST", "/d", b""), ("DELETE", "/e", b""),
+    ]  # fmt: skip
+    assert connection.bodies == [b"GET /", b"", b"abc\r\n", b"end", b"last"]
+    headers = [dict(scope["headers"]) for scope in connection.seen]
+    assert not any(b"upgrade" in names for names in headers)
+    assert [names.get(b"http2-settings") for names in headers] == [b"AAMAAABk"] * 3 + [None] * 2
+    assert connection.transport.sent.count(b"HTTP/1.1 200") == 5
+    assert connection.transport.is_closing()  # as the last one asks
+
+
+async def test_a_head_that_offers_an_upgrade_is_bounded_as_any_other(connection: Connection) -> None:
+    await connection.receive(b"POST / HTTP/1.1\r\n" + OFFER + b"X: ")
+    connection.protocol.data_received(b"a" * HTTP.max_head_bytes)
+    assert connection.transport.is_closing()
+    assert connection.transport.sent.startswith(b"HTTP/1.1 413")
+
+
+async def test_a_head_that_offers_an_upgrade_ends_the_heads_timer(connection: Connection) -> None:
+    connection.protocol.data_received(b"POST / HTTP/1.1\r\n" + OFFER + b"Content-Length: 9\r\n\r\n")
+    connection.timers.run(HTTP.head_timeout_s)
+    assert not connection.transport.is_closing()
+    await connection.receive(b"012345678")
+    assert connection.transport.sent.endswith(b"ok")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
+import dataclasses
 import io
 import json
 import subprocess
@@ -28,6 +30,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.processes import Stack, all_in_one, free_port
@@ -235,6 +238,68 @@ def test_a_message_with_wrong_fields_is_read_or_refused(data: st.DataObject) -> 
     parsed = pb.ModelInferRequest.FromString(sent.SerializeToString())
     refused = refusal_of(lambda: oip.plan_of(request_of(parsed), LIMITS))
     assert refused is None or refused.http_status < 500
+
+
+def _documents(model: type[BaseModel], document: Entry) -> Iterator[tuple[type[BaseModel], Entry]]:
+    """Every object in a request's JSON, with the model that reads it."""
+    yield model, document
+    for name, inner in (("inputs", oip._InputDocument), ("outputs", oip._OutputDocument)):
+        for one in document.get(name) or [] if model is oip._RequestDocument else []:
+            yield from _documents(inner, one)
+
+
+def test_a_member_that_is_null_is_an_absent_one() -> None:
+    """Every optional one, at every level, and every parameter; some clients write all members that there are."""
+    inputs = [{"name": name, "datatype": "UINT8", "shape": [1, 2], "data": [3, 4]} for name in ("vis", "ir")]
+    full: dict[str, Any] = {"inputs": inputs, "outputs": [{"name": "fused"}, {"name": "ir_restored"}]}
+    expected = oip.split_body(json.dumps(full).encode(), None, LIMITS)
+    num_members = 0
+    nulled = copy.deepcopy(full)
+    for model, document in _documents(oip._RequestDocument, nulled):
+        for name, described in model.model_fields.items():
+            if name not in document and not described.is_required():
+                document[name] = None
+                num_members += 1
+    assert num_members == 2 + 2 + 2  # id and parameters; the parameters of two inputs and of two outputs
+    assert oip.split_body(json.dumps(nulled).encode(), None, LIMITS) == expected
+    known = (*oip.PARAMETERS, "binary_data_output")
+    nulled["parameters"] = dict.fromkeys(known)
+    for one in nulled["inputs"]:
+        one["parameters"] = dict.fromkeys(("binary_data_size", "shared_memory_region", "other"))
+    for one in nulled["outputs"]:
+        one["parameters"] = dict.fromkeys(("binary_data", "classification", "shared_memory_region"))
+    assert oip.split_body(json.dumps(nulled).encode(), None, LIMITS) == expected
+    nulled["parameters"]["binary_data_output"] = True  # `binary_data: null` says nothing against it
+    assert oip.split_body(json.dumps(nulled).encode(), None, LIMITS).outputs == {"fused": True, "ir_restored": True}
+    everything = oip.split_body(json.dumps({**full, "outputs": None}).encode(), None, LIMITS)
+    assert everything == dataclasses.replace(expected, outputs={})
+
+
+def test_binary_data_may_come_with_data_that_are_null() -> None:
+    body, headers = message(*[({**entry, "data": None}, data) for entry, data in PIXELS], id=None, outputs=None)
+    assert oip.split_body(body, headers[LENGTH], LIMITS) == oip.split_body(
+        message(*PIXELS)[0], message(*PIXELS)[1][LENGTH], LIMITS
+    )
+
+
+@pytest.mark.parametrize("name", ["inputs", "inputs.name", "inputs.datatype", "inputs.shape", "outputs.name"])
+def test_a_required_member_may_not_be_null(name: str) -> None:
+    entry = {"name": "vis", "datatype": "UINT8", "shape": [1], "data": [1]}
+    document: dict[str, Any] = {"inputs": [dict(entry)], "outputs": [{"name": "fused"}]}
+    group, _, member = name.partition(".")
+    if member:
+        document[group][0][member] = None
+    else:
+        document[group] = None
+    with pytest.raises(InvalidInputError, match=member or group):
+        oip.split_body(json.dumps(document).encode(), None, LIMITS)
+
+
+def test_a_message_s_parameter_without_a_value_is_an_absent_one() -> None:
+    sent = grpc_message(*PIXELS)
+    sent.parameters["seed"].SetInParent()
+    sent.parameters["steps"].int64_param = 4
+    assert request_of(sent).parameters == {"steps": 4}
 
 
 def test_a_long_list_of_pairs_is_refused_by_its_shape_alone() -> None:
@@ -540,6 +605,20 @@ async def test_models_go_by_two_names_and_their_version(server: Server) -> None:
         refusal(answer, ErrorCode.MODEL_NOT_FOUND)
 
 
+async def test_a_model_that_is_not_there_is_not_ready(serving: Serving) -> None:
+    """No error over gRPC, where the answer has a place for it; over HTTP the status is the answer."""
+    known = [("recofuse", ""), ("fake", ""), ("fake", "7")]
+    unknown = [("other", ""), ("", ""), ("fake", "8"), ("recofuse", "x"), ("other", "7"), ("x" * 5000, "")]
+    async with serving(grpc={"port": 0}) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for name, version in known + unknown:
+            answer = await stub.ModelReady(pb.ModelReadyRequest(name=name, version=version))
+            assert answer.ready == ((name, version) in known)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ModelMetadata(pb.ModelMetadataRequest(name="other"))
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_time_that_is_up_is_told(serving: Serving) -> None:
     engine = FakeEngine()
     engine.gate.clear()
@@ -738,6 +817,8 @@ def test_tritonclient_finds_its_way(triton: tuple[Any, Any]) -> None:
     assert [int(size) for size in metadata["inputs"][0]["shape"]] == [-1, -1, -1, 3]
     (version,) = metadata["versions"]
     assert client.is_model_ready("compact", version)
+    assert client.is_model_ready("other") is False
+    assert client.is_model_ready("compact", "0.0.1") is False
     config = client.get_model_config("recofuse", version, **more)
     config = config.get("config", config)
     assert config["max_batch_size"] == 16
