@@ -9,8 +9,9 @@ the parts of a file are counted before a library sees it.
 
 Infrared values become 8 bits like this: 8-bit files are taken as they are; deeper files (16-bit or float, which use a
 small part of their range) are stretched from their 0.5th to their 99.5th percentile, so that a few dead or glowing
-pixels do not set the scale; `ir_range` replaces either rule. Deep VIS files keep their upper eight bits. Alpha is
-dropped, palettes are expanded, EXIF orientation is applied. Arrays are RGB, (H, W, 3) for vis and (H, W) for ir.
+pixels do not set the scale; `ir_range` replaces either rule. Deep VIS files keep their upper eight bits; `vis_range`
+replaces that, in files of 8 bits as well. Alpha is dropped, palettes are expanded, EXIF orientation is applied. Arrays
+are RGB, (H, W, 3) for vis and (H, W) for ir.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recofuse_images.errors import ImageError
 from recofuse_images.limits import Limits
 from recofuse_images.picture import grey_of, upright
 from service.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
-from service.jobs import FusionJob, ImageFormat, Part, PixelFormat, RawLayout
+from service.jobs import FusionJob, ImageFormat, IrSource, Part, PixelFormat, RawLayout
 from service.settings import CodecSettings, LimitSettings
 
 Role = Literal["vis", "ir"]
@@ -81,10 +82,15 @@ class ImageHeader:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A decoded pair on one grid: vis (H, W, 3) RGB and ir (H, W), both uint8."""
+    """A decoded pair on one grid: vis (H, W, 3) RGB and ir (H, W), both uint8.
+
+    ir_source: what was read of the infrared file. warnings: sentences for people about what looks wrong.
+    """
 
     vis: Pixels
     ir: Pixels
+    ir_source: IrSource = "grey"
+    warnings: tuple[str, ...] = ()
 
 
 def inspect(data: bytes, role: Role, limits: LimitSettings) -> ImageHeader:
@@ -138,12 +144,14 @@ def decode_pair(
     ir: bytes,
     limits: LimitSettings,
     *,
+    vis_range: tuple[float, float] | None = None,
     ir_range: tuple[float, float] | None = None,
     vis_layout: RawLayout | None = None,
     ir_layout: RawLayout | None = None,
 ) -> Pair:
     """Both images as 8-bit arrays on the vis grid. Raises like `inspect`; never returns a partly decoded image."""
-    colour = _decode_vis(vis, limits) if vis_layout is None else _raw_vis(vis, vis_layout, limits)
+    bright = _decode_vis(vis, limits) if vis_layout is None else _raw_vis(vis, vis_layout, limits)
+    colour = normalise_vis(bright, vis_range)
     deep = _decode_ir(ir, limits) if ir_layout is None else _raw_ir(ir, ir_layout, limits)
     height, width = colour.shape[:2]
     check_pair((width, height), (deep.shape[1], deep.shape[0]), limits)
@@ -156,6 +164,13 @@ def decode_pair(
     return Pair(vis=np.ascontiguousarray(colour), ir=np.ascontiguousarray(grey))
 
 
+def normalise_vis(values: NDArray[Any], vis_range: tuple[float, float] | None = None) -> Pixels:
+    """Visible values (H, W, 3) of 8 or 16 bits as 8 bits; the rule is in the module's text."""
+    if vis_range is not None:
+        return _through_a_table(values, *vis_range)
+    return values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
+
+
 def normalise_ir(values: NDArray[Any], ir_range: tuple[float, float] | None = None) -> Pixels:
     """Infrared values (H, W) of any depth as 8 bits; the rule is in the module's text. Raises InvalidInputError."""
     if values.dtype == np.uint8 and ir_range is None:
@@ -165,9 +180,8 @@ def normalise_ir(values: NDArray[Any], ir_range: tuple[float, float] | None = No
     low, high = ir_range if ir_range is not None else _robust_range(values)
     if not high > low:
         return np.zeros(values.shape, np.uint8)  # a constant image has no contrast to stretch
-    if values.dtype.kind == "u":  # a table over all values is several times faster than arithmetic on pixels
-        levels = np.arange(1 << (8 * values.dtype.itemsize), dtype=np.float64)
-        return np.take(_to_8_bits(levels, low, high), values)
+    if values.dtype.kind == "u":
+        return _through_a_table(values, low, high)
     return _to_8_bits(values.astype(np.float64), low, high)
 
 
@@ -219,6 +233,7 @@ class FileCodec:
             job.vis,
             job.ir,
             self._limits,
+            vis_range=job.options.vis_range,
             ir_range=job.options.ir_range,
             vis_layout=job.vis_layout,
             ir_layout=job.ir_layout,
@@ -472,13 +487,11 @@ def _decode_tiff(data: bytes, role: Role) -> NDArray[Any]:
     return grey_of(values) if values.ndim == 3 else values
 
 
-def _decode_vis(data: bytes, limits: LimitSettings) -> Pixels:
+def _decode_vis(data: bytes, limits: LimitSettings) -> NDArray[Any]:
     header = inspect(data, "vis", limits)
     pixels = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH, header, "vis")
-    if pixels.dtype == np.uint8:
+    if pixels.dtype in (np.uint8, np.uint16):
         return pixels
-    if pixels.dtype == np.uint16:
-        return (pixels >> 8).astype(np.uint8)
     raise InvalidInputError(f"vis: pixels of type {pixels.dtype} are not accepted; accepted are {ACCEPTED}")
 
 
@@ -517,7 +530,7 @@ def _raw_array(data: bytes, layout: RawLayout) -> Pixels:
     return np.ascontiguousarray(flat.reshape(num_rows, layout.stride)[:, :row_bytes])
 
 
-def _raw_vis(data: bytes, layout: RawLayout, limits: LimitSettings) -> Pixels:
+def _raw_vis(data: bytes, layout: RawLayout, limits: LimitSettings) -> NDArray[Any]:
     inspect_raw(data, layout, "vis", limits)
     rows = _raw_array(data, layout)
     match layout.pixel_format:
@@ -528,7 +541,7 @@ def _raw_vis(data: bytes, layout: RawLayout, limits: LimitSettings) -> Pixels:
         case PixelFormat.BGR8:
             return rows.reshape(layout.height, layout.width, 3)[..., ::-1]
         case PixelFormat.MONO16:
-            grey = (rows.view("<u2") >> 8).astype(np.uint8)
+            grey: NDArray[Any] = rows.view("<u2")
         case PixelFormat.MONO8:
             grey = rows
     return np.repeat(grey[..., None], 3, axis=2)
@@ -558,6 +571,12 @@ def _robust_range(values: NDArray[Any]) -> tuple[float, float]:
         return float(low), float(high)
     low, high = np.percentile(values, PERCENTILES)
     return float(low), float(high)
+
+
+def _through_a_table(values: NDArray[Any], low: float, high: float) -> Pixels:
+    """Unsigned integers as 8 bits: a table over all values is several times faster than arithmetic on pixels."""
+    levels = np.arange(1 << (8 * values.dtype.itemsize), dtype=np.float64)
+    return np.take(_to_8_bits(levels, low, high), values)
 
 
 def _to_8_bits(values: NDArray[np.float64], low: float, high: float) -> Pixels:
