@@ -459,7 +459,7 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     spent = []
     for _ in range(repeats + 1):
         started = time.process_time()
-        fuse_files(engine, pair, {Part.FUSED: folder / "fused.png"}, options, 0, LimitSettings(), CodecSettings(), None)
+        fuse_files(engine, pair, {Part.FUSED: folder / "fused.png"}, options, 0, LimitSettings(), CodecSettings())
         spent.append(time.process_time() - started)
     return statistics.median(spent[1:])
 

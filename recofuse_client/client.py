@@ -48,6 +48,7 @@ class FusionOptions(TypedDict, total=False):
     steps: int | None
     sampler: Sampler | None
     seed: int
+    vis_range: tuple[float, float] | None
     ir_range: tuple[float, float] | None
     priority: Priority
 

@@ -36,7 +36,7 @@ from recofuse_client.errors import (
 from recofuse_client.pictures import ImageLike, file_of, npy_pixels
 from recofuse_client.protocols import CONNECT_TIMEOUT_S, Target
 from recofuse_client.retries import Deadline, Operation, Send
-from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings
+from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings, ir_source_of
 
 CHUNK_BYTES = 256 * 1024  # of a body, between two looks at the clock
 NPY = "application/x-npy"
@@ -140,6 +140,7 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "steps": options.steps,
         "sampler": options.sampler,
         "seed": options.seed,
+        "vis_range": None if options.vis_range is None else "{:.17g},{:.17g}".format(*options.vis_range),
         "ir_range": None if options.ir_range is None else "{:.17g},{:.17g}".format(*options.ir_range),
         "priority": options.priority,
         "timeout_ms": None if timeout_s is None else max(1, round(timeout_s * 1000)),
@@ -225,6 +226,8 @@ def _fusion(answer: httpx.Response) -> Fusion:
         timings=_timings(answer.headers.get("server-timing", "")),
         job_id=answer.headers.get("x-job-id", ""),
         request_id=answer.headers.get("x-request-id", ""),
+        ir_source=ir_source_of(answer.headers.get("x-infrared-source", "")),
+        warnings=tuple(unquote(line) for line in answer.headers.get_list("x-warning", split_commas=True) if line),
     )
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from recofuse_client.client import Client, FusionOptions
 from recofuse_client.streams import Frames
-from recofuse_client.values import FrameResult, Mode, Part, StreamStats
+from recofuse_client.values import FrameResult, IrSource, Mode, Part, StreamStats
 
 SAY_EVERY_S = 0.5
 MAX_REMEMBERED = 4096  # latencies
+MAX_WARNINGS = 20  # different ones of a stream, which may go on for months
 
 
 class Sink(Protocol):
@@ -31,7 +32,10 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class LiveReport:
-    """What came of a stream. seconds: from the first result to the last."""
+    """What came of a stream. seconds: from the first result to the last.
+
+    ir_source: what was read of the last infrared frame that was fused. warnings: each once, the first MAX_WARNINGS.
+    """
 
     stats: StreamStats = field(default_factory=StreamStats)
     seconds: float = 0.0
@@ -39,6 +43,8 @@ class LiveReport:
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_REMEMBERED))
     last_error: str = ""
     is_interrupted: bool = False
+    ir_source: IrSource = ""
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def fps(self) -> float:
@@ -59,6 +65,8 @@ class LiveReport:
             "latency_p99_s": self.latency_s(99),
             "is_interrupted": self.is_interrupted,
             "last_error": self.last_error,
+            "ir_source": self.ir_source,
+            "warnings": self.warnings,
             **asdict(self.stats),
         }
 
@@ -81,6 +89,10 @@ class LiveReport:
         self.latencies_s.append(result.latency_s)
         if result.error is not None:
             self.last_error = str(result.error)
+        if result.fusion is not None:
+            self.ir_source = result.fusion.ir_source
+            new = [warning for warning in dict.fromkeys(result.fusion.warnings) if warning not in self.warnings]
+            self.warnings += new[: MAX_WARNINGS - len(self.warnings)]
 
 
 def run(
@@ -91,12 +103,13 @@ def run(
     mode: Mode,
     options: FusionOptions,
     say: Callable[[LiveReport], None] = lambda report: None,
+    warn: Callable[[str], None] = lambda warning: None,
     max_frames: int = 0,
 ) -> LiveReport:
     """Stream frames through a server into the sinks, until they end, `max_frames` have come back or Ctrl-C is pressed.
 
-    Closes the sinks in any case. say: is told the figures some times a second. Raises RecofuseError when the stream
-    cannot go on, and what the frames and the sinks raise.
+    Closes the sinks in any case. say: is told the figures some times a second. warn: is told each warning once. Raises
+    RecofuseError when the stream cannot go on, and what the frames and the sinks raise.
     """
     report, started_s, said_s = LiveReport(), 0.0, 0.0
     part = Part(options.get("output", "fused"))
@@ -106,7 +119,10 @@ def run(
                 for result in results:
                     now_s = time.monotonic()
                     started_s = started_s or now_s
+                    num_told = len(report.warnings)
                     report.add(result, started_s)
+                    for warning in report.warnings[num_told:]:
+                        warn(warning)
                     if result.fusion is not None:
                         _write(sinks, result.fusion[part].pixels, result.timestamp_ns)
                     if now_s - said_s >= SAY_EVERY_S:

@@ -36,7 +36,7 @@ from recofuse_client.errors import (
 from recofuse_client.pictures import ImageLike, checked_array, file_of, npy_pixels, png_of
 from recofuse_client.protocols import Target
 from recofuse_client.retries import Operation, Send
-from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings
+from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings, ir_source_of
 from service.pb.recofuse.v1 import fusion_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["FusionService"].full_name
@@ -51,6 +51,9 @@ _ANSWERS: dict[str, Any] = {  # of unary methods
     f"/{SERVICE}/CancelJob": pb.Job,
     f"/{SERVICE}/ListModels": pb.ListModelsResponse,
     HEALTH_CHECK: health_pb2.HealthCheckResponse,
+}
+_IR_SOURCES: dict[int, str] = {
+    number: name.removeprefix("INFRARED_SOURCE_").lower() for name, number in pb.InfraredSource.items()
 }
 # What a status without an ErrorDetail means: gRPC's own, or that of a proxy in between.
 _OF_GRPC: dict[grpc.StatusCode, type[RecofuseError]] = {
@@ -176,6 +179,8 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         priority=pb.Priority.Value(f"PRIORITY_{options.priority.upper()}"),
         timeout_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
     )
+    if options.vis_range is not None:
+        message.vis_range.low, message.vis_range.high = options.vis_range
     if options.ir_range is not None:
         message.ir_range.low, message.ir_range.high = options.ir_range
     return message
@@ -198,6 +203,8 @@ def fusion_of(message: pb.Fusion, request_id: str) -> Fusion:
         timings=Timings(timings.decode_s, timings.queue_s, timings.batch_s, timings.model_s, timings.encode_s),
         job_id=message.job_id,
         request_id=request_id,
+        ir_source=ir_source_of(_IR_SOURCES.get(message.infrared_source, "")),
+        warnings=tuple(message.warnings),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,12 @@ Format = Literal["array", "png", "jpeg", "webp"]
 Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 Priority = Literal["high", "normal", "low"]
 Mode = Literal["all", "latest"]
+IrSource = Literal["raw", "palette", "grey", ""]
+
+
+def ir_source_of(word: str) -> IrSource:
+    """A server's word for what was read of an infrared file; empty for one that is not known here."""
+    return cast("IrSource", word) if word in get_args(IrSource) else ""
 
 
 class Part(StrEnum):
@@ -53,8 +59,8 @@ class Options:
     """What may be chosen about the computation and its answer.
 
     output: which pictures. format: "array" for pixels, else the encoding of the files. steps (1 to 1000), sampler: None
-    asks for the model's own. seed: below 2^63; equal seeds give equal pictures. ir_range: source values (low, high)
-    that become black and white, in place of the server's automatic choice.
+    asks for the model's own. seed: below 2^63; equal seeds give equal pictures. vis_range, ir_range: source values
+    (low, high) of either image that become black and white, in place of the server's automatic choice.
     """
 
     output: Output = "fused"
@@ -62,6 +68,7 @@ class Options:
     steps: int | None = None
     sampler: Sampler | None = None
     seed: int = 0
+    vis_range: tuple[float, float] | None = None
     ir_range: tuple[float, float] | None = None
     priority: Priority = "normal"
 
@@ -118,7 +125,12 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Fusion:
-    """An answer. pictures: what `output` asked for."""
+    """An answer. pictures: what `output` asked for.
+
+    ir_source: what was read of the infrared file: "raw", the counts or temperatures that a thermal camera's JPEG holds;
+    "palette", a false-colour picture turned back into intensity; "grey", its grey values; "" if the server did not say.
+    warnings: sentences for people about what looks wrong with the pair.
+    """
 
     pictures: Mapping[Part, Picture]
     model_name: str
@@ -126,6 +138,8 @@ class Fusion:
     timings: Timings
     job_id: str
     request_id: str
+    ir_source: IrSource = ""
+    warnings: tuple[str, ...] = ()
 
     def __getitem__(self, part: Part | Literal["fused", "vis", "ir"]) -> Picture:
         """A picture by the name of its part. Raises KeyError for one that was not asked for."""

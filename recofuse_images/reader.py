@@ -21,7 +21,7 @@ from recofuse_images.limits import Limits
 from recofuse_images.picture import Header, Picture, grey_of, upright
 
 Role = Literal["vis", "ir"]
-InfraredSource = Literal["raw", "palette", "grey"]
+IrSource = Literal["raw", "palette", "grey"]
 Pixels = NDArray[np.uint8]
 
 DEFAULT_LIMITS = Limits()
@@ -37,7 +37,7 @@ class Pair:
 
     vis: Pixels
     ir: Pixels
-    ir_source: InfraredSource = "grey"
+    ir_source: IrSource = "grey"
     warnings: tuple[str, ...] = ()
 
 
@@ -46,7 +46,7 @@ class Infrared:
     """One infrared image at its own depth: a grey picture, what was read of the file, and what people should know."""
 
     picture: Picture
-    source: InfraredSource = "grey"
+    source: IrSource = "grey"
     warnings: tuple[str, ...] = ()
 
 

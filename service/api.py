@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import parse_qsl, quote
 
 from fastapi import FastAPI, Header, Path, Request, Response
@@ -51,9 +51,11 @@ from service.errors import (
 )
 from service.gateway import FusionRequest, Gateway
 from service.jobs import (
+    MAX_WARNINGS,
     FusionOptions,
     FusionResult,
     ImageFormat,
+    IrSource,
     JobStatus,
     JobView,
     Output,
@@ -79,7 +81,8 @@ MAX_OPTION_BYTES = 1024
 MAX_DISCARD_BYTES = 16 << 20  # of a refused body
 DISCARD_S = 2.0
 PIECE_BYTES = 512 * 1024  # of an answer
-OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "ir_range", "priority", "timeout_ms")
+MAX_WARNING_BYTES = 400  # of a header line, percent-encoded
+OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "vis_range", "ir_range", "priority", "timeout_ms")
 IMAGE_FIELDS = ("vis", "ir")
 
 # What needs no key: pages, probes, and metrics, which a reverse proxy keeps to itself (deploy/nginx).
@@ -161,6 +164,7 @@ _PICTURES: dict[str, Any] = {
     "application/zip": {"schema": {"type": "string", "format": "binary"}},
 }
 
+_RANGE = r"^[+-]?\d+(\.\d+)?,[+-]?\d+(\.\d+)?$"
 _FORM: dict[str, Any] = {
     "type": "object",
     "required": ["vis", "ir"],
@@ -173,9 +177,14 @@ _FORM: dict[str, Any] = {
         "steps": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "default: the model's own"},
         "sampler": {"type": "string", "enum": ["euler", "posterior", "ode1", "ode2"]},
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
+        "vis_range": {
+            "type": "string",
+            "pattern": _RANGE,
+            "description": "source values that become black and white, such as 0,4095; default: the upper eight bits",
+        },
         "ir_range": {
             "type": "string",
-            "pattern": r"^[+-]?\d+(\.\d+)?,[+-]?\d+(\.\d+)?$",
+            "pattern": _RANGE,
             "description": "source values that become black and white, such as 7000,9500; default: robust percentiles",
         },
         "priority": {"type": "string", "enum": list(Priority), "default": "normal"},
@@ -210,12 +219,23 @@ def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
 
 
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what a header may carry as it is
+_LISTED = _PLAIN.replace(",", "")  # or one of several lines of a header, which whoever reads them may join with commas
 _NAME = {"schema": {"type": "string"}, "description": "percent-encoded where it is not printable ASCII"}
 _HEADERS = {
     "Server-Timing": {"schema": {"type": "string"}, "description": "decode, queue, batch, model, encode, in ms"},
     "X-Model-Name": _NAME,
     "X-Picture": {"schema": {"type": "string", "enum": list(Part)}, "description": "which picture this is"},
     "X-Model-Version": _NAME,
+    "X-Infrared-Source": {
+        "schema": {"type": "string", "enum": list(get_args(IrSource))},
+        "description": "what was read of ir: the values that a thermal camera's JPEG carries, a false-colour picture "
+        "turned back into intensity, or grey values; absent if the worker did not say",
+    },
+    "X-Warning": {
+        "schema": {"type": "array", "items": {"type": "string"}, "maxItems": MAX_WARNINGS},
+        "description": "one line for each sentence about what looks wrong with the pair; percent-encoded where it is "
+        "not printable ASCII or a comma",
+    },
 }
 
 
@@ -678,8 +698,9 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
                 values[name] = raw.decode("ascii")
             except UnicodeDecodeError as error:
                 raise InvalidInputError(f"the field {name} is not plain text") from error
-    if "ir_range" in values:
-        values["ir_range"] = tuple(values["ir_range"].split(","))
+    for name in ("vis_range", "ir_range"):
+        if name in values:
+            values[name] = tuple(values[name].split(","))
     priority = values.pop("priority", Priority.NORMAL)
     timeout_ms = values.pop("timeout_ms", None)
     if priority not in list(Priority):
@@ -735,12 +756,29 @@ async def _pictures(result: FusionResult) -> Response:
         "X-Model-Version": quote(result.model_version, safe=_PLAIN),
         "X-Job-ID": result.job_id,
     }
+    if result.ir_source in get_args(IrSource):
+        headers["X-Infrared-Source"] = result.ir_source
     if len(result.images) == 1:
         ((part, image),) = result.images.items()
         headers["X-Picture"] = part
-        return Response(image, media_type=result.media_type, headers=headers)
-    headers["Content-Disposition"] = 'attachment; filename="recofuse.zip"'
-    return Response(await asyncio.to_thread(_zip, result), media_type="application/zip", headers=headers)
+        answer = Response(image, media_type=result.media_type, headers=headers)
+    else:
+        headers["Content-Disposition"] = 'attachment; filename="recofuse.zip"'
+        answer = Response(await asyncio.to_thread(_zip, result), media_type="application/zip", headers=headers)
+    for warning in result.warnings[:MAX_WARNINGS]:
+        answer.headers.append("X-Warning", _warning_line(warning))
+    return answer
+
+
+def _warning_line(warning: str) -> str:
+    """A warning as a line of a header, cut between characters if it is too long."""
+    line = ""
+    for char in warning:
+        piece = quote(char, safe=_LISTED, errors="replace")
+        if len(line) + len(piece) > MAX_WARNING_BYTES:
+            return f"{line}..."
+        line += piece
+    return line
 
 
 def _zip(result: FusionResult) -> bytes:
@@ -752,6 +790,8 @@ def _zip(result: FusionResult) -> bytes:
         "height": result.height,
         "media_type": result.media_type,
         "timings_s": dict(result.timings_s),
+        "infrared_source": result.ir_source,
+        "warnings": result.warnings,
         "files": {part: f"{part}.{suffix}" for part in result.images},
     }
     stream = io.BytesIO()

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
 WEIGHTS_VARIABLE = "RECOFUSE_WEIGHTS"
 API_KEY_VARIABLE = "RECOFUSE_API_KEY"  # of a client
 DEFAULT_WEIGHTS = "compact"
+SOURCES = {  # of infrared, in words
+    "raw": "the camera's own values in the file",
+    "palette": "a false-colour picture, turned back into intensity",
+    "grey": "grey values",
+}
 MAX_SHEET_ROWS = 12  # of full-size pictures; more would be a file that no viewer opens
 
 out = Console(highlight=False)
@@ -88,6 +94,14 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")]
+VisRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; the upper 8 bits if unset."),
+]
+IrRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Infrared values that become black and white; automatic if unset."),
+]
 
 
 def _settings() -> Settings:
@@ -135,10 +149,8 @@ def fuse(
         str | None, typer.Option(help="euler, posterior, ode1 or ode2; the model's own if unset.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
-    ir_range: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Infrared values that become black and white; automatic if unset."),
-    ] = None,
+    vis_range: VisRange = None,
+    ir_range: IrRange = None,
     sheet: Annotated[Path | None, typer.Option(help="Also write inputs and results side by side.")] = None,
     weights: Weights = DEFAULT_WEIGHTS,
     device: Device = "auto",
@@ -148,7 +160,7 @@ def fuse(
     from recofuse_images.names import told
     from service.engine import CoreEngine, PassOptions
     from service.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
-    from service.jobs import Part
+    from service.jobs import Part, printable
 
     settings = _settings()
     pairs, passed_over = match_pairs(vis, ir, leave_out=output)
@@ -159,9 +171,9 @@ def fuse(
     targets = [paths_of_parts(output / f"{pair.name}.png" if is_folder else output, parts) for pair in pairs]
     if sheet is not None:
         paths_of_parts(sheet, (Part.FUSED,))  # an impossible suffix is told before the work, not after it
-    sources = [path for pair in pairs for path in (pair.vis, pair.ir)] + [item.path for item in passed_over]
-    _refuse_to_overwrite(sources, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
-    asked = _valid_options(steps=steps, sampler=sampler, seed=seed, ir_range=ir_range)
+    given = [path for pair in pairs for path in (pair.vis, pair.ir)] + [item.path for item in passed_over]
+    _refuse_to_overwrite(given, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
+    asked = _valid_options(steps=steps, sampler=sampler, seed=seed, vis_range=vis_range, ir_range=ir_range)
     if passed_over:
         complain(told(passed_over))
 
@@ -173,12 +185,23 @@ def fuse(
         parts=parts,
     )
     costs: list[Mapping[Stage, Cost]] = []
+    sources: Counter[str] = Counter()
     rows: list[list[tuple[str, Pixels]]] = []
     num_failed = 0
     with _progress() as progress:
         for pair, paths in progress.track(list(zip(pairs, targets, strict=True)), description="fusing"):
             try:
-                fusion = fuse_files(engine, pair, paths, options, seed, settings.limits, settings.codec, asked.ir_range)
+                fusion = fuse_files(
+                    engine,
+                    pair,
+                    paths,
+                    options,
+                    seed,
+                    settings.limits,
+                    settings.codec,
+                    asked.vis_range,
+                    asked.ir_range,
+                )
             except ServiceError as error:
                 if not is_folder:
                     raise
@@ -186,10 +209,16 @@ def fuse(
                 complain(f"{pair.name}: {error}")
                 continue
             costs.append(fusion.costs)
+            sources[fusion.inputs.ir_source] += 1
+            for warning in printable(fusion.inputs.warnings):
+                complain(f"{pair.name}: {warning}")
             if sheet is not None and len(rows) < MAX_SHEET_ROWS:
                 rows.append(_sheet_row(pair, fusion))
     if costs:
         out.print(_cost_table(costs, f"{engine.info.model_name}, {options.sampler}, {options.steps} steps"))
+        if set(sources) != {"grey"}:
+            found = "; ".join(f"{SOURCES[name]} ({sources[name]} of {len(costs)})" for name in SOURCES if sources[name])
+            out.print(f"infrared read: {found}", markup=False, soft_wrap=True)
         out.print(f"wrote {output}", markup=False, soft_wrap=True)
     if sheet is not None and rows:
         write_picture(sheet, contact_sheet(rows), settings.codec)
@@ -1250,6 +1279,8 @@ def stream(
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
+    vis_range: VisRange = None,
+    ir_range: IrRange = None,
     frames: Annotated[int, typer.Option(min=0, help="Stop after this many pictures; 0: when the video ends.")] = 0,
     fps: Annotated[float, typer.Option(min=0, help="Rate of the recording; 0: that of vis.")] = 0.0,
     api_key: Annotated[
@@ -1306,8 +1337,15 @@ def stream(
             pairs,
             sinks,
             mode=chosen,
-            options={"output": cast("Any", part), "steps": steps, "seed": seed},
+            options={
+                "output": cast("Any", part),
+                "steps": steps,
+                "seed": seed,
+                "vis_range": vis_range,
+                "ir_range": ir_range,
+            },
             say=lambda so_far: None if status is None else status.update(so_far.line),
+            warn=complain,
             max_frames=frames,
         )
     if json_path is not None:
@@ -1315,6 +1353,8 @@ def stream(
     if report.last_error:
         complain(f"the last frame that failed: {report.last_error}")
     written = f"; wrote {output}" if output is not None and report.stats.fused else ""
+    if report.ir_source not in ("grey", ""):
+        out.print(f"infrared read: {SOURCES[report.ir_source]}", markup=False, soft_wrap=True)
     out.print(f"{'stopped; ' if report.is_interrupted else ''}{report.line}{written}", markup=False, soft_wrap=True)
     if not report.stats.fused:
         raise typer.Exit(1)
@@ -1333,6 +1373,8 @@ def demo(
     if (vis is None) != (ir is None):
         raise InvalidInputError("give both --vis and --ir, or neither")
     result = run_demo(output, weights, _settings(), own_pair=None if vis is None or ir is None else (vis, ir))
+    for warning in result.warnings:
+        complain(warning)
     table = Table(show_header=False, box=None)
     for label, value in (
         ("fused picture", result.fused),
@@ -1340,7 +1382,10 @@ def demo(
         ("server log", result.server_log),
         ("model", result.model),
         ("time", result.server_timing),
+        ("infrared read", SOURCES.get(result.ir_source, "") if result.ir_source != "grey" else ""),
     ):
+        if not value:
+            continue
         table.add_row(label, Text(str(value), overflow="fold"))
     out.print(table)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import httpx
 import numpy as np
@@ -45,13 +46,18 @@ class SampleRecipe:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What a demonstration wrote and what it saw. server_timing: the answer's own account of its time."""
+    """What a demonstration wrote and what it saw. server_timing: the answer's own account of its time.
+
+    ir_source, warnings: what the server read of the infrared file, and what it found odd about the pair.
+    """
 
     fused: Path
     sheet: Path
     server_log: Path
     model: str
     server_timing: str
+    ir_source: str
+    warnings: tuple[str, ...]
 
 
 def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Path, Path] | None) -> DemoResult:
@@ -87,6 +93,8 @@ def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Pat
         server_log=log,
         model=f"{answer.headers['x-model-name']} {answer.headers['x-model-version']}",
         server_timing=answer.headers["server-timing"],
+        ir_source=answer.headers.get("x-infrared-source", ""),
+        warnings=tuple(unquote(line) for line in answer.headers.get_list("x-warning", split_commas=True)),
     )
 
 

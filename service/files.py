@@ -107,12 +107,14 @@ def fuse_files(
     seed: int,
     limits: LimitSettings,
     codec: CodecSettings,
+    vis_range: tuple[float, float] | None = None,
     ir_range: tuple[float, float] | None = None,
 ) -> Fusion:
     """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths."""
     costs: dict[Stage, Cost] = {}
     with _measured(costs, Stage.DECODE):
-        inputs = images.decode_pair(pair.vis.read_bytes(), pair.ir.read_bytes(), limits, ir_range=ir_range)
+        vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
+        inputs = images.decode_pair(vis, ir, limits, vis_range=vis_range, ir_range=ir_range)
     with _measured(costs, Stage.MODEL):
         batch = engine.fuse(inputs.vis[None], inputs.ir[None], options, [seed])
     pictures = {part: batch[part][0] for part in outputs}

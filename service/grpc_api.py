@@ -25,7 +25,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import grpc
 import numpy as np
@@ -53,7 +53,17 @@ from service.errors import (
     error_of,
 )
 from service.gateway import FusionRequest, Gateway
-from service.jobs import FusionOptions, FusionResult, JobView, Part, PixelFormat, Priority, RawLayout, problems_of
+from service.jobs import (
+    FusionOptions,
+    FusionResult,
+    IrSource,
+    JobView,
+    Part,
+    PixelFormat,
+    Priority,
+    RawLayout,
+    problems_of,
+)
 from service.metrics import FlowMode, FrameOutcome, Metrics
 from service.oip import Inference
 from service.oip_grpc import FILE as INFERENCE_FILE
@@ -80,6 +90,7 @@ PUBLIC_METHODS = ("/grpc.health.", "/grpc.reflection.", "/inference.GRPCInferenc
 
 _IDEMPOTENCY_KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
 _JOB_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
+_SOURCES = {source: pb.InfraredSource.Value(f"INFRARED_SOURCE_{source.upper()}") for source in get_args(IrSource)}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer")
@@ -490,6 +501,7 @@ class _Options:
             "format": "npy" if is_raw else image_format,
             "sampler": _name_of(pb.Sampler, message.sampler, "sampler"),
             "steps": message.steps if message.HasField("steps") else None,
+            "vis_range": (message.vis_range.low, message.vis_range.high) if message.HasField("vis_range") else None,
             "ir_range": (message.ir_range.low, message.ir_range.high) if message.HasField("ir_range") else None,
         }
         values = {name: value for name, value in named.items() if value is not None}
@@ -595,6 +607,8 @@ def fusion_of(result: FusionResult, *, is_raw: bool, started_s: float) -> pb.Fus
         timings=timings,
         batch_size=result.batch_size,
         job_id=result.job_id,
+        infrared_source=_SOURCES.get(result.ir_source, pb.INFRARED_SOURCE_UNSPECIFIED),
+        warnings=result.warnings,
     )
 
 

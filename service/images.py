@@ -113,6 +113,7 @@ class FileCodec:
             job.vis,
             job.ir,
             self._limits,
+            vis_range=job.options.vis_range,
             ir_range=job.options.ir_range,
             vis_layout=job.vis_layout,
             ir_layout=job.ir_layout,

@@ -11,17 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from service.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
 
 JOB_MAGIC = b"RFJ1"
 RESULT_MAGIC = b"RFR1"
+MAX_WARNINGS = 5  # of a result, and their length: they travel as HTTP headers, of which proxies take few kilobytes
+MAX_WARNING_CHARS = 240
 
 
 class JobStatus(StrEnum):
@@ -116,6 +126,10 @@ class Stage(StrEnum):
 
 Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 
+# What was read of an infrared file: the counts or temperatures embedded in a thermal camera's JPEG, a false-colour
+# picture turned back into intensity, or its grey values.
+IrSource = Literal["raw", "palette", "grey"]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -124,8 +138,8 @@ class _Strict(BaseModel):
 class FusionOptions(_Strict):
     """What the caller may choose about the computation and the answer.
 
-    steps, sampler: None asks for the model's own default. ir_range: the source values (lowest, highest) that become
-    black and white in the infrared image, in place of the automatic choice.
+    steps, sampler: None asks for the model's own default. vis_range, ir_range: the source values (lowest, highest) that
+    become black and white in the visible and in the infrared image, in place of the automatic choice.
     """
 
     output: Output = Output.FUSED
@@ -133,13 +147,26 @@ class FusionOptions(_Strict):
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     sampler: Sampler | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    vis_range: tuple[float, float] | None = None
     ir_range: tuple[float, float] | None = None
 
     @model_validator(mode="after")
-    def _range_ascends(self) -> Self:
-        if self.ir_range is not None and not self.ir_range[0] < self.ir_range[1]:
-            raise ValueError("ir_range takes two numbers, the lower one first, such as 7000,9500")
+    def _ranges_ascend(self) -> Self:
+        for name, given, example in (
+            ("vis_range", self.vis_range, "0,4095"),
+            ("ir_range", self.ir_range, "7000,9500"),
+        ):
+            if given is not None and not given[0] < given[1]:
+                raise ValueError(f"{name} takes two numbers, the lower one first, such as {example}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
+        values: dict[str, Any] = serialise(self)
+        if self.vis_range is None:
+            del values["vis_range"]
+        return values
 
 
 class RawLayout(_Strict):
@@ -279,6 +306,8 @@ class _ResultHeader(_Strict):
     height: Annotated[int, Field(ge=0)]
     error_code: ErrorCode | None
     error_message: str
+    ir_source: str = ""  # older workers tell neither
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +315,9 @@ class FusionResult:
     """What became of a job: its pictures, or the reason why there are none.
 
     images: encoded pictures by part, each of media_type, all of width x height. timings_s: seconds per stage.
-    batch_size: how many jobs shared the forward pass; 0 if none was made.
+    batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
+    the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
+    for people, as `printable` has them.
     """
 
     job_id: str
@@ -300,6 +331,8 @@ class FusionResult:
     height: int = 0
     error_code: ErrorCode | None = None
     error_message: str = ""
+    ir_source: str = ""
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def failed(cls, job_id: str, error: ServiceError, timings_s: Mapping[Stage, float] | None = None) -> Self:
@@ -338,6 +371,8 @@ class FusionResult:
             height=self.height,
             error_code=self.error_code,
             error_message=self.error_message,
+            ir_source=self.ir_source,
+            warnings=self.warnings,
         )
         return _join(RESULT_MAGIC, header.model_dump_json().encode(), tuple(self.images.values()))
 
@@ -389,6 +424,19 @@ class JobView:
     finished_s: float | None = None
     error_code: ErrorCode | None = None
     error_message: str = ""
+
+
+def printable(warnings: Iterable[str]) -> tuple[str, ...]:
+    """Warnings as every face can show them: few, each one line of bounded length, without control characters.
+
+    They may quote what a file says of itself, and a file may say anything.
+    """
+    lines = []
+    for warning in warnings:
+        line = "".join(char if char.isprintable() else "?" for char in " ".join(warning.split()))
+        if line:
+            lines.append(line if len(line) <= MAX_WARNING_CHARS else f"{line[: MAX_WARNING_CHARS - 3]}...")
+    return tuple(lines[:MAX_WARNINGS])
 
 
 def _join(magic: bytes, header: bytes, payloads: Sequence[bytes]) -> bytes:

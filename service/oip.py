@@ -57,7 +57,7 @@ from service.settings import LimitSettings, Settings
 MODEL = "recofuse"  # whichever model is served; its own name is accepted as well
 INPUTS: dict[str, tuple[str, ...]] = {"vis": ("UINT8", "BYTES"), "ir": ("UINT8", "UINT16", "BYTES")}  # and datatypes
 OUTPUTS: dict[str, Part] = {"fused": Part.FUSED, "vis_restored": Part.VIS, "ir_restored": Part.IR}
-PARAMETERS = ("seed", "steps", "sampler", "ir_range", "format", "priority", "timeout", "timeout_ms")
+PARAMETERS = ("seed", "steps", "sampler", "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms")
 PRIORITIES = ("normal", "high", "normal", "low")  # by Triton's numbers: 0 is the default, 1 the most urgent
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
 MAX_MESSAGE_CHARS = 1000
@@ -94,12 +94,16 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True)
 class InferAnswer:
-    """model_name, model_version: of the model that made the first pair's pictures."""
+    """model_name, model_version: of the model that made the first pair's pictures.
+
+    parameters: infrared_source and warnings, as docs/oip.md has them; empty if there is nothing to tell.
+    """
 
     model_name: str
     model_version: str
     id: str
     outputs: tuple[Tensor, ...]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 # bytes
@@ -171,6 +175,8 @@ def answer_body(answer: InferAnswer, request: InferRequest) -> tuple[bytes, int 
     document: dict[str, Any] = {"model_name": answer.model_name, "model_version": answer.model_version}
     if answer.id:
         document["id"] = answer.id
+    if answer.parameters:
+        document["parameters"] = dict(answer.parameters)
     body, num_json = join_body({**document, "outputs": entries}, blobs)
     return body, num_json if blobs else None
 
@@ -416,8 +422,9 @@ def _options_of(
 ) -> tuple[FusionOptions, Priority, float | None, bool]:
     """Options, priority, timeout in seconds, and whether files are wanted. Raises InvalidInputError."""
     values: dict[str, Any] = {name: parameters[name] for name in ("seed", "steps", "sampler") if name in parameters}
-    if "ir_range" in parameters:
-        values["ir_range"] = tuple(str(parameters["ir_range"]).split(","))
+    for name in ("vis_range", "ir_range"):
+        if name in parameters:
+            values[name] = tuple(str(parameters[name]).split(","))
     values["format"] = parameters.get("format", ImageFormat.NPY)
     values["output"] = Output(OUTPUTS[outputs[0]].value) if len(outputs) == 1 else Output.ALL
     try:
@@ -459,6 +466,21 @@ def _tensors_of(results: Sequence[FusionResult], plan: _Plan) -> tuple[Tensor, .
         data = b"".join(pixels.tobytes() for pixels in arrays)
         tensors.append(Tensor(name, "UINT8", (*batch, height, width, channels), data))
     return tuple(tensors)
+
+
+def _told_of(results: Sequence[FusionResult]) -> dict[str, str]:
+    """What was read of each pair's infrared file, and what looks wrong with them, as the answer's parameters."""
+    told = {}
+    if any(result.ir_source for result in results):
+        told["infrared_source"] = ",".join(result.ir_source for result in results)
+    lines = [
+        f"pair {index}: {warning}" if len(results) > 1 else warning
+        for index, result in enumerate(results)
+        for warning in result.warnings
+    ]
+    if lines:
+        told["warnings"] = "\n".join(lines)
+    return told
 
 
 # the service
@@ -550,7 +572,7 @@ class Inference:
             raise
         outputs = await asyncio.to_thread(_tensors_of, results, plan)
         self._statistics.succeeded(results, time.monotonic() - started_s)
-        return InferAnswer(results[0].model_name, results[0].model_version, request.id, outputs)
+        return InferAnswer(results[0].model_name, results[0].model_version, request.id, outputs, _told_of(results))
 
     async def readiness(self) -> Readiness:
         """Whether the server should be sent requests."""

@@ -95,6 +95,7 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
             model_name=answer.model_name,
             model_version=answer.model_version,
             id=answer.id,
+            parameters={name: pb.InferParameter(string_param=text) for name, text in answer.parameters.items()},
             outputs=outputs,
             raw_output_contents=[bytes(tensor.data) for tensor in answer.outputs],
         )

@@ -87,6 +87,13 @@ _ANSWER: dict[str, Any] = {
     "required": ["model_name", "model_version", "outputs"],
     "properties": {
         **{name: {"type": "string"} for name in ("model_name", "model_version", "id")},
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "infrared_source": {"type": "string", "description": "of each pair: raw, palette or grey, with commas"},
+                "warnings": {"type": "string", "description": "lines about what looks wrong; absent if nothing does"},
+            },
+        },
         "outputs": {
             "type": "array",
             "items": {

@@ -39,7 +39,7 @@ from service.errors import (
     TimedOutError,
     UnavailableError,
 )
-from service.jobs import FusionResult, Part, Stage, WorkerInfo
+from service.jobs import FusionResult, Part, Stage, WorkerInfo, printable
 from service.metrics import DropReason, Metrics
 from service.queue import Clock, JobQueue, Lease
 from service.settings import Settings
@@ -61,6 +61,8 @@ class _Held:
     ready_s: float = 0.0
     timings_s: dict[Stage, float] = field(default_factory=dict)
     is_running: bool = False  # in the model or beyond
+    ir_source: str = ""  # of the pair, which is let go of before its result is there
+    warnings: tuple[str, ...] = ()
     trace: JobTrace = NO_JOB_TRACE
 
 
@@ -222,6 +224,7 @@ class Worker:
                 logger.exception("decoding failed", extra={"job_id": job.id, "request_id": job.request_id})
                 await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
                 return
+            held.ir_source, held.warnings = held.pair.ir_source, printable(held.pair.warnings)
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
             held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
             held.ready_s = self._clock()
@@ -335,6 +338,8 @@ class Worker:
             batch_size=batch_size,
             width=job.width,
             height=job.height,
+            ir_source=held.ir_source,
+            warnings=held.warnings,
         )
         await self._finish(held, result)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from recofuse_images.reader import Pair
+from service import images
 from service.engine import EngineInfo, NullEngine, PassOptions, Pixels
 from service.errors import OutOfMemoryError
-from service.jobs import FusionJob, FusionOptions, Part, Priority, new_job_id
+from service.jobs import FusionJob, FusionOptions, IrSource, Part, Priority, new_job_id
+from service.settings import CodecSettings, LimitSettings
 
 
 class FakeClock:
@@ -66,6 +70,31 @@ class FakeEngine(NullEngine):
         if self.poison_seeds & set(seeds):
             raise RuntimeError("poisoned")
         return super().fuse(vis, ir, options, seeds)
+
+
+class TellingCodec(images.FileCodec):
+    """Reads and writes files, and says of some infrared ones that more was read of them than grey values.
+
+    told: by the bytes of the infrared image; of any other the file codec's own word counts.
+    """
+
+    told: dict[bytes, tuple[IrSource, tuple[str, ...]]]
+
+    @classmethod
+    def serve(cls, monkeypatch: pytest.MonkeyPatch, told: dict[bytes, tuple[IrSource, tuple[str, ...]]]) -> None:
+        """Let the workers that begin from now on have such a codec."""
+
+        def build(settings: CodecSettings, limits: LimitSettings) -> TellingCodec:
+            codec = cls(settings, limits)
+            codec.told = told
+            return codec
+
+        monkeypatch.setattr(images, "build_codec", build)
+
+    def decode(self, job: FusionJob) -> Pair:
+        pair = super().decode(job)
+        source, warnings = self.told.get(job.ir, (pair.ir_source, pair.warnings))
+        return replace(pair, ir_source=source, warnings=warnings)
 
 
 def picture(width: int = 64, height: int = 48, *, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:

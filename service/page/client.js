@@ -21,9 +21,9 @@ export class Client {
     return (await answer.json()).models;
   }
 
-  // Fuses a pair and returns { blob, type, timing, model, isZip }. onPhase({ phase, ... }) is told where it stands:
-  // sending { share }, queued { numQueued }, running { attempts }, fetching. canRead: false for a key that may only
-  // submit, so that the answer is waited for on one connection. Throws Problem, or AbortError after signal.
+  // Fuses a pair and returns { blob, type, timing, model, irSource, warnings, isZip }. onPhase({ phase, ... }) is told
+  // where it stands: sending { share }, queued { numQueued }, running { attempts }, fetching. canRead: false for a key
+  // that may only submit, so that the answer is waited for on one connection. Throws Problem, or AbortError after signal.
   async fuse(form, { canRead, onPhase, signal }) {
     signal.throwIfAborted();
     const accepted = await this.#post(form, canRead, onPhase, signal);
@@ -122,6 +122,8 @@ function resultOf(blob, header) {
     isZip: type === "application/zip",
     timing: timingOf(header("Server-Timing") ?? ""),
     model: [header("X-Model-Name"), header("X-Model-Version")].filter(Boolean).map(decodeURIComponent).join(" "),
+    irSource: header("X-Infrared-Source") ?? "",
+    warnings: (header("X-Warning") ?? "").split(/, */).filter(Boolean).map(decodeURIComponent),  // lines come joined
   };
 }
 

@@ -10,6 +10,8 @@ const ROLES = Object.keys(INPUTS);
 const PARTS = { vis: "Visible, restored", ir: "Infrared, restored", fused: "Fused" };
 const NAMES = { fused: "fused", vis: "vis-restored", ir: "ir-restored" };  // of files
 const STAGES = { decode: "Decoding", queue: "Queue", batch: "Batching", model: "Model", encode: "Encoding" };
+// What was read of the infrared file, if it is not just its grey values.
+const SOURCES = { raw: "the camera’s own values in the file", palette: "a false-colour picture, turned back into intensity" };
 const looksInfrared = name => /(^|[^a-z])(ir|inf|infra|infrared|thermal|therm|lwir|mwir|flir)([^a-z]|$)/i.test(name);
 
 const $ = id => document.getElementById(id);
@@ -162,7 +164,7 @@ function dropResult() {
   for (const [, url] of result?.files ?? []) URL.revokeObjectURL(url);
   for (const layer of result?.layers ?? []) if (layer.url) URL.revokeObjectURL(layer.url);
   result = null;
-  $("outcome").hidden = true;
+  $("outcome").hidden = $("warnings").hidden = true;
 }
 
 async function showResult(answer, wanted, tookMs) {
@@ -192,6 +194,9 @@ async function showResult(answer, wanted, tookMs) {
   const shown = layers.find(layer => layer.id === "fused") ?? layers[0];
   showPictures([shown.id === "ir" ? "ir-in" : "vis-in", shown.id]);
   showTimes(answer, tookMs);
+  $("warnings").replaceChildren();
+  for (const warning of answer.warnings) make("li", warning, $("warnings"));
+  $("warnings").hidden = !answer.warnings.length;
   $("files").replaceChildren();
   for (const [name, url, numBytes] of files) {
     const line = make("li", "", $("files"));
@@ -221,7 +226,8 @@ function showTimes(answer, tookMs) {
   make("th", "In all", row).scope = "row";
   make("td", msOf(tookMs), row);
   make("td", "", row);
-  $("facts").textContent = `${answer.model}, ${size.join(" × ")}. “In all” is this browser’s clock, from the click to the picture.`;
+  const read = SOURCES[answer.irSource] ? ` Infrared read: ${SOURCES[answer.irSource]}.` : "";
+  $("facts").textContent = `${answer.model}, ${size.join(" × ")}.${read} “In all” is this browser’s clock, from the click to the picture.`;
 }
 
 const bytesOf = count => (count < 1e6 ? `${Math.max(1, Math.round(count / 1000))} kB` : `${(count / 1e6).toFixed(1)} MB`);
@@ -232,7 +238,7 @@ const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(
 // The options that differ from what the server takes by itself.
 function chosenOptions() {
   const options = [];
-  for (const name of ["output", "format", "steps", "sampler", "seed", "ir_range"]) {
+  for (const name of ["output", "format", "steps", "sampler", "seed", "vis_range", "ir_range"]) {
     const value = form.elements[name].value.trim();
     if (value && value !== { output: "fused", format: "png" }[name]) options.push([name, value]);
   }
@@ -264,7 +270,7 @@ async function fuse() {
     const answer = await client.fuse(body, { canRead, onPhase: showPhase, signal: running.signal });
     const tookMs = performance.now() - started;
     await showResult(answer, wanted, tookMs);
-    say(`Fused in ${msOf(tookMs)}`);
+    say(`Fused in ${msOf(tookMs)}${answer.warnings.length ? ", with warnings" : ""}`);
     if (!isWide.matches) $("tools").scrollIntoView({ behavior: isCalm.matches ? "auto" : "smooth" });
   } catch (error) {
     if (error.name === "AbortError") say("Cancelled");

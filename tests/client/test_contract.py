@@ -17,7 +17,7 @@ import recofuse_client as rc
 from service.auth import FileKeys, Scope, new_key
 from service.engine import EngineInfo
 from tests.client.conftest import KINDS, QUICK, Served, served
-from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture
 from tests.service.conftest import Serving
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
@@ -53,6 +53,8 @@ async def test_deep_pixels_arrive_deep(running: Served, kind: str) -> None:
     fusion = await client.fuse(VIS, ramp, output="ir", ir_range=(7000.0, 9500.0))
     expected = np.rint((ramp - 7000.0) / 2500 * 255)
     np.testing.assert_array_equal(fusion.ir, expected)
+    scaled = await client.fuse(VIS.astype(np.uint16) * 16, IR, output="vis", vis_range=(400.5, 3600))
+    np.testing.assert_array_equal(scaled.vis, np.rint(np.clip((VIS * 16.0 - 400.5) / 3199.5, 0, 1) * 255))
     deep = VIS.astype(np.uint16) * 257
     np.testing.assert_array_equal((await client.fuse(deep, IR)).fused, VIS)
 
@@ -127,11 +129,51 @@ async def test_refusals_are_the_servers_own_words(running: Served, kind: str) ->
         await client.fuse(VIS, picture(64, 64, channels=1))
     with pytest.raises(rc.InvalidInputError, match="ir_range"):
         await client.fuse(VIS, IR, ir_range=(9.0, 1.0))
+    with pytest.raises(rc.InvalidInputError, match="vis_range"):
+        await client.fuse(VIS, IR, vis_range=(9.0, 1.0))
     with pytest.raises(rc.JobNotFoundError):
         await client.job("0" * 36)
     with pytest.raises((rc.InvalidInputError, ValueError)):
         await client.job("../models")
     assert not running.engine.batches
+
+
+async def test_what_was_read_of_the_infrared_file_is_told(
+    serving: Serving, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, odd = (file_of(picture(channels=1, seed=seed)) for seed in (7, 8))
+    warnings = ("ir: 暖かい, in colour; 100%2C", "a second, plain one")
+    TellingCodec.serve(monkeypatch, {raw: ("raw", ()), odd: ("palette", warnings)})
+    async with served(serving) as running:
+        client = running.reach.client(kind)
+        for ir, source, told in ((IR, "grey", ()), (raw, "raw", ()), (odd, "palette", warnings)):
+            for output in ("fused", "all"):
+                fusion = await client.fuse(VIS, ir, output=output)
+                assert (fusion.ir_source, fusion.warnings) == (source, told)
+            fusion = await client.wait((await client.submit(VIS, ir)).id)
+            assert (fusion.ir_source, fusion.warnings) == (source, told)
+        if kind.startswith("grpc"):
+            results = await client.stream([(VIS, IR), (VIS, odd)], mode="all")
+            seen = [(result.unwrap().ir_source, result.unwrap().warnings) for result in results]
+            assert seen == [("grey", ()), ("palette", warnings)]
+
+
+async def test_workers_that_say_nothing_of_the_infrared_file(serving: Serving, kind: str) -> None:
+    """Of an older release, or of a newer one with a word that is not known here."""
+    for word in ("", "radar"):
+        assert await _told_by_a_worker_that_says(serving, kind, word) == ("", ())
+
+
+async def _told_by_a_worker_that_says(serving: Serving, kind: str, word: str) -> tuple[str, tuple[str, ...]]:
+    class OtherWords(TellingCodec):
+        def decode(self, job: Any) -> Any:
+            return replace(super().decode(job), ir_source=word)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        OtherWords.serve(patch, {})
+        async with served(serving) as running:
+            fusion = await running.reach.client(kind).fuse(VIS, IR)
+    return fusion.ir_source, fusion.warnings
 
 
 async def test_a_model_may_have_any_name(serving: Serving, kind: str) -> None:

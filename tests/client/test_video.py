@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.server
 import json
@@ -20,10 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recofuse_client import Frame
+from recofuse_client import Frame, FrameResult, Fusion, Timings, live
 from recofuse_client.video import Recorder, VideoError, Viewer, is_live, read_pairs
-from tests.client.conftest import CommandServer
-from tests.fakes import picture
+from tests.client.conftest import CommandServer, served
+from tests.fakes import TellingCodec, picture
+from tests.service.conftest import Serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,6 +242,48 @@ def test_the_command_records_what_two_files_show(null_server: CommandServer, tmp
     assert "no file" in refused("--vis", "none.avi", "--ir", ir)
     assert "mode" in refused("--vis", vis, "--ir", ir, "--mode", "some")
     assert ".mp4" in refused("--vis", vis, "--ir", ir, "-o", "out.gif", "--target", null_server.grpc)
+
+
+def test_the_command_fixes_both_scales(null_server: CommandServer, tmp_path: Path) -> None:
+    vis, ir = make_video(tmp_path / "vis.avi", 10), make_video(tmp_path / "ir.avi", 10)
+    for part, low, high in (("vis", 0, 510), ("ir", -255, 255)):
+        out = tmp_path / f"{part}.mkv"
+        words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "-o", out, "--part", part]
+        words += [f"--{part}-range", str(low), str(high)]
+        done = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "infrared read" not in done.stdout
+        expected = [(level(number) - low) / (high - low) * 255 for number in range(10)]
+        assert np.abs(np.array(levels_of(out)) - expected).max() < 8
+
+
+async def test_a_live_stream_tells_each_warning_once(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    vis, grey, odd = picture(), picture(channels=1, seed=1), picture(channels=1, seed=2)
+    told: list[str] = []
+    TellingCodec.serve(monkeypatch, {odd.tobytes(): ("palette", ("ir: in colour", "ir: dim"))})
+    async with served(serving) as running:
+        client = running.reach.client("grpc").client
+        sent = [(vis, grey), (vis, odd), (vis, odd), (vis, grey), (vis, odd)]
+        report = await asyncio.to_thread(live.run, client, sent, [], mode="all", options={}, warn=told.append)
+    assert report.stats.fused == 5
+    assert told == ["ir: in colour", "ir: dim"]
+    assert (report.figures["ir_source"], report.figures["warnings"]) == ("palette", told)
+
+
+def test_a_report_remembers_few_warnings() -> None:
+    report = live.LiveReport()
+    for number in range(0, 90, 3):
+        fusion = Fusion(
+            pictures={}, model_name="", model_version="", timings=Timings(), job_id="", request_id="",
+            warnings=tuple(f"warning {number + more}" for more in range(3)),
+        )  # fmt: skip
+        report.add(
+            FrameResult(
+                sequence=number, timestamp_ns=0, fusion=fusion, error=None, num_missed=0, age_s=0.0, latency_s=0.0
+            ),
+            0.0,
+        )
+    assert report.warnings == [f"warning {number}" for number in range(live.MAX_WARNINGS)]
 
 
 def test_the_command_ends_in_order_when_it_is_interrupted(null_server: CommandServer, tmp_path: Path) -> None:

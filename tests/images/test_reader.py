@@ -7,12 +7,14 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from recofuse_images.errors import BadImageError, ImageError, ImageTooLargeError, UnsupportedImageError
@@ -76,6 +78,34 @@ def test_deep_infrared_is_stretched_between_robust_percentiles(image_format: str
     expected = np.clip((counts.astype(float) - low) / (high - low), 0, 1) * 255
     assert np.abs(pair.ir - expected).max() <= 1.5
     assert pair.ir.std() > 40
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_vis_range_replaces_the_upper_eight_bits(dtype: type, suffix: str) -> None:
+    values: NDArray[Any] = VIS.astype(dtype) * (16 if dtype is np.uint16 else 1)
+    for low, high in ((0.0, 4080.0), (30.5, 200.0), (-40.0, 20.0), (60.0, 1e9)):
+        expected = np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
+        pair = read_pair(file_of(values, suffix), IR_FILE, LIMITS, vis_range=(low, high))
+        np.testing.assert_array_equal(pair.vis, expected)
+        np.testing.assert_array_equal(pair.ir, IR)  # nobody asked for another one of that
+
+
+@pytest.mark.parametrize("pixel_format", [PixelFormat.MONO8, PixelFormat.MONO16, PixelFormat.RGB8, PixelFormat.BGR8])
+def test_vis_range_holds_for_raw_frames(pixel_format: PixelFormat) -> None:
+    colour = np.repeat(IR[..., None], 3, axis=2) if "mono" in pixel_format else VIS
+    sent = colour if pixel_format is not PixelFormat.BGR8 else colour[..., ::-1]
+    if "mono" in pixel_format:
+        sent = IR if pixel_format is PixelFormat.MONO8 else IR.astype("<u2") * 4
+    layout = RawLayout(pixel_format=pixel_format, width=64, height=48, stride=64 * pixel_format.bytes_per_pixel)
+    scale = 4 if pixel_format is PixelFormat.MONO16 else 1
+    pair = read_pair(sent.tobytes(), IR_FILE, LIMITS, vis_layout=layout, vis_range=(10 * scale, 130 * scale))
+    np.testing.assert_array_equal(pair.vis, np.rint(np.clip((colour - 10.0) / 120, 0, 1) * 255))
+
+
+def test_a_pair_is_grey_and_in_order_unless_a_decoder_says_otherwise() -> None:
+    pair = read_pair(VIS_FILE, IR_FILE, LIMITS)
+    assert (pair.ir_source, pair.warnings) == ("grey", ())
 
 
 def test_ir_range_overrides_the_rule() -> None:

@@ -64,7 +64,14 @@ class World:
 
 
 def success(job: FusionJob, image: bytes = b"picture") -> FusionResult:
-    return FusionResult(job_id=job.id, images={Part.FUSED: image}, media_type="image/png", batch_size=1)
+    return FusionResult(
+        job_id=job.id,
+        images={Part.FUSED: image},
+        media_type="image/png",
+        batch_size=1,
+        ir_source="palette",
+        warnings=("ir: looks like 昼間, a day in colour",),
+    )
 
 
 class QueueContract:

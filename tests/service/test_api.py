@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import AsyncIterator
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import cv2
 import httpx
@@ -19,14 +20,14 @@ import pytest
 from fastapi import Response
 from prometheus_client import CollectorRegistry
 
-from service.api import build_app
+from service.api import IMAGE_FIELDS, OPTION_FIELDS, build_app
 from service.errors import STATUS, ErrorCode
 from service.gateway import Gateway
-from service.jobs import Stage
+from service.jobs import MAX_WARNINGS, FusionResult, Part, Stage
 from service.metrics import Metrics
 from service.queue import MemoryQueue
 from service.settings import Settings
-from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture
 from tests.images.files import BAD_FILES, png_header
 from tests.service.conftest import Server, Serving
 
@@ -103,6 +104,7 @@ async def test_options_reach_the_engine(server: Server, place: Literal["data", "
         "seed": "99",
         "priority": "high",
         "timeout_ms": "5000",
+        "vis_range": "0,4095",
         "ir_range": "1,9.5",
     }
     asked: dict[str, Any] = {place: data}
@@ -118,6 +120,7 @@ async def test_options_reach_the_engine(server: Server, place: Literal["data", "
         ("sampler", "magic"), ("seed", "-1"), ("seed", str(2**63)), ("priority", "urgent"), ("timeout_ms", "0"),
         ("timeout_ms", "-5"), ("timeout_ms", "soon"), ("timeout_ms", "999999999"), ("ir_range", "9,1"),
         ("ir_range", "1"), ("ir_range", "a,b"), ("ir_range", "nan,1"), ("ir_range", "0,inf"), ("seed", "\N{SNOWMAN}"),
+        ("vis_range", "9,1"), ("vis_range", "1"), ("vis_range", "a,b"), ("vis_range", "nan,1"), ("vis_range", "0,inf"),
     ],
 )  # fmt: skip
 async def test_options_that_cannot_be_are_refused(server: Server, field: str, value: str) -> None:
@@ -126,6 +129,79 @@ async def test_options_that_cannot_be_are_refused(server: Server, field: str, va
     document = problem(in_form, ErrorCode.INVALID_INPUT)
     assert field.split("_")[0] in document["detail"]
     assert problem(in_query, ErrorCode.INVALID_INPUT)["detail"] == document["detail"]
+
+
+async def test_ranges_say_what_becomes_black_and_white(server: Server) -> None:
+    deep = {"vis": file_of(picture().astype(np.uint16) * 16), "ir": IR}
+    for name, low, high, source in (("vis", 400, 3600, picture() * 16.0), ("ir", 30, 90, picture(channels=1, seed=1))):
+        data = {"output": name, "format": "npy", f"{name}_range": f"{low},{high}"}
+        answer = await server.client.post("/v1/fuse", files=deep, data=data)
+        assert answer.status_code == 200, answer.text
+        expected = np.rint(np.clip((source - float(low)) / (high - low), 0, 1) * 255)
+        np.testing.assert_array_equal(np.load(io.BytesIO(answer.content)), expected)
+
+
+async def test_the_answer_says_what_was_read_of_the_infrared_file(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: file_of(picture(channels=1, seed=seed)) for seed, name in enumerate(("raw", "palette", "odd"), 5)}
+    odd = ("ir: in colour, a photograph?", "温度 100% \n", "é" * 500, *"abcdef")
+    told: dict[bytes, Any] = {
+        files["raw"]: ("raw", ()),
+        files["palette"]: ("palette", ("ir: the legend of the palette is in the picture",)),
+        files["odd"]: ("grey", odd),
+    }
+    TellingCodec.serve(monkeypatch, told)
+    async with serving() as server:
+        plain = await server.client.post("/v1/fuse", files=FILES)
+        assert plain.headers["x-infrared-source"] == "grey"
+        assert "x-warning" not in plain.headers
+        for source in ("raw", "palette"):
+            for more in ({}, {"output": "all"}):
+                answer = await server.client.post("/v1/fuse", files={"vis": VIS, "ir": files[source]}, data=more)
+                assert answer.headers["x-infrared-source"] == source
+                assert answer.headers.get_list("x-warning") == list(told[files[source]][1])
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            described = json.loads(archive.read("result.json"))
+        assert (described["infrared_source"], described["warnings"]) == ("palette", list(told[files["palette"]][1]))
+        accepted = await server.client.post(
+            "/v1/fuse", files={"vis": VIS, "ir": files["odd"]}, headers={"Prefer": "respond-async"}
+        )
+        await finished(server.client, accepted.headers["location"])
+        answer = await server.client.get(f"{accepted.headers['location']}/result")
+    lines = answer.headers.get_list("x-warning")
+    assert answer.headers["x-infrared-source"] == "grey"
+    assert len(lines) == MAX_WARNINGS
+    assert all(line.isascii() and len(line) < 500 for line in lines)
+    assert lines[0] == "ir: in colour%2C a photograph?"  # lines of one name may be joined with commas on their way
+    joined = [unquote(line) for line in ", ".join(lines).split(", ")]
+    assert joined[:2] == ["ir: in colour, a photograph?", "温度 100%"]
+    assert re.fullmatch(r"é{20,}\.\.\.", joined[2])
+    assert joined[3:] == ["a", "b"]
+
+
+async def test_what_an_older_or_newer_worker_says_of_the_infrared_file_is_no_headers_trouble() -> None:
+    """The front end repeats only words of its own contract, and bounds what others did not."""
+    values = Settings()
+    queue = MemoryQueue(values.queue)
+    app = build_app(Gateway(queue, values, Metrics(CollectorRegistry())), values, Metrics(CollectorRegistry()))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for source, warnings in (("", ()), ("radar", ("\udce9\r\nX-Evil: 1",) * 50)):
+            accepted = await client.post("/v1/fuse", files=FILES, headers={"Prefer": "respond-async"})
+            (lease,) = await queue.take("w", max_jobs=1, wait_s=1)
+            result = FusionResult(
+                job_id=lease.job.id,
+                images={Part.FUSED: VIS},
+                media_type="image/png",
+                ir_source=source,
+                warnings=warnings,
+            )
+            await queue.finish(lease, result)
+            answer = await client.get(f"{accepted.headers['location']}/result")
+            assert answer.content == VIS
+            assert "x-infrared-source" not in answer.headers
+            assert answer.headers.get_list("x-warning") == ["?%0D%0AX-Evil: 1"] * min(len(warnings), MAX_WARNINGS)
 
 
 async def test_bad_images_are_the_callers_fault_and_the_server_goes_on(server: Server) -> None:
@@ -404,6 +480,13 @@ async def test_the_description_is_complete(server: Server) -> None:
                 assert list(answer["content"]) == ["application/problem+json"], (operation["summary"], status)
     references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))
     assert set(references) <= set(document["components"]["schemas"])
+    form = document["paths"]["/v1/fuse"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(form["properties"]) == {*OPTION_FIELDS, *IMAGE_FIELDS}
+    assert form["properties"]["vis_range"]["pattern"] == form["properties"]["ir_range"]["pattern"]
+    for path, method in (("/v1/fuse", "post"), ("/v1/jobs/{job_id}/result", "get")):
+        headers = document["paths"][path][method]["responses"]["200"]["headers"]
+        assert headers["X-Infrared-Source"]["schema"]["enum"] == ["raw", "palette", "grey"]
+        assert headers["X-Warning"]["schema"]["maxItems"] == MAX_WARNINGS
     page = (await server.client.get("/docs")).text
     assert "openapi.json" in page
     assert not re.findall(r"(?:src|href)=\"https?:", page)

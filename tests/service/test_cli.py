@@ -1,13 +1,18 @@
 """The `recofuse` command as its users meet it: files in, files out, one line for what they can mend."""
 
+import contextlib
+import http.server
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import httpx
@@ -24,9 +29,12 @@ from recofuse_core.data import read_vis, write_image
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig, PaperAutoencoderConfig
 from recofuse_core.scenes import make_scene
 from recofuse_core.sde import SDEConfig
+from recofuse_images.reader import Pair
+from service import images
 from service.cli import app
 from service.files import contact_sheet
 from service.settings import Settings
+from tests.fakes import file_of, picture
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
@@ -109,6 +117,49 @@ def test_equal_seeds_give_equal_files_and_others_do_not(pairs: Path, weights: Pa
     one, again, other = ((pairs / f"{name}.png").read_bytes() for name in ("one", "again", "other"))
     assert one == again
     assert one != other
+
+
+def test_a_range_of_visible_values_reaches_the_model(pairs: Path, weights: Path) -> None:
+    plain = cv2.imread(str(pairs / "vis/a.png"))
+    assert plain is not None
+    cv2.imwrite(str(pairs / "deep.png"), plain.astype(np.uint16) * 16)
+    rest = ("--ir", pairs / "ir/a.png", "--weights", weights)
+    for name, vis, options in (
+        ("plain", "vis/a.png", ()), ("deep", "deep.png", ()), ("scaled", "deep.png", ("--vis-range", 0, 4080))
+    ):  # fmt: skip
+        result = run("fuse", "--vis", pairs / vis, *rest, "-o", pairs / f"{name}-out.png", *options)
+        assert result.exit_code == 0, result.output
+    plain_out, deep, scaled = ((pairs / f"{name}-out.png").read_bytes() for name in ("plain", "deep", "scaled"))
+    assert scaled == plain_out
+    assert deep != plain_out
+
+
+def test_fuse_tells_what_was_read_of_the_infrared_files(
+    pairs: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a decoder that says of one file what the service's own may say."""
+    decode, told = images.decode_pair, (pairs / "ir/b.png").read_bytes()
+
+    def telling(vis: bytes, ir: bytes, *arguments: Any, **options: Any) -> Pair:
+        pair = decode(vis, ir, *arguments, **options)
+        if ir != told:
+            return pair
+        return replace(pair, ir_source="palette", warnings=("ir: in colour", "ir: \x1b[31m second"))
+
+    monkeypatch.setattr(images, "decode_pair", telling)
+    call = ("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out", "--weights", weights)
+    result = run(*call)
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if line.startswith("recofuse: ")]
+    assert said == ["recofuse: b: ir: in colour", "recofuse: b: ir: ?[31m second"]
+    assert "infrared read: a false-colour picture, turned back into intensity (1 of 2); grey values (1 of 2)" in (
+        result.stdout
+    )
+    single = run(
+        "fuse", "--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "-o", pairs / "a.png", "--weights", weights
+    )
+    assert single.exit_code == 0, single.output
+    assert "infrared read" not in single.stdout
 
 
 def test_folders_are_matched_by_name_and_equal_single_fusions(pairs: Path, weights: Path) -> None:
@@ -196,6 +247,7 @@ BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
     "sheet without suffix": ({"--sheet": "sheet"}, ".png"),
     "overwriting an input": ({"-o": "ir/a.png"}, "destroy"),
     "unknown sampler": ({"--sampler": "magic"}, "sampler"),
+    "upside-down vis range": ({"--vis-range": "9 3"}, "vis_range takes two numbers, the lower one first"),
     "upside-down range": ({"--ir-range": "9 3"}, "lower one first"),
     "unknown weights": ({"--weights": "nothing"}, "nothing"),
     "no checkpoint": ({"--weights": "vis/a.png"}, "safetensors"),
@@ -380,6 +432,44 @@ def test_demo_tells_what_the_server_said(pairs: Path, weights: Path) -> None:
     own = ("--vis", pairs / "broken.png", "--ir", pairs / "ir/a.png")
     assert_one_line(run("demo", *own, "-o", pairs / "demo", "--weights", weights), "415", "not a readable image")
     assert_one_line(run("demo", *own[:2], "-o", pairs / "demo"), "--ir")
+
+
+class _TellingServer(http.server.BaseHTTPRequestHandler):
+    """Answers any fusion with a picture, and with the headers of one whose infrared file carried raw values."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        for name, value in (
+            ("Server-Timing", "model;dur=1.0"), ("X-Model-Name", "told"), ("X-Model-Version", "1"),
+            ("X-Infrared-Source", "raw"), ("X-Warning", "vis: dark%2C very"), ("X-Warning", "second"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(file_of(picture()))
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+def test_demo_tells_what_the_server_says_of_the_pair(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def telling(options: object, log: object) -> Iterator[str]:
+        with http.server.HTTPServer(("127.0.0.1", 0), _TellingServer) as server:
+            threading.Thread(target=server.serve_forever).start()
+            try:
+                yield f"http://127.0.0.1:{server.server_port}"
+            finally:
+                server.shutdown()
+
+    monkeypatch.setattr("service.demo.server_process", telling)
+    own = ("--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png")
+    result = run("demo", *own, "-o", pairs / "demo")
+    assert result.exit_code == 0, result.output
+    assert "the camera's own values in the file" in " ".join(result.stdout.split())
+    assert [line for line in result.stderr.splitlines() if line.startswith("recofuse: ")] == [
+        "recofuse: vis: dark, very", "recofuse: second",
+    ]  # fmt: skip
 
 
 # sheets and documents

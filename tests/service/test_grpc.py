@@ -38,7 +38,7 @@ from service.pb.recofuse.v1 import fusion_pb2_grpc
 from service.queue import MemoryQueue
 from service.serve import serve_all_in_one, serve_front_end
 from service.settings import Settings, SettingsError
-from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture
 from tests.service.conftest import Server, Serving
 from tests.service.error_cases import ERROR_CASES, IR, VIS, ErrorCase
 
@@ -189,11 +189,56 @@ async def test_options_reach_the_engine(face: Face) -> None:
         (pb.Output, jobs.Output), (pb.Part, jobs.Part), (pb.Priority, jobs.Priority), (pb.FlowControl, FlowMode),
         (pb.PixelFormat, jobs.PixelFormat), (pb.ImageFormat, [*jobs.ImageFormat, "raw"]),
         (pb.Sampler, ["euler", "posterior", "ode1", "ode2"]), (pb.JobStatus, jobs.JobStatus),
+        (pb.InfraredSource, ["raw", "palette", "grey"]),
     ],
 )  # fmt: skip
 def test_the_contract_names_what_the_service_has(kind: Any, names: Iterable[str]) -> None:
     prefix = kind.Name(0).removesuffix("UNSPECIFIED")
     assert {name.removeprefix(prefix).lower() for name in kind.keys()} == {"unspecified", *names}  # noqa: SIM118
+
+
+async def test_ranges_say_what_becomes_black_and_white(face: Face) -> None:
+    deep = file_of(picture().astype(np.uint16) * 16)
+    ranges: dict[str, Any] = {"vis_range": pb.VisRange(low=400, high=3600), "ir_range": pb.IrRange(low=30, high=90)}
+    answer = await face.stub.Fuse(request(deep, output="OUTPUT_ALL", format="IMAGE_FORMAT_RAW", **ranges))
+    _, vis, ir = (pixels_of(shown.image) for shown in answer.fusion.pictures)
+    np.testing.assert_array_equal(vis, np.rint(np.clip((picture() * 16.0 - 400) / 3200, 0, 1) * 255))
+    np.testing.assert_array_equal(ir, np.rint(np.clip((picture(channels=1, seed=1) - 30.0) / 60, 0, 1) * 255))
+
+
+async def test_the_answer_says_what_was_read_of_the_infrared_file(
+    facing: Facing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, odd = (file_of(picture(channels=1, seed=seed)) for seed in (7, 8))
+    warnings = ("ir: 暖かい, in colour", "a second one")
+    TellingCodec.serve(monkeypatch, {raw: ("raw", ()), odd: ("palette", warnings)})
+    expected = {
+        IR: (pb.INFRARED_SOURCE_GREY, ()),
+        raw: (pb.INFRARED_SOURCE_RAW, ()),
+        odd: (pb.INFRARED_SOURCE_PALETTE, warnings),
+    }
+    async with facing() as face:
+
+        def told(fusion: pb.Fusion) -> Any:
+            return fusion.infrared_source, tuple(fusion.warnings)
+
+        for ir, wanted in expected.items():
+            assert told((await face.stub.Fuse(request(ir=ir))).fusion) == wanted
+            job = await face.stub.SubmitFuse(request(ir=ir))
+            async with asyncio.timeout(20):
+                while (await face.stub.GetJob(pb.JobRequest(job_id=job.id))).status < pb.JOB_STATUS_SUCCEEDED:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert told((await face.stub.GetJobResult(pb.JobRequest(job_id=job.id))).fusion) == wanted
+        frames = [frame(number, ir=ir) for number, ir in enumerate(expected)]
+        answers = [answer async for answer in face.stub.FuseStream(one_by_one(frames))]
+    assert [told(answer.fusion) for answer in answers] == list(expected.values())
+
+
+@pytest.mark.parametrize("source", ["", "a word of a newer worker"])
+def test_a_source_that_is_not_known_is_unspecified(source: str) -> None:
+    result = jobs.FusionResult(job_id="j", ir_source=source)
+    fusion = grpc_api.fusion_of(result, is_raw=False, started_s=0.0)
+    assert fusion.infrared_source == pb.INFRARED_SOURCE_UNSPECIFIED
 
 
 async def test_idempotency_keys(face: Face) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import ErrorCode, MalformedRequestError, TimedOutError
 from service.jobs import (
+    MAX_WARNING_CHARS,
+    MAX_WARNINGS,
     FusionJob,
     FusionOptions,
     FusionResult,
@@ -21,6 +26,7 @@ from service.jobs import (
     Stage,
     WorkerInfo,
     new_job_id,
+    printable,
 )
 
 TIMES = st.floats(0, 4e9)
@@ -31,6 +37,7 @@ OPTIONS = st.builds(
     steps=st.none() | st.integers(1, 1000),
     sampler=st.none() | st.sampled_from(["euler", "posterior", "ode1", "ode2"]),
     seed=st.integers(0, 2**63 - 1),
+    vis_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
     ir_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
 )
 LAYOUTS = st.none() | st.builds(
@@ -68,6 +75,8 @@ RESULTS = st.builds(
     width=st.integers(0, 9999),
     error_code=st.none() | st.sampled_from(ErrorCode),
     error_message=st.text(max_size=50),
+    ir_source=st.sampled_from(["", "raw", "palette", "grey", "not known yet"]),
+    warnings=st.lists(st.text(max_size=20), max_size=3).map(tuple),
 )
 
 
@@ -164,3 +173,53 @@ def test_newer_results_are_understood_and_newer_jobs_are_not_guessed(result: Fus
     assert FusionResult.from_bytes(with_another_field(result.to_bytes())) == result
     with pytest.raises(MalformedRequestError):  # whatever the field asks for, it would not be done
         FusionJob.from_bytes(with_another_field(job.to_bytes()))
+
+
+def without_fields(raw: bytes, *names: str) -> bytes:
+    """A record as an older release wrote it."""
+    end = 8 + int.from_bytes(raw[4:8], "little")
+    fields = json.loads(raw[8:end])
+    for name in names:
+        del fields[name]
+    header = json.dumps(fields).encode()
+    return raw[:4] + len(header).to_bytes(4, "little") + header + raw[end:]
+
+
+def test_results_of_workers_that_say_nothing_of_the_infrared_file_are_understood() -> None:
+    told = FusionResult(job_id="j", images={Part.IR: b"1234"}, width=9, ir_source="raw", warnings=("a",))
+    older = FusionResult.from_bytes(without_fields(told.to_bytes(), "ir_source", "warnings"))
+    assert older == FusionResult(job_id="j", images={Part.IR: b"1234"}, width=9)
+    assert (older.ir_source, older.warnings) == ("", ())
+
+
+def test_an_older_worker_takes_the_jobs_that_ask_for_nothing_new() -> None:
+    """It refuses options that it does not know, and knows those below."""
+    options = json.loads(FusionOptions(ir_range=(1, 2)).model_dump_json())
+    assert set(options) == {"output", "format", "steps", "sampler", "seed", "ir_range"}
+    assert json.loads(FusionOptions(vis_range=(1, 2)).model_dump_json())["vis_range"] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["vis_range", "ir_range"])
+@pytest.mark.parametrize("wrong", [(9, 1), (1, 1), (1,), (1, 2, 3), ("a", "b"), (float("nan"), 1), (0, float("inf"))])
+def test_a_range_is_two_ascending_finite_numbers(name: str, wrong: Any) -> None:
+    assert getattr(FusionOptions.model_validate({name: ("-1", "2.5")}), name) == (-1, 2.5)
+    with pytest.raises(ValueError, match=name):
+        FusionOptions.model_validate({name: wrong})
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text(st.characters(exclude_categories=()), max_size=400), max_size=8))
+def test_warnings_are_few_short_printable_lines(warnings: list[str]) -> None:
+    told = printable(warnings)
+    assert len(told) <= MAX_WARNINGS
+    for line in told:
+        assert line
+        assert line.isprintable()
+        assert len(line) <= MAX_WARNING_CHARS
+        assert line.encode()
+
+
+def test_a_decent_warning_stays_as_it_is() -> None:
+    decent = ("ir: 640x480 in colour, and no palette fits: is it a photograph?", "ir: 暖かい")
+    assert printable(decent) == decent
+    assert printable(["", " \n ", "a\x1b[31m\nb"]) == ("a?[31m b",)

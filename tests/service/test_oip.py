@@ -36,12 +36,12 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.processes import Stack, all_in_one, free_port
 from service import auth, oip
 from service.errors import STATUS, ErrorCode, InvalidInputError, PayloadTooLargeError, ServiceError
-from service.jobs import Part, Priority
+from service.jobs import FusionResult, Part, Priority
 from service.oip_grpc import request_of
 from service.pb.inference.v2 import inference_pb2 as pb
 from service.pb.inference.v2 import inference_pb2_grpc
 from service.settings import LimitSettings
-from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture
 from tests.service.conftest import Server, Serving
 
 ROOT = Path(__file__).parents[2]
@@ -383,8 +383,11 @@ async def test_mixed_answers_and_files(server: Server) -> None:
 
 
 async def test_parameters_reach_the_engine(server: Server) -> None:
-    given = {"seed": 99, "steps": "17", "sampler": "euler", "ir_range": "1,9.5", "timeout": 5_000_000, "priority": 1}
-    outputs_of(await post(server.client, *PIXELS, parameters=given))
+    given = {"seed": 99, "steps": "17", "sampler": "euler", "ir_range": "30,90", "timeout": 5_000_000, "priority": 1}
+    given |= {"vis_range": "20,180.5", "binary_data_output": True}
+    found = outputs_of(await post(server.client, *PIXELS, parameters=given))
+    np.testing.assert_array_equal(found["vis_restored"], np.rint(np.clip((VIS - 20.0) / 160.5, 0, 1) * 255))
+    np.testing.assert_array_equal(found["ir_restored"][..., 0], np.rint(np.clip((IR - 30.0) / 60, 0, 1) * 255))
     assert server.engine.batches[-1] == [99]
     assert (server.engine.options[-1].steps, server.engine.options[-1].sampler) == (17, "euler")
 
@@ -442,6 +445,38 @@ async def test_sixteen_bit_infrared_is_stretched_as_a_file_is(server: Server) ->
     np.testing.assert_array_equal(found["ir_restored"][..., 0], np.load(io.BytesIO(answer.content)))
 
 
+async def test_both_faces_say_what_was_read_of_the_infrared_files(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, odd = (file_of(picture(channels=1, seed=seed)) for seed in (7, 8))
+    TellingCodec.serve(monkeypatch, {raw: ("raw", ()), odd: ("palette", ("ir: 暖かい", "second"))})
+    expected: list[tuple[tuple[bytes, ...], dict[str, str]]] = [
+        ((IR_FILE,), {"infrared_source": "grey"}),
+        ((odd,), {"infrared_source": "palette", "warnings": "ir: 暖かい\nsecond"}),
+        (
+            (raw, IR_FILE, odd),
+            {"infrared_source": "raw,grey,palette", "warnings": "pair 2: ir: 暖かい\npair 2: second"},
+        ),
+    ]
+    async with (
+        serving(grpc={"port": 0}) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for ir, told in expected:
+            inputs = (files("vis", *[VIS_FILE] * len(ir)), files("ir", *ir))
+            answer = await post(server.client, *inputs, **ALL_BINARY)
+            assert json.loads(answer.content[: int(answer.headers[LENGTH])])["parameters"] == told
+            message = await stub.ModelInfer(grpc_message(*inputs))
+            assert {name: value.string_param for name, value in message.parameters.items()} == told
+
+
+def test_workers_that_say_nothing_leave_no_parameters() -> None:
+    silent, known = FusionResult(job_id="a"), FusionResult(job_id="b", ir_source="raw")
+    assert oip._told_of([silent, silent]) == {}
+    assert oip._told_of([silent, known]) == {"infrared_source": ",raw"}
+
+
 # refusals
 
 SMALL = np.zeros((8, 8, 3), np.uint8)
@@ -486,6 +521,7 @@ REFUSED: dict[str, tuple[tuple[tuple[Entry, bytes], ...], dict[str, Any], ErrorC
     "no steps": (PIXELS, {"parameters": {"steps": 0}}, ErrorCode.INVALID_INPUT, "steps"),
     "unknown sampler": (PIXELS, {"parameters": {"sampler": "magic"}}, ErrorCode.INVALID_INPUT, "sampler"),
     "unknown format": (PIXELS, {"parameters": {"format": "bmp"}}, ErrorCode.INVALID_INPUT, "format"),
+    "bad vis range": (PIXELS, {"parameters": {"vis_range": "9,1"}}, ErrorCode.INVALID_INPUT, "vis_range"),
     "bad range": (PIXELS, {"parameters": {"ir_range": "9,1"}}, ErrorCode.INVALID_INPUT, "ir_range"),
     "unknown priority": (PIXELS, {"parameters": {"priority": 4}}, ErrorCode.INVALID_INPUT, "priority"),
     "no time": (PIXELS, {"parameters": {"timeout": 0}}, ErrorCode.INVALID_INPUT, "timeout"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,8 +27,11 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.processes import all_in_one
 from service.cli import API_KEY_VARIABLE
+from service.engine import NullEngine
+from service.serve import serve_all_in_one
+from service.settings import Settings
 from tests.browser import chromium, chromium_path
-from tests.fakes import file_of, pair, picture
+from tests.fakes import TellingCodec, file_of, pair, picture
 
 ROOT = Path(__file__).parents[2]
 BROWSER = chromium_path()
@@ -302,7 +309,7 @@ def test_everything_is_reached_and_seen_by_keyboard_alone(opened: Opener, addres
     assert zoom(page) == fitted
     tab_to("#files a")
     tab_to("#copy")
-    assert {"vis", "ir", "swap", "sampler", "format", "steps", "ir_range", "zoom-in", "stage"} <= set(seen)
+    assert {"vis", "ir", "swap", "sampler", "format", "steps", "vis_range", "ir_range", "zoom-in", "stage"} <= set(seen)
     assert page.locator("input:not([aria-label]), select:not([aria-label])").evaluate_all(
         "controls => controls.filter(control => !control.labels.length).length"
     ) == 0  # fmt: skip
@@ -390,9 +397,59 @@ def test_deep_and_tiff_pictures_are_fused_without_a_preview(opened: Opener, addr
     expect(page.locator("#ir-note")).to_contain_text("16 bits: no preview")
     expect(page.locator("#stage")).to_contain_text("No preview")
     page.fill("[name=ir_range]", "14000,14510")
+    page.fill("[name=vis_range]", "40,50")
+    expect(page.locator("#command")).to_contain_text("vis_range=40,50")
     fuse(page)
     assert page.locator("#left option").all_inner_texts() == ["Visible, restored", "Infrared, restored", "Fused"]
+    expected = np.rint(np.clip((picture(128, 96) - 40.0) / 10, 0, 1) * 255)  # the null engine gives back its input
+    np.testing.assert_array_equal(pixels(downloaded(page, "street-vis-restored.png"))[..., ::-1], expected)
     assert pixels(downloaded(page, "street-fused.png")).shape == (96, 128, 3)
+
+
+@contextlib.contextmanager
+def telling(told: dict[bytes, Any]) -> Iterator[str]:
+    """A server in this process, whose codec says of these infrared files what is told of them."""
+
+    async def serve() -> None:
+        stop.append((asyncio.get_running_loop(), asyncio.Event()))
+        await serve_all_in_one(Settings.from_values(values), NullEngine(), stop[0][1], addresses.put)
+
+    values = {**QUIET, "http": {"port": 0}}
+    addresses: queue.Queue[str] = queue.Queue()
+    stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        TellingCodec.serve(patch, told)
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        thread.start()
+        try:
+            yield addresses.get(timeout=60)
+        finally:
+            loop, event = stop[0]
+            loop.call_soon_threadsafe(event.set)
+            thread.join(60)
+
+
+def test_what_was_read_of_the_infrared_file_is_shown(opened: Opener) -> None:
+    odd, raw = (file_of(picture(128, 96, channels=1, seed=seed)) for seed in (7, 8))
+    hostile = "ir: <b>in colour</b>, 100%"
+    with telling({odd: ("palette", (hostile, "ir: 暖かい")), raw: ("raw", ())}) as address:
+        page = opened(address)
+        warnings, facts = page.locator("#warnings"), page.locator("#facts")
+        for name, ir, read, told in (
+            ("odd.png", odd, "a false-colour picture", [hostile, "ir: 暖かい"]),
+            ("raw.png", raw, "the camera’s own values", []),
+            ("grey.png", IR, None, []),
+        ):
+            give(page, ("street.png", VIS), (name, ir))
+            expect(warnings).to_be_hidden()
+            fuse(page)
+            assert page.locator("#warnings li").all_inner_texts() == told
+            expect(warnings).to_be_visible(visible=bool(told))
+            expect(page.locator("#phase")).to_have_text(re.compile(r"with warnings$" if told else r"s$"))
+            if read is None:
+                expect(facts).not_to_contain_text("Infrared read")
+            else:
+                expect(facts).to_contain_text(f"Infrared read: {read}")
 
 
 @pytest.mark.parametrize("kind", ["npy", "webp"])

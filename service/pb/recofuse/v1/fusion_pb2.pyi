@@ -177,6 +177,34 @@ SAMPLER_ODE1: Sampler.ValueType  # 3
 SAMPLER_ODE2: Sampler.ValueType  # 4
 Global___Sampler: _TypeAlias = Sampler  # noqa: Y015
 
+class _InfraredSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InfraredSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InfraredSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INFRARED_SOURCE_UNSPECIFIED: _InfraredSource.ValueType  # 0
+    """an older worker does not say"""
+    INFRARED_SOURCE_RAW: _InfraredSource.ValueType  # 1
+    """the counts or temperatures that a thermal camera's JPEG file carries"""
+    INFRARED_SOURCE_PALETTE: _InfraredSource.ValueType  # 2
+    """a false-colour picture, turned back into intensity"""
+    INFRARED_SOURCE_GREY: _InfraredSource.ValueType  # 3
+    """its grey values"""
+
+class InfraredSource(_InfraredSource, metaclass=_InfraredSourceEnumTypeWrapper):
+    """What was read of an infrared file."""
+
+INFRARED_SOURCE_UNSPECIFIED: InfraredSource.ValueType  # 0
+"""an older worker does not say"""
+INFRARED_SOURCE_RAW: InfraredSource.ValueType  # 1
+"""the counts or temperatures that a thermal camera's JPEG file carries"""
+INFRARED_SOURCE_PALETTE: InfraredSource.ValueType  # 2
+"""a false-colour picture, turned back into intensity"""
+INFRARED_SOURCE_GREY: InfraredSource.ValueType  # 3
+"""its grey values"""
+Global___InfraredSource: _TypeAlias = InfraredSource  # noqa: Y015
+
 class _Priority:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -341,6 +369,30 @@ class IrRange(_message.Message):
 Global___IrRange: _TypeAlias = IrRange  # noqa: Y015
 
 @_typing.final
+class VisRange(_message.Message):
+    """Visible values, of every colour, that become black and white, in place of the upper eight bits. Low is less than high."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VisRange: _TypeAlias = VisRange  # noqa: Y015
+
+@_typing.final
 class FuseOptions(_message.Message):
     """What may be chosen about the computation and its answer."""
 
@@ -354,6 +406,7 @@ class FuseOptions(_message.Message):
     IR_RANGE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    VIS_RANGE_FIELD_NUMBER: _builtins.int
     output: Global___Output.ValueType
     format: Global___ImageFormat.ValueType
     steps: _builtins.int
@@ -368,6 +421,8 @@ class FuseOptions(_message.Message):
     """
     @_builtins.property
     def ir_range(self) -> Global___IrRange: ...
+    @_builtins.property
+    def vis_range(self) -> Global___VisRange: ...
     def __init__(
         self,
         *,
@@ -379,10 +434,11 @@ class FuseOptions(_message.Message):
         ir_range: Global___IrRange | None = ...,
         priority: Global___Priority.ValueType = ...,
         timeout_ms: _builtins.int | None = ...,
+        vis_range: Global___VisRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
@@ -463,12 +519,15 @@ class Fusion(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
+    INFRARED_SOURCE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """of every picture, pixels"""
     height: _builtins.int
     batch_size: _builtins.int
     """how many pairs shared the forward pass"""
     job_id: _builtins.str
+    infrared_source: Global___InfraredSource.ValueType
     @_builtins.property
     def pictures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Picture]:
         """what `output` asked for"""
@@ -477,6 +536,10 @@ class Fusion(_message.Message):
     def model(self) -> Global___Model: ...
     @_builtins.property
     def timings(self) -> Global___Timings: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sentences for people, such as that a colour photograph came as infrared"""
+
     def __init__(
         self,
         *,
@@ -487,10 +550,12 @@ class Fusion(_message.Message):
         timings: Global___Timings | None = ...,
         batch_size: _builtins.int = ...,
         job_id: _builtins.str = ...,
+        infrared_source: Global___InfraredSource.ValueType = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "height", b"height", "job_id", b"job_id", "model", b"model", "pictures", b"pictures", "timings", b"timings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "height", b"height", "infrared_source", b"infrared_source", "job_id", b"job_id", "model", b"model", "pictures", b"pictures", "timings", b"timings", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
