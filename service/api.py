@@ -180,7 +180,7 @@ _FORM: dict[str, Any] = {
         "vis_range": {
             "type": "string",
             "pattern": _RANGE,
-            "description": "source values that become black and white, such as 0,4095; default: the upper eight bits",
+            "description": "source values that become black and white, such as 0,4095; default: by the depth",
         },
         "ir_range": {
             "type": "string",

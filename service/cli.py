@@ -96,7 +96,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")]
 VisRange = Annotated[
     tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; the upper 8 bits if unset."),
+    typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; by the depth if unset."),
 ]
 IrRange = Annotated[
     tuple[float, float] | None,

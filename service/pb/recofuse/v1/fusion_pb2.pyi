@@ -370,7 +370,7 @@ Global___IrRange: _TypeAlias = IrRange  # noqa: Y015
 
 @_typing.final
 class VisRange(_message.Message):
-    """Visible values, of every colour, that become black and white, in place of the upper eight bits. Low is less than high."""
+    """Visible values, of every colour, that become black and white, in place of their depth. Low is less than high."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
