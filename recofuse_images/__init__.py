@@ -1,0 +1,1 @@
+"""Files to arrays: decoding pictures without torch and without the service."""
