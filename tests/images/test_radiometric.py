@@ -130,7 +130,8 @@ def read(jpeg: bytes, **limits: int) -> Radiometric | RawMissing | None:
 def counts_of(jpeg: bytes) -> NDArray[Any]:
     result = read(jpeg)
     assert isinstance(result, Radiometric), result
-    assert (result.unit, result.values.dtype) == ("counts", np.uint16)
+    assert result.unit == "counts"
+    assert result.values.dtype == np.uint16
     return result.values
 
 
@@ -264,7 +265,8 @@ def test_a_file_with_constants_gives_degrees(order: Order) -> None:
     counts = np.asarray(np.linspace(16000, 26000, 4800).reshape(60, 80), np.uint16)
     result = read(Flir(constants=CONSTANTS, record_order=order).jpeg(counts))
     assert isinstance(result, Radiometric)
-    assert (result.unit, result.values.dtype, result.camera) == ("celsius", np.float32, "flir")
+    assert (result.unit, result.camera) == ("celsius", "flir")
+    assert result.values.dtype == np.float32
     back = [[counts_of_celsius(float(value), CONSTANTS) for value in row] for row in result.values]
     assert np.abs(np.array(back) - counts).max() < 0.05  # float32 constants and values
     assert 0 < result.values.min() < result.values.max() < 60
