@@ -26,6 +26,11 @@ Pixels = NDArray[np.uint8]
 
 DEFAULT_LIMITS = Limits()
 
+_PHOTOGRAPH = (
+    "ir: the picture is in colour, and in no palette that is known; its brightness was taken. Send the infrared image "
+    "as grey values or as a radiometric file, and make sure that vis and ir are not swapped"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -98,11 +103,25 @@ def read_picture(data: bytes, role: Role, limits: Limits = DEFAULT_LIMITS) -> Pi
 
 
 def read_infrared(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Infrared:
-    """An infrared file at its own depth. Raises like `inspect`."""
+    """An infrared file at its own depth, upright. Raises like `inspect`.
+
+    Of a radiometric JPEG the values that the camera measured, in degrees Celsius where the file tells how to compute
+    them; of a false-colour picture its place in the palette, 0 to 255; of any other its grey values.
+    """
+    warnings: tuple[str, ...] = ()
+    if data.startswith(jpeg.MAGIC):
+        from recofuse_images import radiometric  # not above: front ends read headers alone, and go without OpenCV
+
+        header = inspect(data, "ir", limits)
+        found = radiometric.radiometric_of(data, max_pixels=limits.max_pixels, max_side=limits.max_side)
+        if isinstance(found, radiometric.Radiometric):
+            return Infrared(Picture(upright(found.values, header.orientation)), "raw")
+        if found is not None:
+            warnings = (f"ir: {found.reason}",)
     picture = read_picture(data, "ir", limits)
     if picture.values.ndim == 2:
-        return Infrared(picture)
-    return Infrared(replace(picture, values=grey_of(picture.values)))
+        return Infrared(picture, warnings=warnings)
+    return _grey_behind(picture, warnings)
 
 
 def read_vis(data: bytes, limits: Limits = DEFAULT_LIMITS, vis_range: scale.Range | None = None) -> Pixels:
@@ -178,6 +197,19 @@ def _packed(data: bytes, limits: Limits) -> tuple[Picture, Infrared]:
     if both.alpha is None or both.alpha.min() == both.alpha.max():
         raise BadImageError("vis and ir are the same file, and its fourth channel holds no infrared image")
     return both, Infrared(Picture(both.alpha, both.bits))
+
+
+def _grey_behind(picture: Picture, warnings: tuple[str, ...]) -> Infrared:
+    """An infrared picture in colour: the field that a palette shows, else its luma, with a word about its colours."""
+    from recofuse_images import palettes  # not above: front ends read headers alone, and go without OpenCV
+
+    colours = picture.values
+    if colours.dtype == np.uint8 and not np.array_equal(colours[..., 0], colours[..., 1]):
+        if (shown := palettes.grey_of_false_colour(colours)) is not None:
+            return Infrared(Picture(shown.grey, bits=8), "palette", warnings)
+        if palettes.is_coloured(colours):
+            warnings = (*warnings, _PHOTOGRAPH)
+    return Infrared(replace(picture, values=grey_of(colours)), warnings=warnings)
 
 
 def _resampled(grey: Pixels, width: int, height: int) -> Pixels:
