@@ -31,6 +31,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.core.result import Ok
 
 from benchmarks.drills import Report, Say
+from benchmarks.hostile_files import crafted_files, sound_files
 from benchmarks.load import BOUNDARY, fuse_request, picture_pair, png
 from benchmarks.processes import Process, all_in_one, free_port
 
@@ -249,7 +250,7 @@ def attacks() -> Iterator[tuple[str, bytes]]:
     yield "forged log line", b"GET /x%0d%0aHTTP HTTP/1.1\r\nHost: h\r\nX-Request-ID: a\tb\x7f\r\n\r\n"
     yield "path tricks", b"GET /v1/jobs/..%2f..%2fetc%2fpasswd HTTP/1.1\r\nHost: h\r\n\r\n"
     # images
-    for name, content in bombs().items():
+    for name, content in {**bombs(), **crafted_files()}.items():
         yield f"{name} as vis", fuse_request(content, ir)
         yield f"{name} as ir", fuse_request(vis, content)
     # slow ones: the connection stays open, and the server must be the one that ends it
@@ -353,18 +354,32 @@ async def attack_http(address: tuple[str, int], verdict: Verdict) -> None:
             tasks.create_task(one(name, payload))
             if index % 16 == 0:
                 tasks.create_task(_expect_service(address, verdict))
+    await _expect_pixels(address, verdict)
     await _hang_up_midway(address, verdict)
     await _trickle(address, verdict)
     await _expect_service(address, verdict)
 
 
-async def _attack(address: tuple[str, int], name: str, payload: bytes, verdict: Verdict) -> None:
+async def _expect_pixels(address: tuple[str, int], verdict: Verdict) -> None:
+    """Of every sound file the answer shows the file's own pixels, and nobody else's."""
+    _, ir = _small_pair()
+    for name, (content, expected) in sound_files().items():
+        request = fuse_request(content, ir, {"output": "vis", "format": "npy"})
+        answer = await _attack(address, name, request, verdict)
+        verdict.num_attacks -= 1
+        shown = np.load(io.BytesIO(answer)) if answer.startswith(b"\x93NUMPY") else np.zeros(0)
+        is_same = shown.shape == expected.shape and int(np.abs(shown.astype(int) - expected).max()) <= 1
+        verdict.expect(is_same, f"{name} came back as another picture")
+
+
+async def _attack(address: tuple[str, int], name: str, payload: bytes, verdict: Verdict) -> bytes:
+    """One connection; returns the answer's body, judged already, or nothing."""
     verdict.num_attacks += 1
     try:
         reader, writer = await asyncio.open_connection(*address)
     except OSError as error:
         verdict.expect(False, f"{name}: no connection: {error}")
-        return
+        return b""
     received = b""
     try:
         async with asyncio.timeout(ANSWER_S):
@@ -386,6 +401,8 @@ async def _attack(address: tuple[str, int], name: str, payload: bytes, verdict: 
         lines = [line.partition(b":") for line in head.lower().split(b"\r\n")[1:]]
         media_type = next((value.strip().decode() for key, _, value in lines if key == b"content-type"), "")
         verdict.note(name, status, media_type, body)
+        return body
+    return b""
 
 
 async def _first_answer(reader: asyncio.StreamReader) -> bytes:
