@@ -10,7 +10,7 @@ from recofuse_images.limits import MAX_PAGES, MAX_TAG_VALUES, MAX_TAGS, cut_shor
 
 _NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}  # by type
 _COUNTED = frozenset({3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 16, 17, 18})  # types whose values libraries make numbers of
-_ORIENTATION = 274
+_ORIENTATION, _PARTS = 274, 330
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +96,21 @@ class Directory:
 
 
 def directories(data: bytes, form: Form, max_values: int) -> list[Directory]:
-    """The chain of directories of a TIFF file, each once. Raises ImageError."""
+    """The chain of directories of a TIFF file and those that they name as parts, each once. Raises ImageError."""
     found: list[Directory] = []
     seen: set[int] = set()
     try:
-        (at,) = struct.unpack_from(form.order + form.offset, data, form.first_at)
+        waiting = list(struct.unpack_from(form.order + form.offset, data, form.first_at))
     except struct.error as error:
         raise cut_short("TIFF") from error
-    while at and at not in seen:
+    while waiting:
+        if (at := waiting.pop(0)) in seen or not at:
+            continue
         if len(found) == MAX_PAGES:
             raise too_many("TIFF", MAX_PAGES, "directories")
         seen.add(at)
         found.append(Directory(data, at, form, max_values))
-        at = found[-1].following
+        waiting += [found[-1].following, *found[-1].numbers(_PARTS)[:MAX_PAGES]]
     if not found:
         raise cut_short("TIFF")
     return found

@@ -77,11 +77,12 @@ class TiffHeader(Header):
 def read_header(data: bytes, limits: Limits) -> TiffHeader:
     """The picture's directory; thumbnails and overviews are passed over. Raises ImageError."""
     form = Form.of(data)
-    directory = _picture_of(directories(data, form, max(MAX_TAG_VALUES, limits.max_pixels // 64)))
+    found = directories(data, form, max(MAX_TAG_VALUES, limits.max_pixels // 64))
+    if any(_DNG in directory for directory in found):
+        raise UnsupportedImageError("a camera's raw file (DNG) is not accepted; develop it first")
+    directory = _picture_of(found)
     width, height = directory.number(_WIDTH, 0), directory.number(_HEIGHT, 0)
     limits.check_size(width, height)
-    if _DNG in directory:
-        raise UnsupportedImageError("a camera's raw file (DNG) is not accepted; develop it first")
     header = _described(directory, width, height)
     limits.check_size(width, height, bytes_per_pixel=header.samples * -(-header.bits // 8))
     _check_storage(directory, header, len(data), limits)

@@ -170,8 +170,16 @@ _FORM: dict[str, Any] = {
     "required": ["vis", "ir"],
     "additionalProperties": False,
     "properties": {
-        "vis": {"type": "string", "format": "binary", "description": "visible-light image: PNG, JPEG, WebP or TIFF"},
-        "ir": {"type": "string", "format": "binary", "description": "infrared image, registered to vis; 8 or 16 bits"},
+        "vis": {
+            "type": "string",
+            "format": "binary",
+            "description": "visible image: PNG, JPEG, WebP, AVIF, BMP or TIFF",
+        },
+        "ir": {
+            "type": "string",
+            "format": "binary",
+            "description": "infrared image, registered to vis; radiometric too",
+        },
         "output": {"type": "string", "enum": list(Output), "default": "fused", "description": "all: a zip of three"},
         "format": {"type": "string", "enum": list(ImageFormat), "default": "png"},
         "steps": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "default: the model's own"},

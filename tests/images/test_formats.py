@@ -250,6 +250,8 @@ def test_thumbnails_overviews_and_masks_of_a_tiff_are_passed_over() -> None:
         pages_of((shown, {}), (small, {"subfiletype": 1}), (picture(16, 12), {"subfiletype": 1})),
         pages_of((shown, {}), (small, {})),
         pages_of((shown, {}), (mask, {"subfiletype": 4, "photometric": "mask"})),
+        pages_of((small, {"subfiletype": 1, "subifds": 1}), (shown, {})),  # the picture is a part of its thumbnail
+        pages_of((shown, {"subifds": 1}), (small, {"subfiletype": 1})),
     ):
         np.testing.assert_array_equal(read_vis(data), shown)
     for other in (255 - shown, picture(40, 40)):
@@ -268,6 +270,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "complex": (tiff_of(np.zeros((48, 64), np.complex64)), "complex"),
     "64-bit integers": (tiff_of(np.zeros((48, 64), np.uint64)), "64-bit unsigned"),
     "Lab": (saved(Image.fromarray(picture()).convert("LAB"), "TIFF"), "CIELab"),
+    "DNG": (tiff_of(picture(), photometric="rgb", extratags=[(50706, 1, 4, b"\1\4\0\0", True)]), "DNG"),
+    "colour filter array": (tiff_of(picture(channels=1), photometric="cfa"), "camera's raw file"),
     "five bands": (
         tiff_of(np.zeros((48, 64, 5), np.uint8), photometric="minisblack", planarconfig="contig"),
         "5 grey channels",

@@ -325,7 +325,7 @@ class Image(_message.Message):
     ENCODED_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
-    """a PNG, JPEG, WebP or TIFF file, 8 or 16 bits"""
+    """an image file; README lists which are read"""
     @_builtins.property
     def raw(self) -> Global___RawImage: ...
     def __init__(
