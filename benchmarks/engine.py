@@ -444,8 +444,9 @@ def judge(rows: Sequence[Row], on_gpu: bool, compact_s: float | None) -> list[Ch
 def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     """Processor seconds of one 640x480 pair through `recofuse fuse`'s own way, one thread, median."""
     from benchmarks.load import picture_pair
+    from recofuse_images.names import FoundPair
     from service.engine import CoreEngine, PassOptions
-    from service.files import FilePair, fuse_files
+    from service.files import fuse_files
     from service.jobs import Part
     from service.settings import CodecSettings, EngineSettings, LimitSettings
 
@@ -455,7 +456,7 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     engine = CoreEngine(EngineSettings(device="cpu", num_threads=1))
     engine.load()
     options = PassOptions(engine.info.default_steps, engine.info.default_sampler, (Part.FUSED,))
-    pair = FilePair("pair", vis, ir)
+    pair = FoundPair("pair", vis, ir)
     spent = []
     for _ in range(repeats + 1):
         started = time.process_time()

@@ -40,6 +40,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from recofuse_images import png
+
 Role = Literal["vis", "ir"]
 
 READABLE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".webp", ".tif", ".tiff", ".bmp", ".avif"})
@@ -72,8 +74,6 @@ NOT_AN_IMAGE = "not an image"
 BOTH_SIDES = "named for both sides"
 WRONG_SIDE = "named for the other side"
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_RGBA8 = b"\x08\x06"  # bit depth and colour type of IHDR
 _TOKEN = re.compile(r"[0-9]+|[^0-9\s_.,;+=~&#@'()\[\]{}-]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _DRONE_VEHICLE = re.compile(r"(train|val|test)(imgr?)", re.IGNORECASE)
@@ -633,8 +633,7 @@ def _checked(pair: FoundPair) -> FoundPair:
 def is_packed(path: Path) -> bool:
     """Whether a file may be both sides of a pair, as in MFNet: a PNG of 8-bit RGBA, whose alpha is infrared."""
     with path.open("rb") as file:
-        head = file.read(26)
-    return head.startswith(_PNG_SIGNATURE) and head[12:16] == b"IHDR" and head[24:26] == _PNG_RGBA8
+        return png.is_rgba(file.read(33))
 
 
 def _nothing_in_common(vis: Path, ir: Path, unmatched: Sequence[Unmatched]) -> str:

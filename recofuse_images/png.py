@@ -56,7 +56,7 @@ def read_header(data: bytes, limits: Limits) -> PngHeader:
 
 def is_rgba(data: bytes) -> bool:
     """Whether a file is a PNG of four 8-bit channels, as MFNet packs a visible and an infrared image."""
-    return data.startswith(MAGIC) and data[24:26] == b"\x08\x06"
+    return data.startswith(MAGIC) and data[12:16] == b"IHDR" and data[24:26] == b"\x08\x06"
 
 
 def read_pixels(data: bytes, header: PngHeader) -> Picture:

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable
 
+    from recofuse_images.names import FoundPair
     from service.auth import KeyStore
-    from service.files import Cost, FilePair, Fusion, Pixels
+    from service.files import Cost, Fusion, Pixels
     from service.jobs import FusionOptions, Stage
     from service.queue import JobQueue
 
@@ -264,7 +265,7 @@ def _progress() -> Progress:
     )
 
 
-def _sheet_row(pair: FilePair, fusion: Fusion) -> list[tuple[str, Pixels]]:
+def _sheet_row(pair: FoundPair, fusion: Fusion) -> list[tuple[str, Pixels]]:
     from service.jobs import Part
 
     row = [(f"{pair.name}: visible", fusion.inputs.vis), ("infrared", fusion.inputs.ir)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from recofuse_images.names import PairingError, PassedOver, pair_paths
+from recofuse_images.names import FoundPair, PairingError, PassedOver, pair_paths
 from recofuse_images.reader import Pair
 from service import images
 from service.engine import Engine, PassOptions
@@ -39,19 +39,6 @@ _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 
 @dataclass(frozen=True, slots=True)
-class FilePair:
-    """The two files of one scene; name is what they have in common, with folders, without role words and suffix.
-
-    A packed pair is one file: infrared is its fourth channel.
-    """
-
-    name: str
-    vis: Path
-    ir: Path
-    is_packed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Cost:
     """What a stage took: seconds on the clock, and seconds of processor time over all threads."""
 
@@ -68,7 +55,7 @@ class Fusion:
     costs: Mapping[Stage, Cost]
 
 
-def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[list[FilePair], list[PassedOver]]:
+def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[list[FoundPair], list[PassedOver]]:
     """The pairs of two files, of two folders or of one folder for both sides, and the files in no pair.
 
     recofuse_images/names.py says which names are a pair. `leave_out` is a folder that is not searched, the output's.
@@ -76,10 +63,9 @@ def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[lis
     that are ambiguous, and paths without any pair.
     """
     try:
-        pairs, passed_over = pair_paths(vis, ir, leave_out=leave_out)
+        return pair_paths(vis, ir, leave_out=leave_out)
     except PairingError as error:
         raise InvalidInputError(str(error)) from error
-    return [FilePair(pair.name, pair.vis, pair.ir, pair.is_packed) for pair in pairs], passed_over
 
 
 def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:
@@ -101,7 +87,7 @@ def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:
 
 def fuse_files(
     engine: Engine,
-    pair: FilePair,
+    pair: FoundPair,
     outputs: Mapping[Part, Path],
     options: PassOptions,
     seed: int,
