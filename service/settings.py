@@ -9,6 +9,7 @@ there is. Every object receives its own group.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +25,15 @@ Seconds = Annotated[float, Field(gt=0, le=86400 * 30)]
 Count = Annotated[int, Field(ge=1)]
 NumBytes = Annotated[int, Field(ge=1)]
 FrameSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")]
+
+
+# What Kubernetes and Docker put into a container for each service called recofuse-...: RECOFUSE_API_SERVICE_HOST, and
+# RECOFUSE_API_PORT=tcp://10.0.0.1:80, which is no misspelt setting only if its value says so.
+_SERVICE_LINK = re.compile(
+    r"RECOFUSE(_[A-Z0-9]+)*_("
+    r"SERVICE_HOST=.+|SERVICE_PORT(_[A-Z0-9_]+)?=\d+|PORT=(tcp|udp|sctp)://.+"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(=.+|_(PROTO=\w+|PORT=\d+|ADDR=.+)))"
+)
 
 
 class SettingsError(ValueError):
@@ -347,8 +357,9 @@ class Settings(Group):
         """Settings from `RECOFUSE_GROUP__NAME` entries; other names are not looked at.
 
         `RECOFUSE_GROUP__NAME_FILE` names a file that holds the value, for secrets. ignore: full names with the prefix
-        that belong to someone else, such as a model path for the command line. Raises SettingsError that names every
-        unknown variable with the nearest known one, and every bad value.
+        that belong to someone else, such as a model path for the command line; so do the links to services that
+        Kubernetes sets in a namespace. Raises SettingsError that names every unknown variable with the nearest known
+        one, and every bad value.
         """
         known = {name: path for path in cls.names() for name in (variable_of(*path),)}
         values: dict[str, dict[str, str]] = {}
@@ -365,7 +376,7 @@ class Settings(Group):
                     values.setdefault(path[0], {})[path[1]] = Path(value).read_text("utf-8").strip()
                 except (OSError, UnicodeDecodeError) as error:
                     raise SettingsError(f"{name}: {value} cannot be read: {error}") from error
-            else:
+            elif not _SERVICE_LINK.fullmatch(f"{name}={value}"):
                 near = difflib.get_close_matches(name.upper(), known, n=1)
                 unknown.append(f"{name}{f' (did you mean {near[0]}?)' if near else ''}")
         if unknown:

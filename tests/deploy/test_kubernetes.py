@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +236,38 @@ def test_pods_get_settings_that_exist_and_time_to_drain() -> None:
     assert pause is not None
     assert pod["terminationGracePeriodSeconds"] > settings.jobs.drain_timeout_s + int(pause[1]) + 5
     assert _pod("recofuse-worker")[0]["terminationGracePeriodSeconds"] > settings.worker.drain_timeout_s + 5
+
+
+def service_links() -> dict[str, str]:
+    """What Kubernetes sets in every pod of a namespace with these services, unless a pod declines it."""
+    links: dict[str, str] = {}
+    services = (each for _, each in manifests() if each["kind"] == "Service" and "ports" in each["spec"])
+    for document in services:
+        name = document["metadata"]["name"].upper().replace("-", "_")
+        ports = document["spec"]["ports"]
+        links |= {f"{name}_SERVICE_HOST": "10.0.0.1", f"{name}_SERVICE_PORT": str(ports[0]["port"])}
+        links[f"{name}_PORT"] = f"tcp://10.0.0.1:{ports[0]['port']}"
+        for port in ports:
+            number = port["port"]
+            links[f"{name}_SERVICE_PORT_{port['name'].upper()}"] = str(number)
+            links[f"{name}_PORT_{number}_TCP"] = f"tcp://10.0.0.1:{number}"
+            parts = {"PROTO": "tcp", "PORT": str(number), "ADDR": "10.0.0.1"}
+            links |= {f"{name}_PORT_{number}_TCP_{part}": value for part, value in parts.items()}
+    return links
+
+
+@pytest.mark.parametrize("name", ["recofuse-api", "recofuse-worker"])
+def test_a_pod_starts_beside_the_services_of_its_namespace(name: str) -> None:
+    """It declines their variables, and would start with them: here as far as the queue's address, which has no host."""
+    pod, container = _pod(name)
+    assert pod["enableServiceLinks"] is False
+    links = service_links()
+    assert "RECOFUSE_API_PORT" in links
+    command = [sys.executable, "-m", "service", *container["args"]]
+    environment = {**os.environ, **links, "RECOFUSE_QUEUE__URL": "redis://"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=DEPLOY.parent)
+    assert ended.returncode == 2
+    assert "host is missing" in ended.stderr
 
 
 def test_probes_ask_what_the_processes_answer() -> None:

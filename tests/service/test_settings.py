@@ -25,6 +25,25 @@ def test_a_misspelt_name_stops_and_is_helped() -> None:
     assert Settings.from_environment({"RECOFUSE_OTHER": "1"}, ignore=frozenset({"RECOFUSE_OTHER"})) == Settings()
 
 
+def test_links_to_services_are_no_settings() -> None:
+    links = {
+        "RECOFUSE_API_SERVICE_HOST": "10.0.0.1",
+        "RECOFUSE_API_SERVICE_PORT": "8000",
+        "RECOFUSE_API_SERVICE_PORT_HTTP": "8000",
+        "RECOFUSE_API_PORT": "tcp://10.0.0.1:8000",
+        "RECOFUSE_API_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "RECOFUSE_API_PORT_8000_TCP_PROTO": "tcp",
+        "RECOFUSE_API_PORT_8000_TCP_PORT": "8000",
+        "RECOFUSE_API_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "RECOFUSE_SERVICE_HOST": "fd00::1",
+        "RECOFUSE_PORT": "udp://[fd00::1]:53",
+    }
+    assert Settings.from_environment(links) == Settings()
+    for name, value in (("HTTP_PORT", "8000"), ("HTTP__SERVICE_PORT", "8000"), ("API_SERVICE_PORT", "x")):
+        with pytest.raises(SettingsError, match=name):
+            Settings.from_environment({f"RECOFUSE_{name}": value})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
