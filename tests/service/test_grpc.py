@@ -942,7 +942,8 @@ def expected_vis(rows: NDArray[Any], case: RawCase) -> NDArray[Any]:
         case jobs.PixelFormat.MONO8:
             return np.stack([rows] * 3, axis=2)
         case jobs.PixelFormat.MONO16:  # little endian: the second byte of each pixel is the upper one
-            return np.stack([rows[:, 1::2]] * 3, axis=2)
+            counts = rows[:, ::2] + 256.0 * rows[:, 1::2]
+            return np.stack([np.rint(counts / 257).astype(np.uint8)] * 3, axis=2)
         case jobs.PixelFormat.RGB8:
             return np.stack([rows[:, channel::3] for channel in (0, 1, 2)], axis=2)
         case jobs.PixelFormat.BGR8:
@@ -955,6 +956,8 @@ def expected_ir(rows: NDArray[Any], case: RawCase, low: float, high: float) -> N
     values = rows[: case.height].astype(np.float64)
     if case.ir_format is jobs.PixelFormat.MONO16:
         values = values[:, ::2] + 256 * values[:, 1::2]
+    elif case.ir_format is jobs.PixelFormat.NV12:  # luma of video range, expanded
+        values = np.rint(np.clip((values - 16) * 255 / 219, 0, 255))
     return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
