@@ -80,7 +80,8 @@ def read_pixels(data: bytes, header: PngHeader) -> Picture:
 
 def _bare(data: bytes) -> bytes:
     """The file without what the picture does not need: libpng unpacks every text, however many, and takes minutes."""
-    parts, at, view = [MAGIC], 8, memoryview(data)
+    at, view = 8, memoryview(data)
+    parts: list[bytes | memoryview] = [MAGIC]
     while at < len(data):
         end = at + 12 + int.from_bytes(view[at : at + 4], "big")
         kind = data[at + 4 : at + 8]

@@ -1,9 +1,10 @@
-"""Files made to crash a reader or to keep it busy: each is answered by an `ImageError`, at once and in little memory."""
+"""Files made to crash a reader or to keep it busy: each is read or refused, at once and in little memory."""
 
 from __future__ import annotations
 
 import struct
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 from recofuse_images.errors import BadImageError, ImageError
+from recofuse_images.picture import Picture, rgb_of_cmyk
 from recofuse_images.reader import inspect, read_ir, read_picture, read_vis
+from recofuse_images.scale import vis_levels
 from tests.fakes import file_of
 from tests.images.files import IR, IR_FILE, VIS, chunk, saved, tiff_of
 
@@ -124,3 +127,26 @@ def test_a_chunk_that_no_decoder_may_pass_over_is_not_passed_over() -> None:
 def test_the_hostile_files_are_built_upon_sound_ones() -> None:
     assert read_ir(tiff_of(IR, bigtiff=True)).shape == IR.shape
     assert read_ir(IR_FILE).shape == IR.shape
+
+
+@pytest.mark.parametrize("values", [np.float64, np.int8])
+@pytest.mark.parametrize("is_colour", [False, True])
+def test_scaling_takes_no_multiple_of_a_picture(values: type[np.generic], is_colour: bool) -> None:
+    """A whole picture in double precision is eight times its levels; several of them are more than a worker has."""
+    shape = (1600, 1600, 3) if is_colour else (1600, 1600)
+    shown = Picture(np.random.default_rng(0).integers(-50, 50, shape, np.int8).astype(values))
+    tracemalloc.start()
+    levels = vis_levels(shown)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert levels.shape == (1600, 1600, 3)
+    assert most < 100 << 20  # was up to 270 MB
+
+
+def test_inks_take_no_multiple_of_a_picture() -> None:
+    inks = np.random.default_rng(0).integers(0, 256, (1000, 1000, 4)).astype(np.uint8)
+    tracemalloc.start()
+    rgb_of_cmyk(inks)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20
