@@ -35,7 +35,7 @@ class Directory:
     """One directory: its tags' numbers, read when asked for."""
 
     def __init__(self, data: bytes, at: int, form: Form, max_values: int) -> None:
-        self._data, self._form = data, form
+        self._data, self._form, self._max_values = data, form, max_values
         self._tags: dict[int, tuple[int, int, int]] = {}  # type, number of values, where they are
         self.entries: dict[int, bytes] = {}
         try:
@@ -51,27 +51,22 @@ class Directory:
                 self.entries.setdefault(code, data[at : at + form.entry_bytes])
                 at += form.entry_bytes
             (self.following,) = struct.unpack_from(form.order + form.offset, data, at)
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:  # BigTIFF names places that no machine has
             raise cut_short("TIFF") from error
 
     def __contains__(self, code: int) -> bool:
         return code in self._tags
 
     def numbers(self, code: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """A tag's whole numbers; default where the tag is missing. Raises BadImageError."""
+        """A tag's whole numbers; default where the tag is missing. Raises BadImageError and ImageTooLargeError."""
         if code not in self._tags:
             return default
-        kind, num_values, _ = self._tags[code]
-        if kind not in _NUMBERS or not num_values:
-            raise cut_short("TIFF")
-        try:
-            return struct.unpack_from(f"{self._form.order}{num_values}{_NUMBERS[kind]}", *self._where(code))
-        except struct.error as error:
-            raise cut_short("TIFF") from error
+        self._check_count(code)
+        return self._first(code, self._tags[code][1])
 
     def number(self, code: int, default: int) -> int:
         """A tag's first whole number."""
-        return self.numbers(code, (default,))[0]
+        return self._first(code, min(self._tags[code][1], 1))[0] if code in self._tags else default
 
     def text(self, code: int) -> str:
         """A tag's text, "" where there is none."""
@@ -81,11 +76,26 @@ class Directory:
         return data[at : at + min(self._tags[code][1], 64)].split(b"\0")[0].decode("ascii", "replace").strip()
 
     def require(self, code: int) -> None:
-        """Raises BadImageError if a tag's values, of whatever type, do not lie within the file."""
+        """Raises BadImageError if a tag's values, of whatever type, do not lie within the file, or are too many."""
+        self._check_count(code)
         data, at = self._where(code)
         kind, num_values, _ = self._tags[code]
         if at + num_values * struct.calcsize("=" + _NUMBERS.get(kind, "B")) > len(data):
             raise cut_short("TIFF")
+
+    def _check_count(self, code: int) -> None:
+        """Bytes are counted here, when they are to become numbers: tags that nobody asks for may hold many."""
+        if self._tags[code][1] > self._max_values:
+            raise too_many("TIFF", self._max_values, "numbers in one tag")
+
+    def _first(self, code: int, num_values: int) -> tuple[int, ...]:
+        kind = self._tags[code][0]
+        if kind not in _NUMBERS or not num_values:
+            raise cut_short("TIFF")
+        try:
+            return struct.unpack_from(f"{self._form.order}{num_values}{_NUMBERS[kind]}", *self._where(code))
+        except (struct.error, OverflowError) as error:
+            raise cut_short("TIFF") from error
 
     def _where(self, code: int) -> tuple[bytes, int]:
         kind, num_values, at = self._tags[code]

@@ -18,7 +18,7 @@ from recofuse_images.picture import Header, Picture, rgb_of_cmyk
 
 MAGIC = b"\xff\xd8"
 
-_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # stuffing and restarts belong to a scan's data
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # stuffing and restarts belong to a scan's data
 _FRAMES = {  # what a start-of-frame marker says; the table has the first three
     0xC0: "baseline", 0xC1: "baseline", 0xC2: "progressive", 0xC3: "lossless",
     0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",

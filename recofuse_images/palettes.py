@@ -50,6 +50,7 @@ _VIVID = 160  # nor white text and its rim, which lie on some palettes
 _MIN_STRAYS = 0.001  # a difference in the share of strays that tells two palettes apart
 _CLEARLY_MORE = 1.05  # times the jumps: on infrared pictures the right one of the twilights has less in 49 of 53 cases
 _MIN_SIDE = 16
+_MAX_LOCATED = 1 << 20  # pixels that are looked up at once
 _LUMA_WEIGHT = 1.5
 _OFF = 72  # sum over the channels, further from the palette than JPEG throws a pixel: text, logo, frame
 
@@ -416,14 +417,11 @@ def _projection(name: str) -> _Floats:
 
 def _inverted(rgb: _Bytes, name: str, frame: tuple[slice, slice]) -> FalseColour:
     """The place of every pixel; text and the like filled in from around, the letterbox cold."""
-    planes = [np.asarray(plane, np.uint8) for plane in cv2.split(rgb)]
-    cells = np.zeros(rgb.shape[:2], np.intp)
-    for plane in planes:
-        cells = cells << 5 | plane >> 3
-    places = _refined(np.take(_nearest_places(name), cells), planes, name)
-    shown = cv2.LUT(cv2.merge([places] * 3), palette_colours(name)[None])
-    gaps = cv2.split(cv2.absdiff(rgb, shown))
-    off = cv2.add(cv2.add(gaps[0], gaps[1]), gaps[2])  # saturates at 255
+    places, off = np.zeros(rgb.shape[:2], np.uint8), np.zeros(rgb.shape[:2], np.uint8)
+    num_rows = max(1, _MAX_LOCATED // rgb.shape[1])
+    for top in range(0, len(rgb), num_rows):  # with whole pictures of wider numbers, a large one takes a gigabyte
+        rows = slice(top, top + num_rows)
+        places[rows], off[rows] = _located(rgb[rows], name)
     is_letterbox = off > _OFF
     is_letterbox[frame] = False
     # What surrounds text is a mixture with it.
@@ -434,6 +432,18 @@ def _inverted(rgb: _Bytes, name: str, frame: tuple[slice, slice]) -> FalseColour
     grey = _filled(places, is_unknown, ~(is_unknown | is_letterbox))
     grey[is_letterbox] = 0
     return FalseColour(grey, name, float(is_unknown.mean()))
+
+
+def _located(rgb: _Bytes, name: str) -> tuple[_Bytes, _Bytes]:
+    """For each pixel its place in a palette and how far it is from it, summed over the channels, at most 255."""
+    planes = [np.asarray(plane, np.uint8) for plane in cv2.split(rgb)]
+    cells = np.zeros(rgb.shape[:2], np.intp)
+    for plane in planes:
+        cells = cells << 5 | plane >> 3
+    places = _refined(np.take(_nearest_places(name), cells), planes, name)
+    shown = cv2.LUT(cv2.merge([places] * 3), palette_colours(name)[None])
+    gaps = cv2.split(cv2.absdiff(rgb, shown))
+    return places, np.asarray(cv2.add(cv2.add(gaps[0], gaps[1]), gaps[2]), np.uint8)  # saturates at 255
 
 
 def _refined(places: _Bytes, planes: Sequence[_Bytes], name: str) -> _Bytes:
@@ -460,7 +470,7 @@ def _around(values: _Bytes, is_known: NDArray[np.bool_], fallback: _Bytes) -> _F
         share = cv2.blur(known, (side, side), borderType=cv2.BORDER_REFLECT_101)
         mean = cv2.blur(weighted, (side, side), borderType=cv2.BORDER_REFLECT_101)
         ready = is_open & (share > 0.1)
-        found[ready] = mean[ready] / share[ready]
+        np.divide(mean, share, out=found, where=ready)
         is_open &= ~ready
         if not is_open.any():
             break

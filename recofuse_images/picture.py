@@ -72,5 +72,8 @@ def grey_of(rgb: NDArray[Any]) -> NDArray[Any]:
 def rgb_of_cmyk(inks: NDArray[Any]) -> NDArray[Any]:
     """RGB (H, W, 3) of ink amounts (H, W, 4), both unsigned of one depth, without a colour profile."""
     highest = np.iinfo(inks.dtype).max
-    light = (highest - inks).astype(np.uint32)
-    return np.asarray((light[..., :3] * light[..., 3:] + highest // 2) // highest, inks.dtype)
+    rgb = np.zeros((*inks.shape[:2], 3), inks.dtype)
+    for row, stored in zip(rgb, inks, strict=True):  # whole pictures of wider numbers take much memory
+        light = (highest - stored).astype(np.uint32)
+        row[:] = (light[:, :3] * light[:, 3:] + highest // 2) // highest
+    return rgb

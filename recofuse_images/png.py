@@ -49,7 +49,7 @@ def read_header(data: bytes, limits: Limits) -> PngHeader:
         height=height,
         orientation=exif_orientation(exif),
         bits=bits,
-        significant_bits=significant_bits,
+        significant_bits=significant_bits if significant_bits <= bits else 0,  # more than are stored is no word
         channels=channels,
     )
 
@@ -64,7 +64,7 @@ def read_pixels(data: bytes, header: PngHeader) -> Picture:
     import imagecodecs  # not above: front ends read headers alone, and go without it
 
     try:
-        values = np.asarray(imagecodecs.png_decode(data))
+        values = np.asarray(imagecodecs.png_decode(_bare(data)))
     except Exception as error:  # the decoder meets hostile bytes here
         raise cut_short("PNG") from error
     if values.shape[:2] != (header.height, header.width):
@@ -76,6 +76,21 @@ def read_pixels(data: bytes, header: PngHeader) -> Picture:
     colours = np.ascontiguousarray(values[..., 0] if num_colours == 1 else values[..., :3])
     alpha = np.ascontiguousarray(values[..., num_colours]) if values.shape[2] > num_colours else None
     return Picture(colours, depth, likely_depth, alpha=alpha)
+
+
+def _bare(data: bytes) -> bytes:
+    """The file without what the picture does not need: libpng unpacks every text, however many, and takes minutes."""
+    at, view = 8, memoryview(data)
+    parts: list[bytes | memoryview] = [MAGIC]
+    while at < len(data):
+        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if kind[:1].isupper() or kind == b"tRNS":  # critical chunks, among them those that no decoder may pass over
+            parts.append(view[at:end])
+        if kind == b"IEND":
+            break
+        at = end
+    return b"".join(parts)
 
 
 def _check_chunks(data: bytes) -> tuple[bytes, int]:

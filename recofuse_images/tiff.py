@@ -54,6 +54,7 @@ _PHOTOMETRICS = {
     34892: "linear raw (a camera's raw file)",
 }  # fmt: skip
 _KINDS = {1: "unsigned", 2: "signed", 3: "floating point", 4: "unsigned", 5: "complex", 6: "complex"}
+_PREDICTED = ("LZW", "Deflate")  # with any other compression, libtiff writes and reads as if the tag were not there
 _COLOURS: dict[str, int] = {"grey": 1, "palette": 1, "RGB": 3, "YCbCr": 3, "CMYK": 4}  # samples without extra ones
 _MAX_EXTRA = 4
 
@@ -141,7 +142,8 @@ def _described(directory: Directory, width: int, height: int) -> TiffHeader:
     _check_samples(directory, pixels, samples, row)
     _check_predictor(directory, kind, bits, storage)
     orientation = directory.number(_ORIENTATION, 1)
-    for code in _FOR_TIFFFILE & directory.entries.keys():
+    for_tifffile = _FOR_TIFFFILE if storage in _PREDICTED else _FOR_TIFFFILE - {_PREDICTOR}
+    for code in for_tifffile & directory.entries.keys():
         directory.require(code)
     return TiffHeader(
         container="TIFF",
@@ -155,7 +157,7 @@ def _described(directory: Directory, width: int, height: int) -> TiffHeader:
         white_is_zero=photometric == 0,
         nodata=_number_of(directory.text(_NODATA)),
         colour_map=_colour_map_of(directory, bits) if pixels == "palette" else (),
-        entries=tuple(entry for code, entry in sorted(directory.entries.items()) if code in _FOR_TIFFFILE),
+        entries=tuple(entry for code, entry in sorted(directory.entries.items()) if code in for_tifffile),
     )
 
 
@@ -178,7 +180,7 @@ def _check_samples(directory: Directory, pixels: str, samples: int, row: formats
 
 def _check_predictor(directory: Directory, kind: str, bits: int, storage: str) -> None:
     predictor = directory.number(_PREDICTOR, 1)
-    if storage == "JPEG" or predictor == 1:
+    if storage not in _PREDICTED or predictor == 1:
         return
     fits = (predictor == 2 and bits in (8, 16, 32)) or (predictor == 3 and kind == "floating point")
     if not fits or (predictor == 2 and kind == "floating point" and bits == 16):
@@ -187,7 +189,7 @@ def _check_predictor(directory: Directory, kind: str, bits: int, storage: str) -
 
 def _colour_map_of(directory: Directory, bits: int) -> tuple[int, ...]:
     colours = directory.numbers(_COLOUR_MAP)
-    if len(colours) != 3 << bits:
+    if len(colours) != 3 << bits or not 0 <= min(colours) <= max(colours) <= 0xFFFF:
         raise cut_short("TIFF")
     return colours
 

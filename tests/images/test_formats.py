@@ -354,3 +354,14 @@ def test_planes_and_strips_that_are_not_there_are_damage() -> None:
     for code, value in ((278, 3), (278, 9), (257, 60), (257, 43)):  # rows a strip, rows
         with pytest.raises(BadImageError, match="cut short"):
             read_picture(with_tag(whole, code, value), "ir")
+
+
+@pytest.mark.parametrize("compression", [None, "packbits", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_predictor_counts_for_the_compressions_that_have_one(compression: str | None, deep: bool) -> None:
+    """Libtiff writes the tag beside any compression, and takes differences for LZW and Deflate alone."""
+    grey = picture(64, 48, channels=1)
+    stored = grey.astype(np.uint16) * 200 if deep else grey
+    data = saved(Image.fromarray(stored), "TIFF", compression=compression, tiffinfo={317: 2})
+    assert struct.pack("<HHIH", 317, 3, 1, 2) in data
+    np.testing.assert_array_equal(read_picture(data, "ir").values, stored)

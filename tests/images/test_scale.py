@@ -132,6 +132,72 @@ def test_a_flat_frame_keeps_its_hot_spot(noise: float, side: int) -> None:
         assert levels.max() < 8  # and its noise is not stretched over the display
 
 
+@pytest.mark.parametrize("hot", [14_000, 65_535])
+def test_a_few_hot_pixels_do_not_take_a_scenes_contrast(hot: int) -> None:
+    """Of a fire, a person in the snow or a cluster of dead pixels: they are white either way."""
+    values = picture(640, 480, channels=1).astype(np.uint16) * 5 + 7000
+    expected = ir_levels(Picture(values.copy()))
+    values[100:104, 200:203] = hot
+    for dtype in (np.uint16, np.float32):
+        levels = ir_levels(Picture(values.astype(dtype)))
+        assert (levels[100:104, 200:203] == 255).all()
+        assert np.abs(levels[200:].astype(int) - expected[200:]).max() <= 2
+
+
+def test_a_frame_that_drifts_by_a_few_counts_keeps_its_hot_spot() -> None:
+    values = np.repeat(np.linspace(7000, 7004, 320)[None], 240, axis=0).astype(np.uint16)
+    values[100:103, 300:303] = 9000
+    levels = ir_levels(Picture(values))
+    assert levels[101, 301] > 250
+    levels[100:103, 300:303] = 0
+    assert levels.max() < 8
+
+
+@pytest.mark.parametrize("fill", [0.0, -9999.0])
+def test_a_border_beside_which_cubic_interpolation_overshoots_does_not_set_the_scale(fill: float) -> None:
+    degrees = SCENE.astype(np.float32) / 16 + 12
+    matrix = cv2.getRotationMatrix2D((80, 60), 10, 1.0)
+    turned = cv2.warpAffine(degrees, matrix, (160, 120), flags=cv2.INTER_CUBIC, borderValue=fill)
+    assert turned.min() < fill
+    inside = cv2.erode((turned > 11.9).astype(np.uint8), np.ones((7, 7))) > 0
+    levels = ir_levels(Picture(np.asarray(turned)))
+    assert not levels[turned == fill].any()
+    middle = levels[40:80, 50:110].astype(float)  # far from the border
+    low, high = np.percentile(turned[inside], (0.5, 99.5))
+    expected = np.clip((turned[40:80, 50:110] - low) / (high - low), 0, 1) * 255
+    assert np.abs(middle - expected).max() <= 6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.int32])
+@pytest.mark.parametrize("is_colour", [False, True])
+def test_borders_nodata_and_what_is_not_finite_take_no_part_in_vis_either(
+    dtype: type[np.generic], is_colour: bool
+) -> None:
+    colours = picture(160, 120) if is_colour else SCENE
+    values = (colours.astype(np.float64) * 4 + 100).astype(dtype)
+    expected = vis_levels(Picture(values.copy()))
+    values[:, :20] = -9999
+    values[50:70, 60:90] = 333
+    if np.dtype(dtype).kind == "f":
+        values[5, 50] = np.inf
+    levels = vis_levels(Picture(values, nodata=333))
+    assert not levels[:, :20].any()
+    assert not levels[50:70, 60:90].any()
+    assert np.abs(levels[80:, 24:].astype(int) - expected[80:, 24:]).max() <= 12
+    ranged = vis_levels(Picture(values, nodata=333), (100, 1120))
+    assert dtype in (np.int16, np.int32) or not ranged[5, 50].any()
+    assert np.abs(ranged[80:, 24:].astype(int) - (colours[80:, 24:] if is_colour else SCENE[80:, 24:, None])).max() <= 1
+
+
+def test_nodata_does_not_tell_the_depth_of_a_visible_picture() -> None:
+    colours = picture(160, 120)
+    twelve = (colours.astype(np.uint32) * 4095 // 255).astype(np.uint16)
+    twelve[:, :20] = 65535
+    levels = read_vis(tiff_of(twelve, photometric="rgb", extratags=[(42113, 2, 6, "65535", True)]))
+    assert not levels[:, :20].any()
+    assert np.abs(levels[:, 20:].astype(int) - colours[:, 20:]).max() <= 1
+
+
 def test_a_glowing_pixel_or_line_sets_no_scale() -> None:
     values = picture(640, 480, channels=1).astype(np.uint16) * 8 + 7000
     expected = ir_levels(Picture(values.copy()))
