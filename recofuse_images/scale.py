@@ -30,13 +30,11 @@ _DEPTHS = (8, 10, 12, 14, 16)
 _MAX_SORTED = 1 << 22  # values that percentiles are taken of; of larger pictures, every nth
 _MAX_SCALED = 1 << 20  # values that are scaled at once
 _MIN_FILL = 0.0025  # share of the pixels that a border's value holds
-_FAR = 0.5  # how far it lies from the scene, in spans of the scene
+_FAR_BELOW, _FAR_ABOVE = 0.2, 0.5  # how far it lies from the scene, in spans of the scene
 _MIN_SCENE = 0.1  # share of the pixels that are left to be the scene
 _MIN_EDGE = 0.5  # share of one of the picture's sides that a fill brighter than the scene holds
 _SPOT = 4.0  # how many spans of the percentiles a hot spot stands out by to be let into the range of a flat frame
-_SPOT_IN_SCENE = (
-    64.0  # of a frame that shows something, which a fire or a few dead pixels must not hide: it stays white
-)
+_SPOT_IN_SCENE = 64.0  # of a frame that shows something, which a fire or a few dead pixels must not hide
 _NOISE = 0.1  # mean step between neighbours, in spans: 0.22 of white noise, 0.01 to 0.05 of scenes
 _HIGHEST = frozenset({9999.0, 99999.0, 32767.0, 65535.0, 2147483647.0, 4294967295.0})  # what stands for nothing
 
@@ -162,7 +160,7 @@ def _fill_of(values: NDArray[Any], seen: NDArray[np.bool_]) -> tuple[Any, bool] 
         inner = _shrunk(rest)
         low, high = np.percentile(_sample(values, inner if inner.mean() >= _MIN_SCENE else rest), (2.0, 99.5))
         distance = low - float(fill) if is_low else float(fill) - high
-        if distance > _FAR * (high - low) and distance > 0:
+        if distance > (_FAR_BELOW if is_low else _FAR_ABOVE) * (high - low) and distance > 0:
             return fill, is_low
     return None
 

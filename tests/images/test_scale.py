@@ -92,6 +92,15 @@ def test_a_border_that_warping_left_does_not_set_the_scale(name: str, side: str)
     assert np.corrcoef(inner, SCENE[~is_border])[0, 1] > 0.98
 
 
+def test_zeros_beside_a_scene_of_few_counts_are_a_border() -> None:
+    values = SCENE.astype(np.uint16) * 5 + 400  # a cooled camera's, of 12 bits
+    values[:, :30] = 0
+    levels = read_ir(file_of(values))
+    assert not levels[:, :30].any()
+    assert levels[:, 30:].min() == 0
+    assert levels[:, 30:].max() == 255
+
+
 def test_the_smooth_edge_of_a_warped_border_takes_no_part_either() -> None:
     turned = cv2.warpAffine(COUNTS, cv2.getRotationMatrix2D((80, 60), 8, 1.0), (160, 120), flags=cv2.INTER_LINEAR)
     inside = cv2.erode((turned > 6999).astype(np.uint8), np.ones((5, 5))) > 0
