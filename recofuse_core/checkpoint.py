@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from recofuse_core.errors import CheckpointError, ConfigError
+from recofuse_core.exposure import ExposureConfig
 from recofuse_core.model import PRESETS, ModelConfig, ModelInfo, ReCoFuse
 from recofuse_core.networks import (
     DenoiserConfig,
@@ -290,8 +291,9 @@ def model_config_from(values: Any) -> ModelConfig:
         "fusion": FusionConfig,
         "sde": SDEConfig,
     }
-    if values.get("tone") is not None:
-        sections["tone"] = ToneConfig
+    for name, section in (("tone", ToneConfig), ("exposure", ExposureConfig)):
+        if values.get(name) is not None:
+            sections[name] = section
     values.update({key: build_config(section, values[key], key) for key, section in sections.items()})
     config: ModelConfig = build_config(ModelConfig, values, "config")
     return config

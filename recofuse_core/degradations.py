@@ -1,9 +1,9 @@
 """Seeded physical degradations of clean visible and infrared images, each with its model and range.
 
 `degrade_vis` and `degrade_ir` draw a recipe and apply it in the order in which light meets lens, scene, sensor and
-codec: blur, then low light, haze, rain or snow (infrared: low contrast), then colour cast, stripes, fixed pattern,
-noise, dead pixels, JPEG, rounding to 8 bit. Recipes are drawn from the kinds that have a weight below; rain, snow,
-fixed pattern and dead pixels come only when asked for by name. docs/degradations.md shows each.
+codec: blur, then low light, haze, rain, snow or their dense forms (infrared: low contrast), then colour cast, stripes,
+fixed pattern, noise, dead pixels, JPEG, rounding to 8 bit. Recipes are drawn from the kinds that have a weight below;
+weather but for haze, fixed pattern and dead pixels come only when asked for by name. docs/degradations.md shows each.
 The single functions take explicit parameters and, `jpeg` aside, do not clip: a sensor clips once, in `quantise`, and
 clipping every part would bias the noise. All randomness comes from the `torch.Generator` passed in (a CPU generator);
 images are CPU float32 in [0, 1]. Letters: C channels (3 vis, 1 ir), H and W height and width, at least 16.
@@ -25,6 +25,7 @@ import torch
 from torch import Generator, Tensor
 
 from recofuse_core.errors import ConfigError, CoreError, ShapeError
+from recofuse_core.weather import downpour_cover, scene_depth, snowfall_cover
 from recofuse_images.errors import ImageError
 from recofuse_images.limits import OWN_FILES
 from recofuse_images.reader import read_picture
@@ -43,6 +44,9 @@ class VisKind(StrEnum):
     HAZE = "haze"
     RAIN = "rain"
     SNOW = "snow"
+    FOG = "fog"
+    DOWNPOUR = "downpour"
+    SNOWFALL = "snowfall"
     COLOUR_CAST = "colour_cast"
     GAUSSIAN_NOISE = "gaussian_noise"
     POISSON_NOISE = "poisson_noise"
@@ -120,6 +124,11 @@ CAST_DEVIATION = Range(0.0, 0.2)
 RAIN_DENSITY = Range(0.001, 0.006)
 RAIN_LENGTH = Range(9.0, 27.0)
 SNOW_DENSITY = Range(0.001, 0.006)
+FOG_DENSITY = Range(1.4, 3.6)
+DOWNPOUR_INTENSITY = Range(0.4, 1.5)
+DOWNPOUR_VEIL = Range(0.05, 0.45)
+SNOWFALL_INTENSITY = Range(0.4, 1.6)
+SNOWFALL_VEIL = Range(0.1, 0.9)
 
 IR_CONTRAST = Range(0.75, 0.25)
 IR_STRIPE_STD = Range(1.5 / 255, 12 / 255)
@@ -436,6 +445,43 @@ def _draw_snow(image: Tensor, generator: Generator, strength: Strength) -> tuple
     return precipitation(image, cover, 0.95), {"density": density, "opacity": opacity}
 
 
+def _draw_fog(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    density, tone = FOG_DENSITY.draw(generator, strength), _sky_light(image, 0.78, 1.0, generator)
+    return _veiled(image, density, tone, generator), {"density": density, "airlight": tone}
+
+
+def _draw_downpour(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    intensity, length = DOWNPOUR_INTENSITY.draw(generator, strength), _uniform(generator, 0.6, 1.5)
+    angle = math.pi / 2 + _uniform(generator, -0.35, 0.35)
+    veil, tone = DOWNPOUR_VEIL.draw(generator, strength), _sky_light(image, 0.6, 0.9, generator)
+    cover = downpour_cover(image.shape[1], image.shape[2], intensity, length, angle, generator)
+    rainy = precipitation(_veiled(image, veil, tone, generator), cover, tone)
+    return rainy, {"intensity": intensity, "length": length, "angle": angle, "veil": veil, "brightness": tone}
+
+
+def _draw_snowfall(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+    intensity, size = SNOWFALL_INTENSITY.draw(generator, strength), _uniform(generator, 0.7, 1.4)
+    fall, angle = _uniform(generator, 0.0, 2.0), math.pi / 2 + _uniform(generator, -0.7, 0.7)
+    veil, tone = SNOWFALL_VEIL.draw(generator, strength), _sky_light(image, 0.85, 1.0, generator)
+    cover = snowfall_cover(image.shape[1], image.shape[2], intensity, size, fall, angle, generator)
+    snowy = precipitation(_veiled(image, veil, 0.9 * tone, generator), cover, tone)
+    return snowy, {"intensity": intensity, "size": size, "fall": fall, "angle": angle, "veil": veil, "brightness": tone}
+
+
+def _veiled(image: Tensor, density: float, tone: float, generator: Generator) -> Tensor:
+    """Haze over a made-up depth: exp(-density x depth) gets through; the airlight is `tone`, slightly tinted."""
+    tint = torch.tensor([AIRLIGHT_TINT.draw(generator) for _ in range(3)])
+    depth = scene_depth(image, generator)
+    return haze(image, (tone + tint).clamp_(max=1).view(3, 1, 1), depth.mul_(-density).exp_())
+
+
+def _sky_light(image: Tensor, low: float, high: float, generator: Generator) -> float:
+    """How bright weather shines: as the sky by day, at night (a mean below 0.2) by the lamps, half to all as bright."""
+    tone = _uniform(generator, low, high)
+    at_night = _uniform(generator, 0.5, 1.0)
+    return tone * at_night if float(image.mean()) < 0.2 else tone
+
+
 def _draw_fixed_pattern(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
     std, shading = IR_PATTERN_STD.draw(generator, strength), IR_SHADING.draw(generator, strength)
     dome = depth_surrogate(image.shape[1], image.shape[2], 1.0, generator).sub_(0.7).mul_(shading / 0.3)
@@ -527,6 +573,9 @@ _VIS_MODELS: dict[VisKind, _Model] = {
     VisKind.HAZE: _draw_haze,
     VisKind.RAIN: _draw_rain,
     VisKind.SNOW: _draw_snow,
+    VisKind.FOG: _draw_fog,
+    VisKind.DOWNPOUR: _draw_downpour,
+    VisKind.SNOWFALL: _draw_snowfall,
     VisKind.COLOUR_CAST: _draw_colour_cast,
     VisKind.GAUSSIAN_NOISE: _draw_vis_noise,
     VisKind.POISSON_NOISE: _draw_poisson,

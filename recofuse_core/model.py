@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
+from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, require_exposure
 from recofuse_core.losses import luma
 from recofuse_core.networks import (
     AutoencoderConfig,
@@ -61,6 +62,7 @@ class ModelConfig:
     fusion: FusionConfig
     sde: SDEConfig
     tone: ToneConfig | None = None
+    exposure: ExposureConfig | None = None
     sampler: SamplerName = "euler"
     steps: int = 100
     coupling: Coupling = "every_step"
@@ -94,6 +96,7 @@ PRESETS = {
         FusionConfig(latent_channels=16),
         SDEConfig(),
         tone=ToneConfig(width=512),
+        exposure=ExposureConfig(),
         sampler="ode2",
         steps=3,
         widening=0.4,
@@ -137,6 +140,7 @@ class FusionPlan:
     outputs: frozenset[OutputName]
     coupled: bool
     tiling: TilingConfig
+    exposure: Exposure = "as_shot"
 
     @property
     def num_draws(self) -> int:
@@ -169,6 +173,7 @@ class ReCoFuse(nn.Module):
         self.fusion = LatentFusion(config.fusion)
         self.sde = MeanRevertingSDE(config.sde)
         self.tone = None if config.tone is None else ToneEstimator(config.tone)
+        self.exposure = None if config.exposure is None else ExposureEstimator(config.exposure)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
             name=name,
@@ -227,6 +232,22 @@ class ReCoFuse(nn.Module):
         vis_curves, ir_curves = self.tone(frames.vis, frames.ir)
         return Pair(vis_curves(images.vis), ir_curves(images.ir))
 
+    def light(self, frames: Pair) -> Pair:
+        """Whole frames with the visible one well exposed, ir of one channel and as it was.
+
+        Raises ConfigError for a model without an exposure estimator.
+        """
+        estimator = self._require_estimator()
+        return Pair(estimator(frames.vis, frames.ir)(frames.vis), frames.ir)
+
+    def _require_estimator(self) -> ExposureEstimator:
+        if self.exposure is None:
+            raise ConfigError(
+                f"the weights {self.info.name} {self.info.version} have no exposure estimator and cannot give exposure "
+                "'lit'; take other weights, or 'as_shot'"
+            )
+        return self.exposure
+
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
         channels = self.config.autoencoder.latent_channels
@@ -241,14 +262,21 @@ class ReCoFuse(nn.Module):
         coupled: bool = True,
         tiling: TilingConfig | None = None,
         start: int | None = None,
+        exposure: Exposure = "as_shot",
     ) -> FusionPlan:
-        """Check a request and fill in the model's defaults. Raises ConfigError for unknown names or steps."""
+        """Check a request and fill in the model's defaults.
+
+        Raises ConfigError for unknown names or steps, and for a rendition that the weights cannot give.
+        """
+        require_exposure(exposure)
+        if exposure == "lit":
+            self._require_estimator()
         sampler = sampler or self.config.sampler
         count = self.config.steps if steps is None else steps
         if start is None and sampler != "euler" and self.config.denoiser.prediction == "noise":
             start = late_start(self.sde, count)
         timesteps = plan_timesteps(sampler, self.sde, count, start)
-        return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig())
+        return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig(), exposure)
 
     @torch.inference_mode()
     def fuse(
@@ -264,6 +292,7 @@ class ReCoFuse(nn.Module):
         tiling: TilingConfig | None = None,
         previous: Pair | None = None,
         start: int | None = None,
+        exposure: Exposure = "as_shot",
     ) -> FusionOutput:
         """Restore and fuse registered pairs.
 
@@ -272,12 +301,21 @@ class ReCoFuse(nn.Module):
         decoded. `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels`
         are worked on in blended tiles. `start` begins the reverse process at an earlier step than T, from the degraded
         latents noised to it or, if `previous` is given, from those (the `latents` of the frame before);
-        docs/decisions/0009 says what that brings.
+        docs/decisions/0009 says what that brings. `exposure` is the rendition: "as_shot" keeps how dark a scene came,
+        "lit" makes a well exposed photograph of the visible frame first, and lifts what veils it (docs/decisions/0015).
         Raises ShapeError for wrong tensors, ConfigError for unknown names or steps, NumericsError for a result that is
         not finite.
         """
         batch, height, width = require_pair(vis, ir)
-        plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling, start=start)
+        plan = self.plan(
+            steps=steps,
+            sampler=sampler,
+            outputs=outputs,
+            coupled=coupled,
+            tiling=tiling,
+            start=start,
+            exposure=exposure,
+        )
         like = torch.empty(self.latent_shape(batch, height, width), device=vis.device)
         output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like), previous=previous)
         require_finite(is_finite)
@@ -301,7 +339,8 @@ class ReCoFuse(nn.Module):
         conditions = conditions or self.condition
         height, width = vis.shape[-2:]
         levels = vis.dtype == torch.uint8
-        images = self.normalise(Pair(_unit_range(vis), _unit_range(ir)))
+        frames = Pair(_unit_range(vis), _unit_range(ir))
+        images = self.normalise(self.light(frames) if plan.exposure == "lit" else frames)
         padded = Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")

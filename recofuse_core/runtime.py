@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError
+from recofuse_core.exposure import Exposure
 from recofuse_core.layers import NORM_EPS, GatedConvBlock
 from recofuse_core.model import (
     ALL_OUTPUTS,
@@ -44,9 +45,9 @@ from recofuse_core.tiling import TilingConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Parts of a parameter's name. Time vectors are made once a schedule; tone curves and the two convolutions read and
-# write pixels, and bfloat16 near 1 is as coarse as an 8-bit level.
-KEPT_IN_FLOAT32 = frozenset({"tone", "time", "time_projection", "init_conv", "final_conv"})
+# Parts of a parameter's name. Time vectors are made once a schedule; tone curves, lighting and the two convolutions
+# read and write pixels, and bfloat16 near 1 is as coarse as an 8-bit level.
+KEPT_IN_FLOAT32 = frozenset({"tone", "exposure", "time", "time_projection", "init_conv", "final_conv"})
 
 MAX_RECORDED_STEPS = 32  # a graph of 100 published steps would hold a quarter of a million nodes
 
@@ -537,9 +538,12 @@ class Runtime:
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         coupled: bool = True,
         tiling: TilingConfig | None = None,
+        exposure: Exposure = "as_shot",
     ) -> FusionOutput:
         """See `ReCoFuse.fuse`. The images may lie on the host or on the device; the result lies where they do."""
-        plan = self.model.plan(steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling)
+        plan = self.model.plan(
+            steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling, exposure=exposure
+        )
         return self._fuse(vis, ir, plan, seeds, record=False)
 
     @torch.inference_mode()
@@ -551,12 +555,13 @@ class Runtime:
         sampler: SamplerName | None = None,
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         levels: bool = False,
+        exposure: Exposure = "as_shot",
     ) -> None:
         """Make runs of shapes (B, H, W) ready, so that the first request is no slower than the others.
 
         levels: for uint8 images. Without graphs each shape is run once, which fills the allocator's caches.
         """
-        plan = self.model.plan(steps=steps, sampler=sampler, outputs=outputs)
+        plan = self.model.plan(steps=steps, sampler=sampler, outputs=outputs, exposure=exposure)
         dtype = torch.uint8 if levels else torch.float32
         for batch, height, width in shapes:
             vis = torch.zeros(batch, 3, height, width, dtype=dtype)

@@ -1,5 +1,6 @@
 """Training in stages, from one config: tone, autoencoder, branches, coupled (the paper's alternating regularisation).
 
+- "exposure" is ours, for models that have an exposure estimator: see exposure_training.py and docs/decisions/0015.
 - "tone" is ours, for models that have a tone estimator (docs/decisions/0005). Features and sampled cells of many
   degraded frames are drawn once and kept, so that a step costs milliseconds.
 - "autoencoder": every latent is decoded with degraded skip features and must give the image it belongs to (feature
@@ -40,6 +41,8 @@ from recofuse_core.checkpoint import build_config, load_checkpoint, model_config
 from recofuse_core.data import find_pairs, read_pair, to_float, to_uint8
 from recofuse_core.degradations import Strength, degrade_ir, degrade_vis
 from recofuse_core.errors import CheckpointError, ConfigError, DatasetError, NumericsError
+from recofuse_core.exposure import ExposureEstimator
+from recofuse_core.exposure_training import FrameSource, LightSamples, lighting_loss, read_references
 from recofuse_core.losses import (
     FusionTargets,
     FusionTerms,
@@ -58,7 +61,7 @@ from recofuse_core.sampler import SAMPLERS, NoiseSource, Pair, Prediction, clean
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-StageName = Literal["tone", "autoencoder", "branches", "coupled"]
+StageName = Literal["exposure", "tone", "autoencoder", "branches", "coupled"]
 Updates = Literal["alternating", "decoupled", "joint", "separated"]
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -73,6 +76,7 @@ class DataConfig:
 
     root: str  # relative to the configuration file; any layout of data.py
     split: str = ""  # only this split of a data set, "train" as a rule; all if empty
+    references: str = ""  # exposure: dark, foggy and clean photographs, as exposure_training.py has them; none if empty
     exclude_prefixes: tuple[str, ...] = ()
     group_weights: dict[str, float] = field(default_factory=dict)  # prefix -> weight; the rest shares `other_weight`
     other_weight: float = 1.0
@@ -119,8 +123,8 @@ class StageConfig:
     gradient_target: GradientTarget = "maximum"
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
-    num_frames: int = 18_000  # tone: degraded frames that are drawn once and kept
-    swap_probability: float = 0.0  # tone: of meeting the infrared frame of another pair
+    num_frames: int = 18_000  # exposure, tone: degraded frames that are drawn once and kept
+    swap_probability: float = 0.0  # exposure, tone: of meeting the infrared frame of another pair
     spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat
 
     def __post_init__(self) -> None:
@@ -761,10 +765,15 @@ class Trainer:
     """A model under training, with everything that a resumed run needs to go on exactly."""
 
     def __init__(
-        self, config: TrainConfig, source: PairSource | LatentSource, device: torch.device | str = "cpu"
+        self,
+        config: TrainConfig,
+        source: PairSource | LatentSource,
+        device: torch.device | str = "cpu",
+        frames: FrameSource | None = None,
     ) -> None:
         self.config = config
         self.source = source
+        self.frames = frames  # what the exposure stage draws from
         self.device = torch.device(device)
         self.group = ProcessGroup()
         torch.manual_seed(config.seed)  # initial weights; everything later draws from self.generator
@@ -785,7 +794,9 @@ class Trainer:
         autoencoder, others = self.model.autoencoder, [self.model.denoiser, self.model.fusion]
         decoder = [p for name, p in autoencoder.named_parameters() if _is_decoder(name)]
         tone = [] if self.model.tone is None else list(self.model.tone.parameters())
+        exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
         trained = {
+            "exposure": exposure,
             "tone": tone,
             "autoencoder": list(autoencoder.parameters()),
             "branches": [p for m in others for p in m.parameters()],
@@ -803,6 +814,7 @@ class Trainer:
         self.best: BestWeights | None = None
         self.num_without_gain = 0
         self.tone_samples: ToneSamples | None = None
+        self.light_samples: LightSamples | None = None
         self.average = WeightAverage(self.model, self.config.ema_decay)
 
     def run_stage(self) -> Iterator[StepReport]:
@@ -812,6 +824,8 @@ class Trainer:
         """
         if self.stage.name == "tone":
             self._draw_tone_samples()
+        if self.stage.name == "exposure":
+            self._draw_light_samples()
         started = time.monotonic() - self.elapsed_s
         while (progress := self._progress()) < 1 and not self.is_exhausted:
             rate = learning_rate(self.stage, self.step, progress)
@@ -858,8 +872,37 @@ class Trainer:
             tone.calibrate(self.tone_samples.features)
             self.average = WeightAverage(self.model, self.config.ema_decay)
 
+    def _draw_light_samples(self) -> None:
+        """The stage's frames, from a generator of their own, as those of the tone stage."""
+        estimator = self.model.exposure
+        if estimator is None:
+            raise ConfigError(f"preset {self.config.preset!r} has no exposure estimator to train")
+        if self.frames is None:
+            raise ConfigError("the exposure stage needs frames, from pairs and from data.references")
+        generator = Generator().manual_seed(self.config.seed + 2)
+        samples = LightSamples.draw(estimator, self.frames, self.stage.num_frames, self.stage.crop, generator)
+        self.light_samples = samples.to(self.device)
+        if self.step == 0:
+            estimator.calibrate(self.light_samples.features)
+            self.average = WeightAverage(self.model, self.config.ema_decay)
+
+    def _exposure_update(self, samples: LightSamples, estimator: ExposureEstimator) -> dict[str, float]:
+        """One step on frames of all kinds, some of which meet the infrared frame of another scene."""
+        stage, count = self.stage, len(samples.features)
+        chosen, partners = (torch.randint(count, (stage.batch_size,), generator=self.generator) for _ in range(2))
+        is_swapped = torch.rand(stage.batch_size, generator=self.generator) < stage.swap_probability
+        batch, others = samples.take(chosen.to(self.device)), samples.take(partners.to(self.device))
+        batch = batch.with_infrared_of(others, is_swapped.to(self.device), estimator)
+        if float(torch.rand((), generator=self.generator)) < 0.5:
+            batch = batch.flipped()
+        terms = lighting_loss(estimator, batch)
+        self._descend(_sum(terms), self.parameters)
+        return _reported(terms)
+
     def _update(self) -> dict[str, float]:
         stage = self.stage
+        if self.light_samples is not None and self.model.exposure is not None:
+            return self._exposure_update(self.light_samples, self.model.exposure)
         if self.tone_samples is not None and self.model.tone is not None:
             tone, count = self.model.tone, len(self.tone_samples.features)
             chosen = torch.randint(count, (stage.batch_size,), generator=self.generator)
@@ -999,10 +1042,12 @@ class Trainer:
     def start_from(self, weights: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> None:
         """Begin the present stage with given weights instead of random ones, or with those that start with `parts`.
 
+        Weights from before there was an exposure estimator leave it as the identity.
         Raises CheckpointError if a weight of the model that is asked for is not among them, or has another shape.
         """
         own = self.model.state_dict()
-        asked = [name for name in own if name.startswith(parts)]
+        has_exposure = any(name.startswith("exposure.") for name in weights)
+        asked = [name for name in own if name.startswith(parts) and (has_exposure or not name.startswith("exposure."))]
         if missing := [name for name in asked if name not in weights]:
             raise CheckpointError(f"{len(missing)} weights to start from are missing, such as {missing[0]}")
         if wrong := [name for name in asked if weights[name].shape != own[name].shape]:
@@ -1180,8 +1225,14 @@ def train_from_config(
     config = read_config(path)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    source = PairSource(config.data, read_images(path.parent / config.data.root, config.data.split))
-    trainer = Trainer(config, source, device)
+    pairs = list(read_images(path.parent / config.data.root, config.data.split))
+    source = PairSource(config.data, pairs)
+    frames = None
+    if config.data.references and any(stage.name == "exposure" for stage in config.stages):
+        known = [pair for pair in pairs if not pair.starts_with(config.data.exclude_prefixes)]
+        references = read_references(path.parent / config.data.references)
+        frames = FrameSource(((pair.name, pair.vis, pair.ir) for pair in known), references)
+    trainer = Trainer(config, source, device, frames)
     validation_root = config.data.validation_root
     validation = Validation(config.data, path.parent / validation_root) if validation_root else None
     is_writer = trainer.group.is_first
@@ -1218,7 +1269,7 @@ def train_from_config(
                     if writer and report.step % config.log_interval == 0:
                         _log(writer, report)
                         bar.set_postfix({name: f"{loss:.4f}" for name, loss in report.losses.items()}, refresh=False)
-                    is_due = report.step % config.validation_interval == 0 and stage.name not in ("tone", "autoencoder")
+                    is_due = report.step % config.validation_interval == 0 and stage.name in ("branches", "coupled")
                     if validation and is_due:
                         with trainer.averaged() as model:
                             scores, rows = validation(model)

@@ -295,7 +295,7 @@ def test_dead_pixels_are_black_or_white_and_as_many_as_told(channels: int) -> No
 
 
 def test_named_kinds_alone_bring_what_has_no_weight() -> None:
-    unweighted = {"rain", "snow", "dead_pixels", "fixed_pattern"}
+    unweighted = {"rain", "snow", "fog", "downpour", "snowfall", "dead_pixels", "fixed_pattern"}
     for channels in (3, 1):
         kinds = {str(step.kind) for item in draw_many(channels, "strong", 300) for step in item.recipe}
         assert not kinds & unweighted

@@ -454,4 +454,8 @@ def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
     expected |= {f"denoiser.{branch}.{name}" for branch in ("vis", "ir") for name in BRANCH_NAMES}
     if preset == "compact":
         expected |= {"tone.mean", "tone.std"} | both("tone.layers.#")
+        expected |= {"exposure.mean", "exposure.std"} | both(
+            *(f"exposure.{part}" for part in ("summary.#", "near.#", "far.#", "of_frame", "join")),
+            *(f"exposure.{head}" for head in ("curve_head", "grid_head")),
+        )
     assert {re.sub(r"\.\d+(?=\.)", ".#", name) for name in blank(preset).state_dict()} == expected

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from recofuse_core import load_pretrained
+from recofuse_core.exposure import Exposure
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.scenes import make_scene
@@ -47,3 +48,47 @@ def test_people_at_night_are_seen_in_the_fused_picture_alone() -> None:
 
     assert contrast(output.fused) > 0.25
     assert contrast(output.fused) > 2 * abs(contrast(vis))
+
+
+def restored(vis: Tensor, ir: Tensor, exposure: Exposure) -> Tensor:
+    image = shipped().fuse(vis, ir, outputs=["vis"], exposure=exposure).vis
+    assert image is not None
+    return image
+
+
+def psnr_of(image: Tensor, target: Tensor) -> float:
+    return float(-10 * torch.log10((image - target).square().mean()))
+
+
+@pytest.mark.parametrize("seed", [3, 8])
+@pytest.mark.parametrize("gain", [0.12, 0.4])
+def test_a_dark_frame_is_lit_where_that_is_asked_for(seed: int, gain: float) -> None:
+    scene = make_scene(seed, 160, 224)
+    clean, ir = scene.vis[None], scene.ir[None]
+    lit = restored(gain * clean, ir, "lit")
+    assert 0.28 < float(lit.mean()) < 0.45
+    assert psnr_of(lit, clean) > psnr_of(gain * clean, clean) + 6
+
+
+@pytest.mark.parametrize("seed", [3, 8])
+def test_lighting_leaves_a_well_exposed_frame_alone(seed: int) -> None:
+    scene = make_scene(seed, 160, 224)
+    clean, ir = scene.vis[None], scene.ir[None]
+    as_shot, lit = restored(clean, ir, "as_shot"), restored(clean, ir, "lit")
+    assert psnr_of(lit, as_shot) > 32
+    assert psnr_of(lit, clean) > psnr_of(as_shot, clean) - 2.5
+
+
+def test_a_covered_lens_stays_black() -> None:
+    black = torch.zeros(1, 3, 96, 96)
+    as_shot, lit = restored(black, black[:, :1], "as_shot"), restored(black, black[:, :1], "lit")
+    assert float(lit.mean()) < float(as_shot.mean()) + 0.05
+
+
+def test_fog_is_thinned() -> None:
+    scene = make_scene(8, 160, 224)
+    clean, ir = scene.vis[None], scene.ir[None]
+    foggy = 0.35 * clean + 0.65 * 0.85
+    as_shot, lit = restored(foggy, ir, "as_shot"), restored(foggy, ir, "lit")
+    assert psnr_of(lit, clean) > psnr_of(foggy, clean) + 6
+    assert psnr_of(lit, clean) > psnr_of(as_shot, clean) - 2

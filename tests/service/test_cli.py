@@ -406,7 +406,7 @@ def test_a_sample_is_a_degraded_pair_that_its_options_decide(tmp_path: Path) -> 
     assert read["a"].shape == (3, 64, 96)
     assert torch.equal(read["a"], read["b"])
     assert not torch.equal(read["a"], read["c"])
-    assert_one_line(run("sample", tmp_path / "d", "--vis", "fog"), "fog is none of", "haze")
+    assert_one_line(run("sample", tmp_path / "d", "--vis", "hail"), "hail is none of", "haze")
     assert_one_line(run("sample", tmp_path / "d", "--size", "640"), "size", "got 640")
     assert_one_line(run("sample", tmp_path / "d", "--size", "8x8"), "64 px")
     assert not (tmp_path / "d").exists()

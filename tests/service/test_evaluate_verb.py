@@ -129,7 +129,7 @@ def test_other_methods_are_scored_without_a_model(pairs: Path) -> None:
         (["--strength", "huge"], "light, medium, strong"),
         (["--split", "train"], "'train'"),
         (["--plot", "scores.pdf"], "end in .svg"),
-        (["--vis-kinds", "fog"], "accepted: blur"),
+        (["--vis-kinds", "hail"], "accepted: blur"),
         (["--weights", "/does/not/exist.safetensors"], "exist.safetensors"),
     ],
 )

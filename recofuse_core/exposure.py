@@ -1,0 +1,183 @@
+"""Exposure: what makes a dark or veiled frame the photograph that it would have been, before anything is restored.
+
+An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that noise hardly moves it, and gives a
+`Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid of gains and offsets, coarse
+in place and in brightness (HDRNet, Gharbi et al., 2017), for what differs over the frame, such as fog over depth. Both
+start as the identity and are trained to leave a well exposed frame alone. docs/decisions/0015 tells why and how well.
+
+What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
+the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recofuse_core.errors import ConfigError
+from recofuse_core.losses import luma
+from recofuse_core.networks import ToneCurves
+
+Exposure = Literal["as_shot", "lit"]
+
+
+def require_exposure(exposure: str) -> None:
+    """Raise ConfigError for a rendition that does not exist."""
+    if exposure not in get_args(Exposure):
+        raise ConfigError(f"exposure must be one of {', '.join(get_args(Exposure))}, got {exposure!r}")
+
+
+@dataclass(frozen=True)
+class ExposureConfig:
+    """Sizes of the exposure estimator."""
+
+    cells: int = 64  # a side that both frames are averaged to
+    num_quantiles: int = 24
+    width: int = 256  # of the layers between the quantiles and the curves
+    channels: tuple[int, int, int] = (24, 32, 48)  # of the convolutions over the cells, at 1/2, 1/4 and 1/4 of them
+    num_levels: int = 8  # of the bilateral grid, from black to white
+
+    def __post_init__(self) -> None:
+        if self.cells < 8 or self.cells % 8:
+            raise ConfigError(f"cells must be a multiple of 8, got {self.cells}")
+        if min(self.num_quantiles, self.num_levels) < 2:
+            raise ConfigError("quantiles and levels must be 2 at least")
+
+
+OFFSET_UNIT = 0.3
+
+
+class Lighting(NamedTuple):
+    """How to light the visible frames of a batch.
+
+    curves: for whole frames, of three channels. grid: (B, 6, levels, h, w), the logarithms of three gains, then three
+    offsets, at every brightness and place.
+    """
+
+    curves: ToneCurves
+    grid: Tensor
+
+    def __call__(self, vis: Tensor) -> Tensor:
+        """Whole visible frames (B, 3, H, W) in [0, 1] to the same."""
+        lit = self.curves(vis)
+        # Looked up at half size: averaged, brightness carries less noise, and it costs a quarter.
+        guide = F.avg_pool2d(luma(lit), 2, ceil_mode=True, count_include_pad=False)
+        guide = F.avg_pool2d(guide, 3, stride=1, padding=1, count_include_pad=False)
+        entries = F.interpolate(self.look_up(guide), vis.shape[-2:], mode="bilinear", align_corners=False)
+        return self._applied(lit, entries)
+
+    def at_cells(self, cells: Tensor) -> Tensor:
+        """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
+        lit = self.curves(cells)
+        return self._applied(lit, self.look_up(luma(lit)))
+
+    def _applied(self, lit: Tensor, entries: Tensor) -> Tensor:
+        gain, offset = entries.chunk(2, dim=1)
+        return (lit * gain.exp() + OFFSET_UNIT * offset).clamp(0, 1)
+
+    def look_up(self, guide: Tensor) -> Tensor:
+        """The grid's entries (B, 6, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place of the frame."""
+        batch, _, height, width = guide.shape
+        y, x = _centres(height, guide).view(1, -1, 1), _centres(width, guide).view(1, 1, -1)
+        place = (x.expand(batch, height, width), y.expand(batch, height, width), 2 * guide[:, 0] - 1)
+        entries: Tensor = F.grid_sample(
+            self.grid, torch.stack(place, -1)[:, None], padding_mode="border", align_corners=False
+        )
+        return entries[:, :, 0]
+
+
+class ExposureEstimator(nn.Module):
+    """Gives the `Lighting` of a pair.
+
+    The curves come from quantiles of all four averaged channels; the grid from convolutions over the cells, before and
+    under the curves, and over their summary. The infrared frame sees through a veil, so it helps to tell one.
+    """
+
+    CHANNELS = 4  # vis, then ir
+    SHIFT_UNIT = 0.3
+    GAMMA_UNIT = 0.5
+    MIDDLE = 0.4  # taken from all that the convolutions see, which is about centred then
+
+    def __init__(self, config: ExposureConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_features = self.CHANNELS * (config.num_quantiles + 1)
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.summary = nn.Sequential(
+            nn.Linear(num_features, config.width), nn.SiLU(), nn.Linear(config.width, config.width), nn.SiLU()
+        )
+        self.curve_head = nn.Linear(config.width, 3 * 3)
+        first, second, third = config.channels
+        self.near = nn.Sequential(
+            nn.Conv2d(self.CHANNELS + 3 + 1, first, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(first, second, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(second, third, 3, padding=1),
+            nn.SiLU(),
+        )
+        self.far = nn.Sequential(
+            nn.Conv2d(third, third, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(third, third, 3, padding=1), nn.SiLU()
+        )
+        self.of_frame = nn.Linear(third + config.width, third)
+        self.join = nn.Conv2d(third, third, 3, padding=1)
+        self.grid_head = nn.Conv2d(third, 6 * config.num_levels, 1)
+        for head in (self.curve_head, self.grid_head):  # the identity to start from
+            nn.init.zeros_(head.weight)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
+
+    def average(self, vis: Tensor, ir: Tensor) -> Tensor:
+        """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
+        return F.adaptive_avg_pool2d(torch.cat([vis, ir], dim=1), self.config.cells)
+
+    def features(self, cells: Tensor) -> Tensor:
+        """Quantiles of every channel of cells, then their std: (B, features)."""
+        ordered = cells.flatten(2).sort(dim=-1).values
+        last = ordered.shape[-1] - 1
+        ranks = [round(rank * last / (self.config.num_quantiles - 1)) for rank in range(self.config.num_quantiles)]
+        quantiles = torch.stack([ordered[..., rank] for rank in ranks], dim=-1)
+        return torch.cat([quantiles.flatten(1), ordered.std(dim=-1)], dim=1)
+
+    def infrared_features(self) -> Tensor:
+        """Which features are of the infrared frame: (features,) booleans."""
+        is_ir = torch.arange(self.CHANNELS) == self.CHANNELS - 1
+        return torch.cat([is_ir.repeat_interleave(self.config.num_quantiles), is_ir])
+
+    def calibrate(self, features: Tensor) -> None:
+        """Take the scale of the features (N, F) of a training set over, so that all weigh alike."""
+        self.get_buffer("mean").copy_(features.mean(dim=0))
+        self.get_buffer("std").copy_(features.std(dim=0) + 1e-3)
+
+    def curves(self, features: Tensor) -> tuple[ToneCurves, Tensor]:
+        """The curves of three channels for (B, features), and the summary (B, width) that they come from."""
+        scaled = (features - self.get_buffer("mean")) / self.get_buffer("std")
+        summary = self.summary(scaled)
+        shift, gain, gamma = self.curve_head(summary)[:, :, None, None].chunk(3, dim=1)
+        return ToneCurves(self.SHIFT_UNIT * shift, gain.exp(), (self.GAMMA_UNIT * gamma).exp()), summary
+
+    def lighting(self, cells: Tensor, features: Tensor) -> Lighting:
+        """Curves and grid for cells (B, 4, cells, cells) and their features."""
+        curves, summary = self.curves(features)
+        batch, _, height, width = cells.shape
+        row = torch.linspace(-1, 1, height, device=cells.device).view(1, 1, -1, 1).expand(batch, 1, height, width)
+        seen = torch.cat([cells - self.MIDDLE, curves(cells[:, :3]) - self.MIDDLE, row], dim=1)
+        near = self.near(seen)
+        far = self.far(near)
+        frame = self.of_frame(torch.cat([far.mean(dim=(2, 3)), summary], dim=1))
+        far = F.interpolate(far + frame[:, :, None, None], near.shape[-2:], mode="bilinear", align_corners=False)
+        grid = self.grid_head(F.silu(self.join(near + far)))
+        return Lighting(curves, grid.unflatten(1, (6, self.config.num_levels)))
+
+    def forward(self, vis: Tensor, ir: Tensor) -> Lighting:
+        """The lighting of whole frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
+        cells = self.average(vis, ir)
+        return self.lighting(cells, self.features(cells))
+
+
+def _centres(count: int, like: Tensor) -> Tensor:
+    """The centres of `count` places side by side, from -1 to 1."""
+    return (2 * torch.arange(count, device=like.device, dtype=like.dtype) + 1) / count - 1

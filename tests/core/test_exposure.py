@@ -1,0 +1,195 @@
+"""Lighting: what the estimator promises whatever its weights are, and how a model gives the rendition asked for."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator
+
+from recofuse_core.checkpoint import load_pretrained, save_checkpoint
+from recofuse_core.errors import ConfigError
+from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, Lighting
+from recofuse_core.model import ReCoFuse
+from recofuse_core.networks import ToneCurves
+from recofuse_core.runtime import EagerRecorder, Runtime
+from recofuse_core.sampler import Pair
+from recofuse_core.tiling import TilingConfig
+from tests.core.tiny import GATED, images_of, largest_difference, pairs, tiny_model
+
+SMALL = ExposureConfig(cells=16, num_quantiles=6, width=12, channels=(4, 6, 8), num_levels=3)
+WITH_EXPOSURE = replace(GATED, exposure=SMALL)
+
+
+def estimator(seed: int = 0, config: ExposureConfig = SMALL) -> ExposureEstimator:
+    """One whose weights do something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = ExposureEstimator(config).requires_grad_(False)
+    generator = Generator().manual_seed(seed)
+    for head in (made.curve_head, made.grid_head):
+        head.weight.copy_(0.1 * torch.randn(head.weight.shape, generator=generator))
+    return made
+
+
+def lit_model(seed: int = 0) -> ReCoFuse:
+    return tiny_model(WITH_EXPOSURE, seed).requires_grad_(False)
+
+
+# --- the estimator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 80), (33, 47), (32, 32), (101, 38)])
+def test_a_fresh_estimator_leaves_every_frame_alone(size: tuple[int, int]) -> None:
+    vis, ir = pairs(2, *size)
+    lit = ExposureEstimator(SMALL)(vis, ir)(vis)
+    assert lit.shape == vis.shape
+    assert torch.allclose(lit, vis.clamp(1e-5, 1), atol=1e-6)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), height=st.integers(32, 70), width=st.integers(32, 70))
+def test_a_batch_is_lit_item_by_item_within_range(seed: int, height: int, width: int) -> None:
+    vis, ir = pairs(3, height, width, seed)
+    lit = estimator(seed)(vis, ir)(vis)
+    assert lit.shape == vis.shape
+    assert 0 <= float(lit.min()) <= float(lit.max()) <= 1
+    alone = estimator(seed)(vis[1:2], ir[1:2])(vis[1:2])
+    assert torch.allclose(lit[1:2], alone, atol=1e-5)
+
+
+def test_features_are_ordered_quantiles_then_spread() -> None:
+    made = estimator()
+    vis, ir = pairs(1, 48, 64)
+    cells = made.average(vis, ir)
+    features = made.features(cells)[0]
+    count = SMALL.num_quantiles
+    for channel, plane in enumerate(cells[0].flatten(1)):
+        quantiles = features[count * channel : count * (channel + 1)]
+        assert torch.equal(quantiles[[0, -1]], torch.stack([plane.min(), plane.max()]))
+        assert (quantiles.diff() >= 0).all()
+        assert torch.allclose(features[4 * count + channel], plane.std())
+    assert made.infrared_features().tolist() == [False] * 3 * count + [True] * count + [False] * 3 + [True]
+
+
+def test_noise_hardly_moves_the_lighting() -> None:
+    made = estimator(config=replace(SMALL, cells=32))
+    vis, ir = pairs(1, 320, 320)
+    noisy = vis + 0.05 * torch.randn(vis.shape, generator=Generator().manual_seed(3))
+    calm, moved = made(vis, ir)(vis), made(noisy, ir)(vis)
+    assert float((moved - calm).abs().max()) < 0.02
+    assert float((calm - vis).abs().max()) > 0.05  # it does something
+
+
+def test_the_grid_is_looked_up_by_place_and_brightness() -> None:
+    """Against an independent writing: the entry of a cell's centre at a level's centre is that entry."""
+    identity = ToneCurves(torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    grid = torch.randn(1, 6, 3, 4, 5, generator=Generator().manual_seed(0))
+    lighting = Lighting(identity, grid)
+    for level in range(3):
+        guide = torch.full((1, 1, 4, 5), (level + 0.5) / 3)
+        assert torch.allclose(lighting.look_up(guide), grid[:, :, level], atol=1e-5)
+    between = lighting.look_up(torch.full((1, 1, 4, 5), 1 / 3))
+    assert torch.allclose(between, (grid[:, :, 0] + grid[:, :, 1]) / 2, atol=1e-5)
+
+
+def test_gains_and_offsets_act_where_they_are() -> None:
+    """A grid that lifts the left half alone, and dark pixels alone."""
+    identity = ToneCurves(torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    grid = torch.zeros(1, 6, 4, 8, 8)
+    grid[:, :3, :2, :, :4] = torch.tensor(2.0).log()
+    image = torch.full((1, 3, 64, 64), 0.2)
+    image[..., 32:, :] = 0.9
+    lit = Lighting(identity, grid)(image)
+    assert torch.allclose(lit[..., :28, :24], torch.tensor(0.4), atol=1e-4)
+    assert torch.allclose(lit[..., :28, 40:], torch.tensor(0.2), atol=1e-4)
+    assert torch.allclose(lit[..., 36:, :], torch.tensor(0.9), atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [{"cells": 20}, {"cells": 0}, {"num_levels": 1}, {"num_quantiles": 1}])
+def test_sizes_must_make_sense(values: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        replace(SMALL, **values)  # type: ignore[arg-type]  # all of them are integers
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_as_shot_is_the_default_and_what_a_model_without_an_estimator_gives() -> None:
+    vis, ir = pairs(1, 64, 48)
+    with_estimator = lit_model()
+    without = tiny_model(GATED)
+    without.load_state_dict(
+        {name: value for name, value in with_estimator.state_dict().items() if not name.startswith("exposure.")}
+    )
+    expected = images_of(without.fuse(vis, ir))
+    for output in (with_estimator.fuse(vis, ir), with_estimator.fuse(vis, ir, exposure="as_shot")):
+        assert all(torch.equal(a, b) for a, b in zip(images_of(output), expected, strict=True))
+
+
+def test_lit_is_the_rest_of_the_model_on_lit_frames() -> None:
+    model = lit_model()
+    vis, ir = pairs(2, 64, 48)
+    lit = model.light(Pair(vis, ir))
+    assert torch.equal(lit.ir, ir)
+    assert float((lit.vis - vis).abs().max()) > 0.02
+    assert largest_difference(model.fuse(vis, ir, exposure="lit"), model.fuse(lit.vis, lit.ir)) < 1e-6
+
+
+def test_tiles_of_a_large_frame_share_its_lighting() -> None:
+    model = lit_model()
+    model.tone = None
+    vis, ir = pairs(1, 128, 160)
+    tiled = TilingConfig(tile=64, overlap=16, max_pixels=64 * 64)
+    lit = model.light(Pair(vis, ir))
+    expected = model.fuse(lit.vis, lit.ir, tiling=tiled)
+    assert largest_difference(model.fuse(vis, ir, exposure="lit", tiling=tiled), expected) < 1e-6
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_runtime_gives_both_renditions(graphs: bool) -> None:
+    model = lit_model()
+    vis, ir = pairs(1, 64, 48)
+    runtime = Runtime(model, precision="float32", graphs=graphs, recorder=EagerRecorder())
+    renditions: tuple[Exposure, ...] = ("lit", "as_shot", "lit")
+    for exposure in renditions:  # recorded runs of one shape must not be taken for each other
+        if graphs:
+            runtime.record([(1, 64, 48)], exposure=exposure)
+        output = runtime.fuse(vis, ir, exposure=exposure)
+        assert largest_difference(output, model.fuse(vis, ir, exposure=exposure)) < 1e-5
+
+
+def test_half_precision_leaves_the_estimator_in_float32() -> None:
+    runtime = Runtime(lit_model(), precision="bfloat16")
+    assert runtime.model.exposure is not None
+    assert {parameter.dtype for parameter in runtime.model.exposure.parameters()} == {torch.float32}
+
+
+def test_weights_without_an_estimator_cannot_light() -> None:
+    model = tiny_model(GATED)
+    vis, ir = pairs(1, 32, 32)
+    for refused in (
+        lambda: model.fuse(vis, ir, exposure="lit"),
+        lambda: Runtime(model, precision="float32").fuse(vis, ir, exposure="lit"),
+        lambda: model.light(Pair(vis, ir)),
+    ):
+        with pytest.raises(ConfigError, match="tiny 1 have no exposure estimator and cannot give exposure 'lit'"):
+            refused()
+
+
+def test_an_unknown_rendition_names_what_there_is() -> None:
+    vis, ir = pairs(1, 32, 32)
+    with pytest.raises(ConfigError, match="exposure must be one of as_shot, lit, got 'bright'"):
+        lit_model().fuse(vis, ir, exposure="bright")  # type: ignore[arg-type]  # on purpose
+
+
+def test_a_checkpoint_keeps_the_estimator(tmp_path: Path) -> None:
+    model = lit_model()
+    path = tmp_path / "lit.safetensors"
+    save_checkpoint(path, model.state_dict(), model.config, name="tiny", version="1", dtype=torch.float32)
+    again = load_pretrained(path)
+    assert again.config == model.config
+    vis, ir = pairs(1, 48, 64)
+    assert largest_difference(again.fuse(vis, ir, exposure="lit"), model.fuse(vis, ir, exposure="lit")) < 1e-6
