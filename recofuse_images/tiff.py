@@ -220,6 +220,8 @@ def _check_storage(directory: Directory, header: TiffHeader, num_bytes: int, lim
     counts = directory.numbers(_TILE_BYTES if is_tiled else _STRIP_BYTES)
     if len(offsets) != num_segments or len(counts) != num_segments:
         raise cut_short("TIFF")
+    if (0, 0) in zip(offsets, counts, strict=True):
+        raise UnsupportedImageError("a sparse TIFF, with strips or tiles left out, is not accepted; write all of it")
     if any(start < 8 or count < 1 or start + count > num_bytes for start, count in zip(offsets, counts, strict=True)):
         raise cut_short("TIFF")
 

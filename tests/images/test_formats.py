@@ -260,12 +260,21 @@ def test_thumbnails_overviews_and_masks_of_a_tiff_are_passed_over() -> None:
 
 
 JPEG = saved(Image.fromarray(picture()), "JPEG")
+
+
+def sparse_tiff() -> bytes:
+    """As GDAL writes empty tiles: with neither a place nor a length."""
+    data = tiff_of(picture(channels=1), rowsperstrip=48)
+    return with_tag(with_tag(data, 273, 0), 279, 0)
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "zstd": (tiff_of(picture(), compression="zstd", photometric="rgb"), "zstd"),
     "LZMA": (tiff_of(picture(), compression="lzma", photometric="rgb"), "LZMA"),
     "WebP in TIFF": (tiff_of(picture(), compression="webp", photometric="rgb"), "WebP"),
     "JPEG 2000 in TIFF": (tiff_of(picture(), compression="jpeg2000", photometric="rgb"), "JPEG 2000"),
     "LERC": (tiff_of(picture(channels=1).astype(np.float32), compression="lerc"), "LERC"),
+    "sparse": (sparse_tiff(), "sparse TIFF"),
     "fax": (saved(Image.fromarray(picture()).convert("1"), "TIFF", compression="group4"), "CCITT fax 4"),
     "complex": (tiff_of(np.zeros((48, 64), np.complex64)), "complex"),
     "64-bit integers": (tiff_of(np.zeros((48, 64), np.uint64)), "64-bit unsigned"),
