@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,12 @@ from recofuse_images.errors import BadImageError
 from recofuse_images.limits import Limits
 from recofuse_images.picture import Picture, grey_of
 
-PixelFormat = Literal["mono8", "mono16", "rgb8", "bgr8", "nv12"]
-
 
 class Layout(Protocol):
-    """How a frame's bytes lie: pixel_format one of PixelFormat; stride: bytes from one row to the next."""
+    """How a frame's bytes lie.
+
+    pixel_format: mono8, mono16 (little endian), rgb8, bgr8 or nv12. stride: bytes from one row to the next.
+    """
 
     @property
     def pixel_format(self) -> str: ...

@@ -145,9 +145,8 @@ def read_pair(
     ir_layout: Layout | None = None,
 ) -> Pair:
     """Both images as 8 bits on the vis grid; a layout says how to read a raw frame. Raises like `inspect`."""
-    if vis_layout is None and ir_layout is None:
+    if vis_layout is None and ir_layout is None and vis == ir:
         check_sides(vis, ir)
-    if vis_layout is None and vis == ir:
         colours, infrared = _packed(vis, limits)
     else:
         colours = _read_or_frame(vis, "vis", vis_layout, limits)

@@ -15,6 +15,7 @@ from PIL import Image
 from recofuse_client import AsyncClient
 from recofuse_images.errors import BadImageError
 from recofuse_images.reader import read_infrared, read_ir, read_pair
+from service.jobs import PixelFormat, RawLayout
 from tests.fakes import FakeEngine, file_of, picture
 from tests.images.files import VIS_FILE, saved, tiff_of
 from tests.images.test_radiometric import CONSTANTS, EXIF, Flir, jpeg_of, parts_of, scene, segment
@@ -96,6 +97,13 @@ def test_four_channels_are_both_sides() -> None:
     opaque = saved(Image.fromarray(np.dstack([SHOWN, np.full_like(thermal, 255)])), "PNG")
     with pytest.raises(BadImageError, match="fourth channel"):
         read_pair(opaque, opaque)
+
+
+def test_a_raw_frame_is_no_file_even_if_its_bytes_are_those_of_one() -> None:
+    packed = saved(Image.fromarray(np.dstack([SHOWN, picture(80, 60, channels=1, seed=2)])), "PNG")
+    layout = RawLayout(pixel_format=PixelFormat.MONO8, width=80, height=60, stride=-(-len(packed) // 60))
+    pair = read_pair(packed, packed, ir_layout=layout)
+    np.testing.assert_array_equal(pair.ir[0], np.frombuffer(packed, np.uint8)[:80])
 
 
 FILES = {
