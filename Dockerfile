@@ -35,6 +35,7 @@ COPY service service
 COPY recofuse_core recofuse_core
 COPY recofuse_client recofuse_client
 COPY recofuse_images recofuse_images
+COPY recofuse_protos recofuse_protos
 RUN /opt/packages/bin/pip install --no-deps --target /opt/recofuse .
 
 FROM base AS runtime

@@ -37,7 +37,7 @@ fmt: $(INSTALLED) ## format, and mend what lint can mend
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-proto: $(INSTALLED) ## generate service/pb from proto/
+proto: $(INSTALLED) ## generate recofuse_protos from proto/
 	@$(BIN)/python proto/generate.py
 
 docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md, .env.example and README's table of files from the code

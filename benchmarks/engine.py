@@ -445,10 +445,10 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     """Processor seconds of one 640x480 pair through `recofuse fuse`'s own way, one thread, median."""
     from benchmarks.load import picture_pair
     from recofuse_images.names import FoundPair
-    from service.engine import CoreEngine, PassOptions
-    from service.files import fuse_files
-    from service.jobs import Part
-    from service.settings import CodecSettings, EngineSettings, LimitSettings
+    from service.command.files import fuse_files
+    from service.terms.jobs import Part
+    from service.terms.settings import CodecSettings, EngineSettings, LimitSettings
+    from service.work.engine import CoreEngine, PassOptions
 
     vis, ir = folder / "vis.png", folder / "ir.png"
     for path, content in zip((vis, ir), picture_pair(*NAMED_SIZE), strict=True):

@@ -54,8 +54,8 @@ def run(
     import torch
 
     from recofuse_core.runtime import named_device
-    from service.engine import CoreEngine
-    from service.settings import EngineSettings
+    from service.terms.settings import EngineSettings
+    from service.work.engine import CoreEngine
 
     chosen = named_device(device)
     on_gpu = chosen.startswith("cuda")
@@ -101,8 +101,8 @@ def run(
 
 
 def _engine_s(engine: Any, files: tuple[bytes, bytes], batch: int, num_images: int, on_gpu: bool) -> float:
-    from service.engine import PassOptions
-    from service.jobs import Part
+    from service.terms.jobs import Part
+    from service.work.engine import PassOptions
 
     colour, grey = (cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_UNCHANGED) for file in files)
     vis, ir = np.stack([np.asarray(colour, np.uint8)] * batch), np.stack([np.asarray(grey, np.uint8)] * batch)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import all_in_one, free_port, machine
-from service.cameras import CameraPlan, CameraReport, Encoding, render_loop, simulate
-from service.metrics import FlowMode
+from service.command.cameras import CameraPlan, CameraReport, Encoding, render_loop, simulate
+from service.watch.metrics import FlowMode
 
 SIZES = ((320, 240), (640, 480), (1280, 720), (1920, 1080))
 MODEL_SIZES = SIZES[:3]

@@ -24,7 +24,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from benchmarks.processes import machine
-from service.cameras import degraded_clip
+from service.command.cameras import degraded_clip
 
 if TYPE_CHECKING:
     from torch import Tensor

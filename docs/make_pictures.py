@@ -18,12 +18,12 @@ from recofuse_core import load_pretrained
 from recofuse_core.data import to_uint8
 from recofuse_core.degradations import IrKind, Strength, VisKind, degrade_ir, degrade_vis, motion_blur
 from recofuse_core.scenes import Scene, make_scene
-from service.files import contact_sheet, write_picture
-from service.settings import CodecSettings
+from service.command.files import contact_sheet, write_picture
+from service.terms.settings import CodecSettings
 from tests.browser import chromium, chromium_path
 
 IMAGES = Path(__file__).parent / "images"
-SAMPLES = Path(__file__).parents[1] / "service" / "page" / "samples"
+SAMPLES = Path(__file__).parents[1] / "service" / "faces" / "http" / "page" / "samples"
 CODEC = CodecSettings(webp_quality=80)
 SAMPLE_CODEC = CodecSettings(webp_quality=75)  # all of them travel inside the package, and noise packs badly
 Pixels = NDArray[np.uint8]
@@ -49,7 +49,7 @@ GALLERY = (
     Exhibit("everything", 58, ("haze", "colour_cast", "gaussian_noise"), ("low_contrast", "stripes", "jpeg"), 9),
 )
 
-# The playground's; named in service/page/page.js.
+# The playground's; named in service/faces/http/page/page.js.
 PLAYGROUND = (
     Exhibit("night", 7, ("low_light", "gaussian_noise"), ("low_contrast", "stripes", "gaussian_noise")),
     Exhibit("haze", 12, ("haze",), ("gaussian_noise",), 5),

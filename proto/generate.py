@@ -1,14 +1,14 @@
 """Generates the Python messages and stubs of the public contract: `python proto/generate.py [FOLDER]`.
 
-protoc names the modules after the folders of proto/, as if they lay at the top level. Here they live below service.pb,
-so their imports of each other are rewritten. The descriptors keep their public names (recofuse/v1/fusion.proto), so
-that other code generated from the same files can share a process with this one.
+protoc names the modules after the folders of proto/, as if they lay at the top level. Here they live below
+recofuse_protos, so their imports of each other are rewritten. The descriptors keep their public names
+(recofuse/v1/fusion.proto), so that other code generated from the same files can share a process with this one.
 
 The Open Inference Protocol's messages are also shipped by its clients (tritonclient, kserve), under file names of their
 own, and protobuf's default pool refuses a message that comes twice. Ours go into a pool of their own.
 
 gRPC's plugin gives every method of a servicer a body that answers UNIMPLEMENTED, for servers that leave it out. Ours
-leaves none out, which tests/service/test_grpc.py holds; a note at the top of those modules says so.
+leaves none out, which tests/service/faces/grpc holds; a note at the top of those modules says so.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from grpc_tools import protoc
 
 SOURCE = Path(__file__).parent
-TARGET = SOURCE.parent / "service" / "pb"
-PACKAGE = "service.pb"
+TARGET = SOURCE.parent / "recofuse_protos"
+PACKAGE = "recofuse_protos"
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 IMPORT = re.compile(r"^(from|import) (recofuse|inference)\.", re.MULTILINE)
 FOREIGN = ("inference",)  # folders of messages that others define as well
@@ -30,7 +30,7 @@ DEFAULT_POOL = "_descriptor_pool.Default()"
 OWN_POOL = "_descriptor_pool.DescriptorPool()"
 SERVICER_NOTE = (
     "# The bodies of the servicers below answer for methods that a server leaves out; service/ leaves none out, which\n"
-    "# tests/service/test_grpc.py holds. Like all of this module they are the plugin's: see proto/generate.py.\n"
+    "# tests/service/faces/grpc holds. Like all of this module they are the plugin's: see proto/generate.py.\n"
 )
 
 

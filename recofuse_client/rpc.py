@@ -37,7 +37,7 @@ from recofuse_client.pictures import ImageLike, checked_array, file_of, npy_pixe
 from recofuse_client.protocols import Target
 from recofuse_client.retries import Operation, Send
 from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings, ir_source_of
-from service.pb.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["FusionService"].full_name
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"

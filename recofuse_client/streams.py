@@ -38,7 +38,7 @@ from recofuse_client.pictures import ImageLike
 from recofuse_client.retries import Retry
 from recofuse_client.rpc import SERVICE, error_of_call, error_of_detail, fusion_of, image_message, options_message
 from recofuse_client.values import Frame, FrameResult, Mode, Options, StreamStats
-from service.pb.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 
 METHOD = f"/{SERVICE}/FuseStream"
 Frames = Iterable[Frame | tuple[ImageLike, ImageLike]]

@@ -1,6 +1,6 @@
 """`python -m service` is the `recofuse` command."""
 
-from service.cli import main
+from service.command.cli import main
 
 if __name__ == "__main__":
     main()

@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from recofuse_images.reader import Pair
-from service import images
-from service.engine import EngineInfo, NullEngine, PassOptions, Pixels
-from service.errors import OutOfMemoryError
-from service.jobs import FusionJob, FusionOptions, IrSource, Part, Priority, new_job_id
-from service.settings import CodecSettings, LimitSettings
+from service.terms import images
+from service.terms.errors import OutOfMemoryError
+from service.terms.jobs import FusionJob, FusionOptions, IrSource, Part, Priority, new_job_id
+from service.terms.settings import CodecSettings, LimitSettings
+from service.work.engine import EngineInfo, NullEngine, PassOptions, Pixels
 
 
 class FakeClock:

@@ -18,35 +18,35 @@ CORE_BANNED = ("service", "pydantic", "fastapi", "grpc", "redis", "typer", "matp
 SERVICE_BANNED: dict[str, tuple[str, ...]] = {
     "service": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
     "service.__main__": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.api": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.auth": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.batcher": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.cameras": ("torch", "recofuse_core", "fastapi", "redis"),
-    "service.cli": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),  # each verb imports what it needs
-    "service.demo": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.engine": ("fastapi", "grpc", "redis"),
-    "service.files": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.errors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.gateway": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.gpu": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.grpc_api": ("torch", "recofuse_core", "fastapi", "redis"),
-    "service.http_protocol": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.images": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.jobs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.oip": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.oip_grpc": ("torch", "recofuse_core", "fastapi", "redis"),
-    "service.oip_http": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.playground": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.queue": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.redis_auth": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.redis_queue": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.serve": ("torch", "recofuse_core", "grpc"),
-    "service.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.streams": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.tracing": ("torch", "recofuse_core", "fastapi", "grpc", "redis", "opentelemetry.sdk"),
-    "service.worker": ("fastapi", "grpc"),
+    "service.faces.http.app": ("torch", "recofuse_core", "redis", "grpc"),
+    "service.access.auth": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.work.batcher": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.command.cameras": ("torch", "recofuse_core", "fastapi", "redis"),
+    "service.command.cli": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),  # each verb imports what it needs
+    "service.command.demo": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.work.engine": ("fastapi", "grpc", "redis"),
+    "service.command.files": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.terms.errors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.faces.gateway": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.watch.gpu": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.faces.grpc.server": ("torch", "recofuse_core", "fastapi", "redis"),
+    "service.faces.http.protocol": ("torch", "recofuse_core", "redis", "grpc"),
+    "service.terms.images": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.terms.jobs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.watch.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.watch.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.faces.oip.tensors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.faces.oip.grpc": ("torch", "recofuse_core", "fastapi", "redis"),
+    "service.faces.oip.http": ("torch", "recofuse_core", "redis", "grpc"),
+    "service.faces.http.playground": ("torch", "recofuse_core", "redis", "grpc"),
+    "service.queue.contract": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.access.redis": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.queue.redis": ("torch", "recofuse_core", "fastapi", "grpc"),
+    "service.command.processes": ("torch", "recofuse_core", "grpc"),
+    "service.terms.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.faces.grpc.ledger": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
+    "service.watch.tracing": ("torch", "recofuse_core", "fastapi", "grpc", "redis", "opentelemetry.sdk"),
+    "service.work.worker": ("fastapi", "grpc"),
 }
 
 # The client is for machines that have neither the model nor the service: of the service, only the generated messages.
@@ -54,7 +54,7 @@ CLIENT_BANNED = ("torch", "recofuse_core", "fastapi", "pydantic", "redis", "uvic
 
 
 # Only these speak to the environment; everything else is handed its settings.
-ENVIRONMENT_READERS = {"service/cli.py"}
+ENVIRONMENT_READERS = {"service/command/cli.py"}
 
 
 def modules_of(package: str) -> set[str]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.drills import Report, Say
 from benchmarks.processes import Process, all_in_one, free_port
-from service.cameras import CameraPlan, CameraReport, render_loop, simulate
-from service.metrics import FlowMode
+from service.command.cameras import CameraPlan, CameraReport, render_loop, simulate
+from service.watch.metrics import FlowMode
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "engine": {"kind": "fixed", "fixed_batch_s": 0.1, "fixed_item_s": 0},  # 80 frames a second in batches of 8

@@ -23,8 +23,8 @@ import uvloop
 from benchmarks.drills import Report, Say
 from benchmarks.load import Load, ask, fuse_request, get_request, picture_pair
 from benchmarks.processes import Process, all_in_one, can_split, free_port, split
-from service.pb.recofuse.v1 import fusion_pb2 as pb
-from service.pb.recofuse.v1 import fusion_pb2_grpc
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 
 CONCURRENCY = 16
 NUM_JOBS = 40  # asynchronous ones, split only

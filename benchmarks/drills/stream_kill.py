@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.drills import Report, Say
 from benchmarks.processes import Process, Stack, StackError, can_split, free_port, recofuse, split, wait_ready
-from service.cameras import CameraPlan, CameraReport, Tally, render_loop, simulate
-from service.metrics import FlowMode
+from service.command.cameras import CameraPlan, CameraReport, Tally, render_loop, simulate
+from service.watch.metrics import FlowMode
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "engine": {"kind": "fixed", "fixed_batch_s": 0.05, "fixed_item_s": 0.005},

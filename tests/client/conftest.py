@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from recofuse_client import AsyncClient, Client, Retry
-from service.settings import PREFIX
+from service.terms.settings import PREFIX
 from tests.service.conftest import Server, Serving, serving
 
 __all__ = ["serving"]

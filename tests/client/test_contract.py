@@ -14,8 +14,8 @@ import pytest
 import trustme
 
 import recofuse_client as rc
-from service.auth import FileKeys, Scope, new_key
-from service.engine import EngineInfo
+from service.access.auth import FileKeys, Scope, new_key
+from service.work.engine import EngineInfo
 from tests.client.conftest import KINDS, QUICK, Served, served
 from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture
 from tests.service.conftest import Serving

@@ -19,8 +19,8 @@ from recofuse_images.frames import read_frame
 from recofuse_images.limits import Limits
 from recofuse_images.reader import read_vis
 from recofuse_images.scale import vis_levels
-from service.grpc_api import _content
-from service.pb.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from service.faces.grpc.server import _content
 from tests.fakes import file_of as encoded
 
 LIMITS = Limits(min_side=1)

@@ -23,7 +23,7 @@ from recofuse_client.http import _translated
 from recofuse_client.protocols import Target
 from recofuse_client.retries import Deadline, Operation, Pause, Send, is_safe_to_repeat, retried, run, run_async
 from recofuse_client.rpc import error_of_call
-from service.errors import ErrorCode
+from service.terms.errors import ErrorCode
 from tests.client.conftest import KINDS, NO_RETRY, QUICK, Any4
 from tests.fakes import picture
 

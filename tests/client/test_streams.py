@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import recofuse_client as rc
 from recofuse_client.retries import Retry
 from recofuse_client.streams import Ledger, StreamOptions
-from service.pb.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from tests.client.conftest import QUICK, ROOT, CommandServer, Served, reaching, served
 from tests.fakes import FakeEngine, picture
 from tests.service.conftest import Serving
@@ -450,7 +450,7 @@ async def test_a_rest_of_the_source_tries_no_patience(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GRPC)
 async def test_rates_slow_a_stream_down_without_loss(serving: Serving, kind: str, tmp_path: Any) -> None:
-    from service.auth import FileKeys, new_key
+    from service.access.auth import FileKeys, new_key
 
     record, key = new_key("camera", rate_per_s=4.0, burst=2)
     await FileKeys(tmp_path / "keys.json").put(record)

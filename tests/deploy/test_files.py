@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.settings import Settings
+from service.terms.settings import Settings
 from tests.deploy.compose import compose_file, image_environment, interpolated
 from tests.deploy.conftest import Needing
 
@@ -82,7 +82,7 @@ def test_a_front_end_starts_without_the_workers_packages() -> None:
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
-        "from service.cli import main\n"
+        "from service.command.cli import main\n"
         "sys.argv = ['recofuse', 'api', '--queue', 'redis://']\n"
         "main()\n"
     )
@@ -200,7 +200,7 @@ def test_every_query_can_be_parsed(tool: Needing, tmp_path: Path) -> None:
 def test_dashboards_show_only_what_the_code_or_an_exporter_names() -> None:
     from prometheus_client import CollectorRegistry
 
-    from service.metrics import Metrics
+    from service.watch.metrics import Metrics
 
     body, _ = Metrics(CollectorRegistry()).render()
     exported = set(re.findall(r"^# TYPE (\w+)", body.decode(), re.MULTILINE))

@@ -16,9 +16,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.jobs import Priority
-from service.redis_queue import GROUP, PREFIX
-from service.settings import Settings
+from service.queue.redis import GROUP, PREFIX
+from service.terms.jobs import Priority
+from service.terms.settings import Settings
 from tests.deploy.conftest import missing
 from tests.deploy.test_files import DEPLOY, metric_names
 
@@ -294,7 +294,7 @@ def test_scaling_looks_at_streams_and_metrics_that_exist() -> None:
     assert {stream["consumerGroup"] for stream in streams} == {GROUP}
     from prometheus_client import CollectorRegistry
 
-    from service.metrics import Metrics
+    from service.watch.metrics import Metrics
 
     body, _ = Metrics(CollectorRegistry()).render()
     for trigger in triggers:

@@ -23,8 +23,8 @@ import grpc
 import httpx
 import pytest
 
-from service.pb.recofuse.v1 import fusion_pb2 as pb
-from service.pb.recofuse.v1 import fusion_pb2_grpc
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from tests.deploy.compose import ROOT, LocalStack
 from tests.deploy.conftest import missing
 from tests.deploy.test_files import metric_names, queries

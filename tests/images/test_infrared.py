@@ -15,7 +15,7 @@ from PIL import Image
 from recofuse_client import AsyncClient
 from recofuse_images.errors import BadImageError
 from recofuse_images.reader import read_infrared, read_ir, read_pair
-from service.jobs import PixelFormat, RawLayout
+from service.terms.jobs import PixelFormat, RawLayout
 from tests.fakes import FakeEngine, file_of, picture
 from tests.images.files import VIS_FILE, saved, tiff_of
 from tests.images.test_radiometric import CONSTANTS, EXIF, Flir, jpeg_of, parts_of, scene, segment

@@ -29,7 +29,7 @@ from recofuse_images.limits import (
     Limits,
 )
 from recofuse_images.reader import inspect, read_pair
-from service.jobs import PixelFormat, RawLayout
+from service.terms.jobs import PixelFormat, RawLayout
 from tests.fakes import file_of, picture
 from tests.images.files import BAD_FILES, IR, IR_FILE, VIS, VIS_FILE, chunk, saved
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.serve import serve_all_in_one
-from service.settings import Settings
+from service.command.processes import serve_all_in_one
+from service.terms.settings import Settings
 from tests.fakes import FakeEngine
 
 

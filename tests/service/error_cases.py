@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recofuse_images.errors import BadImageError, ImageError, ImageTooLargeError, UnsupportedImageError
-from service.errors import ErrorCode
-from service.pb.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from service.terms.errors import ErrorCode
 from tests.fakes import file_of, pair, picture
 from tests.images.files import BAD_FILES
 

@@ -13,8 +13,8 @@ from benchmarks.drills import Report, __main__, bad_day, cameras, drain, hostile
 from benchmarks.load import Load, ask, fuse_request, get_request, picture_pair, scrape
 from benchmarks.processes import Stack, all_in_one
 from benchmarks.service import Measurement, judge, markdown
-from service.cameras import CameraPlan, CameraReport, Tally
-from service.metrics import FlowMode
+from service.command.cameras import CameraPlan, CameraReport, Tally
+from service.watch.metrics import FlowMode
 
 MODULES = {
     "bad_day": bad_day, "cameras": cameras, "drain": drain, "hostile": hostile, "kill": kill, "overhead": overhead,

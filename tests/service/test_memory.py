@@ -20,10 +20,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import service
-from service.jobs import FusionJob
-from service.pb.inference.v2 import inference_pb2
-from service.pb.recofuse.v1 import fusion_pb2 as pb
-from service.pb.recofuse.v1 import fusion_pb2_grpc
+from recofuse_protos.inference.v2 import inference_pb2
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
+from service.terms.jobs import FusionJob
 from tests.fakes import FakeEngine, job
 from tests.service.conftest import Serving
 from tests.service.error_cases import ERROR_CASES, IR, VIS

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.settings import PREFIX
+from service.terms.settings import PREFIX
 from tests.fakes import pair
 from tests.service.redis_server import RedisServer
 

@@ -1,0 +1,1 @@
+"""The `recofuse` command and the processes that it starts."""

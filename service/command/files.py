@@ -1,0 +1,141 @@
+"""Fusing files on disk without a server: pairs found by name, one by one through an engine; and picture sheets.
+
+It uses the server's codec (`images.py`) and engine, so the same pair, options and seed give the same pixels as
+`POST /v1/fuse`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from recofuse_images.names import FoundPair, PairingError, PassedOver, pair_paths
+from recofuse_images.reader import Pair
+from service.terms import images
+from service.terms.errors import InvalidInputError
+from service.terms.jobs import ImageFormat, Part, Stage
+from service.terms.settings import CodecSettings, LimitSettings
+from service.work.engine import Engine, PassOptions
+
+Pixels = NDArray[np.uint8]
+
+FORMAT_OF_SUFFIX = {
+    ".png": ImageFormat.PNG,
+    ".jpg": ImageFormat.JPEG,
+    ".jpeg": ImageFormat.JPEG,
+    ".webp": ImageFormat.WEBP,
+    ".npy": ImageFormat.NPY,
+}
+
+_MARGIN, _LABEL_HEIGHT = 8, 28  # pixels of a sheet
+_BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a stage took: seconds on the clock, and seconds of processor time over all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One fused pair: what went in (8 bits, on the vis grid), what came out, and what each stage cost."""
+
+    inputs: Pair
+    pictures: Mapping[Part, Pixels]
+    costs: Mapping[Stage, Cost]
+
+
+def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[list[FoundPair], list[PassedOver]]:
+    """The pairs of two files, of two folders or of one folder for both sides, and the files in no pair.
+
+    recofuse_images/names.py says which names are a pair. `leave_out` is a folder that is not searched, the output's.
+    Raises InvalidInputError for what it refuses: a missing path, a file beside a folder, one file as both sides, names
+    that are ambiguous, and paths without any pair.
+    """
+    try:
+        return pair_paths(vis, ir, leave_out=leave_out)
+    except PairingError as error:
+        raise InvalidInputError(str(error)) from error
+
+
+def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:
+    """Where each picture goes: a single or the fused one to `output`, the others beside it with `_vis` or `_ir`.
+
+    Raises InvalidInputError if the suffix names no format that can be written.
+    """
+    if output.suffix.lower() not in FORMAT_OF_SUFFIX:
+        raise InvalidInputError(
+            f"output: {output.name} does not end in one of {', '.join(FORMAT_OF_SUFFIX)}; two folders need a folder"
+        )
+    if len(parts) == 1:
+        return {parts[0]: output}
+    return {
+        part: output if part is Part.FUSED else output.with_name(f"{output.stem}_{part.value}{output.suffix}")
+        for part in parts
+    }
+
+
+def fuse_files(
+    engine: Engine,
+    pair: FoundPair,
+    outputs: Mapping[Part, Path],
+    options: PassOptions,
+    seed: int,
+    limits: LimitSettings,
+    codec: CodecSettings,
+    vis_range: tuple[float, float] | None = None,
+    ir_range: tuple[float, float] | None = None,
+) -> Fusion:
+    """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths."""
+    costs: dict[Stage, Cost] = {}
+    with _measured(costs, Stage.DECODE):
+        vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
+        inputs = images.decode_pair(vis, ir, limits, vis_range=vis_range, ir_range=ir_range)
+    with _measured(costs, Stage.MODEL):
+        batch = engine.fuse(inputs.vis[None], inputs.ir[None], options, [seed])
+    pictures = {part: batch[part][0] for part in outputs}
+    with _measured(costs, Stage.ENCODE):
+        for part, path in outputs.items():
+            write_picture(path, pictures[part], codec)
+    return Fusion(inputs, pictures, costs)
+
+
+def write_picture(path: Path, pixels: Pixels, codec: CodecSettings) -> None:
+    """Write a picture in the format that the path's suffix names, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(images.encode(pixels, FORMAT_OF_SUFFIX[path.suffix.lower()], codec))
+
+
+@contextmanager
+def _measured(costs: dict[Stage, Cost], stage: Stage) -> Iterator[None]:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield
+    costs[stage] = Cost(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]]) -> Pixels:
+    """Rows of labelled pictures, (H, W, 3) RGB or (H, W) grey, side by side at full size: (H', W', 3)."""
+    width = max(sum(picture.shape[1] + _MARGIN for _, picture in row) for row in rows) + _MARGIN
+    heights = [max(picture.shape[0] for _, picture in row) + _LABEL_HEIGHT + _MARGIN for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=16)
+    top = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = _MARGIN
+        for label, picture in row:
+            draw.text((left + 2, top + 2), label, fill=_INK, font=font)
+            sheet.paste(Image.fromarray(picture).convert("RGB"), (left, top + _LABEL_HEIGHT))
+            left += picture.shape[1] + _MARGIN
+        top += height
+    return np.asarray(sheet)

@@ -1,0 +1,1 @@
+"""What callers speak to: HTTP, gRPC, Open Inference, and the gateway behind them."""

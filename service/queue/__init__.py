@@ -1,0 +1,1 @@
+"""Where jobs wait: the contract, in memory and on Redis."""

@@ -1,0 +1,1 @@
+"""What all rooms speak in: jobs, errors, settings, images."""

@@ -1,0 +1,162 @@
+"""The service's side of `recofuse_images`: limits from settings, errors of the one tree, what a worker does with files.
+
+A front end calls `check_request` alone, which reads headers. The codec of a worker reads and writes pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recofuse_images import errors, reader
+from recofuse_images.limits import Limits
+from recofuse_images.reader import Pair, Role
+from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
+from service.terms.jobs import FusionJob, ImageFormat, Part, RawLayout
+from service.terms.settings import CodecSettings, LimitSettings
+
+Pixels = NDArray[np.uint8]
+
+
+def check_request(
+    vis: bytes, ir: bytes, vis_layout: RawLayout | None, ir_layout: RawLayout | None, limits: LimitSettings
+) -> tuple[int, int]:
+    """Check both sides without decoding them; returns the vis width and height, orientation applied.
+
+    Raises UnsupportedMediaError, PayloadTooLargeError and InvalidInputError.
+    """
+    vis_size, ir_size = size_of(vis, "vis", vis_layout, limits), size_of(ir, "ir", ir_layout, limits)
+    with _as_service_errors():
+        if vis_layout is None and ir_layout is None:
+            reader.check_sides(vis, ir)
+        reader.check_sizes(vis_size, ir_size, _limits_of(limits))
+    return vis_size
+
+
+def size_of(data: bytes, role: Role, layout: RawLayout | None, limits: LimitSettings) -> tuple[int, int]:
+    """Check one side without decoding it; returns width and height. Raises like `check_request`."""
+    with _as_service_errors():
+        if layout is None:
+            return reader.inspect(data, role, _limits_of(limits)).upright_size
+        reader.inspect_frame(data, layout, role, _limits_of(limits))
+        return layout.width, layout.height
+
+
+def decode_pair(
+    vis: bytes,
+    ir: bytes,
+    limits: LimitSettings,
+    *,
+    vis_range: tuple[float, float] | None = None,
+    ir_range: tuple[float, float] | None = None,
+    vis_layout: RawLayout | None = None,
+    ir_layout: RawLayout | None = None,
+) -> Pair:
+    """Both images as 8 bits on the vis grid. Raises like `check_request`; never returns a partly decoded image."""
+    with _as_service_errors():
+        return reader.read_pair(
+            vis,
+            ir,
+            _limits_of(limits),
+            vis_range=vis_range,
+            ir_range=ir_range,
+            vis_layout=vis_layout,
+            ir_layout=ir_layout,
+        )
+
+
+def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> bytes:
+    """A picture, (H, W, 3) RGB or (H, W) grey, as a file; npy is the uint8 array itself. Raises InvalidInputError."""
+    from recofuse_images import writer  # not above: front ends write no pictures, and go without OpenCV
+
+    with _as_service_errors():
+        match image_format:
+            case ImageFormat.NPY:
+                return writer.npy_bytes(pixels)
+            case ImageFormat.PNG:
+                return writer.png_bytes(pixels, codec.png_compression)
+            case ImageFormat.JPEG:
+                return writer.jpeg_bytes(pixels, codec.jpeg_quality)
+            case ImageFormat.WEBP:
+                return writer.webp_bytes(pixels, codec.webp_quality)
+
+
+class Codec(Protocol):
+    """What a worker does between a job's bytes and pixels. Calls block, and come from several threads at once."""
+
+    def decode(self, job: FusionJob) -> Pair:
+        """A job's pair, as `decode_pair` has it. Raises like `check_request`."""
+
+    def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
+        """One picture of the answer, in the job's format. Raises InvalidInputError."""
+
+
+def build_codec(settings: CodecSettings, limits: LimitSettings) -> Codec:
+    """The codec that the settings ask for."""
+    return ReadyBytes() if settings.kind == "ready" else FileCodec(settings, limits)
+
+
+class FileCodec:
+    """Reads and writes image files."""
+
+    def __init__(self, settings: CodecSettings, limits: LimitSettings) -> None:
+        self._settings = settings
+        self._limits = limits
+
+    def decode(self, job: FusionJob) -> Pair:
+        """See Codec."""
+        return decode_pair(
+            job.vis,
+            job.ir,
+            self._limits,
+            vis_range=job.options.vis_range,
+            ir_range=job.options.ir_range,
+            vis_layout=job.vis_layout,
+            ir_layout=job.ir_layout,
+        )
+
+    def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
+        """See Codec."""
+        return encode(pixels, job.options.format, self._settings)
+
+
+class ReadyBytes:
+    """Reads and writes nothing: one black pixel stands for each image, and the uploaded file is the answer.
+
+    For measuring what the service costs without its codec. Headers are still checked at admission.
+    """
+
+    def decode(self, job: FusionJob) -> Pair:
+        """See Codec."""
+        return Pair(vis=np.zeros((1, 1, 3), np.uint8), ir=np.zeros((1, 1), np.uint8))
+
+    def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
+        """See Codec."""
+        return job.ir if part is Part.IR else job.vis
+
+
+def _limits_of(settings: LimitSettings) -> Limits:
+    return Limits(
+        max_image_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_pixels,
+        max_side=settings.max_side,
+        min_side=settings.min_side,
+        aspect_tolerance=settings.aspect_tolerance,
+    )
+
+
+@contextmanager
+def _as_service_errors() -> Iterator[None]:
+    """The errors of `recofuse_images` as those of the tree that HTTP and gRPC know."""
+    try:
+        yield
+    except errors.UnsupportedImageError as error:
+        raise UnsupportedMediaError(str(error)) from error
+    except errors.ImageTooLargeError as error:
+        raise PayloadTooLargeError(str(error)) from error
+    except errors.ImageError as error:
+        raise InvalidInputError(str(error)) from error

@@ -1,0 +1,468 @@
+"""What crosses the queue: a job on its way in, a result on its way out, and their exact bytes.
+
+The bytes are explicit and safe to read from anyone: a magic word, the length of a JSON header, the header, then the raw
+payloads one after the other, with their lengths in the header. Nothing is pickled.
+
+A queue that stores payloads apart from the header (Redis side keys) uses `FusionJob.header_bytes` and
+`FusionJob.from_parts`; `to_bytes` and `from_bytes` join both. Times are Unix seconds, because they cross hosts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from service.terms.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
+
+JOB_MAGIC = b"RFJ1"
+RESULT_MAGIC = b"RFR1"
+MAX_WARNINGS = 5  # of a result, and their length: they travel as HTTP headers, of which proxies take few kilobytes
+MAX_WARNING_CHARS = 240
+
+
+class JobStatus(StrEnum):
+    """Where a job stands. The last four are final and never change again."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the status can no longer change."""
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+class Priority(StrEnum):
+    """Priority classes, most urgent first; one Redis stream each."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def rank(self) -> int:
+        """0 for the most urgent class."""
+        return list(Priority).index(self)
+
+
+class Output(StrEnum):
+    """What a request may ask for."""
+
+    FUSED = "fused"
+    VIS = "vis"
+    IR = "ir"
+    ALL = "all"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The single pictures that this asks for, in the order of the answer."""
+        return tuple(Part) if self is Output.ALL else (Part(self.value),)
+
+
+class Part(StrEnum):
+    """One picture of an answer: the fusion, or one of the two restored images."""
+
+    FUSED = "fused"
+    VIS = "vis"
+    IR = "ir"
+
+
+class ImageFormat(StrEnum):
+    """Encodings of the answer."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    NPY = "npy"
+
+    @property
+    def media_type(self) -> str:
+        """The MIME type of one picture in this format."""
+        return "application/x-npy" if self is ImageFormat.NPY else f"image/{self.value}"
+
+
+class PixelFormat(StrEnum):
+    """Layouts of raw frames (streams and tensors); encoded files carry their own."""
+
+    MONO8 = "mono8"
+    MONO16 = "mono16"  # little endian
+    RGB8 = "rgb8"
+    BGR8 = "bgr8"
+    NV12 = "nv12"  # video-range YUV 4:2:0 (BT.601), even width and height
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Bytes of one pixel in a row; of NV12, in a row of either plane."""
+        return {PixelFormat.MONO16: 2, PixelFormat.RGB8: 3, PixelFormat.BGR8: 3}.get(self, 1)
+
+
+class Stage(StrEnum):
+    """The parts of a request's time, in order."""
+
+    DECODE = "decode"
+    QUEUE = "queue"
+    BATCH = "batch"
+    MODEL = "model"
+    ENCODE = "encode"
+
+
+Sampler = Literal["euler", "posterior", "ode1", "ode2"]
+
+# What was read of an infrared file: the counts or temperatures embedded in a thermal camera's JPEG, a false-colour
+# picture turned back into intensity, or its grey values.
+IrSource = Literal["raw", "palette", "grey"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FusionOptions(_Strict):
+    """What the caller may choose about the computation and the answer.
+
+    steps, sampler: None asks for the model's own default. vis_range, ir_range: the source values (lowest, highest) that
+    become black and white in the visible and in the infrared image, in place of the automatic choice.
+    """
+
+    output: Output = Output.FUSED
+    format: ImageFormat = ImageFormat.PNG
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    sampler: Sampler | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    vis_range: tuple[float, float] | None = None
+    ir_range: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for name, given, example in (
+            ("vis_range", self.vis_range, "0,4095"),
+            ("ir_range", self.ir_range, "7000,9500"),
+        ):
+            if given is not None and not given[0] < given[1]:
+                raise ValueError(f"{name} takes two numbers, the lower one first, such as {example}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
+        values: dict[str, Any] = serialise(self)
+        if self.vis_range is None:
+            del values["vis_range"]
+        return values
+
+
+class RawLayout(_Strict):
+    """How to read a raw frame. stride: bytes from one row to the next, at least the row's own bytes."""
+
+    pixel_format: PixelFormat
+    width: Annotated[int, Field(ge=1, le=1 << 20)]
+    height: Annotated[int, Field(ge=1, le=1 << 20)]
+    stride: Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+_Header = TypeVar("_Header", bound=_Strict)
+
+
+class _JobHeader(_Strict):
+    id: Annotated[str, Field(pattern=r"^[0-9a-zA-Z_-]{1,64}$")]
+    options: FusionOptions
+    priority: Priority
+    width: Annotated[int, Field(ge=1)]
+    height: Annotated[int, Field(ge=1)]
+    created_s: float
+    deadline_s: float | None
+    request_id: str
+    traceparent: str | None
+    keep_result: bool
+    vis_layout: RawLayout | None
+    ir_layout: RawLayout | None
+    sizes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]  # bytes of vis and ir
+
+
+def new_job_id() -> str:
+    """A fresh, unguessable id: whoever knows it may read the result.
+
+    Hexadecimal, because ids are typed into command lines, where a leading dash would make one an option.
+    """
+    return secrets.token_hex(18)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionJob:
+    """One pair to fuse.
+
+    vis, ir: image files as they were received, or raw frames when a layout says how to read them.
+    width, height: of the VIS image as it will be decoded (orientation applied), read from its header at admission, so
+    that jobs of one shape can be found without decoding anything.
+    created_s, deadline_s: Unix seconds; after the deadline nobody wants the result. None: no deadline.
+    keep_result: whether the result stays readable after it has been delivered once (asynchronous and idempotent jobs).
+    traceparent: W3C trace context of the request, if it is traced.
+    """
+
+    id: str
+    vis: bytes
+    ir: bytes
+    width: int
+    height: int
+    created_s: float
+    options: FusionOptions = field(default_factory=FusionOptions)
+    priority: Priority = Priority.NORMAL
+    deadline_s: float | None = None
+    request_id: str = ""
+    traceparent: str | None = None
+    keep_result: bool = False
+    vis_layout: RawLayout | None = None
+    ir_layout: RawLayout | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Payload bytes, which admission counts."""
+        return len(self.vis) + len(self.ir)
+
+    def is_expired(self, now_s: float) -> bool:
+        """Whether nobody waits for the result any more."""
+        return self.deadline_s is not None and now_s >= self.deadline_s
+
+    def fingerprint(self) -> str:
+        """Hex digest of what the request asked for; equal for a repeated request, whatever its id and time."""
+        digest = hashlib.blake2b(self.options.model_dump_json().encode(), digest_size=16)
+        for payload, layout in ((self.vis, self.vis_layout), (self.ir, self.ir_layout)):
+            digest.update(b"encoded" if layout is None else layout.model_dump_json().encode())
+            digest.update(len(payload).to_bytes(8, "little"))
+            digest.update(payload)
+        return digest.hexdigest()
+
+    def header_bytes(self) -> bytes:
+        """Everything but the payloads, as JSON."""
+        header = _JobHeader(
+            id=self.id,
+            options=self.options,
+            priority=self.priority,
+            width=self.width,
+            height=self.height,
+            created_s=self.created_s,
+            deadline_s=self.deadline_s,
+            request_id=self.request_id,
+            traceparent=self.traceparent,
+            keep_result=self.keep_result,
+            vis_layout=self.vis_layout,
+            ir_layout=self.ir_layout,
+            sizes=(len(self.vis), len(self.ir)),
+        )
+        return header.model_dump_json().encode()
+
+    @classmethod
+    def from_parts(cls, header: bytes, vis: bytes, ir: bytes) -> Self:
+        """The job of `header_bytes` and its two payloads. Raises MalformedRequestError."""
+        parsed = _parse(_JobHeader, header)
+        if parsed.sizes != (len(vis), len(ir)):
+            raise MalformedRequestError(f"payloads of {(len(vis), len(ir))} bytes where {parsed.sizes} were announced")
+        fields = {name: getattr(parsed, name) for name in _JobHeader.model_fields if name != "sizes"}
+        return cls(vis=vis, ir=ir, **fields)
+
+    def to_bytes(self) -> bytes:
+        """The whole job as one string of bytes."""
+        return _join(JOB_MAGIC, self.header_bytes(), (self.vis, self.ir))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
+        header, body = _split(JOB_MAGIC, raw)
+        num_vis, num_ir = _parse(_JobHeader, header).sizes
+        if len(body) != num_vis + num_ir:
+            raise MalformedRequestError(f"a job of {num_vis + num_ir} payload bytes came with {len(body)}")
+        return cls.from_parts(header, bytes(body[:num_vis]), bytes(body[num_vis:]))
+
+
+class _ResultHeader(_Strict):
+    model_config = ConfigDict(extra="ignore")  # a newer worker may tell more; a job with options unknown here may not
+
+    job_id: str
+    media_type: str
+    parts: dict[Part, Annotated[int, Field(ge=0)]]  # bytes of each picture, in payload order
+    timings_s: dict[Stage, float]
+    model_name: str
+    model_version: str
+    batch_size: Annotated[int, Field(ge=0)]
+    width: Annotated[int, Field(ge=0)]
+    height: Annotated[int, Field(ge=0)]
+    error_code: ErrorCode | None
+    error_message: str
+    ir_source: str = ""  # older workers tell neither
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionResult:
+    """What became of a job: its pictures, or the reason why there are none.
+
+    images: encoded pictures by part, each of media_type, all of width x height. timings_s: seconds per stage.
+    batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
+    the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
+    for people, as `printable` has them.
+    """
+
+    job_id: str
+    images: Mapping[Part, bytes] = field(default_factory=dict)
+    media_type: str = ""
+    timings_s: Mapping[Stage, float] = field(default_factory=dict)
+    model_name: str = ""
+    model_version: str = ""
+    batch_size: int = 0
+    width: int = 0
+    height: int = 0
+    error_code: ErrorCode | None = None
+    error_message: str = ""
+    ir_source: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def failed(cls, job_id: str, error: ServiceError, timings_s: Mapping[Stage, float] | None = None) -> Self:
+        """The result of a job that ended with this error."""
+        return cls(job_id=job_id, error_code=error.code, error_message=error.message, timings_s=timings_s or {})
+
+    @property
+    def status(self) -> JobStatus:
+        """The final status that this result stands for."""
+        if self.error_code is None:
+            return JobStatus.SUCCEEDED
+        ends = {ErrorCode.CANCELLED: JobStatus.CANCELLED, ErrorCode.TIMED_OUT: JobStatus.EXPIRED}
+        return ends.get(self.error_code, JobStatus.FAILED)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the pictures."""
+        return sum(len(image) for image in self.images.values())
+
+    def raise_for_error(self) -> None:
+        """Raises the ServiceError that the job ended with, if it did."""
+        if self.error_code is not None:
+            raise error_of(self.error_code, self.error_message)
+
+    def to_bytes(self) -> bytes:
+        """The whole result as one string of bytes."""
+        header = _ResultHeader(
+            job_id=self.job_id,
+            media_type=self.media_type,
+            parts={part: len(image) for part, image in self.images.items()},
+            timings_s=dict(self.timings_s),
+            model_name=self.model_name,
+            model_version=self.model_version,
+            batch_size=self.batch_size,
+            width=self.width,
+            height=self.height,
+            error_code=self.error_code,
+            error_message=self.error_message,
+            ir_source=self.ir_source,
+            warnings=self.warnings,
+        )
+        return _join(RESULT_MAGIC, header.model_dump_json().encode(), tuple(self.images.values()))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
+        header, body = _split(RESULT_MAGIC, raw)
+        parsed = _parse(_ResultHeader, header)
+        if len(body) != sum(parsed.parts.values()):
+            raise MalformedRequestError(f"a result of {sum(parsed.parts.values())} picture bytes came with {len(body)}")
+        images, start = {}, 0
+        for part, size in parsed.parts.items():
+            images[part] = bytes(body[start : start + size])
+            start += size
+        fields = {name: getattr(parsed, name) for name in _ResultHeader.model_fields if name != "parts"}
+        return cls(images=images, **fields)
+
+
+class WorkerInfo(_Strict):
+    """What a worker tells the front ends about itself, again and again while it lives.
+
+    One of a newer release may tell more than a front end knows; that is no reason to call it none.
+    batch_sizes: the batch sizes that the engine prefers, ascending. is_warm: whether it can serve at full speed now.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    model_name: str
+    model_version: str
+    device: str
+    default_steps: int
+    default_sampler: str
+    batch_sizes: tuple[int, ...]
+    is_warm: bool
+    started_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobView:
+    """What may be known about a job without reading its result. Times are Unix seconds."""
+
+    id: str
+    status: JobStatus
+    created_s: float
+    priority: Priority
+    attempts: int
+    deadline_s: float | None = None
+    finished_s: float | None = None
+    error_code: ErrorCode | None = None
+    error_message: str = ""
+
+
+def printable(warnings: Iterable[str]) -> tuple[str, ...]:
+    """Warnings as every face can show them: few, each one line of bounded length, without control characters.
+
+    They may quote what a file says of itself, and a file may say anything.
+    """
+    lines = []
+    for warning in warnings:
+        line = "".join(char if char.isprintable() else "?" for char in " ".join(warning.split()))
+        if line:
+            lines.append(line if len(line) <= MAX_WARNING_CHARS else f"{line[: MAX_WARNING_CHARS - 3]}...")
+    return tuple(lines[:MAX_WARNINGS])
+
+
+def _join(magic: bytes, header: bytes, payloads: Sequence[bytes]) -> bytes:
+    return b"".join((magic, len(header).to_bytes(4, "little"), header, *payloads))
+
+
+def _split(magic: bytes, raw: bytes) -> tuple[bytes, memoryview]:
+    view = memoryview(raw)
+    end = 8 + int.from_bytes(view[4:8], "little")
+    if bytes(view[:4]) != magic or len(view) < end:
+        raise MalformedRequestError(f"not a {magic.decode()} record, or cut short at {len(raw)} bytes")
+    return bytes(view[8:end]), view[end:]
+
+
+def _parse(kind: type[_Header], header: bytes) -> _Header:
+    try:
+        return kind.model_validate_json(header)
+    except ValidationError as error:
+        raise MalformedRequestError(f"a record's header is not valid: {problems_of(error)}") from error
+
+
+def problems_of(error: ValidationError) -> str:
+    """A validation error in one line: field and reason, without the offending content."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(step) for step in problem["loc"])
+        reason = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {reason}" if where else reason)
+    return "; ".join(lines)

@@ -1,0 +1,217 @@
+"""The one bridge between jobs and tensors: a batch of decoded pairs in, a batch of pictures out.
+
+An engine is called from one thread at a time. It gets pairs of one shape and one set of options and knows nothing of
+queues or files. `CoreEngine` runs the model; the two others stand in for it where the service itself is measured.
+
+torch is imported when a CoreEngine loads, not before, so that a process without a model stays small and starts fast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
+from service.terms.jobs import Part, Sampler
+from service.terms.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from recofuse_core import Runtime
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is running. batch_sizes: the sizes that it runs best, ascending; empty if it does not care."""
+
+    model_name: str
+    model_version: str
+    device: str
+    default_steps: int
+    default_sampler: Sampler
+    batch_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassOptions:
+    """What all jobs of one forward pass have in common, defaults filled in."""
+
+    steps: int
+    sampler: Sampler
+    parts: tuple[Part, ...]
+
+
+class Engine(Protocol):
+    """Loads, warms up, fuses. All calls block; all but `info` may take long."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is running; valid after `load`."""
+
+    def load(self) -> None:
+        """Read weights, move them to the device. Raises recofuse_core's CheckpointError or OSError."""
+
+    def warm_up(self) -> None:
+        """Run once what later passes need, so that the first request is not slower than the others."""
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """From vis (B, H, W, 3) and ir (B, H, W) to the asked parts: fused and vis (B, H, W, 3), ir (B, H, W).
+
+        Item i depends on its own images and seeds[i] alone. Raises OutOfMemoryError (a smaller batch may work),
+        InvalidInputError (the shape can never work) and InternalError.
+        """
+
+
+def build_engine(settings: EngineSettings) -> Engine:
+    """The engine that the settings ask for, not loaded yet."""
+    if settings.kind == "null":
+        return NullEngine()
+    if settings.kind == "fixed":
+        return FixedCostEngine(settings.fixed_batch_s, settings.fixed_item_s)
+    return CoreEngine(settings)
+
+
+class NullEngine:
+    """Costs nothing and returns its input; fused is the vis image. For measuring what the service adds."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        return EngineInfo("null", "1", "none", default_steps=1, default_sampler="ode1")
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def warm_up(self) -> None:
+        """Nothing to warm up."""
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        return {part: ir if part is Part.IR else vis for part in options.parts}
+
+
+class FixedCostEngine(NullEngine):
+    """Takes batch_s + B * item_s for each pass without using the processor, as a GPU would; returns its input."""
+
+    def __init__(self, batch_s: float = 0.020, item_s: float = 0.002) -> None:
+        self._batch_s = batch_s
+        self._item_s = item_s
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        return EngineInfo("fixed", "1", "none", default_steps=1, default_sampler="ode1")
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        time.sleep(self._batch_s + len(vis) * self._item_s)
+        return super().fuse(vis, ir, options, seeds)
+
+
+class CoreEngine:
+    """Runs recofuse_core on a CPU or one GPU."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._runtime: Runtime | None = None
+        self._device = settings.device
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        runtime = self._loaded()
+        model = runtime.info
+        return EngineInfo(
+            model_name=model.name,
+            model_version=model.version,
+            device=self._device,
+            default_steps=model.default_steps,
+            default_sampler=model.default_sampler,
+            batch_sizes=runtime.batch_sizes if runtime.records else (),
+        )
+
+    def load(self) -> None:
+        """See Engine."""
+        import torch
+
+        from recofuse_core import Runtime, load_pretrained
+        from recofuse_core.runtime import named_device
+
+        settings = self._settings
+        self._device = named_device(self._device)
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
+        self._runtime = Runtime(
+            load_pretrained(settings.model, device=self._device),
+            precision=settings.precision,
+            graphs=None if settings.graphs == "auto" else settings.graphs == "on",
+            max_graphs=settings.max_graphs,
+            batch_sizes=settings.batch_sizes,
+        )
+
+    def warm_up(self) -> None:
+        """See Engine."""
+        runtime = self._loaded()
+        sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
+        batches = runtime.batch_sizes if runtime.records else (1,)
+        shapes = [(batch, height, width) for width, height in sizes for batch in batches]
+        # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
+        for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
+            runtime.record(shapes, outputs=outputs, levels=True)
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        import torch
+
+        runtime = self._loaded()
+        with _translated(vis.shape):
+            output = runtime.fuse(
+                torch.from_numpy(vis).permute(0, 3, 1, 2),
+                torch.from_numpy(ir).unsqueeze(1),
+                steps=options.steps,
+                sampler=options.sampler,
+                seeds=seeds,
+                outputs=tuple(part.value for part in options.parts),
+            )
+            return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
+
+    def _loaded(self) -> Runtime:
+        if self._runtime is None:
+            raise InternalError("the model is not loaded")
+        return self._runtime
+
+
+def _to_pixels(levels: Any) -> Pixels:
+    """(B, C, H, W) levels to (B, H, W, 3) or, for one channel, (B, H, W)."""
+    levels = levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)
+    return np.ascontiguousarray(levels.numpy())
+
+
+@contextmanager
+def _translated(shape: tuple[int, ...]) -> Iterator[None]:
+    """The only place where the core's and torch's errors become the service's."""
+    import torch
+
+    from recofuse_core.errors import CoreError, ShapeError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit the device's memory") from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
+    except ShapeError as error:
+        raise InvalidInputError(str(error)) from error
+    except CoreError as error:
+        raise InternalError("the model failed on this pair") from error
+    except RuntimeError as error:
+        if "not enough memory" in str(error):  # the CPU allocator's own words; it has no class of its own
+            raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
+        raise

@@ -1,0 +1,447 @@
+"""A worker: take, decode, model, encode, finish; three stages that overlap, so that the model seldom waits.
+
+Decoding and encoding run on a few threads, the model on one, and everything else on the event loop, so no lock is
+needed. A job is held from take to finish; `max_held` bounds how many, and with them the memory and what a crash delays.
+
+What goes wrong with one job stays with it: undecodable images end at the decoder, a pass that fails is halved until the
+culprit is alone, and one that runs out of memory is halved until it fits. A stopped worker takes nothing new, finishes
+what it holds, and hands back the rest when time runs out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from recofuse_images.reader import Pair
+from service.queue.contract import Clock, JobQueue, Lease
+from service.terms import images
+from service.terms.errors import (
+    FAULTS,
+    INTERNAL_MESSAGE,
+    InternalError,
+    InvalidInputError,
+    OutOfMemoryError,
+    ServiceError,
+    TimedOutError,
+    UnavailableError,
+)
+from service.terms.jobs import FusionResult, Part, Stage, WorkerInfo, printable
+from service.terms.settings import Settings
+from service.watch import logs
+from service.watch.metrics import DropReason, Metrics
+from service.watch.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
+from service.work.batcher import Batcher, BatchPolicy, Waiting
+from service.work.engine import Engine, PassOptions
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+BACK_OFF_S = (0.05, 2.0)  # first and longest pause between two tries to reach the queue
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One job in this worker's hands."""
+
+    lease: Lease
+    pair: Pair | None = None
+    ready_s: float = 0.0
+    timings_s: dict[Stage, float] = field(default_factory=dict)
+    is_running: bool = False  # in the model or beyond
+    ir_source: str = ""  # of the pair, which is let go of before its result is there
+    warnings: tuple[str, ...] = ()
+    trace: JobTrace = NO_JOB_TRACE
+
+
+class Worker:
+    """Serves a queue with an engine until told to stop. One `run` per object."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        clock: Clock = time.time,
+        tracer: Tracer = NO_TRACES,
+    ) -> None:
+        self._queue = queue
+        self._engine = engine
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._tracer = tracer
+        self.id = settings.worker.id or f"{socket.gethostname()}-{os.getpid()}"
+        self._held: dict[str, _Held] = {}
+        self._num_decoding = 0
+        self._batcher: Batcher[_Held] = Batcher(self._policy(()))
+        self.warm = asyncio.Event()  # set once, when the model is loaded and has run
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()  # something the model loop should look at
+        self._room = asyncio.Event()  # a held job has ended
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._info: WorkerInfo | None = None
+        self._codec = images.build_codec(settings.codec, settings.limits)
+        num_threads = settings.worker.codec_threads or os.cpu_count() or 1
+        self._codecs = ThreadPoolExecutor(num_threads, thread_name_prefix="codec")
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the model is loaded and has run once."""
+        return self.warm.is_set()
+
+    @property
+    def num_held(self) -> int:
+        """Jobs in any stage."""
+        return len(self._held)
+
+    def stop(self) -> None:
+        """Take nothing new; `run` returns when everything held is finished or handed back."""
+        self._stopping.set()
+        self._changed.set()
+        self._room.set()
+
+    async def run(self) -> None:
+        """Load, warm up, serve until `stop`. Raises what loading raises; nothing else ends it."""
+        started_s = self._clock()
+        try:
+            await self._in_model_thread(self._engine.load)
+            await self._in_model_thread(self._engine.warm_up)
+            engine = self._engine.info
+            sizes = self._settings.batch.sizes or engine.batch_sizes
+            self._batcher = Batcher(self._policy(sizes))
+            self._info = WorkerInfo(
+                id=self.id,
+                model_name=engine.model_name,
+                model_version=engine.model_version,
+                device=engine.device,
+                default_steps=engine.default_steps,
+                default_sampler=engine.default_sampler,
+                batch_sizes=sizes,
+                is_warm=True,
+                started_s=started_s,
+            )
+            self._metrics.set_model(self._info)
+            # Known to the front ends before anyone is told that this worker is warm.
+            await self._announce(self._info)
+            self.warm.set()
+            logger.info(
+                "worker is ready", extra={"worker": self.id, "model": engine.model_name, "device": engine.device}
+            )
+            await self._serve(self._info)
+        finally:
+            self._codecs.shutdown(wait=False, cancel_futures=True)
+            self._model.shutdown(wait=False, cancel_futures=True)
+
+    async def _serve(self, info: WorkerInfo) -> None:
+        loops = [asyncio.create_task(loop()) for loop in (self._heartbeat_loop, self._model_loop)]
+        taking = asyncio.create_task(self._take_loop())
+        try:
+            stopped = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait([*loops, taking, stopped], return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            self._raise_if_failed([*loops, taking])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.worker.drain_timeout_s):
+                    await taking
+                    while self._held:
+                        self._room.clear()
+                        await self._room.wait()
+            self._raise_if_failed([*loops, taking])
+        finally:
+            for task in (*loops, taking, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*loops, taking, *self._tasks, return_exceptions=True)
+            with contextlib.suppress(UnavailableError, TimeoutError):
+                async with asyncio.timeout(5.0):
+                    await self._queue.release([held.lease for held in self._held.values()])
+                    await self._queue.announce(info.model_copy(update={"is_warm": False}), ttl_s=0)
+            logger.info("worker has stopped", extra={"worker": self.id, "handed_back": len(self._held)})
+            for held in self._held.values():
+                held.trace.end("handed_back")
+            self._held.clear()
+            self._metrics.jobs_held.set(0)
+
+    @staticmethod
+    def _raise_if_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    # stage 1: take and decode
+
+    async def _take_loop(self) -> None:
+        worker = self._settings.worker
+        max_held = worker.max_held or 3 * self._settings.batch.max_batch
+        while not self._stopping.is_set():
+            if len(self._held) >= max_held:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            num_free = max_held - len(self._held)
+            leases = await self._patiently(
+                lambda num_free=num_free: self._queue.take(self.id, max_jobs=num_free, wait_s=worker.take_wait_s)  # type: ignore[misc]
+            )
+            now = self._clock()
+            for lease in leases:
+                if (known := self._held.get(lease.job.id)) is not None:
+                    known.lease = lease  # our own job came back after a stall; the work on it goes on
+                    continue
+                held = _Held(lease=lease, trace=self._tracer.job(lease, now))
+                held.timings_s[Stage.QUEUE] = max(0.0, now - lease.job.created_s)
+                self._held[lease.job.id] = held
+                self._num_decoding += 1
+                self._spawn(self._decode(held))
+            self._metrics.jobs_held.set(len(self._held))
+
+    async def _decode(self, held: _Held) -> None:
+        job = held.lease.job
+        try:
+            if await self._is_unwanted(held):
+                return
+            started = time.perf_counter()
+            try:
+                held.pair = await asyncio.get_running_loop().run_in_executor(self._codecs, self._codec.decode, job)
+            except ServiceError as error:
+                await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
+                return
+            except Exception:  # the process boundary of one job
+                logger.exception("decoding failed", extra={"job_id": job.id, "request_id": job.request_id})
+                await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
+                return
+            held.ir_source, held.warnings = held.pair.ir_source, printable(held.pair.warnings)
+            held.timings_s[Stage.DECODE] = time.perf_counter() - started
+            held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
+            held.ready_s = self._clock()
+            deadline_s = math.inf if job.deadline_s is None else job.deadline_s
+            # Both sizes are equal, unless a codec stands in for the pictures.
+            bucket = (job.width, job.height, held.pair.ir.shape, self._pass_options(held))
+            self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s))
+        finally:
+            self._num_decoding -= 1
+            self._changed.set()
+
+    # stage 2: the model
+
+    async def _model_loop(self) -> None:
+        while True:
+            self._changed.clear()
+            now = self._clock()
+            for held in self._batcher.remove_expired(now):
+                self._spawn(self._drop_expired(held))
+            batch = self._batcher.next_batch(now, num_coming=self._num_decoding)
+            if batch is None:
+                due_s = self._batcher.due_s(now)
+                timeout_s = None if due_s is None else max(0.0, due_s - now)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await self._changed.wait()
+                continue
+            gone = self._queue.cancelled([held.lease.job.id for held in batch])
+            for held in batch:
+                if held.lease.job.id in gone:
+                    self._drop(held, DropReason.CANCELLED)
+            batch = [held for held in batch if held.lease.job.id in self._held]
+            if batch:
+                await self._run_batch(batch)
+
+    async def _run_batch(self, batch: list[_Held]) -> None:
+        now = self._clock()
+        for held in batch:
+            held.is_running = True
+            held.timings_s[Stage.BATCH] = max(0.0, now - held.ready_s)
+            held.trace.stage(Stage.BATCH, held.timings_s[Stage.BATCH], batch_size=len(batch))
+        options = self._pass_options(batch[0])
+        started = time.perf_counter()
+        try:
+            parts = await self._in_model_thread(lambda: self._forward(batch, options))
+        except Exception as error:  # noqa: BLE001 - one job's failure must not reach its neighbours, whatever it is
+            await self._split(batch, error)
+            return
+        seconds = time.perf_counter() - started
+        self._metrics.engine_busy_seconds.inc(seconds)
+        self._metrics.batch_size.observe(len(batch))
+        self._metrics.padded_items.inc(self._batcher.policy.padded(len(batch)) - len(batch))
+        for index, held in enumerate(batch):
+            held.timings_s[Stage.MODEL] = seconds
+            held.trace.stage(Stage.MODEL, seconds, batch_size=len(batch))
+            held.pair = None
+            self._spawn(self._encode(held, {part: stack[index] for part, stack in parts.items()}, len(batch)))
+
+    def _forward(self, batch: list[_Held], options: PassOptions) -> dict[Part, images.Pixels]:
+        """On the model's thread: stack, fill up to a size that the engine likes, run."""
+        pairs = [held.pair for held in batch if held.pair is not None]
+        seeds = [held.lease.job.options.seed for held in batch]
+        num_fill = self._batcher.policy.padded(len(pairs)) - len(pairs)
+        pairs += [pairs[-1]] * num_fill
+        seeds += [seeds[-1]] * num_fill
+        vis = np.stack([pair.vis for pair in pairs])
+        ir = np.stack([pair.ir for pair in pairs])
+        return self._engine.fuse(vis, ir, options, seeds)
+
+    async def _split(self, batch: list[_Held], error: Exception) -> None:
+        if len(batch) > 1:
+            self._metrics.batches_split.inc()
+            logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
+            middle = len(batch) // 2
+            await self._run_batch(batch[:middle])
+            await self._run_batch(batch[middle:])
+            return
+        if not isinstance(error, InvalidInputError | OutOfMemoryError):
+            ids = [held.lease.job.request_id for held in batch]
+            logger.error("the model failed", exc_info=error, extra={"request_ids": ids})
+        reported = error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE)
+        for held in batch:
+            self._spawn(self._finish(held, FusionResult.failed(held.lease.job.id, reported, held.timings_s)))
+
+    # stage 3: encode and finish
+
+    async def _encode(self, held: _Held, pictures: dict[Part, images.Pixels], batch_size: int) -> None:
+        job, info = held.lease.job, self._info
+        started = time.perf_counter()
+        try:
+            encoded = await asyncio.get_running_loop().run_in_executor(
+                self._codecs,
+                lambda: {part: self._codec.encode(job, part, pixels) for part, pixels in pictures.items()},
+            )
+        except ServiceError as error:
+            await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
+            return
+        except Exception:  # the process boundary of one job
+            logger.exception("encoding failed", extra={"job_id": job.id, "request_id": job.request_id})
+            await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
+            return
+        held.timings_s[Stage.ENCODE] = time.perf_counter() - started
+        held.trace.stage(Stage.ENCODE, held.timings_s[Stage.ENCODE])
+        result = FusionResult(
+            job_id=job.id,
+            images=encoded,
+            media_type=job.options.format.media_type,
+            timings_s={stage: held.timings_s[stage] for stage in Stage if stage in held.timings_s},
+            model_name=info.model_name if info else "",
+            model_version=info.model_version if info else "",
+            batch_size=batch_size,
+            width=job.width,
+            height=job.height,
+            ir_source=held.ir_source,
+            warnings=held.warnings,
+        )
+        await self._finish(held, result)
+
+    async def _finish(self, held: _Held, result: FusionResult) -> None:
+        is_visible = await self._patiently(lambda: self._queue.finish(held.lease, result))
+        if is_visible:
+            self._metrics.jobs_finished.labels(result.status).inc()
+            self._metrics.observe_stages(result.timings_s)
+        held.trace.end(result.error_code or result.status, is_error=result.error_code in FAULTS)
+        self._let_go(held)
+
+    # dropping what nobody wants
+
+    async def _is_unwanted(self, held: _Held) -> bool:
+        """Drop the job if it is past its deadline or cancelled."""
+        if held.lease.job.is_expired(self._clock()):
+            await self._drop_expired(held)
+            return True
+        if self._queue.cancelled([held.lease.job.id]):
+            self._drop(held, DropReason.CANCELLED)
+            return True
+        return False
+
+    async def _drop_expired(self, held: _Held) -> None:
+        self._metrics.jobs_dropped.labels(DropReason.EXPIRED).inc()
+        late = TimedOutError("the job's deadline passed before the model reached it")
+        await self._finish(held, FusionResult.failed(held.lease.job.id, late, held.timings_s))
+
+    def _drop(self, held: _Held, reason: DropReason) -> None:
+        self._metrics.jobs_dropped.labels(reason).inc()
+        self._batcher.remove(held.lease.job.id)
+        held.trace.end(reason)
+        self._let_go(held)
+
+    def _let_go(self, held: _Held) -> None:
+        self._held.pop(held.lease.job.id, None)
+        self._metrics.jobs_held.set(len(self._held))
+        self._room.set()
+
+    # life signs
+
+    async def _announce(self, info: WorkerInfo) -> None:
+        ttl_s = self._settings.worker.announce_ttl_s
+        await self._patiently(lambda: self._queue.announce(info, ttl_s=ttl_s))
+
+    async def _heartbeat_loop(self) -> None:
+        worker = self._settings.worker
+        while self._info is not None:
+            info = self._info
+            await self._announce(info)
+            if held_now := list(self._held.values()):
+                renewal = await self._patiently(
+                    lambda held_now=held_now: self._queue.renew([held.lease for held in held_now])  # type: ignore[misc]
+                )
+                for held in held_now if renewal else ():
+                    job_id = held.lease.job.id
+                    if held.is_running or job_id not in self._held or renewal is None:
+                        continue  # in the model already: its result may still be the first one
+                    if job_id in renewal.cancelled and self._batcher.remove(job_id) is not None:
+                        self._drop(held, DropReason.CANCELLED)
+                    elif job_id in renewal.lost and self._batcher.remove(job_id) is not None:
+                        self._drop(held, DropReason.LOST)
+            await asyncio.sleep(worker.heartbeat_s)
+
+    # the parts
+
+    def _policy(self, sizes: tuple[int, ...]) -> BatchPolicy:
+        batch = self._settings.batch
+        return BatchPolicy(batch.max_batch, batch.max_wait_s, batch.starvation_s, sizes)
+
+    def _pass_options(self, held: _Held) -> PassOptions:
+        options, engine = held.lease.job.options, self._engine.info
+        return PassOptions(
+            steps=options.steps or engine.default_steps,
+            sampler=options.sampler or engine.default_sampler,
+            parts=options.output.parts,
+        )
+
+    async def _in_model_thread(self, call: Callable[[], Answer]) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._model, call)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(_guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _patiently(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Repeat a call to the queue until it can be reached."""
+        pause_s, longest_s = BACK_OFF_S
+        while True:
+            try:
+                return await call()
+            except UnavailableError as error:
+                logger.warning("queue cannot be reached", extra={"error": str(error), "retry_in_s": pause_s})
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # not all at once when it is back
+            pause_s = min(2 * pause_s, longest_s)
+
+
+async def _guarded(work: Awaitable[None]) -> None:
+    """A background task's boundary: what nobody awaits must at least be logged."""
+    try:
+        await work
+    except Exception:
+        logger.exception("a background task failed", extra={"request_id": logs.request_id.get()})

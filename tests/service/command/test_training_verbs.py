@@ -1,0 +1,60 @@
+"""`recofuse export` and `recofuse ablate`: files in, files and a readable last line out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from recofuse_core import save_checkpoint
+from recofuse_core.data import write_image
+from recofuse_core.scenes import make_scene
+from service.command.cli import app
+from tests.core.test_ablations import CONFIG
+from tests.core.tiny import GATED, tiny_model
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    for number in range(2):
+        scene = make_scene(number, 56, 64)
+        write_image(tmp_path / "pairs" / "vis" / f"{number}.png", scene.vis)
+        write_image(tmp_path / "pairs" / "ir" / f"{number}.png", scene.ir)
+    return tmp_path / "pairs"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_labelled_folder_is_exported(pairs: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    save_checkpoint(weights, tiny_model().state_dict(), GATED, name="tiny", version="1")
+    (pairs / "labels").mkdir()
+    (pairs / "labels" / "0.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    arguments = ("export", "--pairs", pairs, "--weights", weights, "--device", "cpu", "-o", tmp_path / "out")
+    code, stdout, stderr = run(*arguments, "--task", "detection", "--names", "car,person")
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1].endswith("2 images, 1 with a label")
+    assert '1: "person"' in (tmp_path / "out" / "data.yaml").read_text()
+    assert len(list((tmp_path / "out" / "images" / "train").iterdir())) == 2
+    for task, message in (("tracking", "detection or segmentation"), ("segmentation", "no label")):
+        code, _, stderr = run(*arguments, "--task", task)
+        assert code == 2
+        assert message in stderr
+
+
+def test_an_ablation_is_run_and_tabulated(pairs: Path, tmp_path: Path) -> None:
+    config = tmp_path / "ablations.toml"
+    config.write_text(CONFIG.replace("num_seeds = 2", "num_seeds = 1"))
+    arguments = ("ablate", config, "-o", tmp_path / "runs", "--device", "cpu")
+    files = ("--markdown", tmp_path / "a.md", "--json", tmp_path / "a.json")
+    code, stdout, stderr = run(*arguments, "--variant", "late", "--variant", "whole", *files)
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1] == "2 runs of 2 models with 1 seeds"
+    assert (tmp_path / "a.md").read_text() in stdout
+    assert [each["variant"] for each in json.loads((tmp_path / "a.json").read_text())] == ["whole", "late"]
+    code, _, stderr = run(*arguments, "--variant", "early")
+    assert code == 2
+    assert "unknown variants early" in stderr

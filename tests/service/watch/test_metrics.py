@@ -1,0 +1,121 @@
+"""Metrics: documented, correct when several processes share a host, and quiet where there is no GPU."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pynvml
+import pytest
+from prometheus_client import CollectorRegistry
+
+from benchmarks.load import ask, fuse_request, scrape
+from benchmarks.processes import Stack, can_split, split
+from service.watch.gpu import GAUGES, watch_gpus
+from service.watch.metrics import Metrics
+from tests.fakes import pair
+
+ROOT = Path(__file__).parents[3]
+VIS, IR = pair()
+SERVED = 'recofuse_requests_total{method="POST",protocol="http",route="/v1/fuse",status="200"}'
+SUCCEEDED = 'recofuse_jobs_finished_total{status="succeeded"}'
+
+
+def has_gpu() -> bool:
+    try:
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return False
+
+
+def test_every_metric_is_documented() -> None:
+    assert Metrics.table() in (ROOT / "docs/metrics.md").read_text("utf-8"), "run `make docs` and commit the result"
+
+
+def test_the_table_has_the_names_that_are_exposed() -> None:
+    text = Metrics(CollectorRegistry()).render()[0].decode()
+    # Each counter and histogram also tells when its series began.
+    names = (line.split()[2] for line in text.splitlines() if line.startswith("# TYPE recofuse_"))
+    exposed = {name for name in names if not name.endswith("_created")}
+    listed = {line.split("`")[1] for line in Metrics.table().splitlines() if line.startswith("| `")}
+    assert exposed <= listed
+    assert listed - exposed <= set(GAUGES) | {"recofuse_model_info", "recofuse_build_info"}
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+def test_without_a_gpu_its_metrics_are_absent_and_nothing_fails() -> None:
+    registry = CollectorRegistry()
+    assert watch_gpus(registry) == 0
+    assert list(registry.collect()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="there is no GPU here")
+def test_a_gpu_tells_its_memory() -> None:
+    registry = CollectorRegistry()
+    assert watch_gpus(registry) > 0
+    labels = {"gpu": "0", "model": str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))}
+    used, total = (registry.get_sample_value(f"recofuse_gpu_memory_{kind}_bytes", labels) for kind in ("used", "total"))
+    assert used is not None
+    assert total is not None
+    assert 0 < used < total
+
+
+async def finished(stack: Stack, num_jobs: int) -> list[dict[str, float]]:
+    """The workers' metrics once they have counted so many jobs: an answer may be heard before it is counted."""
+    for _ in range(200):
+        workers = [await scrape(address) for address in stack.monitors]
+        if sum(worker[SUCCEEDED] for worker in workers) >= num_jobs:
+            break
+        await asyncio.sleep(0.05)
+    return workers
+
+
+@pytest.mark.redis
+async def test_several_processes_on_one_host_count_their_own_work_and_no_more() -> None:
+    """Two front ends, two workers: each request is counted at its front end, each job at exactly one worker."""
+    if why_not := can_split():
+        pytest.skip(why_not)
+    values: dict[str, dict[str, object]] = {
+        "engine": {"kind": "null"},
+        "grpc": {"port": -1},
+        "log": {"level": "WARNING"},
+    }
+    request = fuse_request(VIS, IR)
+    with split(values, num_apis=2, num_workers=2) as stack:
+        shares = (5, 13)
+        for address, share in zip(stack.addresses, shares, strict=True):
+            answers = await asyncio.gather(*(ask(address, request) for _ in range(share)))
+            assert {answer.status for answer in answers} == {200}
+        fronts = [await scrape(address) for address in stack.addresses]
+        workers = await finished(stack, sum(shares))
+    assert tuple(front[SERVED] for front in fronts) == shares
+    assert [sum(v for k, v in front.items() if k.startswith("recofuse_jobs_accepted_total")) for front in fronts] == [
+        *shares
+    ]
+    assert sum(worker[SUCCEEDED] for worker in workers) == sum(shares)
+    assert sum(worker["recofuse_batch_size_sum"] for worker in workers) == sum(shares)
+    assert sum(worker['recofuse_stage_seconds_count{stage="model"}'] for worker in workers) == sum(shares)
+    assert all(front[SUCCEEDED] == 0 for front in fronts)  # what workers do, workers count
+    assert all(SERVED not in worker for worker in workers)
+    # The queue is one: every front end tells the same of it.
+    assert [front["recofuse_queue_leased"] for front in fronts] == [0.0, 0.0]
+
+
+@pytest.mark.redis
+async def test_every_front_end_tells_the_same_of_the_queue() -> None:
+    if why_not := can_split():
+        pytest.skip(why_not)
+    values: dict[str, dict[str, object]] = {
+        "http": {"require_worker": False},
+        "grpc": {"port": -1},
+        "log": {"level": "WARNING"},
+    }
+    request = fuse_request(VIS, IR, headers="Prefer: respond-async\r\n")
+    with split(values, num_apis=2, num_workers=0) as stack:
+        for _ in range(3):
+            assert (await ask(stack.address, request)).status == 202
+        fronts = [await scrape(address) for address in stack.addresses]
+    assert [front['recofuse_queue_depth{priority="normal"}'] for front in fronts] == [3.0, 3.0]
+    assert [front["recofuse_queue_bytes"] for front in fronts] == [3.0 * (len(VIS) + len(IR))] * 2
