@@ -40,10 +40,11 @@ fmt: $(INSTALLED) ## format, and mend what lint can mend
 proto: $(INSTALLED) ## generate recofuse_protos from proto/
 	@$(BIN)/python proto/generate.py
 
-docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md, .env.example and README's table of files from the code
+docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md, .env.example, README's table of files and the floor plan from the code
 	@$(BIN)/recofuse settings > docs/settings.md
 	@$(BIN)/recofuse metrics > docs/metrics.md
 	@$(BIN)/python -m docs.write_formats
+	@$(BIN)/python -m docs.floor_plan
 	@{ cat deploy/compose.env; $(BIN)/recofuse settings --env; } > .env.example
 
 pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes

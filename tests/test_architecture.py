@@ -1,98 +1,187 @@
-"""The folder tree is the architecture: who may import what, each module probed in a fresh interpreter.
+"""The folder tree is the architecture: the code is held to `docs/floor_plan.py`, by its text and by importing it.
 
-Every module of the packages must have a row here, and every row a module: a new file fails until somebody
-has decided what it may pull in, and a removed one cannot leave a rule that holds of nothing.
+By its text, because an import within a function or for types alone is a dependency too; by importing it, because what
+a process pulls in through others is what it pays for.
 """
 
+from __future__ import annotations
+
 import ast
+import functools
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from docs.floor_plan import BEGIN, DOCUMENT, END, FLOORS, TRADES, picture
 
-# What a module may never pull in, directly or through another. `recofuse_core` has one rule for all its modules.
-CORE_BANNED = ("service", "pydantic", "fastapi", "grpc", "redis", "typer", "matplotlib")
-SERVICE_BANNED: dict[str, tuple[str, ...]] = {
-    "service": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.__main__": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.faces.http.app": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.access.auth": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.work.batcher": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.command.cameras": ("torch", "recofuse_core", "fastapi", "redis"),
-    "service.command.cli": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),  # each verb imports what it needs
-    "service.command.demo": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.work.engine": ("fastapi", "grpc", "redis"),
-    "service.command.files": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.terms.errors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.faces.gateway": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.watch.gpu": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.faces.grpc.server": ("torch", "recofuse_core", "fastapi", "redis"),
-    "service.faces.http.protocol": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.terms.images": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.terms.jobs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.watch.logs": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.watch.metrics": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.faces.oip.tensors": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.faces.oip.grpc": ("torch", "recofuse_core", "fastapi", "redis"),
-    "service.faces.oip.http": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.faces.http.playground": ("torch", "recofuse_core", "redis", "grpc"),
-    "service.queue.contract": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.access.redis": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.queue.redis": ("torch", "recofuse_core", "fastapi", "grpc"),
-    "service.command.processes": ("torch", "recofuse_core", "grpc"),
-    "service.terms.settings": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.faces.grpc.ledger": ("torch", "recofuse_core", "fastapi", "grpc", "redis"),
-    "service.watch.tracing": ("torch", "recofuse_core", "fastapi", "grpc", "redis", "opentelemetry.sdk"),
-    "service.work.worker": ("fastapi", "grpc"),
+ROOT = Path(__file__).parents[1]
+HEIGHTS = {room.name: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
+PACKAGES = sorted({name.partition(".")[0] for name in HEIGHTS})
+MAX_LINES = 600
+GENERATED = "recofuse_protos"
+
+# Rooms and modules, and what importing all of their modules may never pull in, directly or through another.
+SERVERS = ("fastapi", "grpc", "redis")
+CODECS = ("cv2", "imagecodecs", "tifffile", "PIL")
+NEVER_PULLED_IN: dict[str, tuple[str, ...]] = {
+    "service.__main__": ("torch", "recofuse_core", *SERVERS, "prometheus_client", *CODECS),
+    "service.command": ("torch", "recofuse_core"),  # each verb imports what it needs
+    "service.command.processes": ("torch", "recofuse_core", "grpc"),  # a worker does without gRPC
+    "service.faces.oip": ("torch", "recofuse_core", "redis", *CODECS),
+    "service.faces.http": ("torch", "recofuse_core", "redis", "grpc", *CODECS),
+    "service.faces.grpc": ("torch", "recofuse_core", "redis", "fastapi", *CODECS),
+    "service.faces.gateway": ("torch", "recofuse_core", *SERVERS, *CODECS),
+    "service.work": SERVERS,
+    "service.work.batcher": ("torch", "recofuse_core", *SERVERS),
+    "service.work.worker": SERVERS,
+    "service.access": ("torch", "recofuse_core", "fastapi", "grpc", *CODECS),
+    "service.watch": ("torch", "recofuse_core", *SERVERS, "opentelemetry.sdk", *CODECS),
+    "service.queue": ("torch", "recofuse_core", "fastapi", "grpc", *CODECS),
+    "service.queue.contract": ("redis",),
+    "service.queue.memory": ("redis",),
+    "service.terms": ("torch", "recofuse_core", *SERVERS, *CODECS),
+    "recofuse_core": ("service", "pydantic", "fastapi", "grpc", "redis", "typer", "matplotlib"),
+    # The client is for machines that have neither the model nor the service.
+    "recofuse_client": ("torch", "recofuse_core", "service", "fastapi", "pydantic", "redis", "uvicorn", "typer"),
+    "recofuse_images": ("torch", "recofuse_core", "service", "recofuse_client", "fastapi", "pydantic", "grpc"),
 }
 
-# The client is for machines that have neither the model nor the service: of the service, only the generated messages.
-CLIENT_BANNED = ("torch", "recofuse_core", "fastapi", "pydantic", "redis", "uvicorn", "typer", "prometheus_client")
-
-
-# Only these speak to the environment; everything else is handed its settings.
+# Only this speaks to the environment; everything else is handed its settings.
 ENVIRONMENT_READERS = {"service/command/cli.py"}
 
 
-def modules_of(package: str) -> set[str]:
-    """Dotted names of a package's modules, generated code left out."""
-    paths = (path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py"))
-    dotted = {".".join(path.with_suffix("").parts) for path in paths if "pb" not in path.parts}
-    return {name.removesuffix(".__init__") for name in dotted}
+def path_of(module: str) -> Path:
+    path = ROOT / Path(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def pulled_in(modules: list[str], banned: tuple[str, ...]) -> list[str]:
-    """The banned top-level packages that importing `modules` brings along, found in a fresh interpreter."""
+@functools.cache
+def modules_of(name: str) -> tuple[str, ...]:
+    """Dotted names of the modules of a package, folder or module, generated code left out."""
+    path = ROOT / Path(*name.split("."))
+    if not path.is_dir():
+        return (name,)
+    paths = (found.relative_to(ROOT).with_suffix("") for found in path.rglob("*.py"))
+    return tuple(sorted(".".join(found.parts).removesuffix(".__init__") for found in paths))
+
+
+def room_of(module: str) -> str:
+    """The room that a module is in; empty if it is in none of the plan's."""
+    parts = module.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in names if name in HEIGHTS), "")
+
+
+def imports_of(source: str) -> set[str]:
+    """Dotted names that a module's text imports anywhere: `from a import b` counts as a and as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@functools.cache
+def arrows() -> frozenset[tuple[str, str]]:
+    """(module, imported module) of our own packages, by their texts."""
+    return frozenset(
+        (module, name)
+        for package in PACKAGES
+        if package != GENERATED
+        for module in modules_of(package)
+        for name in imports_of(path_of(module).read_text("utf-8"))
+    )
+
+
+def pulled_in(modules: Iterable[str], banned: tuple[str, ...]) -> list[str]:
+    """The banned packages that importing `modules` brings along, found in a fresh interpreter."""
     probe = f"import sys, {', '.join(modules)}; print(*[name for name in {banned!r} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", probe], check=False, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
 
 
-def test_core_stays_free_of_the_service() -> None:
-    modules = sorted(modules_of("recofuse_core"))
-    assert "recofuse_core.sde" in modules
-    assert pulled_in(modules, CORE_BANNED) == []
+def is_down(module: str, imported: str) -> bool:
+    """Whether an import of ours goes to a lower floor, or stays within its room."""
+    here, there = room_of(module), room_of(imported)
+    return here == there or HEIGHTS[here] > HEIGHTS[there]
 
 
-@pytest.mark.parametrize(("module", "banned"), SERVICE_BANNED.items(), ids=SERVICE_BANNED.keys())
-def test_service_module_does_not_pull_in(module: str, banned: tuple[str, ...]) -> None:
-    assert pulled_in([module], banned) == []
+def is_allowed(module: str, imported: str) -> bool:
+    """Whether the module may name a package that is somebody's trade."""
+    rooms = TRADES.get(imported.partition(".")[0])
+    if rooms is None or imported.partition(".")[0] == module.partition(".")[0]:
+        return True
+    return any(module == room or module.startswith(f"{room}.") for room in rooms)
 
 
-def test_every_service_module_has_a_row() -> None:
-    assert modules_of("service") == set(SERVICE_BANNED)
+def test_the_probes_can_fail() -> None:
+    assert not is_down("service.terms.jobs", "service.queue.contract")
+    assert not is_down("service.faces.http.app", "service.faces.grpc.server")
+    assert is_down("service.faces.http.app", "service.faces.gateway")
+    assert is_down("service.work.worker", "service.work.batcher")
+    assert not is_allowed("service.faces.http.app", "torch.nn")
+    assert is_allowed("recofuse_core.sde", "torch")
+    assert imports_of("def f():\n    from a.b import c") == {"a.b", "a.b.c"}
+    assert pulled_in(["recofuse_core.sde"], ("torch", "service")) == ["torch"]
 
 
-FRONT_END = ("api", "gateway", "grpc_api", "images", "oip_grpc", "oip_http", "playground", "queue", "redis_queue")
-CODECS = ("cv2", "imagecodecs", "tifffile", "PIL")
+def test_every_module_is_in_a_room() -> None:
+    """But for the door of the service, which opens onto the command."""
+    homeless = {module for package in PACKAGES for module in modules_of(package) if not room_of(module)}
+    assert homeless == {"service", "service.__main__", "service.faces"}
+    assert imports_of(path_of("service.__main__").read_text("utf-8")) == {
+        "service.command.cli",
+        "service.command.cli.main",
+    }
+    assert imports_of(path_of("service").read_text("utf-8")) == set()
 
 
-def test_front_ends_read_headers_without_a_codec() -> None:
-    assert pulled_in([f"service.{name}" for name in FRONT_END], CODECS) == []
+@pytest.mark.parametrize("room", HEIGHTS)
+def test_arrows_run_down(room: str) -> None:
+    assert modules_of(room)
+    up = {
+        (module, name)
+        for module, name in arrows()
+        if room_of(module) == room and room_of(name) and not is_down(module, name)
+    }
+    assert up == set()
+
+
+def test_no_module_goes_in_a_circle() -> None:
+    """Within a room too: two modules that import each other are one."""
+    known = {module for package in PACKAGES for module in modules_of(package)}
+    lower: dict[str, set[str]] = {module: set() for module in known}
+    for module, name in arrows():
+        if name in known and name != module and not module.startswith(f"{name}."):
+            lower[module].add(name)
+    while leaves := {module for module, names in lower.items() if not names}:
+        lower = {module: names - leaves for module, names in lower.items() if module not in leaves}
+    assert lower == {}
+
+
+def test_the_wheel_does_without_the_benchmarks() -> None:
+    assert {module for module, name in arrows() if name.partition(".")[0] in ("benchmarks", "tests", "docs")} == set()
+
+
+@pytest.mark.parametrize("trade", TRADES)
+def test_a_package_is_named_by_its_trade_alone(trade: str) -> None:
+    named = {(module, name) for module, name in arrows() if name == trade or name.startswith(f"{trade}.")}
+    assert named
+    assert {arrow for arrow in named if not is_allowed(*arrow)} == set()
+
+
+@pytest.mark.parametrize(("name", "banned"), NEVER_PULLED_IN.items(), ids=NEVER_PULLED_IN)
+def test_importing_does_not_pull_in(name: str, banned: tuple[str, ...]) -> None:
+    """Every room has a row but the generated one; a room's row holds of all its modules together."""
+    assert set(HEIGHTS) - set(NEVER_PULLED_IN) == {GENERATED}
+    assert path_of(name).is_file()
+    assert pulled_in(modules_of(name), banned) == []
 
 
 def codec_calls(source: str) -> set[str]:
@@ -104,32 +193,8 @@ def codec_calls(source: str) -> set[str]:
 @pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
 def test_only_recofuse_images_calls_a_codec(package: str) -> None:
     assert codec_calls("import cv2\ncv2.imread('a.png')") == {"imread"}
-    for name in sorted(modules_of(package)):
-        path = ROOT / Path(*name.split("."))
-        source = (path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py").read_text(
-            "utf-8"
-        )
-        assert codec_calls(source) == set(), name
-        assert not {"imagecodecs", "tifffile"} & set(source.split()), name
-
-
-def test_the_client_stays_free_of_model_and_service() -> None:
-    modules = sorted(modules_of("recofuse_client"))
-    assert "recofuse_client.streams" in modules
-    assert pulled_in(modules, CLIENT_BANNED) == []
-    probe = "import sys, recofuse_client; print(*[name for name in sys.modules if name.startswith('service.')])"
-    run = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert {name.split(".")[1] for name in run.stdout.split()} == {"pb"}
-
-
-def test_reading_images_needs_nothing_of_ours() -> None:
-    modules = sorted(modules_of("recofuse_images"))
-    assert "recofuse_images.tiff" in modules
-    assert pulled_in(modules, (*CLIENT_BANNED, "service", "recofuse_client", "grpc")) == []
-
-
-def test_the_probe_sees_what_is_imported() -> None:
-    assert pulled_in(["recofuse_core.sde"], ("torch", "service")) == ["torch"]
+    for name in modules_of(package):
+        assert codec_calls(path_of(name).read_text("utf-8")) == set(), name
 
 
 def reads_environment(source: str) -> bool:
@@ -149,9 +214,24 @@ def test_environment_probe_sees_a_read() -> None:
     assert not reads_environment("import os\nvalue = os.getpid()")
 
 
-@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "recofuse_images", "service"])
-def test_only_the_command_line_reads_the_environment(package: str) -> None:
-    sources = [path for path in sorted((ROOT / package).rglob("*.py")) if "pb" not in path.parts]
-    assert sources
+def test_only_the_command_reads_the_environment() -> None:
+    sources = [path_of(module) for package in PACKAGES for module in modules_of(package)]
     readers = {path.relative_to(ROOT).as_posix() for path in sources if reads_environment(path.read_text("utf-8"))}
-    assert readers <= ENVIRONMENT_READERS
+    assert readers == ENVIRONMENT_READERS
+
+
+def lengths() -> Iterator[tuple[str, int]]:
+    for package in PACKAGES:
+        for module in modules_of(package):
+            if package != GENERATED:
+                yield module, len(path_of(module).read_text("utf-8").splitlines())
+
+
+def test_no_file_is_too_long_to_be_read() -> None:
+    assert {module: length for module, length in lengths() if length > MAX_LINES} == {}
+
+
+def test_the_document_shows_the_plan() -> None:
+    """`make docs` writes it."""
+    _, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
+    assert rest.partition(END)[0].strip("\n") == picture().strip("\n")
