@@ -1,138 +1,36 @@
-"""The Kubernetes manifests: against their schemas, the custom ones by shape, and against the code that they run."""
+"""The Kubernetes manifests as they stand in their files: against their schemas and the code that they run.
+
+What kustomize makes of them is looked at in `test_rendered.py`.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
-from service.queue.redis import GROUP, PREFIX
+from service.queue.redis import PREFIX
 from service.terms.jobs import Priority
 from service.terms.settings import Settings
-from tests.deploy.conftest import missing
+from tests.deploy.schemas import Manifest, check
 from tests.deploy.test_files import DEPLOY, metric_names
 
 KUBERNETES = DEPLOY / "kubernetes"
-OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 PATCHES = {"gpu/worker.yaml", "keda/settings.yaml", "keda/replicas.yaml"}  # parts of a manifest
-VERSION = "1.31"
-
-_NAME = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
-_TRIGGER = {
-    "oneOf": [
-        {
-            "additionalProperties": False,
-            "required": ["type", "metadata", "authenticationRef"],
-            "properties": {
-                "type": {"const": "redis-streams"},
-                "authenticationRef": _NAME,
-                "metadata": {
-                    "type": "object",
-                    "required": ["address", "stream", "consumerGroup", "lagCount"],
-                    "additionalProperties": {"type": "string"},
-                },
-            },
-        },
-        {
-            "additionalProperties": False,
-            "required": ["type", "metadata"],
-            "properties": {
-                "type": {"const": "prometheus"},
-                "metricType": {"enum": ["Value", "AverageValue"]},
-                "metadata": {
-                    "type": "object",
-                    "required": ["serverAddress", "query", "threshold"],
-                    "additionalProperties": {"type": "string"},
-                },
-            },
-        },
-    ]
-}
-_COUNT = {"type": "integer", "minimum": 0}
-CUSTOM = {  # the part of each resource definition that is used here
-    "ScaledObject": {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["scaleTargetRef", "triggers"],
-        "properties": {
-            "scaleTargetRef": _NAME,
-            **dict.fromkeys(("minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod"), _COUNT),
-            "fallback": {
-                "type": "object",
-                "required": ["failureThreshold", "replicas"],
-                "additionalProperties": _COUNT,
-            },
-            "triggers": {"type": "array", "minItems": 1, "items": _TRIGGER},
-        },
-    },
-    "TriggerAuthentication": {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            "secretTargetRef": {
-                "type": "array",
-                "items": {"required": ["parameter", "name", "key"], "additionalProperties": {"type": "string"}},
-            }
-        },
-    },
-    "ServiceMonitor": {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["selector", "endpoints"],
-        "properties": {
-            "jobLabel": {"type": "string"},
-            "selector": {"type": "object", "required": ["matchLabels"]},
-            "endpoints": {
-                "type": "array",
-                "items": {
-                    "required": ["port"],
-                    "additionalProperties": False,
-                    "properties": {key: {"type": "string"} for key in ("port", "path", "interval")},
-                },
-            },
-        },
-    },
-}
-CUSTOM["PrometheusRule"] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["groups"],
-    "properties": {
-        "groups": {
-            "type": "array",
-            "items": {
-                "required": ["name", "rules"],
-                "additionalProperties": False,
-                "properties": {"name": {"type": "string"}, "rules": {"type": "array", "minItems": 1}},
-            },
-        }
-    },
-}
-CUSTOM_GROUPS = {
-    "PrometheusRule": "monitoring.coreos.com/v1",
-    "ScaledObject": "keda.sh/v1alpha1",
-    "TriggerAuthentication": "keda.sh/v1alpha1",
-    "ServiceMonitor": "monitoring.coreos.com/v1",
-}
-
-Manifest = dict[str, Any]
+OPERATIONS = {"keda-latency/trigger.yaml", "redis-tls/exporter.yaml"}  # JSON patches
+REFERENCES = {"keda/references.yaml"}  # for kustomize
+PARTS = PATCHES | OPERATIONS | REFERENCES
 
 
 def manifests() -> Iterator[tuple[str, Manifest]]:
     """Every whole manifest with the file that it stands in."""
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         where = path.relative_to(KUBERNETES).as_posix()
-        if path.name == "kustomization.yaml" or where.removeprefix("components/") in PATCHES:
+        if path.name == "kustomization.yaml" or where.removeprefix("components/") in PARTS:
             continue
         for document in yaml.safe_load_all(path.read_text("utf-8")):
             yield where, document
@@ -142,16 +40,6 @@ def named(kind: str, name: str, documents: list[Manifest] | None = None) -> Mani
     """The manifest of this kind and name."""
     found = documents if documents is not None else [document for _, document in manifests()]
     return next(each for each in found if each["kind"] == kind and each["metadata"]["name"] == name)
-
-
-def check(document: Manifest) -> None:
-    """Against its schema: Kubernetes' own, or the shape above."""
-    kind = document["kind"]
-    if kind in CUSTOM:
-        assert document["apiVersion"] == CUSTOM_GROUPS[kind]
-        jsonschema.validate(document["spec"], CUSTOM[kind])
-    else:
-        kubernetes_validate.validate(document, VERSION, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -176,35 +64,16 @@ def test_the_check_sees_mistakes() -> None:
 def test_every_file_is_named_by_its_kustomization() -> None:
     for path in KUBERNETES.rglob("kustomization.yaml"):
         document = yaml.safe_load(path.read_text("utf-8"))
-        local = [*document.get("resources", []), *(patch["path"] for patch in document.get("patches", []))]
+        local = [
+            *document.get("resources", []),
+            *(patch["path"] for patch in document.get("patches", []) if "path" in patch),
+        ]
         local += [name for each in document.get("configMapGenerator", []) for name in each.get("files", [])]
+        local += document.get("configurations", [])
         for name in (*local, *document.get("components", [])):
             assert (path.parent / name).exists(), (path, name)
         there = {each.name for each in path.parent.glob("*.yaml")} - {"kustomization.yaml"}
         assert there == {name for name in local if name.endswith(".yaml")}, path
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_overlays_are_built_and_follow_their_schemas(overlay: str, tmp_path: Path) -> None:
-    builder = [["kustomize", "build"], ["kubectl", "kustomize"]]
-    command = next((words for words in builder if shutil.which(words[0])), None)
-    if command is None:
-        missing("kustomize or kubectl")
-    assert command is not None
-    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
-    folder = tmp_path / "kubernetes" / "overlays" / overlay
-    if (folder / "redis.env.example").exists():
-        shutil.copy(folder / "redis.env.example", folder / "redis.env")
-    built = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    documents: list[Manifest] = list(yaml.safe_load_all(built.stdout))
-    for document in documents:
-        check(document)
-        assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "recofuse"
-    worker = named("Deployment", "recofuse-worker", documents)["spec"]
-    limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert ("nvidia.com/gpu" in limits) is (overlay != "cpu")
-    assert ("replicas" in worker) is (overlay != "production")
 
 
 def test_redis_is_set_up_alike_in_both_deployments() -> None:
@@ -238,40 +107,8 @@ def test_pods_get_settings_that_exist_and_time_to_drain() -> None:
     assert _pod("recofuse-worker")[0]["terminationGracePeriodSeconds"] > settings.worker.drain_timeout_s + 5
 
 
-def service_links() -> dict[str, str]:
-    """What Kubernetes sets in every pod of a namespace with these services, unless a pod declines it."""
-    links: dict[str, str] = {}
-    services = (each for _, each in manifests() if each["kind"] == "Service" and "ports" in each["spec"])
-    for document in services:
-        name = document["metadata"]["name"].upper().replace("-", "_")
-        ports = document["spec"]["ports"]
-        links |= {f"{name}_SERVICE_HOST": "10.0.0.1", f"{name}_SERVICE_PORT": str(ports[0]["port"])}
-        links[f"{name}_PORT"] = f"tcp://10.0.0.1:{ports[0]['port']}"
-        for port in ports:
-            number = port["port"]
-            links[f"{name}_SERVICE_PORT_{port['name'].upper()}"] = str(number)
-            links[f"{name}_PORT_{number}_TCP"] = f"tcp://10.0.0.1:{number}"
-            parts = {"PROTO": "tcp", "PORT": str(number), "ADDR": "10.0.0.1"}
-            links |= {f"{name}_PORT_{number}_TCP_{part}": value for part, value in parts.items()}
-    return links
-
-
-@pytest.mark.parametrize("name", ["recofuse-api", "recofuse-worker"])
-def test_a_pod_starts_beside_the_services_of_its_namespace(name: str) -> None:
-    """It declines their variables, and would start with them: here as far as the queue's address, which has no host."""
-    pod, container = _pod(name)
-    assert pod["enableServiceLinks"] is False
-    links = service_links()
-    assert "RECOFUSE_API_PORT" in links
-    command = [sys.executable, "-m", "service", *container["args"]]
-    environment = {**os.environ, **links, "RECOFUSE_QUEUE__URL": "redis://"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=DEPLOY.parent)
-    assert ended.returncode == 2
-    assert "host is missing" in ended.stderr
-
-
 def test_probes_ask_what_the_processes_answer() -> None:
-    source = (DEPLOY.parent / "service" / "api.py").read_text("utf-8")
+    source = "".join(path.read_text("utf-8") for path in (DEPLOY.parent / "service" / "faces" / "http").glob("*.py"))
     for name in ("recofuse-api", "recofuse-worker"):
         _, container = _pod(name)
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -287,16 +124,74 @@ def test_probes_ask_what_the_processes_answer() -> None:
     assert "EXPOSE 9000" in dockerfile
 
 
-def test_scaling_looks_at_streams_and_metrics_that_exist() -> None:
+def test_scaling_looks_at_every_class_and_leaves_a_worker_what_it_can_hold() -> None:
     triggers = named("ScaledObject", "recofuse-worker")["spec"]["triggers"]
-    streams = [trigger["metadata"] for trigger in triggers if trigger["type"] == "redis-streams"]
-    assert {stream["stream"] for stream in streams} == {f"{PREFIX}:jobs:{priority.value}" for priority in Priority}
-    assert {stream["consumerGroup"] for stream in streams} == {GROUP}
+    streams = {trigger["metadata"]["stream"]: int(trigger["metadata"]["streamLength"]) for trigger in triggers}
+    assert set(streams) == {f"{PREFIX}:jobs:{priority.value}" for priority in Priority}
+    max_batch = Settings().batch.max_batch
+    held = 3 * max_batch  # RECOFUSE_WORKER__MAX_HELD
+    assert streams[f"{PREFIX}:jobs:high"] == streams[f"{PREFIX}:jobs:normal"] == held + 2 * max_batch
+    assert streams[f"{PREFIX}:jobs:low"] == held + 8 * max_batch
+
+
+def test_the_trigger_for_latency_asks_for_metrics_that_exist() -> None:
     from prometheus_client import CollectorRegistry
 
     from service.watch.metrics import Metrics
 
     body, _ = Metrics(CollectorRegistry()).render()
-    for trigger in triggers:
-        for name in metric_names(trigger["metadata"].get("query", "")):
-            assert f"# TYPE {name.removesuffix('_bucket')} " in body.decode(), name
+    (operation,) = yaml.safe_load((KUBERNETES / "components" / "keda-latency" / "trigger.yaml").read_text("utf-8"))
+    names = metric_names(operation["value"]["metadata"]["query"])
+    assert names == {"recofuse_stage_seconds_bucket", "up"}
+    assert "# TYPE recofuse_stage_seconds " in body.decode()
+
+
+def test_a_door_lets_through_what_the_service_accepts() -> None:
+    settings = Settings()
+    notes = named("Ingress", "recofuse-http")["metadata"]["annotations"]
+    size = notes["nginx.ingress.kubernetes.io/proxy-body-size"]
+    assert int(size.removesuffix("k")) << 10 == 2 * settings.limits.max_image_bytes + 64 * 1024
+    longest_s = settings.jobs.max_timeout_s + 5
+    assert int(notes["nginx.ingress.kubernetes.io/proxy-read-timeout"]) > longest_s
+    rule = named("HTTPRoute", "recofuse-http")["spec"]["rules"][0]
+    assert int(rule["timeouts"]["request"].removesuffix("s")) > longest_s
+    notes = named("Ingress", "recofuse-grpc")["metadata"]["annotations"]
+    assert notes["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
+    assert notes["nginx.ingress.kubernetes.io/proxy-body-size"] == "0"
+
+
+def test_a_door_leads_to_every_route_but_the_metrics() -> None:
+    sources = (path.read_text("utf-8") for path in (DEPLOY.parent / "service" / "faces").rglob("*.py"))
+    declared = re.findall(r"@(?:app|router)\.\w+\(\s*\"(/[^\"]*)\"", "".join(sources))
+    routes = {*declared, "/openapi.json"}  # FastAPI's own
+    assert {"/", "/metrics", "/docs", "/v1/fuse", "/v2", "/playground/{path:path}"} <= routes
+    (rule,) = named("Ingress", "recofuse-http")["spec"]["rules"]
+    by_ingress = {(path["path"], path["pathType"] == "Exact") for path in rule["http"]["paths"]}
+    (matches,) = (each["matches"] for each in named("HTTPRoute", "recofuse-http")["spec"]["rules"])
+    by_gateway = {(match["path"]["value"], match["path"]["type"] == "Exact") for match in matches}
+    assert by_ingress == by_gateway
+    for route in routes:
+        led = any(
+            route == path or (not exact and route.startswith(f"{path.rstrip('/')}/")) for path, exact in by_ingress
+        )
+        assert led is (route != "/metrics"), route
+
+
+def test_a_door_leads_to_every_service_of_grpc() -> None:
+    from google.protobuf.descriptor import FileDescriptor
+    from grpc_health.v1 import health_pb2
+    from grpc_reflection.v1alpha import reflection_pb2
+
+    files: list[FileDescriptor] = [health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR]
+    names = {service.full_name for file in files for service in file.services_by_name.values()}
+    for path in (DEPLOY.parent / "proto").rglob("*.proto"):
+        text = path.read_text("utf-8")
+        package = re.search(r"^package (.+);$", text, re.MULTILINE)
+        assert package is not None
+        names |= {f"{package[1]}.{name}" for name in re.findall(r"^service (\w+)", text, re.MULTILINE)}
+    (rule,) = named("Ingress", "recofuse-grpc")["spec"]["rules"]
+    assert {path["path"].removeprefix("/") for path in rule["http"]["paths"]} == names
+    (matches,) = (each["matches"] for each in named("GRPCRoute", "recofuse-grpc")["spec"]["rules"])
+    assert {match["method"]["service"] for match in matches} == names
+    both = (named("HTTPRoute", "recofuse-http"), named("GRPCRoute", "recofuse-grpc"))
+    assert not set(both[0]["spec"]["hostnames"]) & set(both[1]["spec"]["hostnames"])
