@@ -7,9 +7,9 @@ Where each was read (repository kedacore/keda):
   `ValidateTriggers`. The check of `fallback` came with 2.14 (pull request 5629), asked for every `metricType` in words
   until 2.16 (issue 6066), for one of them in 2.17.0 (issue 6696), takes a missing one for AverageValue since 2.17.1
   (pull request 6702), and admits Value since 2.18 (pull request 6655).
-- `pkg/scalers/redis_streams_scaler.go` and `redis_scaler.go`: without `consumerGroup` a stream is measured by XLEN, since
-  2.11 (issue 4277); a `ca` of one's own is read since 2.12 (issue 4917). An `address` or `addresses` may come from the
-  TriggerAuthentication; `tls` there and `enableTLS` here exclude each other.
+- `pkg/scalers/redis_streams_scaler.go` and `redis_scaler.go`: without `consumerGroup` a stream is measured by XLEN,
+  since 2.11 (issue 4277); a `ca` of one's own is read since 2.12 (issue 4917). An `address` or `addresses` may come
+  from the TriggerAuthentication; `tls` there and `enableTLS` here exclude each other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STREAMS = ("redis-streams", "redis-cluster-streams", "redis-sentinel-streams")
 
 
 def refusals(documents: list[Manifest], version: Version) -> list[str]:
-    """Why KEDA of this version would not admit what is in these manifests, or not make a scaler of it; empty: it does."""
+    """Why KEDA of this version would not admit these manifests, or could make no scaler of them; empty: it does."""
     scaled = [each for each in documents if each["kind"] == "ScaledObject"]
     found: list[str] = []
     for document in scaled:

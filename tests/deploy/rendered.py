@@ -1,7 +1,7 @@
 """The manifests as kustomize builds them: every overlay with every combination of components that it lacks.
 
-A combination is an overlay with components added in the order that they ask for: what turns others to TLS or to Sentinel
-comes last. `kubectl` has kustomize built in; the program itself does as well.
+A combination is an overlay with components added in the order that they ask for: what turns others to TLS or to
+Sentinel comes last. `kubectl` has kustomize built in; the program itself does as well.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ ADDED = ("gpu", "keda", "keda-latency", "monitoring", "redis-exporter", "tracing
 REDIS = ("redis", "redis-tls", "redis-sentinel")  # one of them; after those that it changes
 NEEDS = {"keda-latency": "keda"}
 EXCLUDED = {("redis-exporter", "redis-sentinel"), ("ingress", "gateway")}
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the faster one, if there
 
 
 @dataclass(frozen=True)
@@ -85,36 +87,40 @@ def combinations() -> list[Combination]:
 
 def build_all() -> dict[Combination, list[Manifest]]:
     """The documents of every combination. Skips where nothing can build them."""
+    wanted = combinations()
+    with (
+        tempfile.TemporaryDirectory(prefix="recofuse-kustomize-") as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        copy(Path(folder))
+        places = [Path(folder) / "kubernetes" / "built" / str(number) for number in range(len(wanted))]
+        return dict(zip(wanted, pool.map(_build_one, wanted, places), strict=True))
+
+
+def copy(tree: Path) -> None:
+    """What kustomize reads, into this folder."""
+    shutil.copytree(KUBERNETES, tree / "kubernetes")
+    shutil.copytree(DEPLOY / "grafana" / "dashboards", tree / "grafana" / "dashboards")
+
+
+def build(place: Path) -> list[Manifest]:
+    """The documents of the kustomization in this folder. Skips where nothing can build them."""
     builders = (["kustomize", "build"], ["kubectl", "kustomize"])
     command = next((words for words in builders if shutil.which(words[0])), None)
     if command is None:
         missing("kustomize or kubectl")
     assert command is not None
-    return _build(command, combinations())
+    done = subprocess.run([*command, str(place)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.load_all(done.stdout, Loader=_LOADER))
 
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def _build(command: list[str], wanted: list[Combination]) -> dict[Combination, list[Manifest]]:
-    with tempfile.TemporaryDirectory(prefix="recofuse-kustomize-") as folder:
-        tree = Path(folder)
-        shutil.copytree(KUBERNETES, tree / "kubernetes")
-        shutil.copytree(DEPLOY / "grafana" / "dashboards", tree / "grafana" / "dashboards")
-
-        def build(number: int) -> list[Manifest]:
-            combination = wanted[number]
-            document = overlay_of(combination.overlay)
-            document["components"] = [f"../../components/{name}" for name in combination.components]
-            place = tree / "kubernetes" / "built" / str(number)  # as deep as an overlay, for its relative paths
-            place.mkdir(parents=True)
-            (place / "kustomization.yaml").write_text(yaml.safe_dump(document), "utf-8")
-            example = KUBERNETES / "overlays" / combination.overlay / "redis.env.example"
-            if example.exists():
-                shutil.copy(example, place / "redis.env")
-            done = subprocess.run([*command, str(place)], capture_output=True, text=True, check=False, timeout=120)
-            assert done.returncode == 0, (combination.name, done.stderr)
-            return list(yaml.load_all(done.stdout, Loader=_LOADER))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return dict(zip(wanted, pool.map(build, range(len(wanted))), strict=True))
+def _build_one(combination: Combination, place: Path) -> list[Manifest]:
+    document = overlay_of(combination.overlay)
+    document["components"] = [f"../../components/{name}" for name in combination.components]
+    place.mkdir(parents=True)  # as deep as an overlay, for its relative paths
+    (place / "kustomization.yaml").write_text(yaml.safe_dump(document), "utf-8")
+    example = KUBERNETES / "overlays" / combination.overlay / "redis.env.example"
+    if example.exists():
+        shutil.copy(example, place / "redis.env")
+    return build(place)

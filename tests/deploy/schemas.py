@@ -1,4 +1,4 @@
-"""Every kind of manifest against its schema: Kubernetes' own, or, for custom resources, the part of it that is used here."""
+"""Every manifest against its schema: Kubernetes' own, or, for custom resources, the part of it that is used here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What kustomize makes of the manifests: every overlay with every combination of components, all that they must keep.
 
-Schemas, pods that start beside the services of their namespace, KEDA's admission, Secrets and ConfigMaps that exist, what
-the network lets through, and what Prometheus finds. Nothing here needs a cluster.
+Schemas, pods that start beside the services of their namespace, KEDA's admission, Secrets and ConfigMaps that exist,
+what the network lets through, and what Prometheus finds. Nothing here needs a cluster.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,24 +23,28 @@ import pytest
 import yaml
 
 from tests.deploy import keda
+from tests.deploy.conftest import Needing
 from tests.deploy.rendered import (
     ADDED,
     KUBERNETES,
     OVERLAYS,
     REDIS,
     Combination,
+    build,
     build_all,
     combinations,
     components_of,
+    copy,
     is_possible,
 )
 from tests.deploy.schemas import Manifest, check
 from tests.deploy.test_files import DEPLOY
+from tests.service.redis_server import RedisServer, free_port
 
 Built = dict[Combination, list[Manifest]]
 
 ROOT = DEPLOY.parent
-SECRET = "recofuse-queue"  # noqa: S105 - its name
+SECRET = "recofuse-queue"
 SCALING = (ROOT / "docs" / "scaling.md").read_text("utf-8")
 
 
@@ -103,6 +110,10 @@ def test_components_do_what_they_say(built: Built) -> None:
         settings = generated(documents, "ConfigMap", "recofuse-settings")
         assert settings is not None
         assert ("RECOFUSE_TRACE__ENDPOINT" in settings["data"]) is ("tracing" in combination.components)
+        pinned = settings["data"].get("RECOFUSE_ENGINE__DEVICE")
+        own = {entry["name"]: entry["value"] for entry in worker["template"]["spec"]["containers"][0].get("env", [])}
+        device = own.get("RECOFUSE_ENGINE__DEVICE", pinned)
+        assert device == ("cuda" if "gpu" in combination.components else "cpu"), combination.name
 
 
 def test_grpc_finds_every_front_end_and_speaks_http2_to_it(built: Built) -> None:
@@ -178,7 +189,7 @@ for arguments, environment in json.load(sys.stdin):
 
 
 def test_every_command_starts_beside_the_services_of_its_namespace(built: Built, tmp_path: Path) -> None:
-    """Pods decline the services' variables, and would start with them: as far as the queue's address, which has no host."""
+    """Pods decline the services' variables, and would start with them, up to the queue's address without a host."""
     place = tmp_path / "url"
     place.write_text("redis://\n", "utf-8")
     cases: set[str] = set()
@@ -352,7 +363,8 @@ def reaches(
 ) -> bool:
     """Whether the policies let this pod send to (egress) or receive from (ingress) the peer.
 
-    peer: `address`, of something that is no pod; or `labels` of a pod, and `namespace`, its labels if it is another one.
+    peer: `address`, of something that is no pod; or `labels` of a pod, with `namespace`, that one's labels, if it is
+    in another.
     """
     policies = [
         each["spec"]
@@ -497,7 +509,16 @@ def test_kube_prometheus_stack_finds_monitors_rules_and_dashboard(built: Built) 
             assert found["data"] == {"recofuse.json": dashboard}
             assert len(json.dumps(found)) < 200_000  # what `kubectl apply` can write down as last applied
     assert "grafana_dashboard" in SCALING
-    assert "release: " in SCALING
+
+
+def test_the_release_can_be_patched_as_the_guide_says(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"^```yaml\n(patches:.+?)^```$", SCALING, re.MULTILINE | re.DOTALL)
+    copy(tmp_path)
+    place = tmp_path / "kubernetes" / "overlays" / "production" / "kustomization.yaml"
+    place.write_text(place.read_text("utf-8") + patch, "utf-8")
+    changed = [each for each in build(place.parent) if each["apiVersion"].startswith("monitoring.coreos.com/")]
+    assert len(changed) == 4
+    assert {each["metadata"]["labels"]["release"] for each in changed} == {"YOURS"}
 
 
 def test_the_exporter_asks_redis_the_way_that_it_asks_for(built: Built) -> None:
@@ -510,3 +531,42 @@ def test_the_exporter_asks_redis_the_way_that_it_asks_for(built: Built) -> None:
                 assert address == f"{scheme}://$(ADDRESS)", combination.name
                 names = [entry["name"] for entry in container["env"]]
                 assert names.index("ADDRESS") < names.index("REDIS_ADDR"), combination.name  # or it is not replaced
+
+
+@pytest.mark.redis
+def test_the_exporter_reads_redis_with_what_its_pod_gives_it(built: Built, tool: Needing) -> None:
+    """The real one, with the environment of the manifest and the values of the Secret's example."""
+    program = tool("prometheus-redis-exporter")
+    documents = next(each for key, each in built.items() if key.overlay == "cpu" and "redis-exporter" in key.components)
+    secret = generated(documents, "Secret", SECRET)
+    assert secret is not None
+    port, own_port = free_port(), free_port()
+    values = {name: base64.b64decode(value).decode() for name, value in secret["data"].items()}
+    values["address"] = f"127.0.0.1:{port}"
+    (pod,) = (pod for name, pod, _ in pods(documents) if name == "redis-exporter")
+    environment: dict[str, str] = {}
+    for entry in pod["containers"][0]["env"]:  # as the kubelet does it, in order
+        value = values[entry["valueFrom"]["secretKeyRef"]["key"]] if "valueFrom" in entry else entry["value"]
+        environment[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), value)
+    environment["REDIS_EXPORTER_WEB_LISTEN_ADDRESS"] = f"127.0.0.1:{own_port}"
+    with tempfile.TemporaryDirectory(prefix="rq-") as folder:
+        server = RedisServer(Path(folder), port=port)
+        server.start()
+        assert server.command("CONFIG", "SET", "requirepass", values["password"]) == b"+OK\r\n"
+        with subprocess.Popen([program], env=environment, stderr=subprocess.DEVNULL) as process:
+            try:
+                until = time.monotonic() + 20
+                while "\nredis_up 1\n" not in (said := _page(f"http://127.0.0.1:{own_port}/metrics")):
+                    assert time.monotonic() < until, said
+                    time.sleep(0.05)
+            finally:
+                process.kill()
+                server.kill()
+
+
+def _page(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return str(answer.read().decode())
+    except OSError as error:
+        return str(error)
