@@ -169,21 +169,18 @@ def commands(documents: list[Manifest]) -> Iterator[tuple[list[str], dict[str, s
 
 
 RUN_ALL = """
-import contextlib, io, json, os, sys
-from service.command import cli
+import contextlib, io, json, os, runpy, sys
 for arguments, environment in json.load(sys.stdin):
     for name in [name for name in os.environ if name.startswith("RECOFUSE")]:
         del os.environ[name]
     os.environ.update(environment)
     sys.argv = ["recofuse", *arguments]
-    said = io.StringIO()
-    cli.err.file = said
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code
-    cli.err.file = sys.stderr
+    status = 0
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            runpy.run_module("service", run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
     print(json.dumps([status, said.getvalue()]))
 """
 
