@@ -32,7 +32,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import auth
+from service.access import keys
+from service.access.guard import Guard
 from service.faces.gateway import FusionRequest, Gateway
 from service.faces.http import playground
 from service.terms.errors import (
@@ -253,7 +254,7 @@ def build_app(
     settings: Settings,
     metrics: Metrics,
     *,
-    guard: auth.Guard | None = None,
+    guard: Guard | None = None,
     version: str = "0",
     tracer: Tracer = NO_TRACES,
 ) -> FastAPI:
@@ -981,7 +982,7 @@ class _Head:
 class _Gate:
     """Asks who makes a request before its body is read; inside `_Envelope`, which counts what is refused here."""
 
-    def __init__(self, app: ASGIApp, guard: auth.Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
         self._guard = guard
 
@@ -1006,7 +1007,7 @@ class _Gate:
         shown = re.sub(r"^(/v1/jobs/)[^/]+", r"\1{job_id}", path)[:80]
         await self._guard.admit(
             request.headers,
-            auth.Scope.READ if request.method in ("GET", "HEAD", "OPTIONS") else auth.Scope.FUSE,
+            keys.Scope.READ if request.method in ("GET", "HEAD", "OPTIONS") else keys.Scope.FUSE,
             is_charged=is_post,
             face="http",
             action=f"{request.method} {shown}",

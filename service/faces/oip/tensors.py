@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUseDefault, to_json
 
-from service.access import auth
+from service.access.guard import charge
 from service.faces.gateway import FusionRequest, Gateway, Readiness
 from service.terms import images
 from service.terms.errors import (
@@ -566,7 +566,7 @@ class Inference:
             timeout_s = self._gateway.timeout_within(plan.requests[0].timeout_s, remaining_s)
             await asyncio.to_thread(self._check_answer, request, plan)
             for _ in plan.requests[1:]:  # the first was charged when the request came
-                await auth.charge()
+                await charge()
             results = await self._fuse_all(plan.requests, timeout_s)
         except ServiceError:
             self._statistics.failed(time.monotonic() - started_s)

@@ -36,7 +36,7 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.processes import Stack, all_in_one, free_port
 from recofuse_protos.inference.v2 import inference_pb2 as pb
 from recofuse_protos.inference.v2 import inference_pb2_grpc
-from service.access import auth
+from service.access.keys import FileKeys, Scope, new_key
 from service.faces.oip import tensors as oip
 from service.faces.oip.grpc import request_of
 from service.terms.errors import STATUS, ErrorCode, InvalidInputError, PayloadTooLargeError, ServiceError
@@ -671,9 +671,9 @@ async def test_time_that_is_up_is_told(serving: Serving) -> None:
 
 async def test_keys_open_what_their_scope_says_and_pay_by_pair(serving: Serving, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    store = auth.FileKeys(path)
-    reader, reading = auth.new_key("reader", scopes=(auth.Scope.READ,))
-    maker, making = auth.new_key("maker", scopes=(auth.Scope.FUSE,), rate_per_s=0.001, burst=3)
+    store = FileKeys(path)
+    reader, reading = new_key("reader", scopes=(Scope.READ,))
+    maker, making = new_key("maker", scopes=(Scope.FUSE,), rate_per_s=0.001, burst=3)
     await store.put(reader)
     await store.put(maker)
     async with (
