@@ -29,7 +29,8 @@ from service.access import keys
 from service.access.guard import Guard
 from service.access.limits import Limiter, LocalLimiter
 from service.faces.gateway import Gateway
-from service.faces.http.app import build_app, build_monitor_app
+from service.faces.http.app import build_app
+from service.faces.http.monitor import build_monitor_app
 from service.faces.http.protocol import GuardedProtocol
 from service.faces.oip.http import add_inference
 from service.faces.oip.tensors import Inference

@@ -1,6 +1,6 @@
 """The Open Inference Protocol's HTTP routes, below /v2. What they mean stands in `oip.py`.
 
-Errors are the same problem documents as everywhere; `api.problem` adds the member `error` that this protocol asks for.
+Errors are the same problem documents as everywhere; `problem` adds the member `error` that this protocol asks for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.faces.gateway import Readiness
-from service.faces.http.app import CLIENT_CLOSED, OPTION_FIELDS, problems, read_body, unless_hung_up
+from service.faces.http.bodies import read_body
+from service.faces.http.forms import OPTION_FIELDS
+from service.faces.http.hangup import CLIENT_CLOSED, unless_hung_up
+from service.faces.http.problems import problems
 from service.faces.oip.tensors import (
     INPUTS,
     OUTPUTS,
