@@ -33,7 +33,7 @@ from service.faces.http.app import build_app
 from service.faces.http.monitor import build_monitor_app
 from service.faces.http.protocol import GuardedProtocol
 from service.faces.oip.http import add_inference
-from service.faces.oip.tensors import Inference
+from service.faces.oip.inference import Inference
 from service.queue.contract import JobQueue, MemoryQueue
 from service.terms.settings import HttpSettings, Settings, SettingsError
 from service.watch import logs, tracing

@@ -47,7 +47,7 @@ from service.faces.grpc.ledger import StreamLedger
 from service.faces.oip.grpc import FILE as INFERENCE_FILE
 from service.faces.oip.grpc import SERVICE as INFERENCE
 from service.faces.oip.grpc import InferenceServicer
-from service.faces.oip.tensors import Inference
+from service.faces.oip.inference import Inference
 from service.terms.errors import (
     INTERNAL_MESSAGE,
     InternalError,

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's HTTP routes, below /v2. What they mean stands in `oip.py`.
+"""The Open Inference Protocol's HTTP routes, below /v2. What they mean stands in `inference.py`.
 
 Errors are the same problem documents as everywhere; `problem` adds the member `error` that this protocol asks for.
 """
@@ -18,16 +18,9 @@ from service.faces.http.bodies import read_body
 from service.faces.http.forms import OPTION_FIELDS
 from service.faces.http.hangup import CLIENT_CLOSED, unless_hung_up
 from service.faces.http.problems import problems
-from service.faces.oip.tensors import (
-    INPUTS,
-    OUTPUTS,
-    PARAMETERS,
-    InferAnswer,
-    Inference,
-    InferRequest,
-    answer_body,
-    split_body,
-)
+from service.faces.oip.bodies import answer_body, split_body
+from service.faces.oip.inference import Inference
+from service.faces.oip.tensors import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, InferRequest
 from service.terms.errors import ErrorCode, UnavailableError
 from service.terms.settings import LimitSettings, Settings
 
