@@ -13,7 +13,8 @@ from typing import Any
 
 from redis import exceptions
 
-from service.access.auth import ApiKey, LocalLimiter
+from service.access.keys import ApiKey
+from service.access.limits import LocalLimiter
 from service.queue.redis import PREFIX, RedisAddress
 from service.terms.errors import UnavailableError
 from service.terms.settings import QueueSettings
@@ -46,7 +47,7 @@ def _reaching() -> Iterator[None]:
 
 
 class RedisKeys:
-    """See `service.access.auth.KeyStore`."""
+    """See `service.access.keys.KeyStore`."""
 
     def __init__(self, settings: QueueSettings, *, prefix: str = PREFIX) -> None:
         # Untyped as in redis_queue: redis-py's annotations name every protocol's answers at once.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from recofuse_images.names import FoundPair
-    from service.access.auth import KeyStore
+    from service.access.keys import KeyStore
     from service.command.files import Cost, Fusion, Pixels
     from service.queue.contract import JobQueue
     from service.terms.jobs import FusionOptions, Stage
@@ -491,7 +491,7 @@ def create_key(
     """Make a key and print it, once: only a hash of it is kept."""
     import time
 
-    from service.access.auth import Scope, new_key
+    from service.access.keys import Scope, new_key
 
     if wrong := sorted(set(scope or ()) - set(Scope)):
         raise InvalidInputError(f"scope: {', '.join(wrong)} is not one of {', '.join(Scope)}")

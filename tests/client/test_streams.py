@@ -450,7 +450,7 @@ async def test_a_rest_of_the_source_tries_no_patience(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GRPC)
 async def test_rates_slow_a_stream_down_without_loss(serving: Serving, kind: str, tmp_path: Any) -> None:
-    from service.access.auth import FileKeys, new_key
+    from service.access.keys import FileKeys, new_key
 
     record, key = new_key("camera", rate_per_s=4.0, burst=2)
     await FileKeys(tmp_path / "keys.json").put(record)

@@ -271,8 +271,9 @@ def test_a_pod_starts_beside_the_services_of_its_namespace(name: str) -> None:
 
 
 def test_probes_ask_what_the_processes_answer() -> None:
-    source = (DEPLOY.parent / "service" / "api.py").read_text("utf-8")
-    for name in ("recofuse-api", "recofuse-worker"):
+    faces = DEPLOY.parent / "service" / "faces" / "http"
+    for name, module in (("recofuse-api", "app.py"), ("recofuse-worker", "monitor.py")):
+        source = (faces / module).read_text("utf-8")
         _, container = _pod(name)
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):

@@ -40,13 +40,14 @@ from pydantic import ValidationError
 from recofuse_protos.inference.v2 import inference_pb2_grpc
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
-from service.access import auth
+from service.access.guard import Guard, charge
+from service.access.keys import Scope
 from service.faces.gateway import FusionRequest, Gateway
 from service.faces.grpc.ledger import StreamLedger
 from service.faces.oip.grpc import FILE as INFERENCE_FILE
 from service.faces.oip.grpc import SERVICE as INFERENCE
 from service.faces.oip.grpc import InferenceServicer
-from service.faces.oip.tensors import Inference
+from service.faces.oip.inference import Inference
 from service.terms.errors import (
     INTERNAL_MESSAGE,
     InternalError,
@@ -102,7 +103,7 @@ async def listening(
     gateway: Gateway,
     settings: Settings,
     metrics: Metrics,
-    guard: auth.Guard | None = None,
+    guard: Guard | None = None,
     tracer: Tracer = NO_TRACES,
     inference: Inference | None = None,
 ) -> AsyncIterator[str]:
@@ -190,7 +191,7 @@ class _Pools:
 class _Envelope(grpc.aio.ServerInterceptor):
     """Around every call: its id, metrics, trace and caller, parsing of its messages, the status of any failure."""
 
-    def __init__(self, metrics: Metrics, guard: auth.Guard | None, tracer: Tracer, *, max_open: int) -> None:
+    def __init__(self, metrics: Metrics, guard: Guard | None, tracer: Tracer, *, max_open: int) -> None:
         """max_open: calls at once that need no key and have no end; one connection could take all places with them."""
         self._metrics = metrics
         self._guard = guard
@@ -279,13 +280,13 @@ class _Envelope(grpc.aio.ServerInterceptor):
                 self._num_open -= is_open
 
     @staticmethod
-    async def _admit(guard: auth.Guard, context: Context, route: str, kind: str) -> None:
+    async def _admit(guard: Guard, context: Context, route: str, kind: str) -> None:
         method = route.rpartition("/")[2]
         is_work = "Fuse" in method or "Infer" in method
         is_change = is_work or "Cancel" in method
         await guard.admit(
             _metadata(context),
-            auth.Scope.FUSE if is_change else auth.Scope.READ,
+            Scope.FUSE if is_change else Scope.READ,
             is_charged=is_work and kind == "unary",  # streams are charged by frame
             face="grpc",
             action=route,
@@ -829,7 +830,7 @@ class _Stream:
         """One frame's answer. accepted: set once the frame has a place in the queue, or will not get one."""
         answer = pb.FuseStreamResponse()
         try:
-            await auth.charge()
+            await charge()
             result = await self._fuse(arrived, accepted)
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)

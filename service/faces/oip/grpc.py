@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's gRPC methods. What they mean stands in `oip.py`; errors are the interceptor's.
+"""The Open Inference Protocol's gRPC methods. What they mean stands in `inference.py`; errors are the interceptor's.
 
 Pictures always come back in raw_output_contents, as Triton sends them, whichever way the tensors came.
 """
@@ -14,11 +14,11 @@ from google.protobuf.message import Message
 
 from recofuse_protos.inference.v2 import inference_pb2 as pb
 from recofuse_protos.inference.v2 import inference_pb2_grpc
+from service.faces.oip.inference import Inference
 from service.faces.oip.tensors import (
     MAX_DIMENSIONS,
     MAX_ID_CHARS,
     MAX_NAME_CHARS,
-    Inference,
     InferRequest,
     Parameter,
     Tensor,
