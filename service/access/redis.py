@@ -14,7 +14,7 @@ from typing import Any
 from redis import exceptions
 
 from service.access.auth import ApiKey, LocalLimiter
-from service.queue.redis import PREFIX, RedisAddress
+from service.queue.redis.address import PREFIX, RedisAddress
 from service.terms.errors import UnavailableError
 from service.terms.settings import QueueSettings
 

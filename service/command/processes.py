@@ -31,7 +31,8 @@ from service.faces.http.app import build_app, build_monitor_app
 from service.faces.http.protocol import GuardedProtocol
 from service.faces.oip.http import add_inference
 from service.faces.oip.tensors import Inference
-from service.queue.contract import JobQueue, MemoryQueue
+from service.queue.contract import JobQueue
+from service.queue.memory import MemoryQueue
 from service.terms.settings import HttpSettings, Settings, SettingsError
 from service.watch import logs, tracing
 from service.watch.gpu import watch_gpus

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.command.processes import serve_all_in_one, serve_front_end
-from service.queue.contract import MemoryQueue
+from service.queue.memory import MemoryQueue
 from service.terms.errors import ErrorCode
 from service.terms.settings import Settings
 from tests.fakes import FakeEngine

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from service.faces.gateway import Gateway
 from service.faces.http.app import IMAGE_FIELDS, OPTION_FIELDS, build_app
-from service.queue.contract import MemoryQueue
+from service.queue.memory import MemoryQueue
 from service.terms.errors import STATUS, ErrorCode
 from service.terms.jobs import MAX_WARNINGS, FusionResult, Part, Stage
 from service.terms.settings import Settings
