@@ -15,7 +15,7 @@ from redis import exceptions
 
 from service.access.keys import ApiKey
 from service.access.limits import LocalLimiter
-from service.queue.redis import PREFIX, RedisAddress
+from service.queue.redis.address import PREFIX, RedisAddress
 from service.terms.errors import UnavailableError
 from service.terms.settings import QueueSettings
 

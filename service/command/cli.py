@@ -375,7 +375,7 @@ QueueUrl = Annotated[
 
 
 def _shared_queue(settings: Settings) -> JobQueue:
-    from service.queue.redis import build_queue
+    from service.queue.choice import build_queue
 
     if settings.queue.url == "memory://":
         raise SettingsError(

@@ -34,7 +34,8 @@ from service.faces.http.monitor import build_monitor_app
 from service.faces.http.protocol import GuardedProtocol
 from service.faces.oip.http import add_inference
 from service.faces.oip.inference import Inference
-from service.queue.contract import JobQueue, MemoryQueue
+from service.queue.contract import JobQueue
+from service.queue.memory import MemoryQueue
 from service.terms.settings import HttpSettings, Settings, SettingsError
 from service.watch import logs, tracing
 from service.watch.gpu import watch_gpus
@@ -189,12 +190,12 @@ async def _faces(
         add_inference(app, inference, settings)
         address = await stack.enter_async_context(_listening(app, settings.http))
         if settings.grpc.port >= 0:
-            from service.faces.grpc import (
-                server as grpc_api,  # a worker, and a front end without gRPC, do not pay for it
-            )
+            # A worker, and a front end without gRPC, do not pay for it.
+            from service.faces.grpc.server import listening
+            from service.faces.oip.grpc import companion
 
-            listening = grpc_api.listening(gateway, settings, metrics, guard, tracer, inference)
-            grpc_address = await stack.enter_async_context(listening)
+            serving = listening(gateway, settings, metrics, guard, tracer, [companion(inference)])
+            grpc_address = await stack.enter_async_context(serving)
             logger.info("listening for gRPC", extra={"address": grpc_address})
             if on_grpc is not None:
                 on_grpc(grpc_address)

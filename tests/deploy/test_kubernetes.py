@@ -16,7 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.queue.redis import GROUP, PREFIX
+from service.queue.redis.address import PREFIX
+from service.queue.redis.transitions import GROUP
 from service.terms.jobs import Priority
 from service.terms.settings import Settings
 from tests.deploy.conftest import missing

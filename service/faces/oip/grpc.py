@@ -5,6 +5,7 @@ Pictures always come back in raw_output_contents, as Triton sends them, whicheve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from google.protobuf.message import Message
 
 from recofuse_protos.inference.v2 import inference_pb2 as pb
 from recofuse_protos.inference.v2 import inference_pb2_grpc
+from service.faces.grpc.server import Companion
 from service.faces.oip.inference import Inference
 from service.faces.oip.tensors import (
     MAX_DIMENSIONS,
@@ -35,6 +37,12 @@ SERVICE = FILE.services_by_name["GRPCInferenceService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer", bound=Message)
+
+
+def companion(inference: Inference) -> Companion:
+    """The protocol's service, for the gRPC server."""
+    add = inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+    return Companion(SERVICE, functools.partial(add, InferenceServicer(inference)), FILE.pool)
 
 
 class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from service.faces.gateway import Gateway
 from service.faces.http.app import build_app
-from service.queue.contract import MemoryQueue
+from service.queue.memory import MemoryQueue
 from service.terms.errors import ErrorCode
 from service.terms.settings import Settings
 from service.watch.metrics import Metrics

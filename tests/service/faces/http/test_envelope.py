@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from service.faces.gateway import Gateway
 from service.faces.http.app import build_app
-from service.queue.contract import MemoryQueue
+from service.queue.memory import MemoryQueue
 from service.terms.settings import Settings
 from service.watch.metrics import Metrics
 from tests.service.conftest import Server

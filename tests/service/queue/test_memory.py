@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.queue.contract import MAX_GONE, Lease, MemoryQueue
+from service.queue.contract import Lease
+from service.queue.memory import MAX_GONE, MemoryQueue
 from service.terms.jobs import FusionJob, FusionResult, JobStatus, Priority
 from service.terms.settings import QueueSettings
 from tests.fakes import FakeClock, job

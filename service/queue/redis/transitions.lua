@@ -1,4 +1,4 @@
--- The queue's transitions, one per command, each atomic. Called by service/queue/redis.py, which lists the keys.
+-- The queue's transitions, one per command, each atomic. Called by transitions.py beside it, which lists the keys.
 --
 -- KEYS[1]: the prefix that every key begins with. It carries the hash tag, so all keys lie in one slot of a cluster.
 -- ARGV: command, lease (ms), attempts allowed, dead letters kept, then what the command takes.
