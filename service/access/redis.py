@@ -50,7 +50,7 @@ class RedisKeys:
     """See `service.access.keys.KeyStore`."""
 
     def __init__(self, settings: QueueSettings, *, prefix: str = PREFIX) -> None:
-        # Untyped as in redis_queue: redis-py's annotations name every protocol's answers at once.
+        # Untyped as in the queue: redis-py's annotations name every protocol's answers at once.
         self._client: Any = RedisAddress.parse(settings.url).connect()
         self._hash = f"{prefix}:api-keys"
         self._calls = asyncio.Semaphore(MAX_CALLS)

@@ -1,4 +1,4 @@
-"""TLS of HTTP; that of gRPC is in test_grpc.py."""
+"""TLS of HTTP; that of gRPC is in faces/grpc/test_server.py."""
 
 from __future__ import annotations
 
