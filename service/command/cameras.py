@@ -32,7 +32,7 @@ from service.watch.metrics import FlowMode
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recofuse_core.scenes import Scene
+    from recofuse_core.scenes.scene import Scene
 
 Encoding = Literal["raw", "jpeg"]
 AnswerFormat = Literal["raw", "jpeg", "png", "webp"]
@@ -179,7 +179,7 @@ def degraded_clip(
     from torch import Generator
 
     from recofuse_core import degradations
-    from recofuse_core.scenes import moving_scene
+    from recofuse_core.scenes.scene import moving_scene
 
     generator = Generator().manual_seed(seed)
     clean = list(moving_scene(seed, num_frames, height, width))

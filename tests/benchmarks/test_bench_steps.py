@@ -18,7 +18,7 @@ from recofuse_core.data import to_uint8, write_image
 from recofuse_core.errors import ConfigError
 from recofuse_core.plots import svg
 from recofuse_core.sampler import SamplerName
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import tiny_model
 
 

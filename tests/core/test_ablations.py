@@ -21,7 +21,7 @@ from recofuse_core.ablations import (
 )
 from recofuse_core.data import write_image
 from recofuse_core.errors import ConfigError
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

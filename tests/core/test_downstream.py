@@ -13,7 +13,7 @@ from recofuse_core.data import find_pairs, read_vis, write_image
 from recofuse_core.downstream import Item, Task, export_pairs, plan_export, read_boxes
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.evaluation import degrade_pair
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import tiny_model
 
 HEIGHT, WIDTH = 40, 64

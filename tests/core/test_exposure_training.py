@@ -26,7 +26,7 @@ from recofuse_core.exposure_training import (
     well_exposed,
 )
 from recofuse_core.losses import luma
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.training import DataConfig, PairSource, StageConfig, TrainConfig, Trainer
 
 SMALL = ExposureConfig(cells=16, num_quantiles=6, width=32, channels=(4, 6, 8), num_levels=3)

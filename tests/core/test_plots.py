@@ -17,7 +17,7 @@ from recofuse_core.data import find_pairs, write_image
 from recofuse_core.errors import ConfigError
 from recofuse_core.evaluation import DEGRADED, FUSION_COLUMNS, MODEL, EvaluationSettings, Report, evaluate
 from recofuse_core.plots import COLOURS, LESS_IS_BETTER, OTHER, RESTORATION_PANELS, bar_plots, bars, look, svg
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import tiny_model
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -27,7 +27,7 @@ from recofuse_core.runtime import (
     native_dtype,
 )
 from recofuse_core.sampler import SAMPLERS, SamplerName
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import GATED, PUBLISHED, images_of, largest_difference, pairs, tiny_model
 

@@ -21,7 +21,7 @@ from recofuse_core.errors import CheckpointError, ConfigError, DatasetError
 from recofuse_core.losses import FusionTargets, GradientTarget, chroma, fusion_loss, log_error, luma, strongest
 from recofuse_core.networks import ToneConfig, ToneEstimator
 from recofuse_core.sampler import Pair, Prediction
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.training import (
     DataConfig,
     Encoded,
@@ -510,7 +510,7 @@ import sys
 from pathlib import Path
 import torch
 from recofuse_core.sampler import Pair, Prediction
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.training import DataConfig, PairSource, StageConfig, TrainConfig, Trainer
 
 torch.set_num_threads(1)
