@@ -778,7 +778,7 @@ def train(
         raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
     import torch
 
-    from recofuse_core.training import train_from_config
+    from recofuse_core.training.run import train_from_config
 
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -810,8 +810,8 @@ def ablate(
     """Train and score the paper's ablations under one budget (docs/ablations.md)."""
     import json
 
-    from recofuse_core import ablations
     from recofuse_core.runtime import named_device
+    from recofuse_core.training import ablations
 
     def say(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True)

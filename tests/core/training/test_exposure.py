@@ -12,7 +12,10 @@ from recofuse_core.data import write_image
 from recofuse_core.degradations import haze
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator
-from recofuse_core.exposure_training import (
+from recofuse_core.losses import luma
+from recofuse_core.scenes.scene import make_scene
+from recofuse_core.training.config import DataConfig, StageConfig, TrainConfig
+from recofuse_core.training.exposure import (
     SHARES,
     Frame,
     FrameKind,
@@ -25,9 +28,8 @@ from recofuse_core.exposure_training import (
     transmission,
     well_exposed,
 )
-from recofuse_core.losses import luma
-from recofuse_core.scenes.scene import make_scene
-from recofuse_core.training import DataConfig, PairSource, StageConfig, TrainConfig, Trainer
+from recofuse_core.training.pairs import PairSource
+from recofuse_core.training.trainer import Trainer
 
 SMALL = ExposureConfig(cells=16, num_quantiles=6, width=32, channels=(4, 6, 8), num_levels=3)
 SIDE = 64

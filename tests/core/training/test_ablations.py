@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from recofuse_core import load_pretrained, save_checkpoint
-from recofuse_core.ablations import (
+from recofuse_core.data import write_image
+from recofuse_core.errors import ConfigError
+from recofuse_core.scenes.scene import make_scene
+from recofuse_core.training.ablations import (
     COLUMNS,
     SHARED_PARTS,
     VARIANTS,
@@ -19,11 +22,8 @@ from recofuse_core.ablations import (
     run_ablations,
     table,
 )
-from recofuse_core.data import write_image
-from recofuse_core.errors import ConfigError
-from recofuse_core.scenes.scene import make_scene
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = """
 preset = "compact"
 version = "t"

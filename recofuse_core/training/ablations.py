@@ -29,15 +29,10 @@ from recofuse_core.degradations import Strength
 from recofuse_core.errors import ConfigError
 from recofuse_core.evaluation import MODEL, EvaluationSettings, Report, evaluate
 from recofuse_core.model import ReCoFuse
-from recofuse_core.training import (
-    Encoded,
-    LatentSource,
-    PairSource,
-    TrainConfig,
-    Trainer,
-    parse_config,
-    read_images,
-)
+from recofuse_core.training.config import TrainConfig, parse_config
+from recofuse_core.training.latents import Encoded, LatentSource
+from recofuse_core.training.pairs import PairSource, read_images
+from recofuse_core.training.trainer import Trainer
 
 WHOLE = "whole"
 SHARED_PARTS = ("autoencoder.", "tone.")  # taken from the initial weights, never trained here
