@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from recofuse_core.baselines import BASELINES, enhance_ir, enhance_vis
 from recofuse_core.data import Pair, PairFiles, find_images, read_pair, read_vis, to_float, to_uint8
-from recofuse_core.degradations import Step, degrade_ir, degrade_vis
+from recofuse_core.degradations.recipes import Step, degrade_ir, degrade_vis
 from recofuse_core.errors import ConfigError, DatasetError, ShapeError
 from recofuse_core.model import FusionOutput
 from recofuse_core.quality import FusionScores, fusion_scores, psnr, ssim

@@ -25,7 +25,7 @@ from torch import Generator
 
 from recofuse_core.checkpoint import build_config, load_pretrained, pretrained_header, save_checkpoint
 from recofuse_core.data import find_pairs, read_pair, write_image
-from recofuse_core.degradations import Strength
+from recofuse_core.degradations.recipes import Strength
 from recofuse_core.errors import ConfigError
 from recofuse_core.evaluation import MODEL, EvaluationSettings, Report, evaluate
 from recofuse_core.model import ReCoFuse

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from recofuse_core.checkpoint import build_config, model_config_from
-from recofuse_core.degradations import Strength
+from recofuse_core.degradations.recipes import Strength
 from recofuse_core.errors import ConfigError
 from recofuse_core.losses import GradientTarget, IntensityTarget
 from recofuse_core.model import PRESETS, ModelConfig

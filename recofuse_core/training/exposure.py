@@ -26,11 +26,12 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from recofuse_core.data import find_images, read_vis
-from recofuse_core.degradations import Range, gaussian_noise, haze, jpeg, poisson_noise, quantise
+from recofuse_core.degradations.physics import gaussian_noise, haze, jpeg, poisson_noise, quantise
+from recofuse_core.degradations.recipes import Range
+from recofuse_core.degradations.weather import scene_depth
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.exposure import ExposureEstimator
 from recofuse_core.losses import log_error, luma
-from recofuse_core.weather import scene_depth
 
 DARKENING_GAIN = Range(0.85, 0.06, log=True)
 DARKENING_GAMMA = Range(1.0, 2.4)

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from recofuse_core.data import find_pairs, read_pair
-from recofuse_core.degradations import degrade_ir, degrade_vis
+from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
 from recofuse_core.errors import DatasetError
 from recofuse_core.sampler import Pair
 from recofuse_core.training.config import DataConfig

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from recofuse_core.degradations import degrade_ir, degrade_vis
+from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
 from recofuse_core.errors import NumericsError
 from recofuse_core.model import ReCoFuse
 from recofuse_core.quality import psnr

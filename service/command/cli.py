@@ -1158,7 +1158,7 @@ def sample(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "640x480",
 ) -> None:
     """Write a generated, degraded pair: something to try the other commands on."""
-    from recofuse_core.degradations import IrKind, VisKind
+    from recofuse_core.degradations.recipes import IrKind, VisKind
     from service.command.demo import SampleRecipe, write_sample
 
     kinds = []

@@ -107,7 +107,7 @@ def write_sample(
     """
     from torch import Generator, Tensor
 
-    from recofuse_core.degradations import degrade_ir, degrade_vis
+    from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
     from recofuse_core.scenes.scene import make_scene
 
     def pixels(image: Tensor) -> Pixels:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from recofuse_core.data import write_image
-from recofuse_core.degradations import haze
+from recofuse_core.degradations.physics import haze
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator
 from recofuse_core.losses import luma

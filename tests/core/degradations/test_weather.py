@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from recofuse_core.degradations import degrade_vis
-from recofuse_core.weather import downpour_cover, scene_depth, snowfall_cover
+from recofuse_core.degradations.recipes import degrade_vis
+from recofuse_core.degradations.weather import downpour_cover, scene_depth, snowfall_cover
 
 
 def seeded(seed: int) -> Generator:

@@ -1,6 +1,6 @@
 """Weather between camera and scene: fog over depth, rain in layers, snow with flakes out of focus.
 
-`degradations` names these kinds (`fog`, `downpour`, `snowfall`), draws their parameters and puts them in front of an
+`recipes` names these kinds (`fog`, `downpour`, `snowfall`), draws their parameters and puts them in front of an
 image; here is what they look like. Depth runs from 0, at the camera's feet, to 1, the farthest that is seen: nobody
 knows the true one of a photograph, so it is drawn, as a road scene has it. Drops and flakes lie in layers, since near
 ones are long, large and out of focus, and far ones are many and melt into a veil.
