@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator
 
-from recofuse_core.checkpoint import build_config, load_pretrained, pretrained_header, save_checkpoint
+from recofuse_core.checkpoint import load_pretrained, pretrained_header, save_checkpoint
+from recofuse_core.config import build_config
 from recofuse_core.data import find_pairs, read_pair, write_image
 from recofuse_core.degradations.recipes import Strength
 from recofuse_core.errors import ConfigError

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from recofuse_core.checkpoint import build_config, model_config_from
+from recofuse_core.config import build_config, model_config_from
 from recofuse_core.degradations.recipes import Strength
 from recofuse_core.errors import ConfigError
 from recofuse_core.losses import GradientTarget, IntensityTarget
