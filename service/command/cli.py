@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable
 
-    from recofuse_images.names import FoundPair
+    from recofuse_images.pairs import FoundPair
     from service.access.auth import KeyStore
     from service.command.files import Cost, Fusion, Pixels
     from service.queue.contract import JobQueue
@@ -158,7 +158,7 @@ def fuse(
     threads: Threads = 0,
 ) -> None:
     """Fuse one pair of files, or folders of pairs matched by file name (docs/training.md, How names pair)."""
-    from recofuse_images.names import told
+    from recofuse_images.pairs import told
     from service.command.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
     from service.terms.jobs import Part, printable
     from service.work.engine import CoreEngine, PassOptions
