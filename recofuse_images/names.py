@@ -98,6 +98,9 @@ class Unmatched:
     reason: str
 
 
+# --- what a name says -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class _Word:
     """A run of letters or of digits: where it stands, and the role it may name."""
@@ -210,6 +213,9 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text.casefold())
 
 
+# --- readings: what a name is called without its role words -----------------------------------------------------------
+
+
 _Reading = Callable[["Name", Role, bool], Iterable[tuple[_Cut, str]]]  # what is cut, and where, as text for the key
 
 
@@ -306,6 +312,9 @@ _RULES = (
     _Rule(((_weak, _weak),), is_loose=True),
 )
 _IS_EQUAL = _RULES[3]  # equal names: no other candidate is as good
+
+
+# --- matching names ---------------------------------------------------------------------------------------------------
 
 
 def match_names(

@@ -169,6 +169,9 @@ VIS_RIVALS = {
 IR_RIVALS: dict[IrKind, IrKind] = {}
 
 
+# --- drawing a recipe -------------------------------------------------------------------------------------------------
+
+
 def degrade_vis(
     image: Tensor,
     generator: Generator,
@@ -245,6 +248,9 @@ def _draw_kinds(
         if _chance(generator, probability) and len(chosen) < MAX_KINDS:
             chosen.add(kind)
     return chosen
+
+
+# --- drawing each kind's parameters -----------------------------------------------------------------------------------
 
 
 def _draw_low_light(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
@@ -425,6 +431,9 @@ _IR_MODELS: dict[IrKind, _Model] = {
     IrKind.DEAD_PIXELS: _draw_dead_pixels,
     IrKind.JPEG: _jpeg_model(IR_JPEG_QUALITY),
 }
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
 
 
 def _require_image(image: Tensor, channels: int) -> None:

@@ -91,6 +91,9 @@ def _walk(person: Person, time_s: float) -> Person:
     return replace(person, x=x, z=z, speed_x=speed_x)
 
 
+# --- from light and heat to images ------------------------------------------------------------------------------------
+
+
 def _develop_vis(canvas: Canvas) -> Tensor:
     """Lens bloom around bright lights, then an exponential film curve and display gamma; (3, H, W) in [0, 1]."""
     vis, camera = canvas.vis, canvas.camera

@@ -157,6 +157,9 @@ class Street:
         return [Light((lamp.x + lamp.reach_m, lamp.height_m - 0.1, lamp.z), lamp.colour) for lamp in self.lamps]
 
 
+# --- drawing one from a seed ------------------------------------------------------------------------------------------
+
+
 _PAINTS: tuple[Rgb, ...] = (
     (0.55, 0.56, 0.58),
     (0.75, 0.75, 0.73),

@@ -28,7 +28,8 @@ from recofuse_core.config import build_config
 from recofuse_core.data import find_pairs, read_pair, write_image
 from recofuse_core.degradations.recipes import Strength
 from recofuse_core.errors import ConfigError
-from recofuse_core.evaluation import MODEL, EvaluationSettings, Report, evaluate
+from recofuse_core.evaluation.protocol import MODEL, EvaluationSettings, evaluate
+from recofuse_core.evaluation.report import Report
 from recofuse_core.model import ReCoFuse
 from recofuse_core.training.config import TrainConfig, parse_config
 from recofuse_core.training.latents import Encoded, LatentSource

@@ -8,8 +8,8 @@ from torch import Generator, Tensor
 
 from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
 from recofuse_core.errors import NumericsError
+from recofuse_core.evaluation.quality import psnr
 from recofuse_core.model import ReCoFuse
-from recofuse_core.quality import psnr
 from recofuse_core.sampler import Pair
 from recofuse_core.training.config import DataConfig
 from recofuse_core.training.pairs import read_images

@@ -177,6 +177,9 @@ def test_two_pairs_of_one_name_are_refused() -> None:
         match_names(["a.png", "a_vis.png"], ["a.png", "a_ir.png"])
 
 
+# --- at random --------------------------------------------------------------------------------------------------------
+
+
 Layout = tuple[str, str]
 WORDS: list[Layout] = [
     ("vis", "ir"), ("VIS", "IR"), ("vi", "inf"), ("RGB", "thermal"), ("visible", "infrared"), ("color", "lwir"),

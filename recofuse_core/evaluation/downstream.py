@@ -23,7 +23,7 @@ import torch
 
 from recofuse_core.data import IMAGE_SUFFIXES, PairFiles, read_pair, split_of, to_float, to_uint8, write_image
 from recofuse_core.errors import ConfigError, DatasetError
-from recofuse_core.evaluation import EvaluationStrength, Fuser, degrade_pair, item_seed
+from recofuse_core.evaluation.protocol import EvaluationStrength, Fuser, degrade_pair, item_seed
 from recofuse_images.errors import ImageError
 from recofuse_images.limits import OWN_FILES
 from recofuse_images.reader import inspect

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from recofuse_core.data import to_uint8
 from recofuse_core.errors import ShapeError
-from recofuse_core.quality import noise_estimate
+from recofuse_core.evaluation.quality import noise_estimate
 
 Plane = NDArray[Any]
 

@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from recofuse_core.baselines import BASELINES, destripe_columns, enhance_ir, enhance_vis, fuse_average, fuse_weighted
 from recofuse_core.data import to_uint8
 from recofuse_core.errors import ShapeError
-from recofuse_core.quality import chroma_distance, grey, noise_estimate, psnr
+from recofuse_core.evaluation.baselines import (
+    BASELINES,
+    destripe_columns,
+    enhance_ir,
+    enhance_vis,
+    fuse_average,
+    fuse_weighted,
+)
+from recofuse_core.evaluation.quality import chroma_distance, grey, noise_estimate, psnr
 
 
 def blobs(seed: int, channels: int, width: int = 128) -> Tensor:

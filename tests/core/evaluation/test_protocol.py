@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from recofuse_core import evaluation
 from recofuse_core.data import PairFiles, find_pairs, read_pair, write_image
 from recofuse_core.errors import ConfigError, DatasetError, ShapeError
-from recofuse_core.evaluation import EvaluationSettings, PairImages, PairScores, Report, evaluate, item_seed
+from recofuse_core.evaluation.protocol import EvaluationSettings, Fuser, PairImages, PairScores, evaluate, item_seed
+from recofuse_core.evaluation.quality import psnr
+from recofuse_core.evaluation.report import Report
+from recofuse_core.evaluation.sheets import SHEET_WIDTH, sheet_row, stack_rows
 from recofuse_core.model import FusionOutput, ModelConfig, build_model
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig
-from recofuse_core.quality import psnr
 from recofuse_core.sampler import SamplerName
 from recofuse_core.sde import SDEConfig
 
@@ -59,7 +60,7 @@ def pairs(tmp_path: Path) -> list[PairFiles]:
 
 
 def run(
-    pairs: list[PairFiles], settings: EvaluationSettings, model: evaluation.Fuser | None = None, **options: object
+    pairs: list[PairFiles], settings: EvaluationSettings, model: Fuser | None = None, **options: object
 ) -> list[tuple[PairScores, PairImages]]:
     return list(evaluate(model or Smoother(), pairs, settings, **options))  # type: ignore[arg-type]
 
@@ -236,14 +237,14 @@ def test_unknown_strengths_and_empty_reports_are_refused(pairs: list[PairFiles])
 
 def test_the_sheet_shows_every_picture(pairs: list[PairFiles]) -> None:
     items = run(pairs, EvaluationSettings(with_baselines=True))
-    rows = [evaluation.sheet_row(scores.name, images) for scores, images in items]
-    sheet = evaluation.stack_rows(rows)
+    rows = [sheet_row(scores.name, images) for scores, images in items]
+    sheet = stack_rows(rows)
     assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, sum(row.shape[1] for row in rows), 10 * (evaluation.SHEET_WIDTH + 4))
+    assert sheet.shape == (3, sum(row.shape[1] for row in rows), 10 * (SHEET_WIDTH + 4))
     without_model = [images for _, images in evaluate(None, pairs[:1], EvaluationSettings())]
-    assert evaluation.sheet_row("a", without_model[0]).shape[2] == 4 * (evaluation.SHEET_WIDTH + 4)
+    assert sheet_row("a", without_model[0]).shape[2] == 4 * (SHEET_WIDTH + 4)
     parts = items[0][1].by_part()
     assert list(parts)[:6] == ["vis_clean", "vis_degraded", "vis_restored", "ir_clean", "ir_degraded", "ir_restored"]
     assert torch.equal(parts["fused_recofuse"], items[0][1].fused["recofuse"])
     with pytest.raises(ShapeError):
-        evaluation.stack_rows([])
+        stack_rows([])

@@ -21,8 +21,8 @@ from torchmetrics.functional.image import (
     visual_information_fidelity as torchmetrics_vif,
 )
 
-from recofuse_core import quality
 from recofuse_core.errors import ShapeError
+from recofuse_core.evaluation import quality
 
 Array = NDArray[np.float64]
 

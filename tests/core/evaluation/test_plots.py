@@ -15,8 +15,18 @@ from matplotlib.text import Annotation
 
 from recofuse_core.data import find_pairs, write_image
 from recofuse_core.errors import ConfigError
-from recofuse_core.evaluation import DEGRADED, FUSION_COLUMNS, MODEL, EvaluationSettings, Report, evaluate
-from recofuse_core.plots import COLOURS, LESS_IS_BETTER, OTHER, RESTORATION_PANELS, bar_plots, bars, look, svg
+from recofuse_core.evaluation.plots import (
+    COLOURS,
+    LESS_IS_BETTER,
+    OTHER,
+    RESTORATION_PANELS,
+    bar_plots,
+    bars,
+    look,
+    svg,
+)
+from recofuse_core.evaluation.protocol import DEGRADED, MODEL, EvaluationSettings, evaluate
+from recofuse_core.evaluation.report import FUSION_COLUMNS, Report
 from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import tiny_model
 
@@ -165,7 +175,7 @@ def test_without_matplotlib_the_error_names_the_extra(report: Report, monkeypatc
 
 def test_no_pyplot_is_needed() -> None:
     probe = (
-        "import sys; from recofuse_core import plots\n"
+        "import sys; from recofuse_core.evaluation import plots\n"
         "assert 'matplotlib' not in sys.modules\n"
         "with plots.look():\n"
         "    from matplotlib.figure import Figure\n"

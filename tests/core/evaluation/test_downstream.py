@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from recofuse_core.data import find_pairs, read_vis, write_image
-from recofuse_core.downstream import Item, Task, export_pairs, plan_export, read_boxes
 from recofuse_core.errors import ConfigError, DatasetError
-from recofuse_core.evaluation import degrade_pair
+from recofuse_core.evaluation.downstream import Item, Task, export_pairs, plan_export, read_boxes
+from recofuse_core.evaluation.protocol import degrade_pair
 from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import tiny_model
 
@@ -78,7 +78,7 @@ def test_exported_images_are_what_the_model_makes_of_the_inputs(tmp_path: Path) 
     given, strong = (read_vis(tmp_path / name / "images" / "train" / "a.png") for name in ("given", "strong"))
     assert not torch.equal(given, strong)
     from recofuse_core.data import read_pair, to_float, to_uint8
-    from recofuse_core.evaluation import item_seed
+    from recofuse_core.evaluation.protocol import item_seed
 
     vis, ir, _, _ = degrade_pair(read_pair(find_pairs(root)[0]), "strong", 3)
     again = MODEL.fuse(to_float(vis)[None], to_float(ir)[None], seeds=item_seed(3, "a", "model")).fused

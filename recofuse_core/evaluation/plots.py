@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from recofuse_core.errors import ConfigError
-from recofuse_core.evaluation import DEGRADED, FUSION_COLUMNS, MODEL, Report
+from recofuse_core.evaluation.protocol import DEGRADED, MODEL
+from recofuse_core.evaluation.report import FUSION_COLUMNS, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
