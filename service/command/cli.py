@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable
 
-    from recofuse_images.names import FoundPair
+    from recofuse_images.pairs import FoundPair
     from service.access.keys import KeyStore
     from service.command.files import Cost, Fusion, Pixels
     from service.queue.contract import JobQueue
@@ -158,7 +158,7 @@ def fuse(
     threads: Threads = 0,
 ) -> None:
     """Fuse one pair of files, or folders of pairs matched by file name (docs/training.md, How names pair)."""
-    from recofuse_images.names import told
+    from recofuse_images.pairs import told
     from service.command.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
     from service.terms.jobs import Part, printable
     from service.work.engine import CoreEngine, PassOptions
@@ -778,7 +778,7 @@ def train(
         raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
     import torch
 
-    from recofuse_core.training import train_from_config
+    from recofuse_core.training.run import train_from_config
 
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -810,8 +810,8 @@ def ablate(
     """Train and score the paper's ablations under one budget (docs/ablations.md)."""
     import json
 
-    from recofuse_core import ablations
     from recofuse_core.runtime import named_device
+    from recofuse_core.training import ablations
 
     def say(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True)
@@ -851,7 +851,7 @@ def export(
 
     from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs
-    from recofuse_core.downstream import export_pairs, plan_export
+    from recofuse_core.evaluation.downstream import export_pairs, plan_export
     from recofuse_core.runtime import named_device
 
     if threads:
@@ -921,9 +921,11 @@ def evaluate(
 
     import torch
 
-    from recofuse_core import evaluation, load_pretrained
+    from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs, write_image
-    from recofuse_core.plots import bar_plots, require_matplotlib, svg
+    from recofuse_core.evaluation import protocol, sheets
+    from recofuse_core.evaluation.plots import bar_plots, require_matplotlib, svg
+    from recofuse_core.evaluation.report import Report
     from recofuse_core.runtime import named_device
 
     if coupling not in ("on", "off"):
@@ -943,8 +945,8 @@ def evaluate(
     device = named_device(device)
     files = find_pairs(pairs, split=split)[:limit]
     model = None if weights == "none" else load_pretrained(weights, device=device)
-    settings = evaluation.EvaluationSettings(
-        strength=cast(evaluation.EvaluationStrength, strength),
+    settings = protocol.EvaluationSettings(
+        strength=cast(protocol.EvaluationStrength, strength),
         seed=seed,
         steps=steps,
         sampler=cast(Any, sampler),
@@ -954,16 +956,16 @@ def evaluate(
         ir_kinds=None if ir_kinds is None else tuple(filter(None, ir_kinds.split(","))),
     )
     scores, rows = [], []
-    results = evaluation.evaluate(model, files, settings, others=folders, device=device)
+    results = protocol.evaluate(model, files, settings, others=folders, device=device)
     with _progress() as progress:
         for pair_scores, images in progress.track(results, total=len(files), description="evaluating"):
             scores.append(pair_scores)
             if sheet is not None:
-                rows.append(evaluation.sheet_row(pair_scores.name, images))
+                rows.append(sheets.sheet_row(pair_scores.name, images))
             if save is not None:
                 for part, image in images.by_part().items():
                     write_image(save / part / f"{pair_scores.name}.png", image)
-    report = evaluation.Report(
+    report = Report(
         tuple(scores),
         settings,
         weights=model.info.name if model else None,
@@ -982,7 +984,7 @@ def evaluate(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text(), encoding="utf-8")
     if sheet is not None:
-        write_image(sheet, evaluation.stack_rows(rows))
+        write_image(sheet, sheets.stack_rows(rows))
     out.print(report.markdown(), markup=False, soft_wrap=True)
     out.print(report.line(), markup=False, soft_wrap=True)
 
@@ -1158,7 +1160,7 @@ def sample(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "640x480",
 ) -> None:
     """Write a generated, degraded pair: something to try the other commands on."""
-    from recofuse_core.degradations import IrKind, VisKind
+    from recofuse_core.degradations.recipes import IrKind, VisKind
     from service.command.demo import SampleRecipe, write_sample
 
     kinds = []

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from recofuse_core import ModelConfig, build_model, load_checkpoint, save_checkpoint
-from recofuse_core.checkpoint import OfficialFiles, official_names
 from recofuse_core.data import read_vis, write_image
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig, PaperAutoencoderConfig
-from recofuse_core.scenes import make_scene
+from recofuse_core.published import OfficialFiles, official_names
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.sde import SDEConfig
 from recofuse_images.reader import Pair
 from service.command.cli import app

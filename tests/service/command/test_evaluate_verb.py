@@ -14,7 +14,7 @@ from recofuse_core import save_checkpoint
 from recofuse_core.data import read_vis, write_image
 from recofuse_core.model import ModelConfig, build_model
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.sde import SDEConfig
 from service.command.cli import app
 

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from recofuse_core import save_checkpoint
 from recofuse_core.data import write_image
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from service.command.cli import app
-from tests.core.test_ablations import CONFIG
 from tests.core.tiny import GATED, tiny_model
+from tests.core.training.test_ablations import CONFIG
 
 
 @pytest.fixture
