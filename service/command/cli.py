@@ -18,9 +18,9 @@ from service.command.complaints import OneLineErrors
 from service.command.terminal import out
 from service.command.verbs import (
     bench,
-    datasets,
     dead_letters,
     documents,
+    evaluation,
     fuse,
     keys,
     samples,
@@ -42,8 +42,8 @@ VERBS: Mapping[str, Callable[..., None]] = MappingProxyType(
         "convert": weights.convert,
         "train": training.train,
         "ablate": training.ablate,
-        "export": datasets.export,
-        "evaluate": datasets.evaluate,
+        "export": training.export,
+        "evaluate": evaluation.evaluate,
         "sample": samples.sample,
         "simulate-cameras": streams.simulate_cameras,
         "stream": streams.stream,

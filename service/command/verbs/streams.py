@@ -137,7 +137,6 @@ def stream(
     import tempfile
 
     from recofuse_client import Client, live, video
-    from service.command.demo import free_port, server_process
 
     for name, value, known in (("mode", mode, ("all", "latest", None)), ("part", part, ("fused", "vis", "ir"))):
         if value not in known:
@@ -157,6 +156,8 @@ def stream(
             sinks.append(viewer)
             err.print(f"showing on {viewer.url}", markup=False, soft_wrap=True)
         if target is None:
+            from service.command.demo import free_port, server_process
+
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="recofuse-stream-"))
             port = free_port()
             options = ["--grpc-port", str(port), "--weights", weights, *(["--engine", engine] if engine else [])]

@@ -1,4 +1,4 @@
-"""`recofuse train` and `ablate`: models are made, and the paper's ablations of them are compared."""
+"""`recofuse train`, `ablate` and `export`: models are made and compared, and data made by them for other trainings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from service.command.environment import is_torchrun, local_rank
-from service.command.options import Device
-from service.command.terminal import err, out
+from service.command.options import DEFAULT_WEIGHTS, Device, Threads, Weights
+from service.command.terminal import err, out, progress_bar
 from service.terms.errors import InvalidInputError
 
 
@@ -86,3 +86,47 @@ def ablate(
     num_seeds = len({each.seed for each in results})
     num_variants = len({each.variant for each in results})
     out.print(f"{len(results)} runs of {num_variants} models with {num_seeds} seeds", soft_wrap=True)
+
+
+def export(
+    pairs: Annotated[Path, typer.Option(help="Root of a data set with labels below it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    task: Annotated[str, typer.Option(metavar="detection|segmentation", help="Which labels, in which layout.")],
+    split: Annotated[str | None, typer.Option(help="Only this split: train, val or test.")] = None,
+    strength: Annotated[
+        str, typer.Option(help="given: the files as they are; light, medium or strong: degraded first.")
+    ] = "given",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of degradations and noise.")] = 0,
+    names: Annotated[str, typer.Option(metavar="NAME,...", help="Class names of YOLO labels, from class 0.")] = "",
+    weights: Weights = DEFAULT_WEIGHTS,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Fuse a labelled data set into one that a detector or a segmenter can be trained on (docs/training.md)."""
+    import torch
+
+    from recofuse_core import load_pretrained
+    from recofuse_core.data import find_pairs
+    from recofuse_core.downstream import export_pairs, plan_export
+    from recofuse_core.runtime import named_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = named_device(device)
+    items = plan_export(pairs, find_pairs(pairs, split=split), cast("Any", task))
+    model = load_pretrained(weights, device=device)
+    written = export_pairs(
+        model,
+        items,
+        output,
+        cast("Any", task),
+        root=pairs,
+        strength=cast("Any", strength),
+        seed=seed,
+        names=tuple(filter(None, names.split(","))),
+        device=device,
+    )
+    with progress_bar() as progress:
+        done = list(progress.track(written, total=len(items), description="fusing"))
+    num_labels = sum(item.label is not None for item in done)
+    out.print(f"wrote {output}: {len(done)} images, {num_labels} with a label", markup=False, soft_wrap=True)
