@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from service.command.extras import advice, requirements
 from service.command.terminal import complain
 from service.terms.errors import ServiceError
 from service.terms.settings import SettingsError
@@ -24,6 +25,8 @@ def mendable() -> tuple[type[BaseException], ...]:
 
 def line_of(error: Exception) -> str | None:
     """What to tell the caller about an error, None if it is a fault of ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return advice(error.name or "", requirements())
     return str(error) if isinstance(error, mendable()) else None
 
 
