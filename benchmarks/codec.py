@@ -48,7 +48,7 @@ CHOSEN = "level 1, run lengths, Up"  # what recofuse_images/writer.py does at co
 
 def pictures() -> dict[str, Pixels]:
     """The kinds of pictures, (480, 640, 3) uint8."""
-    from recofuse_core.scenes import make_scene
+    from recofuse_core.scenes.scene import make_scene
 
     scene = make_scene(3).vis
     street = (np.asarray(scene).squeeze().transpose(1, 2, 0) * 255).round().astype(np.uint8)

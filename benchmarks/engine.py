@@ -34,10 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.processes import machine
 from benchmarks.straightforward import straightforward
-from recofuse_core import plots
 from recofuse_core.checkpoint import load_pretrained
+from recofuse_core.evaluation import plots
 from recofuse_core.model import ALL_OUTPUTS, PRESETS, Conditions, OutputName, ReCoFuse, build_model
-from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime, ScheduleCache, named_device
+from recofuse_core.recording import ScheduleCache
+from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime, named_device
 from recofuse_core.sampler import Pair, SamplerName, seeded_noise
 
 if TYPE_CHECKING:
@@ -444,7 +445,7 @@ def judge(rows: Sequence[Row], on_gpu: bool, compact_s: float | None) -> list[Ch
 def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     """Processor seconds of one 640x480 pair through `recofuse fuse`'s own way, one thread, median."""
     from benchmarks.load import picture_pair
-    from recofuse_images.names import FoundPair
+    from recofuse_images.pairs import FoundPair
     from service.command.files import fuse_files
     from service.terms.jobs import Part
     from service.terms.settings import CodecSettings, EngineSettings, LimitSettings

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from recofuse_core import evaluation, plots
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.data import Pair, PairFiles, find_pairs, read_pair, to_float, to_uint8
-from recofuse_core.quality import fusion_scores, psnr
+from recofuse_core.evaluation import plots, protocol
+from recofuse_core.evaluation.quality import fusion_scores, psnr
 from recofuse_core.runtime import Precision, Runtime, named_device
 from recofuse_core.sampler import SamplerName
 
@@ -108,7 +108,7 @@ def run(
     weights: str = "compact",
     limit: int = 8,
     side: int = 256,
-    strength: evaluation.EvaluationStrength = "medium",
+    strength: protocol.EvaluationStrength = "medium",
     steps: Sequence[int] = STEPS,
     samplers: Sequence[SamplerName] = SAMPLERS,
     device: str = "auto",
@@ -209,13 +209,13 @@ def _of_pair(
     files: PairFiles,
     settings: Sequence[Setting],
     side: int,
-    strength: evaluation.EvaluationStrength,
+    strength: protocol.EvaluationStrength,
 ) -> dict[Setting, dict[str, float]]:
     pair = read_pair(files)
     if side:
         pair = replace(pair, vis=_middle(pair.vis, side), ir=_middle(pair.ir, side))
-    vis, ir, _, _ = evaluation.degrade_pair(pair, strength, 0)
-    seed = evaluation.item_seed(0, files.name, "model")
+    vis, ir, _, _ = protocol.degrade_pair(pair, strength, 0)
+    seed = protocol.item_seed(0, files.name, "model")
     measured: dict[Setting, dict[str, float]] = {}
     yardstick: Tensor | None = None
     for setting in settings:

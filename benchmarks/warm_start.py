@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recofuse_core.model import FusionOutput, ReCoFuse
-    from recofuse_core.scenes import Scene
+    from recofuse_core.scenes.scene import Scene
 
 SEEDS = (1, 5, 9)
 NUM_FRAMES = 10

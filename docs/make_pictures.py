@@ -16,8 +16,9 @@ from torch import Generator, Tensor
 from benchmarks.processes import all_in_one
 from recofuse_core import load_pretrained
 from recofuse_core.data import to_uint8
-from recofuse_core.degradations import IrKind, Strength, VisKind, degrade_ir, degrade_vis, motion_blur
-from recofuse_core.scenes import Scene, make_scene
+from recofuse_core.degradations.physics import motion_blur
+from recofuse_core.degradations.recipes import IrKind, Strength, VisKind, degrade_ir, degrade_vis
+from recofuse_core.scenes.scene import Scene, make_scene
 from service.command.files import contact_sheet, write_picture
 from service.terms.settings import CodecSettings
 from tests.browser import chromium, chromium_path

@@ -35,7 +35,8 @@ from recofuse_client.errors import (
     UnsupportedMediaError,
 )
 from recofuse_client.retries import Retry
-from recofuse_client.streams import AsyncFrameStream, FrameStream
+from recofuse_client.streams.awaiting import AsyncFrameStream
+from recofuse_client.streams.blocking import FrameStream
 from recofuse_client.values import (
     Frame,
     FrameResult,

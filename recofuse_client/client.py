@@ -18,7 +18,9 @@ from recofuse_client.pictures import ImageLike
 from recofuse_client.protocols import Calls, Target
 from recofuse_client.retries import Operation, Retry, run, run_async
 from recofuse_client.rpc import AsyncGrpcConnection, GrpcConnection, GrpcProtocol, call_metadata
-from recofuse_client.streams import AsyncFrames, AsyncFrameStream, Frames, FrameStream, StreamOptions
+from recofuse_client.streams.awaiting import AsyncFrameStream
+from recofuse_client.streams.blocking import FrameStream
+from recofuse_client.streams.options import AsyncFrames, Frames, StreamOptions
 from recofuse_client.values import Format, Fusion, Health, Job, Mode, Model, Options, Output, Priority, Sampler
 
 Answer = TypeVar("Answer")
@@ -186,7 +188,7 @@ class Client(_Base):
 
         frames: pairs (vis, ir) or `Frame`s from any iterable, read in a thread of its own. mode: `all` gives every
         frame a result and slows the source down; `latest` drops what is stale. window, max_in_flight, frame_timeout_s,
-        reconnect_s: see `recofuse_client.streams.StreamOptions`. Raises RouteNotFoundError and ValueError.
+        reconnect_s: see `recofuse_client.streams.options.StreamOptions`. Raises RouteNotFoundError and ValueError.
         """
         values = {
             "mode": mode,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.client import Client, FusionOptions
-from recofuse_client.streams import Frames
+from recofuse_client.streams.options import Frames
 from recofuse_client.values import FrameResult, IrSource, Mode, Part, StreamStats
 
 SAY_EVERY_S = 0.5

@@ -1,15 +1,9 @@
 """ReCoFuse as a library: degraded infrared/visible pairs in, restored and fused images out."""
 
-from recofuse_core.checkpoint import (
-    convert_official,
-    load_checkpoint,
-    load_pretrained,
-    packaged_names,
-    read_header,
-    save_checkpoint,
-)
+from recofuse_core.checkpoint import load_checkpoint, load_pretrained, packaged_names, read_header, save_checkpoint
 from recofuse_core.errors import CheckpointError, ConfigError, CoreError, DatasetError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, FusionOutput, ModelConfig, ModelInfo, ReCoFuse, build_model
+from recofuse_core.published import convert_official
 from recofuse_core.runtime import Runtime
 from recofuse_core.tiling import TilingConfig
 

@@ -50,12 +50,12 @@ from recofuse_images.names import (
     NO_PARTNER,
     READABLE_SUFFIXES,
     PairingError,
-    is_packed,
     listed,
     match_names,
     match_within,
     names_a_role,
 )
+from recofuse_images.pairs import is_packed
 from recofuse_images.picture import Picture
 
 Modality = Literal["vis", "ir"]

@@ -83,6 +83,11 @@ def log_error(image: Tensor, target: Tensor) -> Tensor:
     return torch.log10(squared + 1e-5).mean()
 
 
+def image_loss(image: Tensor, target: Tensor, log_weight: float) -> Tensor:
+    """L1 plus `log_weight` times `log_error`."""
+    return F.l1_loss(image, target) + log_weight * log_error(image, target)
+
+
 def strongest(vis: Tensor, ir: Tensor) -> Tensor:
     """The picture that intensity and colour term aim at: the larger luma with the visible chroma. (B, 3, H, W) each."""
     y_vis = luma(vis)

@@ -1,4 +1,4 @@
-"""Which visible and which infrared file belong together: by their names, as data sets have them.
+"""Which visible and which infrared name belong together, as data sets have them.
 
 A file's name, with the folders below the one that was given, says which scene it shows and often which camera took it.
 Two files are a pair if their names are equal once the word for the camera (the role word) is left out:
@@ -18,11 +18,11 @@ What a newcomer would get wrong:
 - Rules are tried from the surest to the loosest, over all files each, and a file that has its partner is out. So equal
   names outweigh short words (`T_1.png` in both folders is a scene called T_1), and a rule that finds two candidates
   for one file is an error that names them, never a choice.
-- One folder may hold both sides; then role words have to tell them apart, in names or in folders. A file is never
-  paired with itself, under whichever name (links). The exception is a packed file (`is_packed`).
+- One folder may hold both sides; then role words have to tell them apart, in names or in folders. A name is never
+  paired with itself.
 - Names are compared in Unicode's composed form (NFC): file systems differ in how they store accents.
 
-`match_names` and `match_within` work on names alone; `pair_paths` reads folders.
+`match_names` and `match_within` work on names alone; pairs.py reads folders.
 """
 
 from __future__ import annotations
@@ -32,15 +32,11 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
-
-from recofuse_images import png
 
 Role = Literal["vis", "ir"]
 
@@ -70,7 +66,7 @@ MAX_NAMED = 5  # names listed of one kind in a message
 NO_NAME = "fused"  # of a pair whose files are called by role words alone
 
 NO_PARTNER = "no partner"
-NOT_AN_IMAGE = "not an image"
+
 BOTH_SIDES = "named for both sides"
 WRONG_SIDE = "named for the other side"
 
@@ -102,24 +98,6 @@ class Unmatched:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class FoundPair:
-    """The two files of a pair. A packed file is both sides: colour, and infrared as the fourth channel."""
-
-    name: str
-    vis: Path
-    ir: Path
-    is_packed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PassedOver:
-    """A file that is in no pair, and why."""
-
-    path: Path
-    reason: str
-
-
 # --- what a name says -------------------------------------------------------------------------------------------------
 
 
@@ -139,13 +117,13 @@ class _Word:
 _Cut = frozenset[tuple[int, int]]  # words left out, as (part, index)
 
 
-class _Name:
+class Name:
     """A name taken apart: its words, and what is left of it without its role words."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         *folders, file = unicodedata.normalize("NFC", text).split("/")
-        self.parts = [_stem(file), *reversed(folders)]
+        self.parts = [stem_of(file), *reversed(folders)]
         self.words = [_words(part, text) for part, text in enumerate(self.parts)]
 
     @cached_property
@@ -192,7 +170,8 @@ class _Name:
         return "/".join(reversed(kept))
 
 
-def _stem(file: str) -> str:
+def stem_of(file: str) -> str:
+    """A file's name without its suffix, if that is the suffix of an image."""
     stem, suffix = os.path.splitext(file)
     return stem if suffix.lower() in READABLE_SUFFIXES else file
 
@@ -237,45 +216,45 @@ def _folded(text: str) -> str:
 # --- readings: what a name is called without its role words -----------------------------------------------------------
 
 
-_Reading = Callable[["_Name", Role, bool], Iterable[tuple[_Cut, str]]]  # what is cut, and where, as text for the key
+_Reading = Callable[["Name", Role, bool], Iterable[tuple[_Cut, str]]]  # what is cut, and where, as text for the key
 
 
 def _cut(words: Iterable[_Word]) -> _Cut:
     return frozenset((word.part, word.index) for word in words)
 
 
-def _where(name: _Name, word: _Word) -> tuple[str, str]:
+def _where(name: Name, word: _Word) -> tuple[str, str]:
     """A word's place, counted from both ends of its part."""
     return f"{word.part}<{word.index}", f"{word.part}>{len(name.words[word.part]) - word.index}"
 
 
-def _strong_at(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _strong_at(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     for word in name.of_role(role, True):
         for place in _where(name, word):
             yield _cut([word]), place
 
 
-def _strong(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _strong(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     for word in name.of_role(role, True):
         yield _cut([word]), ""
 
 
-def _all_strong(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _all_strong(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     if words := name.of_role(role, True):
         yield _cut(words), ""
 
 
-def _bare(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _bare(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     """The name as it is. In a shared folder it may not name a role, elsewhere not the other one alone."""
     if not name.roles or (not shared and role in name.roles):
         yield frozenset(), ""
 
 
-def _whole(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _whole(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     yield frozenset(), ""
 
 
-def _weak_at(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _weak_at(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     strong = name.of_role(role, True)
     if not name.roles or strong:
         for word in name.of_role(role, False):
@@ -284,19 +263,19 @@ def _weak_at(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]
     yield from _strong_at(name, role, shared)
 
 
-def _weak(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _weak(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     for cut, _ in _weak_at(name, role, shared):
         yield cut, ""
     yield from _all_strong(name, role, shared)
 
 
-def _all_words(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _all_words(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     strong, weak = name.of_role(role, True), name.of_role(role, False)
     if (strong or weak) and (strong or not name.roles):
         yield _cut([*strong, *weak]), ""
 
 
-def _edge_weak(name: _Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
+def _edge_weak(name: Name, role: Role, shared: bool) -> Iterator[tuple[_Cut, str]]:
     """A short word that stands apart, first or last: enough beside a name without any."""
     for word in [] if name.roles else name.of_role(role, False):
         words, text = name.words[word.part], name.parts[word.part]
@@ -355,20 +334,20 @@ def match_within(names: Iterable[str]) -> tuple[list[Match], list[Unmatched]]:
     return _Matching(everything, everything, ("vis", "ir"), shared=True).run()
 
 
-def _taken_apart(names: Iterable[str]) -> list[_Name]:
+def _taken_apart(names: Iterable[str]) -> list[Name]:
     ordered = sorted(set(names), key=lambda name: (unicodedata.normalize("NFC", name), name))
-    return [_Name(name) for name in ordered]
+    return [Name(name) for name in ordered]
 
 
 def names_a_role(text: str) -> bool:
     """Whether a name or its folders hold a word that nearly always names a camera."""
-    return bool(_Name(text).roles)
+    return bool(Name(text).roles)
 
 
 class _Matching:
     """One search: rules from the surest to the loosest, over the names that have no partner yet."""
 
-    def __init__(self, vis: list[_Name], ir: list[_Name], roles: tuple[Role, Role], *, shared: bool) -> None:
+    def __init__(self, vis: list[Name], ir: list[Name], roles: tuple[Role, Role], *, shared: bool) -> None:
         self.sides = (vis, ir)
         self.roles = roles
         self.shared = shared
@@ -389,7 +368,7 @@ class _Matching:
         self._refuse_equal_names()
         return sorted(self.matches, key=lambda match: match.name), self._unmatched()
 
-    def _left(self, side: int) -> list[_Name]:
+    def _left(self, side: int) -> list[Name]:
         return [name for name in self.sides[side] if name.text not in self.taken[side]]
 
     def _candidates(self, rule: _Rule, fold: Callable[[str], str]) -> dict[tuple[str, str], str]:
@@ -415,7 +394,7 @@ class _Matching:
         return found
 
     def _keys(
-        self, names: Iterable[_Name], read: _Reading, role: Role, is_loose: bool, fold: Callable[[str], str]
+        self, names: Iterable[Name], read: _Reading, role: Role, is_loose: bool, fold: Callable[[str], str]
     ) -> dict[str, dict[str, str]]:
         keys: dict[str, dict[str, str]] = defaultdict(dict)
         for name in names:
@@ -511,7 +490,7 @@ class _Dji:
     scene: str
 
 
-def _as_dji(name: _Name, role: Role) -> _Dji | None:
+def _as_dji(name: Name, role: Role) -> _Dji | None:
     """A name such as DJI_20240101120000_0007_W, if it is one and its word is of that role."""
     match = _DJI.fullmatch(name.parts[0])
     if match is None:
@@ -529,141 +508,8 @@ def _as_dji(name: _Name, role: Role) -> _Dji | None:
     return _Dji(name.text, _folded(f"{folder}/{match[2]}{match[4]}"), taken, name.without(cut))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def pair_paths(vis: Path, ir: Path, *, leave_out: Path | None = None) -> tuple[list[FoundPair], list[PassedOver]]:
-    """The pairs of two files, of two folders with what lies below, or of one folder given for both; and what is left.
-
-    Pairs come sorted by name. `leave_out` is a folder that is not searched (the output's). Hidden files are not seen.
-    Raises PairingError for a missing path, a file beside a folder, one file as both sides, names that are ambiguous,
-    and where nothing pairs.
-    """
-    for role, path in (("vis", vis), ("ir", ir)):
-        if not path.exists():
-            raise PairingError(f"{role}: there is no file or folder {path}")
-    if vis.is_dir() != ir.is_dir():
-        raise PairingError(f"vis and ir must be two files or two folders, not {vis} and {ir}")
-    if not vis.is_dir():
-        return [_checked(FoundPair(_stem(vis.name), vis, ir))], []
-    return _within(vis, leave_out) if vis.samefile(ir) else _between(vis, ir, leave_out)
-
-
-def _between(vis: Path, ir: Path, leave_out: Path | None) -> tuple[list[FoundPair], list[PassedOver]]:
-    names: dict[Role, dict[str, Path]] = {}
-    passed_over = []
-    sides: tuple[tuple[Role, Path, Path], ...] = (("vis", vis, ir), ("ir", ir, vis))
-    for role, folder, other in sides:
-        # A folder within the other one (thermal/ beside the pictures it belongs to) is one side only.
-        names[role], others = _files_in(folder, (leave_out, other))
-        passed_over += others
-    matches, unmatched = match_names(names["vis"], names["ir"])
-    if not matches:
-        raise PairingError(_nothing_in_common(vis, ir, unmatched))
-    passed_over += [PassedOver(names[item.role][item.name], item.reason) for item in unmatched if item.role]
-    return [
-        _checked(FoundPair(match.name, names["vis"][match.vis], names["ir"][match.ir])) for match in matches
-    ], passed_over
-
-
-def _within(folder: Path, leave_out: Path | None) -> tuple[list[FoundPair], list[PassedOver]]:
-    names, passed_over = _files_in(folder, (leave_out,))
-    matches, unmatched = match_within(names)
-    pairs = [_checked(FoundPair(match.name, names[match.vis], names[match.ir])) for match in matches]
-    taken = {pair.name for pair in pairs}
-    roleless: dict[str, str] = {}
-    for item in unmatched:
-        name = _Name(item.name)
-        scene = name.without(frozenset())
-        if not name.roles:
-            if scene in roleless:
-                raise PairingError(
-                    f"{roleless[scene]} and {item.name} in {folder} share one name, and nothing says which one is "
-                    "infrared: name them such as 0001_vis.png and 0001_ir.png, or give two folders"
-                )
-            roleless[scene] = item.name
-        if not name.roles and scene not in taken and is_packed(names[item.name]):
-            pairs.append(FoundPair(scene, names[item.name], names[item.name], is_packed=True))
-        else:
-            passed_over.append(PassedOver(names[item.name], item.reason))
-    if not pairs:
-        raise PairingError(
-            f"{folder} is given for both sides ({len(names)} images), but no two names in it are a pair: name files "
-            "such as 0001_vis.png and 0001_ir.png, or give two folders" + _told_of(unmatched)
-        )
-    return sorted(pairs, key=lambda pair: pair.name), passed_over
-
-
-def _files_in(folder: Path, leave_out: Iterable[Path | None]) -> tuple[dict[str, Path], list[PassedOver]]:
-    """The images below a folder by name relative to it, and its other files. A folder is entered once, links or not."""
-    images: dict[str, Path] = {}
-    others = []
-    seen = {os.path.realpath(path) for path in leave_out if path is not None} - {os.path.realpath(folder)}
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(directory))
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(directory, name)) not in seen
-        )
-        for file in sorted(files):
-            path = Path(directory, file)
-            if file.startswith("."):
-                continue
-            if path.suffix.lower() in READABLE_SUFFIXES:
-                images[path.relative_to(folder).as_posix()] = path
-            else:
-                others.append(PassedOver(path, NOT_AN_IMAGE))
-    return images, others
-
-
-def _checked(pair: FoundPair) -> FoundPair:
-    """The pair, unless its files are one: then only a packed file will do."""
-    if not pair.vis.samefile(pair.ir):
-        return pair
-    if is_packed(pair.vis):
-        return FoundPair(pair.name, pair.vis, pair.vis, is_packed=True)
-    raise PairingError(
-        f"vis and ir are one file, {pair.vis}"
-        + (f" (also {pair.ir})" if pair.ir != pair.vis else "")
-        + ": a pair is two images, or a PNG of four channels whose fourth is infrared"
-    )
-
-
-def is_packed(path: Path) -> bool:
-    """Whether a file may be both sides of a pair, as in MFNet: a PNG of 8-bit RGBA, whose alpha is infrared."""
-    with path.open("rb") as file:
-        return png.is_rgba(file.read(33))
-
-
-def _nothing_in_common(vis: Path, ir: Path, unmatched: Sequence[Unmatched]) -> str:
-    num_vis = sum(item.role == "vis" for item in unmatched)
-    text = (
-        f"{vis} ({num_vis} images) and {ir} ({len(unmatched) - num_vis} images) have no file name in common; pairs "
-        f"carry one name, such as {vis}/001.png and {ir}/001.jpg, or 001_vis.png and 001_ir.png"
-    )
-    given = {role: [item.name for item in unmatched if item.role == role] for role in ("vis", "ir")}
-    with suppress(PairingError):
-        if match_names(given["ir"], given["vis"])[0]:
-            text += "; by their names the two are swapped"
-    return text + _told_of(unmatched)
-
-
-def _told_of(unmatched: Sequence[Unmatched]) -> str:
-    return f"; found {listed([item.name for item in unmatched])}" if unmatched else ""
-
-
 def listed(names: Sequence[str], last: str = ", ") -> str:
     """The first names and how many more there are."""
     if len(names) > MAX_NAMED:
         return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"
     return last.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
-def told(passed_over: Sequence[PassedOver]) -> str:
-    """One line about files in no pair: how many, which and why, a few of each kind."""
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for item in passed_over:
-        by_reason[item.reason].append(f"{item.path.parent.name}/{item.path.name}")
-    kinds = "; ".join(f"{reason}: {listed(names)}" for reason, names in sorted(by_reason.items()))
-    return f"{len(passed_over)} file{'s are' if len(passed_over) > 1 else ' is'} passed over ({kinds})"

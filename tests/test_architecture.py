@@ -50,7 +50,7 @@ NEVER_PULLED_IN: dict[str, tuple[str, ...]] = {
 }
 
 # Only this speaks to the environment; everything else is handed its settings.
-ENVIRONMENT_READERS = {"service/command/cli.py"}
+ENVIRONMENT_READERS = {"service/command/environment.py"}
 
 
 def path_of(module: str) -> Path:

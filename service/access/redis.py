@@ -13,8 +13,9 @@ from typing import Any
 
 from redis import exceptions
 
-from service.access.auth import ApiKey, LocalLimiter
-from service.queue.redis import PREFIX, RedisAddress
+from service.access.keys import ApiKey
+from service.access.limits import LocalLimiter
+from service.queue.redis.address import PREFIX, RedisAddress
 from service.terms.errors import UnavailableError
 from service.terms.settings import QueueSettings
 
@@ -46,10 +47,10 @@ def _reaching() -> Iterator[None]:
 
 
 class RedisKeys:
-    """See `service.access.auth.KeyStore`."""
+    """See `service.access.keys.KeyStore`."""
 
     def __init__(self, settings: QueueSettings, *, prefix: str = PREFIX) -> None:
-        # Untyped as in redis_queue: redis-py's annotations name every protocol's answers at once.
+        # Untyped as in the queue: redis-py's annotations name every protocol's answers at once.
         self._client: Any = RedisAddress.parse(settings.url).connect()
         self._hash = f"{prefix}:api-keys"
         self._calls = asyncio.Semaphore(MAX_CALLS)

@@ -32,7 +32,7 @@ from service.watch.metrics import FlowMode
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recofuse_core.scenes import Scene
+    from recofuse_core.scenes.scene import Scene
 
 Encoding = Literal["raw", "jpeg"]
 AnswerFormat = Literal["raw", "jpeg", "png", "webp"]
@@ -178,16 +178,16 @@ def degraded_clip(
     """A moving street's clean frames, and the same as (vis, ir) of a bad camera: fixed tones, fresh noise in each."""
     from torch import Generator
 
-    from recofuse_core import degradations
-    from recofuse_core.scenes import moving_scene
+    from recofuse_core.degradations import physics
+    from recofuse_core.scenes.scene import moving_scene
 
     generator = Generator().manual_seed(seed)
     clean = list(moving_scene(seed, num_frames, height, width))
     frames = []
     for scene in clean:
-        vis = degradations.gaussian_noise(degradations.low_light(scene.vis, 0.6, 1.8), 14 / 255, generator)
-        ir = degradations.gaussian_noise(degradations.low_contrast(scene.ir, 0.45, 0.2), 10 / 255, generator)
-        frames.append((degradations.quantise(vis), degradations.quantise(ir)))
+        vis = physics.gaussian_noise(physics.low_light(scene.vis, 0.6, 1.8), 14 / 255, generator)
+        ir = physics.gaussian_noise(physics.low_contrast(scene.ir, 0.45, 0.2), 10 / 255, generator)
+        frames.append((physics.quantise(vis), physics.quantise(ir)))
     return clean, frames
 
 

@@ -107,8 +107,8 @@ def write_sample(
     """
     from torch import Generator, Tensor
 
-    from recofuse_core.degradations import degrade_ir, degrade_vis
-    from recofuse_core.scenes import make_scene
+    from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
+    from recofuse_core.scenes.scene import make_scene
 
     def pixels(image: Tensor) -> Pixels:
         levels = (image.permute(1, 2, 0) * 255).round().byte().numpy()

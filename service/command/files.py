@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from recofuse_images.names import FoundPair, PairingError, PassedOver, pair_paths
+from recofuse_images.names import PairingError
+from recofuse_images.pairs import FoundPair, PassedOver, pair_paths
 from recofuse_images.reader import Pair
 from service.terms import images
 from service.terms.errors import InvalidInputError

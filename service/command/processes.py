@@ -25,13 +25,17 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from service.access import auth
+from service.access import keys
+from service.access.guard import Guard
+from service.access.limits import Limiter, LocalLimiter
 from service.faces.gateway import Gateway
-from service.faces.http.app import build_app, build_monitor_app
+from service.faces.http.app import build_app
+from service.faces.http.monitor import build_monitor_app
 from service.faces.http.protocol import GuardedProtocol
 from service.faces.oip.http import add_inference
-from service.faces.oip.tensors import Inference
-from service.queue.contract import JobQueue, MemoryQueue
+from service.faces.oip.inference import Inference
+from service.queue.contract import JobQueue
+from service.queue.memory import MemoryQueue
 from service.terms.settings import HttpSettings, Settings, SettingsError
 from service.watch import logs, tracing
 from service.watch.gpu import watch_gpus
@@ -186,22 +190,22 @@ async def _faces(
         add_inference(app, inference, settings)
         address = await stack.enter_async_context(_listening(app, settings.http))
         if settings.grpc.port >= 0:
-            from service.faces.grpc import (
-                server as grpc_api,  # a worker, and a front end without gRPC, do not pay for it
-            )
+            # A worker, and a front end without gRPC, do not pay for it.
+            from service.faces.grpc.server import listening
+            from service.faces.oip.grpc import companion
 
-            listening = grpc_api.listening(gateway, settings, metrics, guard, tracer, inference)
-            grpc_address = await stack.enter_async_context(listening)
+            serving = listening(gateway, settings, metrics, guard, tracer, [companion(inference)])
+            grpc_address = await stack.enter_async_context(serving)
             logger.info("listening for gRPC", extra={"address": grpc_address})
             if on_grpc is not None:
                 on_grpc(grpc_address)
         yield address
 
 
-def key_store(settings: Settings) -> auth.KeyStore:
+def key_store(settings: Settings) -> keys.KeyStore:
     """Where API keys are kept. Raises SettingsError if that is nowhere."""
-    if (path := auth.file_of(settings.auth.keys)) is not None:
-        return auth.FileKeys(path)
+    if (path := keys.file_of(settings.auth.keys)) is not None:
+        return keys.FileKeys(path)
     if settings.auth.keys != "redis":
         raise SettingsError("name the place of the keys: RECOFUSE_AUTH__KEYS=file:PATH, or redis")
     from service.access.redis import RedisKeys  # processes without Redis do not pay for it
@@ -209,18 +213,18 @@ def key_store(settings: Settings) -> auth.KeyStore:
     return RedisKeys(settings.queue)
 
 
-def _guard(settings: Settings) -> auth.Guard | None:
+def _guard(settings: Settings) -> Guard | None:
     """Who asks for keys, None if nobody does; what is reachable from elsewhere without them is warned of."""
     if not settings.auth.keys:
         if not {settings.http.host, settings.grpc.host} <= LOOPBACK:
             logger.warning("listening beyond loopback without API keys: whoever can connect may call")
         return None
-    limiter: auth.Limiter = auth.LocalLimiter()
+    limiter: Limiter = LocalLimiter()
     if settings.queue.url != "memory://":
         from service.access.redis import RedisLimiter
 
         limiter = RedisLimiter(settings.queue)
-    return auth.Guard(key_store(settings), limiter, settings.auth)
+    return Guard(key_store(settings), limiter, settings.auth)
 
 
 class _Server(uvicorn.Server):

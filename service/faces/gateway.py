@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from service.access import auth
+from service.access.guard import own_idempotency_key
 from service.queue.contract import Clock, JobQueue
 from service.terms import images
 from service.terms.errors import (
@@ -273,7 +273,7 @@ class Gateway:
         )
 
     async def _submit(self, job: FusionJob, request: FusionRequest) -> str:
-        own_key = auth.own_idempotency_key(request.idempotency_key)
+        own_key = own_idempotency_key(request.idempotency_key)
         admission = await self._patiently(lambda: self._queue.submit(job, idempotency_key=own_key))
         if admission.is_new:
             self._metrics.jobs_accepted.labels(job.priority).inc()

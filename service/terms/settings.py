@@ -1,7 +1,7 @@
 """Every knob of the service, with its unit and default.
 
 `RECOFUSE_BATCH__MAX_WAIT_S=0.02` is `settings.batch.max_wait_s`, and `RECOFUSE_QUEUE__URL_FILE=/run/secrets/url` reads
-a value from a file. Nothing here reads the environment: `cli.py` hands it over as a mapping
+a value from a file. Nothing here reads the environment: `service/command/environment.py` hands it over as a mapping
 (`Settings.from_environment(os.environ)`), and a misspelt name or value stops start-up with a message that lists what
 there is. Every object receives its own group.
 """

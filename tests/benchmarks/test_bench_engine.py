@@ -18,9 +18,10 @@ from benchmarks import engine
 from benchmarks.engine import Ceilings, Check, Row, Variant, cases, count_costs, judge, ladder, measure
 from benchmarks.straightforward import WRITTEN_OUT, straightforward
 from recofuse_core.errors import ConfigError
+from recofuse_core.evaluation.plots import svg
 from recofuse_core.model import PRESETS, ModelConfig, build_model
-from recofuse_core.plots import svg
-from recofuse_core.runtime import EagerRecorder, Runtime
+from recofuse_core.recording import EagerRecorder
+from recofuse_core.runtime import Runtime
 from tests.core.tiny import GATED, PUBLISHED, largest_difference, pairs, tiny_model
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from benchmarks import steps
 from benchmarks.steps import LESS_IS_BETTER, SCORES, Quality, Setting
 from recofuse_core.data import to_uint8, write_image
 from recofuse_core.errors import ConfigError
-from recofuse_core.plots import svg
+from recofuse_core.evaluation.plots import svg
 from recofuse_core.sampler import SamplerName
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import tiny_model
 
 

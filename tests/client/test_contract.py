@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 import recofuse_client as rc
-from service.access.auth import FileKeys, Scope, new_key
+from service.access.keys import FileKeys, Scope, new_key
 from service.work.engine import EngineInfo
 from tests.client.conftest import KINDS, QUICK, Served, served
 from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture

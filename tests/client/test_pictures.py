@@ -20,7 +20,7 @@ from recofuse_images.limits import Limits
 from recofuse_images.reader import read_vis
 from recofuse_images.scale import vis_levels
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
-from service.faces.grpc.server import _content
+from service.faces.grpc.messages import content_of
 from tests.fakes import file_of as encoded
 
 LIMITS = Limits(min_side=1)
@@ -35,7 +35,7 @@ views = st.sampled_from([np.s_[:], np.s_[::-1], np.s_[:, ::-1], np.s_[::2]])
 
 def seen_by_server(image: pb.Image, highest: int) -> NDArray[np.uint8]:
     """What the server makes of a visible image, as 8 bits."""
-    payload, layout = _content(image, "vis")
+    payload, layout = content_of(image, "vis")
     if layout is None:
         return read_vis(payload, LIMITS, (0, highest))
     return vis_levels(read_frame(payload, layout, LIMITS), (0, highest))

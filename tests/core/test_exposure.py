@@ -14,7 +14,8 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, Lighting
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneCurves
-from recofuse_core.runtime import EagerRecorder, Runtime
+from recofuse_core.recording import EagerRecorder
+from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import Pair
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import GATED, images_of, largest_difference, pairs, tiny_model

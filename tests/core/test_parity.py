@@ -14,20 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recofuse_core import model as model_module
-from recofuse_core.checkpoint import (
-    convert_official,
-    export_official,
-    load_checkpoint,
-    load_pretrained,
-    official_names,
-)
+from recofuse_core.checkpoint import load_checkpoint, load_pretrained
 from recofuse_core.layers import GatedConvBlock, LinearAttention, channel_norm, sinusoid
 from recofuse_core.losses import fusion_loss, matching_loss
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import PaperAutoencoder, Skips
+from recofuse_core.published import convert_official, export_official, official_names
 from recofuse_core.sampler import NoiseSource, Pair, Prediction, euler
 from recofuse_core.sde import MeanRevertingSDE, ScheduleName, SDEConfig
-from recofuse_core.training import Lion, encode_pair, final_fusion_loss, restoration_loss
+from recofuse_core.training.objectives import encode_pair, final_fusion_loss, restoration_loss
+from recofuse_core.training.optimisation import Lion
 
 PARITY = Path(__file__).parents[2].parent / "shared" / "parity"
 pytestmark = pytest.mark.skipif(not PARITY.is_dir(), reason="the recorded tensors are not beside the repository")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recofuse_core.errors import ShapeError
-from recofuse_core.scenes import make_scene, moving_scene
+from recofuse_core.scenes.scene import make_scene, moving_scene
 
 
 def gradient(image: Tensor) -> Tensor:

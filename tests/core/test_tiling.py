@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recofuse_core import load_pretrained
-from recofuse_core.degradations import degrade_ir, degrade_vis
+from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
 from recofuse_core.errors import ConfigError
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.tiling import Mosaic, TilingConfig, blend, plan_tiles
 from tests.core.tiny import images_of, pairs, tiny_model
 

@@ -10,7 +10,7 @@ from recofuse_core import load_pretrained
 from recofuse_core.exposure import Exposure
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 
 
 @cache

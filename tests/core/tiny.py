@@ -1,5 +1,6 @@
 """Models small enough for a test to run whole, with weights that do something: a fresh block is the identity."""
 
+import pytest
 import torch
 from torch import Generator, Tensor
 
@@ -28,6 +29,8 @@ PUBLISHED = ModelConfig(
     sampler="euler",
     steps=4,
 )
+
+CONFIGS = pytest.mark.parametrize("config", [GATED, PUBLISHED], ids=["gated", "published"])
 
 LAST_LAYERS = ("autoencoder.head.weight", "autoencoder.final_conv.weight")
 

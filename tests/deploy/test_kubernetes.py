@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.queue.redis import PREFIX
+from service.queue.redis.address import PREFIX
 from service.terms.jobs import Priority
 from service.terms.settings import Settings
 from tests.deploy.schemas import Manifest, check
@@ -108,8 +108,9 @@ def test_pods_get_settings_that_exist_and_time_to_drain() -> None:
 
 
 def test_probes_ask_what_the_processes_answer() -> None:
-    source = "".join(path.read_text("utf-8") for path in (DEPLOY.parent / "service" / "faces" / "http").glob("*.py"))
-    for name in ("recofuse-api", "recofuse-worker"):
+    faces = DEPLOY.parent / "service" / "faces" / "http"
+    for name, module in (("recofuse-api", "app.py"), ("recofuse-worker", "monitor.py")):
+        source = (faces / module).read_text("utf-8")
         _, container = _pod(name)
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from service.queue.contract import Lease
-from service.queue.redis import RedisQueue
+from service.queue.redis.queue import RedisQueue
 from service.terms.errors import ErrorCode
 from service.terms.jobs import FusionJob, FusionResult, Part, Priority
 from service.terms.settings import QueueSettings

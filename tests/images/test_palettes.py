@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from recofuse_core.scenes import make_scene
+from recofuse_core.scenes.scene import make_scene
 from recofuse_images.palettes import (
     PALETTES,
     FalseColour,

@@ -64,3 +64,10 @@ def serving() -> Serving:
             await asyncio.wait_for(running, 15)
 
     return start
+
+
+@pytest.fixture
+async def server(serving: Serving) -> AsyncIterator[Server]:
+    """One with the settings as they are."""
+    async with serving() as running:
+        yield running

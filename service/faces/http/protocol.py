@@ -23,7 +23,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import service_unavailable
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.faces.http.app import problem
+from service.faces.http.problems import problem
 from service.terms.errors import MalformedRequestError, PayloadTooLargeError, UnavailableError
 from service.terms.settings import HttpSettings
 

@@ -1,10 +1,11 @@
-"""The Open Inference Protocol's gRPC methods. What they mean stands in `oip.py`; errors are the interceptor's.
+"""The Open Inference Protocol's gRPC methods. What they mean stands in `inference.py`; errors are the interceptor's.
 
 Pictures always come back in raw_output_contents, as Triton sends them, whichever way the tensors came.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,11 +15,12 @@ from google.protobuf.message import Message
 
 from recofuse_protos.inference.v2 import inference_pb2 as pb
 from recofuse_protos.inference.v2 import inference_pb2_grpc
+from service.faces.grpc.server import Companion
+from service.faces.oip.inference import Inference
 from service.faces.oip.tensors import (
     MAX_DIMENSIONS,
     MAX_ID_CHARS,
     MAX_NAME_CHARS,
-    Inference,
     InferRequest,
     Parameter,
     Tensor,
@@ -35,6 +37,12 @@ SERVICE = FILE.services_by_name["GRPCInferenceService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Answer = TypeVar("Answer", bound=Message)
+
+
+def companion(inference: Inference) -> Companion:
+    """The protocol's service, for the gRPC server."""
+    add = inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+    return Companion(SERVICE, functools.partial(add, InferenceServicer(inference)), FILE.pool)
 
 
 class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):

@@ -1,6 +1,6 @@
-"""The Open Inference Protocol's HTTP routes, below /v2. What they mean stands in `oip.py`.
+"""The Open Inference Protocol's HTTP routes, below /v2. What they mean stands in `inference.py`.
 
-Errors are the same problem documents as everywhere; `api.problem` adds the member `error` that this protocol asks for.
+Errors are the same problem documents as everywhere; `problem` adds the member `error` that this protocol asks for.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.faces.gateway import Readiness
-from service.faces.http.app import CLIENT_CLOSED, OPTION_FIELDS, problems, read_body, unless_hung_up
-from service.faces.oip.tensors import (
-    INPUTS,
-    OUTPUTS,
-    PARAMETERS,
-    InferAnswer,
-    Inference,
-    InferRequest,
-    answer_body,
-    split_body,
-)
+from service.faces.http.bodies import read_body
+from service.faces.http.forms import OPTION_FIELDS
+from service.faces.http.hangup import CLIENT_CLOSED, unless_hung_up
+from service.faces.http.problems import problems
+from service.faces.oip.bodies import answer_body, split_body
+from service.faces.oip.inference import Inference
+from service.faces.oip.tensors import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, InferRequest
 from service.terms.errors import ErrorCode, UnavailableError
 from service.terms.settings import LimitSettings, Settings
 

@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 from recofuse_client import errors as client_errors
 from recofuse_client.retries import is_safe_to_repeat
 from service.faces.gateway import FusionRequest, Gateway
-from service.queue.contract import Admission, MemoryQueue
+from service.queue.contract import Admission
+from service.queue.memory import MemoryQueue
 from service.terms.errors import ErrorCode, ServiceError
 from service.terms.jobs import FusionJob, FusionResult
 from service.terms.settings import QueueSettings, Settings

@@ -71,6 +71,24 @@ def test_settings_do_not_change_but_copies_differ() -> None:
         settings.replace(http={"prot": 1})
 
 
+def test_settings_of_keys() -> None:
+    for wrong in ({"keys": "sqlite"}, {"keys": "file:"}, {"cache_s": -1}, {"keys": "redis"}):
+        with pytest.raises(SettingsError):
+            Settings.from_values({"auth": wrong})
+    assert Settings.from_values({"auth": {"keys": "redis"}, "queue": {"url": "redis://localhost"}})
+
+
+def test_a_value_may_stand_in_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    secret.write_text("redis://:hidden@cache\n")
+    settings = Settings.from_environment({"RECOFUSE_QUEUE__URL_FILE": str(secret)})
+    assert settings.queue.url == "redis://:hidden@cache"
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Settings.from_environment({"RECOFUSE_QUEUE__URL_FILE": str(tmp_path / "none")})
+    with pytest.raises(SettingsError, match="both set"):
+        Settings.from_environment({"RECOFUSE_QUEUE__URL_FILE": str(secret), "RECOFUSE_QUEUE__URL": "memory://"})
+
+
 @pytest.mark.parametrize(("group", "name"), Settings.names())
 def test_every_setting_is_described_and_in_the_table(group: str, name: str) -> None:
     field = type(getattr(Settings(), group)).model_fields[name]

@@ -16,7 +16,7 @@ from benchmarks.load import ask, fuse_request, get_request, png
 from benchmarks.processes import Stack, all_in_one, can_split, clean_environ, free_port, split
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
-from service.command import cli
+from service.command.environment import read_settings
 from service.terms.jobs import Stage
 from service.terms.settings import LogSettings, SettingsError, TraceSettings
 from service.watch import logs, tracing
@@ -166,7 +166,7 @@ def test_a_collector_that_is_away_holds_nothing_up() -> None:
 
 def test_without_an_endpoint_nothing_is_imported() -> None:
     code = (
-        "import asyncio, sys\nfrom service import tracing\nfrom service.terms.settings import TraceSettings\n"
+        "import asyncio, sys\nfrom service.watch import tracing\nfrom service.terms.settings import TraceSettings\n"
         "async def main():\n    async with tracing.opened(TraceSettings(), 'worker', '0') as tracer:\n"
         "        assert tracer is tracing.NO_TRACES\nasyncio.run(main())\n"
         "sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"
@@ -176,9 +176,9 @@ def test_without_an_endpoint_nothing_is_imported() -> None:
 
 def test_the_standard_variable_is_taken_unless_ours_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://theirs:4318")
-    assert cli._settings().trace.endpoint == "http://theirs:4318"
+    assert read_settings().trace.endpoint == "http://theirs:4318"
     monkeypatch.setenv("RECOFUSE_TRACE__ENDPOINT", "http://ours:4318")
-    assert cli._settings().trace.endpoint == "http://ours:4318"
+    assert read_settings().trace.endpoint == "http://ours:4318"
 
 
 async def test_an_endpoint_without_the_extra_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from service.command.processes import new_metrics
-from service.queue.contract import JobQueue, Lease, MemoryQueue
+from service.queue.contract import JobQueue, Lease
+from service.queue.memory import MemoryQueue
 from service.terms import images
 from service.terms.errors import ErrorCode, UnavailableError
 from service.terms.jobs import FusionJob, FusionOptions, FusionResult, Output, Part, Priority, Stage

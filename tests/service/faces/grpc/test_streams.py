@@ -1,93 +1,409 @@
-"""What a stream keeps count of, against the plainest writing of the same."""
+"""Streams of frames: their order, what is left out, a full queue, resuming, and silence."""
 
 from __future__ import annotations
 
-import math
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
 
+import cv2
+import grpc
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from service.faces.grpc.ledger import MAX_AGES, MAX_EVENTS, WINDOW_S, Rate, StreamLedger, quantile
-from service.terms.errors import InvalidInputError
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from service.faces.grpc.streams import Stream, _Arrived
+from service.terms.errors import ErrorCode
+from tests.fakes import FakeEngine, file_of, pair, picture
+from tests.service.error_cases import IR, VIS
+from tests.service.faces.grpc.face import (
+    Face,
+    Facing,
+    counts,
+    detail_of,
+    eventually,
+    frame,
+    grey,
+    one_by_one,
+    raw_frame,
+    request,
+)
 
-NUMBERS = st.lists(st.integers(0, 300), unique=True, max_size=60).map(sorted)
+# order and rules
 
 
-@given(NUMBERS, st.none() | st.integers(0, 300), st.data())
-def test_every_number_is_accounted_for(numbers: list[int], resume_after: int | None, data: st.DataObject) -> None:
-    ledger = StreamLedger(resume_after)
-    floor = -1 if resume_after is None else resume_after
-    fresh = [number for number in numbers if number > floor]
-    gaps, answered = 0, []
-    for number in numbers:
-        assert ledger.arrive(number, 0.0) is (number in fresh)
-    for number in fresh:
-        if data.draw(st.booleans(), label="is dropped"):
-            ledger.drop()
+async def test_a_stream_keeps_its_order(face: Face) -> None:
+    sizes = [(64, 48), (48, 64), (96, 64), (33, 47)]
+    files = [pair(*size, seed=index) for index, size in enumerate(sizes)]
+    bad = {7: (b"nonsense", IR), 20: (VIS, file_of(picture(64, 64, channels=1)))}
+    sent = [frame(10 + 3 * number, *bad.get(number, files[number % 4]), timestamp_ns=-number) for number in range(60)]
+    face.engine.gate.clear()  # the first pass waits, so that frames gather behind it
+    asyncio.get_running_loop().call_later(0.5, face.engine.gate.set)
+    answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
+    assert [answer.sequence for answer in answers] == [10 + 3 * number for number in range(60)]
+    assert [answer.timestamp_ns for answer in answers] == [-number for number in range(60)]
+    for number, answer in enumerate(answers):
+        if number in bad:
+            assert answer.error.code in (ErrorCode.UNSUPPORTED_MEDIA, ErrorCode.INVALID_INPUT)
             continue
-        if ledger.previous_sequence is not None:
-            gaps += number - ledger.previous_sequence - 1
-        ledger.answer(number, is_fused=data.draw(st.booleans()), age_s=0.1, now_s=0.0)
-        answered.append(number)
-        assert ledger.previous_sequence == number
-    said = ledger.snapshot(0.0)
-    assert said.received == len(fresh) == said.fused + said.failed + said.dropped
-    assert said.skipped == len(numbers) - len(fresh)
-    assert ledger.num_open == 0
-    begin = floor if resume_after is not None else (fresh[0] if fresh else 0)
-    between = set(range(begin + 1, fresh[-1] + 1)) if fresh else set()
-    assert said.missing == len(between - set(fresh))
-    if answered and (resume_after is not None or answered[0] == fresh[0]):
-        # What each answer says about the gap before it adds up to what was dropped or never came, up to that answer.
-        dropped = sum(1 for number in fresh if number < answered[-1]) - (len(answered) - 1)
-        missing = len([number for number in between - set(fresh) if number < answered[-1]])
-        assert gaps == dropped + missing
+        encoded = answer.fusion.pictures[0].image.encoded
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        np.testing.assert_array_equal(decoded, picture(*sizes[number % 4], seed=number % 4))
+    assert counts(answers[-1].stats) == {"received": 60, "fused": 58, "failed": 2, "missing": 118}
+    assert [answer.previous_sequence for answer in answers[1:]] == [answer.sequence for answer in answers[:-1]]
+    assert not answers[0].HasField("previous_sequence")
+    assert all(0 < answer.age_s < 60 for answer in answers)
+    assert answers[-1].stats.fused_per_s > 0
+    assert 0 < answers[-1].stats.age_p50_s <= answers[-1].stats.age_p99_s <= max(answer.age_s for answer in answers)
+    assert max(map(len, face.engine.batches)) > 1  # frames of one stream share passes
 
 
-@given(st.lists(st.integers(0, 20), min_size=2, max_size=20), st.none() | st.integers(0, 20))
-def test_numbers_ascend_also_among_those_that_are_skipped(numbers: list[int], resume_after: int | None) -> None:
-    ledger = StreamLedger(resume_after)
-    for index, number in enumerate(numbers):
-        if index and number <= numbers[index - 1]:
-            with pytest.raises(InvalidInputError, match="ascending"):
-                ledger.arrive(number, 0.0)
-            return
-        ledger.arrive(number, 0.0)
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([frame(2), frame(2)], "ascending"),
+        ([frame(2), frame(1)], "ascending"),
+        ([frame(0), pb.FuseStreamRequest(options=pb.StreamOptions())], "first message"),
+        ([frame(0), pb.FuseStreamRequest()], "neither"),
+        ([frame(0), frame(1), frame(0)], "ascending"),
+    ],
+)
+async def test_a_stream_that_breaks_its_rules_ends_after_its_answers(
+    face: Face, messages: list[pb.FuseStreamRequest], words: str
+) -> None:
+    call = face.stub.FuseStream(one_by_one(messages))
+    for message in messages[:-1]:
+        answer = await call.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert (answer.sequence, answer.WhichOneof("outcome")) == (message.frame.sequence, "fusion")
+    assert words in (await detail_of(call.read(), ErrorCode.INVALID_INPUT)).message
 
 
-@given(st.lists(st.floats(0.001, 2.0), max_size=40))
-def test_a_rate_is_that_of_the_window(pauses_s: list[float]) -> None:
-    rate, times_s = Rate(), [0.0]
-    rate.add(0.0)
-    for pause_s in pauses_s:
-        times_s.append(times_s[-1] + pause_s)
-        rate.add(times_s[-1])
-    seen = [moment for moment in times_s if moment >= times_s[-1] - WINDOW_S]
-    expected = (len(seen) - 1) / (seen[-1] - seen[0]) if len(seen) > 1 else 0.0
-    assert rate.per_s(times_s[-1]) == pytest.approx(expected)
-    assert rate.per_s(times_s[-1] + WINDOW_S + 1) == 0.0
+@pytest.mark.parametrize(
+    "options",
+    [
+        pb.StreamOptions(max_in_flight=9),
+        pb.StreamOptions(flow_control=99),  # type: ignore[arg-type]
+        pb.StreamOptions(fuse=pb.FuseOptions(steps=0)),
+    ],
+)
+async def test_a_stream_of_bad_options_ends(face: Face, options: pb.StreamOptions) -> None:
+    call = face.stub.FuseStream(one_by_one([pb.FuseStreamRequest(options=options), frame(0)]))
+    await detail_of(call.read(), ErrorCode.INVALID_INPUT)
 
 
-def test_what_is_kept_is_bounded() -> None:
-    ledger = StreamLedger()
-    for number in range(5000):
-        ledger.arrive(number, number / 10_000)
-        ledger.answer(number, is_fused=True, age_s=1.0 if number < 4000 else 2.0, now_s=number / 10_000)
-    said = ledger.snapshot(0.5)
-    assert said.received_per_s == pytest.approx(10_000)
-    assert (said.age_p50_s, said.age_p99_s) == (2.0, 2.0)
-    assert len(ledger._ages_s) == MAX_AGES
-    assert len(ledger._arrivals._times_s) == MAX_EVENTS
+async def test_an_empty_stream_ends_well(face: Face) -> None:
+    call = face.stub.FuseStream(one_by_one([]))
+    assert [answer async for answer in call] == []
+    assert await call.code() is grpc.StatusCode.OK
 
 
-@given(st.lists(st.floats(0, 100), max_size=50).map(sorted), st.floats(0, 1))
-def test_quantiles(values: list[float], share: float) -> None:
-    found = quantile(values, share)
-    if not values:
-        assert found == 0.0
-        return
-    needed = share * len(values)
-    assert sum(value <= found for value in values) >= math.floor(needed)
-    assert sum(value < found for value in values) <= math.ceil(needed)
-    assert found in values
+# flow control
+
+
+async def test_mode_all_slows_the_sender_and_loses_nothing(face: Face) -> None:
+    face.engine.gate.clear()
+    total, num_sent = 80, 0
+
+    async def sending() -> AsyncIterator[pb.FuseStreamRequest]:
+        nonlocal num_sent
+        plane = grey(1280, 960)  # 2.4 MB a pair: the kernel's buffers alone may take tens of megabytes
+        yield pb.FuseStreamRequest(options=pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW)))
+        for number in range(total):
+            yield raw_frame(number, plane, plane)
+            num_sent += 1
+
+    answers = face.stub.FuseStream(sending())
+    while True:  # until the sender stands still
+        before = num_sent
+        await asyncio.sleep(0.4)
+        if num_sent and num_sent == before:
+            break
+    assert num_sent < total / 2
+    face.engine.gate.set()
+    assert [answer.sequence async for answer in answers] == list(range(total))
+
+
+async def test_a_client_that_does_not_read_is_not_read_from(face: Face) -> None:
+    num_sent = 0
+
+    async def sending() -> AsyncIterator[pb.FuseStreamRequest]:
+        nonlocal num_sent
+        plane = grey(1280, 960)
+        options = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW))
+        yield pb.FuseStreamRequest(options=options)
+        for number in range(120):
+            yield raw_frame(number, plane, plane)
+            num_sent += 1
+
+    call = face.stub.FuseStream(sending())
+    await call.read()
+    while True:
+        before = num_sent
+        await asyncio.sleep(0.4)
+        if num_sent and num_sent == before:
+            break
+    assert num_sent < 80
+    assert sum(map(len, face.engine.batches)) < 80
+    call.cancel()
+
+
+async def test_mode_latest_skips_what_is_stale_and_says_so(face: Face) -> None:
+    face.engine.gate.clear()
+    call = face.stub.FuseStream()
+    options = pb.StreamOptions(flow_control=pb.FLOW_CONTROL_LATEST)
+    await call.write(pb.FuseStreamRequest(options=options))
+    for number in range(40):
+        await call.write(frame(number))
+    await call.done_writing()
+    assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="dropped"} 37.0')
+    face.engine.gate.set()
+    answers = [answer async for answer in call]
+    first, second, last = (answer.sequence for answer in answers)  # the second began once the first was in the queue
+    assert (first, last) == (0, 39)
+    assert [answer.previous_sequence for answer in answers[1:]] == [first, second]
+    assert counts(answers[-1].stats) == {"received": 40, "fused": 3, "dropped": 37}
+    assert await eventually(face, 'recofuse_stream_frames_total{mode="latest",outcome="fused"} 3.0')
+
+
+# the line before a full queue
+
+
+@pytest.mark.parametrize("mode", [pb.FLOW_CONTROL_ALL, pb.FLOW_CONTROL_LATEST])
+async def test_a_full_queue_does_not_fail_a_stream(facing: Facing, mode: pb.FlowControl.ValueType) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+
+        async def sending() -> AsyncIterator[pb.FuseStreamRequest]:
+            yield pb.FuseStreamRequest(options=pb.StreamOptions(flow_control=mode, max_in_flight=4))
+            for number in range(12):
+                yield frame(number)
+
+        answers = [answer async for answer in face.stub.FuseStream(sending())]
+        assert {answer.WhichOneof("outcome") for answer in answers} == {"fusion"}
+        sequences = [answer.sequence for answer in answers]
+        assert sequences == sorted(sequences)
+        stats = answers[-1].stats
+        assert stats.fused == len(answers)
+        if mode == pb.FLOW_CONTROL_ALL:
+            assert sequences == list(range(12))
+        else:
+            assert sequences[-1] == 11
+            assert stats.dropped == 12 - len(answers)
+
+
+async def test_mode_latest_does_not_queue_up_for_a_full_queue(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+        held = asyncio.ensure_future(face.stub.Fuse(request()))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        call = face.stub.FuseStream()
+        options = pb.StreamOptions(flow_control=pb.FLOW_CONTROL_LATEST, max_in_flight=1)
+        await call.write(pb.FuseStreamRequest(options=options))
+        for number in range(3):  # each finds its predecessor still without a place in the queue
+            await call.write(frame(number))
+            dropped = f'recofuse_stream_frames_total{{mode="latest",outcome="dropped"}} {number}.0'
+            assert await eventually(face, dropped)
+        await call.done_writing()
+        face.engine.gate.set()
+        await held
+        (answer,) = [answer async for answer in call]
+        assert (answer.sequence, counts(answer.stats)) == (2, {"received": 3, "fused": 1, "dropped": 2})
+
+
+class Turnstile(threading.Event):
+    """A gate that lets one pass through each time it is set."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        is_open = super().wait(timeout)
+        self.clear()
+        return is_open
+
+
+@pytest.mark.parametrize("mode", [pb.FLOW_CONTROL_ALL, pb.FLOW_CONTROL_LATEST])
+async def test_a_full_queue_serves_streams_in_turn(
+    facing: Facing, monkeypatch: pytest.MonkeyPatch, mode: pb.FlowControl.ValueType
+) -> None:
+    """One place in the queue, three streams that always have something newer: nobody is left behind."""
+    num_lined_up, num_turns = 0, 12
+    stand_in_line = Stream._stand_in_line
+
+    async def counted(stream: Stream, arrived: _Arrived) -> None:
+        nonlocal num_lined_up
+        num_lined_up += 1
+        await stand_in_line(stream, arrived)
+
+    monkeypatch.setattr(Stream, "_stand_in_line", counted)
+    async with facing(FakeEngine(gate=Turnstile()), queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+
+        async def stream(index: int) -> None:
+            call = face.stub.FuseStream()
+            fuse = pb.FuseOptions(seed=index)
+            options = pb.StreamOptions(fuse=fuse, flow_control=mode, max_in_flight=1)
+            await call.write(pb.FuseStreamRequest(options=options))
+            for number in range(num_turns):
+                await call.write(frame(number))
+                assert isinstance(await call.read(), pb.FuseStreamResponse)
+
+        streams = [asyncio.create_task(stream(index)) for index in range(3)]
+        end = time.monotonic() + 60
+        for turn in range(num_turns):
+            # One frame is in the pass, the other streams' stand in line; so who is next is decided.
+            while len(face.engine.batches) <= turn or num_lined_up < turn + 2:
+                assert time.monotonic() < end
+                await asyncio.sleep(0.005)
+            face.engine.gate.set()
+        turnstile, face.engine.gate = face.engine.gate, threading.Event()
+        face.engine.gate.set()  # for whatever is still under way
+        turnstile.set()
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    served = [seeds[0] for seeds in face.engine.batches[:num_turns]]
+    assert set(served[:3]) == {0, 1, 2}
+    assert served[3:] == served[:-3]
+
+
+async def test_a_frame_that_is_too_large_for_now_holds_up_no_smaller_one(facing: Facing) -> None:
+    """The queue has room for bytes of small frames: the large one waits without standing in their way."""
+    large, small = grey(64, 48), grey(32, 32)
+    async with facing(queue={"max_bytes": 9000}) as face:
+        face.engine.gate.clear()
+        held = face.stub.FuseStream(one_by_one([raw_frame(0, large, large)]))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        waiting = face.stub.FuseStream(one_by_one([raw_frame(0, large, large)]))
+        reading = asyncio.ensure_future(waiting.read())
+        await asyncio.sleep(0.2)  # until it has been refused, or else this shows nothing
+        passing = face.stub.FuseStream(one_by_one([raw_frame(0, small, small)]))
+        assert await eventually(face, 'recofuse_jobs_accepted_total{priority="normal"} 2.0', 20)
+        face.engine.gate.set()
+        for answer in (await held.read(), await reading, await passing.read()):
+            assert isinstance(answer, pb.FuseStreamResponse)
+            assert answer.WhichOneof("outcome") == "fusion"
+
+
+async def test_a_frame_that_can_never_fit_is_refused_at_once(facing: Facing) -> None:
+    large = grey(64, 48)
+    async with facing(queue={"max_bytes": 6000}) as face:
+        (answer,) = [answer async for answer in face.stub.FuseStream(one_by_one([raw_frame(0, large, large)]))]
+        assert answer.error.code == ErrorCode.PAYLOAD_TOO_LARGE
+
+
+async def test_a_deadline_passes_in_the_line_too(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+        held = asyncio.ensure_future(face.stub.Fuse(request()))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        options = pb.FuseStreamRequest(options=pb.StreamOptions(fuse=pb.FuseOptions(timeout_ms=300)))
+        # The second stands behind the first; neither holds up who comes after them.
+        late = [
+            answer
+            async for answer in face.stub.FuseStream(one_by_one([options, *(frame(number) for number in range(3))]))
+        ]
+        assert [answer.error.code for answer in late] == [ErrorCode.TIMED_OUT] * 3
+        face.engine.gate.set()
+        await held
+        (answer,) = [answer async for answer in face.stub.FuseStream(one_by_one([frame(0)]))]
+        assert answer.WhichOneof("outcome") == "fusion"
+
+
+# deadlines, stopping, resuming
+
+
+async def test_frames_have_deadlines_of_their_own(facing: Facing) -> None:
+    async with facing(queue={"max_jobs": 1}) as face:
+        face.engine.gate.clear()
+        options = pb.StreamOptions(fuse=pb.FuseOptions(timeout_ms=60_000))
+        sent = [frame(0), frame(1, timeout_ms=200), frame(2, timeout_ms=0), frame(3, timeout_ms=2**32 - 1), frame(4)]
+        call = face.stub.FuseStream(one_by_one([pb.FuseStreamRequest(options=options), *sent]))
+        await asyncio.to_thread(face.engine.started.wait, 5)
+        await asyncio.sleep(0.4)
+        face.engine.gate.set()
+        codes = [answer.error.code async for answer in call]
+        assert codes == ["", ErrorCode.TIMED_OUT, ErrorCode.INVALID_INPUT, ErrorCode.INVALID_INPUT, ""]
+
+
+async def test_stopping_answers_a_streams_frames_and_ends_it(face: Face) -> None:
+    face.engine.gate.clear()
+    call = face.stub.FuseStream()
+    for number in range(4):
+        await call.write(frame(number))
+    assert await eventually(face, "recofuse_queue_leased 4.0")
+    face.server.stop.set()
+    await asyncio.sleep(0.1)
+    await detail_of(face.stub.Fuse(request()), ErrorCode.UNAVAILABLE)
+    face.engine.gate.set()
+    for number in range(4):
+        answer = await call.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert (answer.sequence, answer.WhichOneof("outcome")) == (number, "fusion")
+    await detail_of(call.read(), ErrorCode.UNAVAILABLE)
+    await asyncio.wait_for(face.server.running, 8)
+
+
+async def test_a_stream_resumes_where_its_answers_ended(face: Face) -> None:
+    first = face.stub.FuseStream()
+    for number in range(6):
+        await first.write(frame(number))
+    for number in range(3):
+        answer = await first.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert answer.sequence == number
+    first.cancel()  # 3 to 5 were fused or not: their sender cannot know
+    resumed = pb.FuseStreamRequest(options=pb.StreamOptions(resume_after=2))
+    sent = [resumed, *(frame(number) for number in (1, 2, 3, 4, 8))]
+    answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
+    assert [(answer.previous_sequence, answer.sequence) for answer in answers] == [(2, 3), (3, 4), (4, 8)]
+    assert counts(answers[-1].stats) == {"received": 3, "fused": 3, "missing": 3, "skipped": 2}
+    assert await eventually(face, 'recofuse_stream_frames_total{mode="all",outcome="skipped"} 2.0')
+
+
+async def test_a_resumed_stream_says_what_it_never_got(face: Face) -> None:
+    for resume_after, first, missing in ((0, 1, 0), (0, 4, 3), (2**64 - 3, 2**64 - 1, 1)):
+        options = pb.FuseStreamRequest(options=pb.StreamOptions(resume_after=resume_after))
+        (answer,) = [answer async for answer in face.stub.FuseStream(one_by_one([options, frame(first)]))]
+        assert (answer.previous_sequence, answer.stats.missing) == (resume_after, missing)
+
+
+# silence
+
+
+async def test_a_stream_without_frames_is_ended(facing: Facing) -> None:
+    async with facing(grpc={"stream_idle_s": 0.5}) as face:
+        face.engine.gate.clear()
+        call = face.stub.FuseStream()
+        await call.write(frame(1))
+        await asyncio.sleep(1.0)  # a frame that is being fused is no silence
+        face.engine.gate.set()
+        answer = await call.read()
+        assert isinstance(answer, pb.FuseStreamResponse)
+        assert answer.WhichOneof("outcome") == "fusion"
+        assert "no frame came" in (await detail_of(call.read(), ErrorCode.TIMED_OUT)).message
+        empty = face.stub.FuseStream()
+        await detail_of(empty.read(), ErrorCode.TIMED_OUT)
+
+
+async def test_silence_may_be_allowed(facing: Facing) -> None:
+    async with facing(grpc={"stream_idle_s": 0.0}) as face:
+        call = face.stub.FuseStream()
+        await asyncio.sleep(0.3)
+        await call.write(frame(1))
+        assert isinstance(await call.read(), pb.FuseStreamResponse)
+        call.cancel()
+
+
+async def test_a_client_that_takes_no_answers_is_given_up(facing: Facing) -> None:
+    async with facing(grpc={"stream_idle_s": 0.5}) as face:
+        plane = grey(1280, 960)
+        options = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW))
+        messages = [pb.FuseStreamRequest(options=options), *(raw_frame(number, plane, plane) for number in range(60))]
+        call = face.stub.FuseStream(one_by_one(messages))
+        assert isinstance(await call.read(), pb.FuseStreamResponse)
+        assert await eventually(face, "recofuse_queue_leased 0.0")
+        assert await eventually(face, 'recofuse_errors_total{code="timed_out"} 1.0')  # its frames are let go of
+        num_fused = sum(map(len, face.engine.batches))
+        assert num_fused < 60
+        await asyncio.sleep(0.3)
+        assert sum(map(len, face.engine.batches)) == num_fused
+        call.cancel()

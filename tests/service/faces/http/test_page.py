@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.processes import all_in_one
-from service.command.cli import API_KEY_VARIABLE
+from service.command.environment import API_KEY_VARIABLE
 from service.command.processes import serve_all_in_one
 from service.terms.settings import Settings
 from service.work.engine import NullEngine

@@ -62,9 +62,9 @@ async def test_nothing_else_is_served(serving: Serving) -> None:
             "",
             "index.html",
             "samples/",
-            "../api.py",
-            "%2e%2e/api.py",
-            "samples/..%2f..%2fapi.py",
+            "../app.py",
+            "%2e%2e/app.py",
+            "samples/..%2f..%2fapp.py",
         ):
             answer = await server.client.get(httpx.URL(f"{server.client.base_url}").join(f"/playground/{name}"))
             assert answer.status_code == 404, name

@@ -1,0 +1,157 @@
+"""The verbs of `recofuse bench`: what can be measured, and with which options.
+
+The command finds this module by name in a source tree (service/command/verbs/bench.py); a wheel has none of it. It is
+imported with every call of the command, so each verb imports what it measures with when it is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from service.command.options import DEFAULT_WEIGHTS, Device, Threads, Weights
+from service.terms.errors import InvalidInputError
+
+bench = typer.Typer(no_args_is_help=True)
+
+
+@bench.command(name="service")
+def bench_service(
+    quick: Annotated[bool, typer.Option("--quick", help="Windows of a second, for a first look.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What the service costs without the model: real servers with stand-in engines under load from 1 to 32 clients."""
+    from benchmarks import service as measured
+
+    window_s, warm_up_s = (1.0, 0.5) if quick else (6.0, 1.5)
+    outcome = measured.run(window_s=window_s, warm_up_s=warm_up_s, json_path=json_path, say=typer.echo)
+    if outcome.num_failed:
+        raise typer.Exit(1)
+
+
+@bench.command(name="streams")
+def bench_streams(
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes and short windows, for a first look.")] = False,
+    model: Annotated[bool, typer.Option("--model/--no-model", help="Also measure one stream with the model.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What a stream's frame costs at each resolution, without the model and with it."""
+    from benchmarks import streams
+
+    streams.run(is_quick=quick, with_model=model, json_path=json_path, say=typer.echo)
+
+
+@bench.command(name="codec")
+def bench_codec(
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each setting is tried.")] = 20,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What reading a pair costs, and what PNG settings cost and bring: processor time and size of answers."""
+    from benchmarks import codec
+
+    codec.run(repeats=repeats, json_path=json_path, say=typer.echo)
+
+
+@bench.command(name="engine")
+def bench_engine(
+    quick: Annotated[bool, typer.Option("--quick", help="640x480 alone, for a first look.")] = False,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="paper (random weights), compact; may be repeated. Both if unset.")
+    ] = None,
+    device: Device = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a measurement.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a chart (SVG).")] = None,
+) -> None:
+    """The model against the straightforward implementation, one improvement after the other."""
+    from benchmarks import engine as measured
+    from recofuse_core import PRESETS
+
+    if unknown := set(preset or ()) - set(PRESETS):
+        raise InvalidInputError(f"preset: {', '.join(sorted(unknown))} is none of {', '.join(PRESETS)}")
+    outcome = measured.run(
+        is_quick=quick,
+        device=device,
+        presets=preset or ("paper", "compact"),
+        num_threads=threads,
+        json_path=json_path,
+        csv_path=csv_path,
+        plot_path=plot_path,
+        say=typer.echo,
+    )
+    if not outcome.all_met:
+        raise typer.Exit(1)
+
+
+@bench.command(name="steps")
+def bench_steps(
+    pairs: Annotated[Path, typer.Option(help="Folder of clean pairs, as for evaluate.")],
+    limit: Annotated[int, typer.Option(min=1, help="How many pairs, spread over the folder.")] = 8,
+    side: Annotated[
+        int, typer.Option(min=0, help="Side of the middle square that is used, px; 0: whole frames.")
+    ] = 256,
+    strength: Annotated[str, typer.Option(help="Degradations put in: light, medium or strong.")] = "medium",
+    weights: Weights = DEFAULT_WEIGHTS,
+    device: Device = "auto",
+    threads: Threads = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a setting.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Write the curve (SVG).")] = None,
+) -> None:
+    """Quality against sampling steps for every sampler, beside 100 Euler steps in float32."""
+    import torch
+
+    from benchmarks import steps as measured
+
+    if threads:
+        torch.set_num_threads(threads)
+    measured.run(
+        pairs,
+        weights=weights,
+        limit=limit,
+        side=side,
+        strength=cast("Any", strength),
+        device=device,
+        json_path=json_path,
+        csv_path=csv_path,
+        plot_path=plot_path,
+        say=typer.echo,
+    )
+
+
+@bench.command(name="kept")
+def bench_kept(
+    images: Annotated[int, typer.Option(min=1, help="Pairs through each way.")] = 12,
+    clients: Annotated[int, typer.Option(min=1, help="Requests in flight at once.")] = 4,
+    device: Device = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """How much of the engine's throughput the service keeps with the real model."""
+    from benchmarks import kept
+
+    outcome = kept.run(
+        num_images=images, num_clients=clients, device=device, num_threads=threads, json_path=json_path, say=typer.echo
+    )
+    if outcome.kept < kept.TARGET:
+        raise typer.Exit(1)
+
+
+@bench.command(name="warm-start")
+def bench_warm_start(
+    weights: Weights = DEFAULT_WEIGHTS,
+    threads: Threads = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="One scene of five frames, for a first look.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """Whether starting a frame from the one before it saves steps: quality and flicker on moving scenes."""
+    import torch
+
+    from benchmarks import warm_start
+
+    if threads:
+        torch.set_num_threads(threads)
+    warm_start.run(weights=weights, is_quick=quick, json_path=json_path, say=typer.echo)

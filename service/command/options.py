@@ -1,0 +1,37 @@
+"""Options that several verbs share: one name, one meaning and one help text each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from service.command.environment import WEIGHTS_VARIABLE
+from service.terms.errors import InvalidInputError
+
+DEFAULT_WEIGHTS = "compact"
+
+Weights = Annotated[
+    str,
+    typer.Option(
+        envvar=WEIGHTS_VARIABLE, metavar="NAME_OR_PATH", help="A shipped model's name or the path of a checkpoint file."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")]
+VisRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; by the depth if unset."),
+]
+IrRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Infrared values that become black and white; automatic if unset."),
+]
+
+
+def sides_of(size: str) -> tuple[int, int]:
+    """Width and height of a --size. Raises InvalidInputError for anything but WIDTHxHEIGHT, and for small pictures."""
+    width, _, height = size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 64 and len(size) <= 9):
+        raise InvalidInputError(f"size: expected WIDTHxHEIGHT with sides of 64 px and more, got {size}")
+    return int(width), int(height)

@@ -1,0 +1,32 @@
+"""The two streams of the command: results on standard output, progress and complaints on standard error."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SOURCES = {  # of infrared, in words
+    "raw": "the camera's own values in the file",
+    "palette": "a false-colour picture, turned back into intensity",
+    "grey": "grey values",
+}
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    err.print(f"recofuse: {' '.join(message.split())}", markup=False, soft_wrap=True, style="red")
+
+
+def progress_bar() -> Progress:
+    """How far a long verb has come, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+    )

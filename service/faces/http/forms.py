@@ -1,0 +1,248 @@
+"""Forms: the fields and the options in the query string that ask for a fusion, and the request that they describe.
+
+A form is parsed while it arrives, and stops at the first field that is not wanted or too large.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+from fastapi import Request
+from pydantic import ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.faces.gateway import FusionRequest
+from service.faces.http.bodies import Body
+from service.terms.errors import (
+    InvalidInputError,
+    MalformedRequestError,
+    PayloadTooLargeError,
+    ServiceError,
+    UnsupportedMediaError,
+)
+from service.terms.jobs import FusionOptions, ImageFormat, Output, Priority, problems_of
+from service.terms.settings import Settings
+from service.watch.logs import request_id
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+MAX_OPTION_BYTES = 1024
+OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "vis_range", "ir_range", "priority", "timeout_ms")
+IMAGE_FIELDS = ("vis", "ir")
+
+_RANGE = r"^[+-]?\d+(\.\d+)?,[+-]?\d+(\.\d+)?$"
+FORM: dict[str, Any] = {
+    "type": "object",
+    "required": ["vis", "ir"],
+    "additionalProperties": False,
+    "properties": {
+        "vis": {
+            "type": "string",
+            "format": "binary",
+            "description": "visible image: PNG, JPEG, WebP, AVIF, BMP or TIFF",
+        },
+        "ir": {
+            "type": "string",
+            "format": "binary",
+            "description": "infrared image, registered to vis; radiometric too",
+        },
+        "output": {"type": "string", "enum": list(Output), "default": "fused", "description": "all: a zip of three"},
+        "format": {"type": "string", "enum": list(ImageFormat), "default": "png"},
+        "steps": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "default: the model's own"},
+        "sampler": {"type": "string", "enum": ["euler", "posterior", "ode1", "ode2"]},
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
+        "vis_range": {
+            "type": "string",
+            "pattern": _RANGE,
+            "description": "source values that become black and white, such as 0,4095; default: by the depth",
+        },
+        "ir_range": {
+            "type": "string",
+            "pattern": _RANGE,
+            "description": "source values that become black and white, such as 7000,9500; default: robust percentiles",
+        },
+        "priority": {"type": "string", "enum": list(Priority), "default": "normal"},
+        "timeout_ms": {"type": "integer", "minimum": 1, "description": "nobody wants the answer after this time"},
+    },
+}
+
+QUERY: list[dict[str, Any]] = [
+    {
+        "name": name,
+        "in": "query",
+        "description": FORM["properties"][name].get("description", "as the form field"),
+        "schema": FORM["properties"][name],
+    }
+    for name in OPTION_FIELDS
+]
+
+
+async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
+    """The fields of a multipart body, read within the limits, and the options of the query string.
+
+    Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
+    repeated fields) and TimedOutError (a body that stops, or comes too slowly).
+    """
+    body = Body(request)
+    try:
+        form = _Form(settings.limits.max_image_bytes, _options_in_query(request))
+        # The form does not know the parser that calls it: the two would keep each upload until a collection.
+        parser = MultipartParser(_boundary_of(request), form.callbacks())
+        await body.pour(functools.partial(_parse, parser), settings)
+        return form.close()
+    except ServiceError:
+        await body.discard_rest()
+        raise
+
+
+def _options_in_query(request: Request) -> dict[str, bytes]:
+    """The options in the query string, as form fields; empty ones are left out.
+
+    Raises InvalidInputError (unknown or repeated ones) and PayloadTooLargeError.
+    """
+    given = parse_qsl(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
+    if unknown := [repr(name[:40]) for name in dict.fromkeys(name for name, _ in given) if name not in OPTION_FIELDS]:
+        accepted = ", ".join(OPTION_FIELDS)
+        raise InvalidInputError(f"there is no query parameter {', '.join(unknown[:8])}; accepted are {accepted}")
+    values: dict[str, bytes] = {}
+    for name, text in given:
+        if name in values:
+            raise InvalidInputError(f"the query parameter {name} is there more than once")
+        values[name] = text.encode()
+        if len(values[name]) > MAX_OPTION_BYTES:
+            most = MAX_OPTION_BYTES
+            raise PayloadTooLargeError(f"the query parameter {name} has more than the accepted {most} bytes")
+    return {name: value for name, value in values.items() if value}
+
+
+def _boundary_of(request: Request) -> bytes:
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        raise UnsupportedMediaError("the request body must be multipart/form-data with the files vis and ir")
+    boundary = parameters.get(b"boundary", b"")
+    if not 1 <= len(boundary) <= 70:
+        raise MalformedRequestError("the multipart boundary is missing or longer than 70 characters")
+    return boundary
+
+
+def _parse(parser: MultipartParser, chunk: bytes) -> None:
+    """Parse the next piece of the body."""
+    try:
+        parser.write(chunk)
+    except FormParserError as error:
+        raise MalformedRequestError("the multipart body cannot be parsed") from error
+
+
+class _Form:
+    """Collects multipart fields and stops at the first that is not wanted or too large.
+
+    query: the options that came outside the form.
+    """
+
+    def __init__(self, max_image_bytes: int, query: Mapping[str, bytes]) -> None:
+        self._max_image_bytes = max_image_bytes
+        self._query = query
+        self._fields: dict[str, bytearray] = {}
+        self._headers: dict[bytes, bytes] = {}
+        self._name = b""
+        self._value = b""
+        self._field = ""
+        self._is_closed = False
+
+    def callbacks(self) -> MultipartCallbacks:
+        """What a parser is to call."""
+        return {
+            "on_part_begin": self._headers.clear,
+            "on_header_begin": self._on_header_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": self._on_end,
+        }
+
+    def close(self) -> dict[str, bytes]:
+        """The complete fields; an option that is empty is none."""
+        if not self._is_closed:
+            raise MalformedRequestError("the multipart body ends before its closing boundary")
+        missing = [name for name in IMAGE_FIELDS if name not in self._fields]
+        if missing:
+            raise InvalidInputError(f"the field {' and '.join(missing)} is missing; vis and ir are required")
+        filled = {name: bytes(value) for name, value in self._fields.items() if value or name in IMAGE_FIELDS}
+        return {**self._query, **filled}
+
+    def _on_header_begin(self) -> None:
+        self._name = self._value = b""
+
+    def _on_header_field(self, chunk: bytes, start: int, end: int) -> None:
+        self._name += chunk[start:end]
+
+    def _on_header_value(self, chunk: bytes, start: int, end: int) -> None:
+        self._value += chunk[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._name.lower()] = self._value
+
+    def _on_headers_finished(self) -> None:
+        _, parameters = parse_options_header(self._headers.get(b"content-disposition", b""))
+        name = parameters.get(b"name", b"").decode("utf-8", "replace")
+        if name not in IMAGE_FIELDS and name not in OPTION_FIELDS:
+            accepted = ", ".join((*IMAGE_FIELDS, *OPTION_FIELDS))
+            raise InvalidInputError(f"there is no field {name[:40]!r}; accepted are {accepted}")
+        if name in self._fields:
+            raise InvalidInputError(f"the field {name} is there more than once")
+        self._field = name
+        self._fields[name] = bytearray()
+
+    def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
+        if start < end and self._field in self._query:
+            raise InvalidInputError(f"the field {self._field} is in the query string as well; keep one")
+        value = self._fields[self._field]
+        limit = self._max_image_bytes if self._field in IMAGE_FIELDS else MAX_OPTION_BYTES
+        if len(value) + end - start > limit:
+            raise PayloadTooLargeError(f"the field {self._field} has more than the accepted {limit} bytes")
+        value += memoryview(chunk)[start:end]
+
+    def _on_end(self) -> None:
+        self._is_closed = True
+
+
+def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: str) -> FusionRequest:
+    """The request that these form fields describe. parent: its traceparent, or nothing. Raises InvalidInputError."""
+    values: dict[str, Any] = {}
+    for name, raw in form.items():
+        if name in OPTION_FIELDS:
+            try:
+                values[name] = raw.decode("ascii")
+            except UnicodeDecodeError as error:
+                raise InvalidInputError(f"the field {name} is not plain text") from error
+    for name in ("vis_range", "ir_range"):
+        if name in values:
+            values[name] = tuple(values[name].split(","))
+    priority = values.pop("priority", Priority.NORMAL)
+    timeout_ms = values.pop("timeout_ms", None)
+    if priority not in list(Priority):
+        raise InvalidInputError(f"priority: accepted are {', '.join(Priority)}")
+    if timeout_ms is not None and not re.fullmatch(r"[0-9]{1,12}", timeout_ms):
+        raise InvalidInputError("timeout_ms: accepted are whole numbers of milliseconds")
+    try:
+        options = FusionOptions.model_validate(values)
+    except ValidationError as error:
+        raise InvalidInputError(problems_of(error)) from error
+    return FusionRequest(
+        vis=form["vis"],
+        ir=form["ir"],
+        options=options,
+        priority=Priority(priority),
+        timeout_s=None if timeout_ms is None else int(timeout_ms) / 1000,
+        idempotency_key=idempotency_key,
+        request_id=request_id.get(),
+        traceparent=parent or None,
+    )

@@ -1,0 +1,211 @@
+"""`recofuse fuse` as its users meet it: files in, files out, one line for what they can mend."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from recofuse_core.data import read_vis
+from recofuse_images.reader import Pair
+from service.terms import images
+from tests.service.command.calls import assert_one_line, run
+
+
+def test_fuse_writes_the_picture_on_the_vis_grid(pairs: Path, weights: Path) -> None:
+    output = pairs / "new" / "fused.png"
+    result = run("fuse", "--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "-o", output, "--weights", weights)
+    assert result.exit_code == 0, result.output
+    assert read_vis(output).shape == (3, 48, 64)
+    assert "processor time" in result.stdout
+    assert not list(output.parent.glob("*_vis.png"))
+
+
+def test_all_and_sheet_write_what_they_promise(pairs: Path, weights: Path) -> None:
+    pair = ("--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "--weights", weights)
+    result = run("fuse", *pair, "-o", pairs / "out.png", "--all", "--sheet", pairs / "sheet.png")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in pairs.glob("*.png")} == {"out.png", "out_vis.png", "out_ir.png", "sheet.png"}
+    assert np.asarray(cv2.imread(str(pairs / "out_ir.png"), cv2.IMREAD_UNCHANGED)).shape == (48, 64)
+    sheet = read_vis(pairs / "sheet.png")
+    assert sheet.shape[2] > 5 * 64  # five pictures side by side
+    fused = read_vis(pairs / "out.png")
+    assert any(torch.equal(sheet[:, y : y + 48, -64 - x : -x], fused) for y in range(1, 48) for x in range(1, 16))
+
+
+def test_equal_seeds_give_equal_files_and_others_do_not(pairs: Path, weights: Path) -> None:
+    pair = ("--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "--weights", weights)
+    for name, seed in (("one", 5), ("again", 5), ("other", 6)):
+        assert run("fuse", *pair, "-o", pairs / f"{name}.png", "--seed", seed, "--steps", 3).exit_code == 0
+    one, again, other = ((pairs / f"{name}.png").read_bytes() for name in ("one", "again", "other"))
+    assert one == again
+    assert one != other
+
+
+def test_a_range_of_visible_values_reaches_the_model(pairs: Path, weights: Path) -> None:
+    plain = cv2.imread(str(pairs / "vis/a.png"))
+    assert plain is not None
+    cv2.imwrite(str(pairs / "deep.png"), plain.astype(np.uint16) * 16)
+    rest = ("--ir", pairs / "ir/a.png", "--weights", weights)
+    for name, vis, options in (
+        ("plain", "vis/a.png", ()), ("deep", "deep.png", ()), ("scaled", "deep.png", ("--vis-range", 0, 4080))
+    ):  # fmt: skip
+        result = run("fuse", "--vis", pairs / vis, *rest, "-o", pairs / f"{name}-out.png", *options)
+        assert result.exit_code == 0, result.output
+    plain_out, deep, scaled = ((pairs / f"{name}-out.png").read_bytes() for name in ("plain", "deep", "scaled"))
+    assert scaled == plain_out
+    assert deep != plain_out
+
+
+def test_fuse_tells_what_was_read_of_the_infrared_files(
+    pairs: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a decoder that says of one file what the service's own may say."""
+    decode, told = images.decode_pair, (pairs / "ir/b.png").read_bytes()
+
+    def telling(vis: bytes, ir: bytes, *arguments: Any, **options: Any) -> Pair:
+        pair = decode(vis, ir, *arguments, **options)
+        if ir != told:
+            return pair
+        return replace(pair, ir_source="palette", warnings=("ir: in colour", "ir: \x1b[31m second"))
+
+    monkeypatch.setattr(images, "decode_pair", telling)
+    call = ("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out", "--weights", weights)
+    result = run(*call)
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if line.startswith("recofuse: ")]
+    assert said == ["recofuse: b: ir: in colour", "recofuse: b: ir: ?[31m second"]
+    assert "infrared read: a false-colour picture, turned back into intensity (1 of 2); grey values (1 of 2)" in (
+        result.stdout
+    )
+    single = run(
+        "fuse", "--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "-o", pairs / "a.png", "--weights", weights
+    )
+    assert single.exit_code == 0, single.output
+    assert "infrared read" not in single.stdout
+
+
+def test_folders_are_matched_by_name_and_equal_single_fusions(pairs: Path, weights: Path) -> None:
+    (pairs / "ir/lonely.png").write_bytes((pairs / "ir/a.png").read_bytes())
+    (pairs / "ir/notes.txt").write_text("not an image")
+    result = run("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out", "--weights", weights)
+    assert result.exit_code == 0, result.output
+    assert "lonely" in result.stderr
+    assert "2 fused" in result.stdout
+    assert {path.name for path in (pairs / "out").iterdir()} == {"a.png", "b.png"}
+    single = pairs / "b.png"
+    run("fuse", "--vis", pairs / "vis/b.png", "--ir", pairs / "ir/b.png", "-o", single, "--weights", weights)
+    assert single.read_bytes() == (pairs / "out/b.png").read_bytes()
+
+
+def test_one_folder_for_both_sides(pairs: Path, weights: Path) -> None:
+    both = pairs / "both"
+    for name in "ab":
+        for role in ("vis", "ir"):
+            (both / "day").mkdir(parents=True, exist_ok=True)
+            (pairs / role / f"{name}.png").rename(both / "day" / f"{name}_{role}.png")
+    (both / "c_vis.png").write_bytes(b"lonely")
+    (both / "notes.txt").write_text("not an image")
+    call = ("fuse", "--vis", both, "--ir", both, "-o", both / "fused", "--weights", weights)
+    for _ in range(2):  # what the first run has written is no input of the second
+        result = run(*call, "--all")
+        assert result.exit_code == 0, result.output
+        assert "2 fused" in result.stdout
+        assert "no partner: both/c_vis.png; not an image: both/notes.txt" in result.stderr
+        written = {path.relative_to(both).as_posix() for path in (both / "fused").rglob("*.png")}
+        assert written == {f"fused/day/{name}{part}.png" for name in "ab" for part in ("", "_vis", "_ir")}
+
+
+def test_one_file_is_not_fused_with_itself(pairs: Path, weights: Path) -> None:
+    for other in ("vis/a.png", "link.png"):
+        if not (pairs / other).exists():
+            (pairs / other).symlink_to(pairs / "vis/a.png")
+        call = (
+            "fuse",
+            "--vis",
+            pairs / "vis/a.png",
+            "--ir",
+            pairs / other,
+            "-o",
+            pairs / "x.png",
+            "--weights",
+            weights,
+        )
+        assert_one_line(run(*call), "one file")
+    folder = ("fuse", "--vis", pairs / "vis", "--ir", pairs / "vis", "-o", pairs / "out", "--weights", weights)
+    assert_one_line(run(*folder), "given for both sides", "0001_vis.png", "a.png, b.png")
+
+
+def test_no_picture_is_written_over_another(pairs: Path, weights: Path) -> None:
+    both = pairs / "both"
+    for source, target in (
+        ("vis/a", "1_vis"),
+        ("ir/a", "1_ir"),
+        ("vis/b", "1"),
+        ("vis/b", "1_vis_vis"),
+        ("ir/b", "1_vis_ir"),
+    ):
+        both.mkdir(exist_ok=True)
+        (both / f"{target}.png").write_bytes((pairs / f"{source}.png").read_bytes())
+    call = ("fuse", "--vis", both, "--ir", both, "--weights", weights)
+    assert_one_line(run(*call, "-o", both), "1.png would destroy an input")  # in no pair, and yet the user's
+    assert_one_line(run(*call, "-o", pairs / "out", "--all"), "two pictures would be written to", "1_vis.png")
+
+
+def test_a_bad_pair_in_a_folder_does_not_stop_the_others(pairs: Path, weights: Path) -> None:
+    (pairs / "vis/a.png").write_bytes(b"no picture")
+    result = run("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out", "--weights", weights)
+    assert result.exit_code == 2
+    assert "recofuse: a: vis: not a readable image" in result.stderr
+    assert "1 of 2 pairs" in result.stderr
+    assert {path.name for path in (pairs / "out").iterdir()} == {"b.png"}
+
+
+BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
+    "missing file": ({"--vis": "vis/none.png"}, "none.png"),
+    "file beside folder": ({"--vis": "vis"}, "two files or two folders"),
+    "no picture": ({"--vis": "broken.png"}, "damaged or cut short"),
+    "mismatched aspect": ({"--ir": "wide.png"}, "64x48 and ir is 200x48"),
+    "unknown suffix": ({"-o": "out.xyz"}, ".png"),
+    "sheet without suffix": ({"--sheet": "sheet"}, ".png"),
+    "overwriting an input": ({"-o": "ir/a.png"}, "destroy"),
+    "unknown sampler": ({"--sampler": "magic"}, "sampler"),
+    "upside-down vis range": ({"--vis-range": "9 3"}, "vis_range takes two numbers, the lower one first"),
+    "upside-down range": ({"--ir-range": "9 3"}, "lower one first"),
+    "unknown weights": ({"--weights": "nothing"}, "nothing"),
+    "no checkpoint": ({"--weights": "vis/a.png"}, "safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_one_line(case: str, pairs: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pairs)
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    cv2.imwrite("wide.png", np.zeros((48, 200), np.uint8))
+    changes, word = BAD_CALLS[case]
+    options = {"--vis": "vis/a.png", "--ir": "ir/a.png", "-o": "out.png", "--weights": str(weights)} | changes
+    before = Path("ir/a.png").read_bytes()
+    result = run("fuse", *itertools.chain.from_iterable((name, *value.split()) for name, value in options.items()))
+    assert_one_line(result, word)
+    assert not Path("out.png").exists()
+    assert Path("ir/a.png").read_bytes() == before
+
+
+def test_folders_without_a_common_name_or_with_a_name_twice(pairs: Path, weights: Path) -> None:
+    folders = ("--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out", "--weights", weights)
+    (pairs / "vis/a.jpg").write_bytes(b"")
+    assert_one_line(run("fuse", *folders), "a.jpg and a.png")
+    for path in (pairs / "vis").iterdir():
+        path.unlink()
+    assert_one_line(run("fuse", *folders), "no file name in common")
+
+
+def test_a_misspelt_setting_stops_every_verb_that_reads_settings(pairs: Path) -> None:
+    call = ("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out")
+    assert_one_line(run(*call, RECOFUSE_LIMITS__MAX_SIDES="64"), "RECOFUSE_LIMITS__MAX_SIDE?)")
