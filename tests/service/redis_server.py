@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -57,6 +58,11 @@ class RedisServer:
             assert self._process.poll() is None, (self._folder / "redis.log").read_text()
             assert time.monotonic() < end
             time.sleep(0.01)
+
+    def stall(self) -> None:
+        """Answer nothing any more, and take nothing, without closing a connection."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         """End it as a crash would."""

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -23,10 +24,14 @@ import service
 from recofuse_protos.inference.v2 import inference_pb2
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
+from service.command.processes import serve_front_end
+from service.queue.choice import build_queue
 from service.terms.jobs import FusionJob
+from service.terms.settings import Settings
 from tests.fakes import FakeEngine, job
 from tests.service.conftest import Serving
 from tests.service.error_cases import ERROR_CASES, IR, VIS
+from tests.service.redis_server import RedisServer
 
 SOURCES = str(Path(service.__file__).parent)
 FILES = {"vis": VIS, "ir": IR}
@@ -132,6 +137,36 @@ async def test_streams_leave_nothing(serving: Serving) -> None:
                 engine.gate.set()
                 await stub.Fuse(pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR)))
             assert not left()
+
+
+@pytest.mark.redis
+async def test_a_stalled_redis_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("service.queue.redis.address.CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("service.faces.gateway.PATIENCE_S", 0.5)
+    server = RedisServer(tmp_path)
+    server.start()
+    settings = Settings.from_values({"queue": {"url": server.url}, "http": {"port": 0}, "grpc": {"port": 0}})
+    stop, http_address, grpc_address = asyncio.Event(), *(asyncio.get_running_loop().create_future() for _ in range(2))
+    queue = build_queue(settings.queue)
+    running = asyncio.create_task(
+        serve_front_end(settings, queue, stop, http_address.set_result, grpc_address.set_result)
+    )
+    try:
+        async with (
+            httpx.AsyncClient(base_url=await http_address, timeout=20) as client,
+            grpc.aio.insecure_channel(await grpc_address) as channel,
+        ):
+            stub = fusion_pb2_grpc.FusionServiceStub(channel)
+            server.stall()
+            with without_collector() as left:
+                for headers in ({}, {"Prefer": "respond-async"}):
+                    assert (await client.post("/v1/fuse", files=FILES, headers=headers)).status_code == 503
+                await refused(stub.Fuse(pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))))
+                assert not left()
+    finally:
+        server.kill()
+        stop.set()
+        await asyncio.wait_for(running, 15)
 
 
 async def refused(call: Any) -> None:

@@ -39,11 +39,24 @@ def reaching() -> Iterator[None]:
     try:
         yield
     except _AWAY as error:
-        raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from error
+        raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from _without_frames(error)
     except exceptions.ResponseError as error:
         if str(error).startswith(_AWAY_WORDS):
-            raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from error
+            raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from _without_frames(error)
         raise
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error, whose chain keeps no frame: redis-py's hold the errors in turn, and with them all that was sent.
+
+    Twelve uploads of 60 MB that a stalled Redis did not take would stay until a collection.
+    """
+    links: list[BaseException | None] = [error]
+    while links:
+        if (link := links.pop()) is not None and link.__traceback__ is not None:
+            link.__traceback__ = None
+            links += [link.__cause__, link.__context__]
+    return error
 
 
 async def check_server(client: Any) -> None:
