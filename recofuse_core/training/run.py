@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from recofuse_core.checkpoint import load_checkpoint, save_checkpoint
-from recofuse_core.training.exposure import FrameSource, read_references
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 from recofuse_core.training.config import StageConfig, StageName, read_config
+from recofuse_core.training.exposure import FrameSource, read_references
 from recofuse_core.training.pairs import PairSource, read_images
 from recofuse_core.training.trainer import StepReport, Trainer
 from recofuse_core.training.validation import Validation
