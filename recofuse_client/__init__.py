@@ -1,7 +1,9 @@
 """A client of recofuse servers: HTTP or gRPC, blocking or awaiting, with one set of results and errors.
 
-Needs neither torch nor a server's own packages; docs/client.md shows every call by example.
+Needs neither torch nor a server's own packages nor a codec; docs/client.md shows every call by example.
 """
+
+from typing import TYPE_CHECKING
 
 from recofuse_client.client import AsyncClient, Client
 from recofuse_client.errors import (
@@ -35,7 +37,6 @@ from recofuse_client.errors import (
     UnsupportedMediaError,
 )
 from recofuse_client.retries import Retry
-from recofuse_client.streams import AsyncFrameStream, FrameStream
 from recofuse_client.values import (
     Frame,
     FrameResult,
@@ -50,6 +51,19 @@ from recofuse_client.values import (
     StreamStats,
     Timings,
 )
+
+if TYPE_CHECKING:
+    from recofuse_client.streams import AsyncFrameStream, FrameStream
+else:
+
+    def __getattr__(name: str) -> object:
+        """The streams' classes, imported when asked for, because they bring gRPC along."""
+        if name not in ("AsyncFrameStream", "FrameStream"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from recofuse_client import streams
+
+        return getattr(streams, name)
+
 
 __all__ = [
     "AsyncClient",

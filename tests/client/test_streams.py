@@ -20,7 +20,8 @@ import recofuse_client as rc
 from recofuse_client.retries import Retry
 from recofuse_client.streams import Ledger, StreamOptions
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
-from tests.client.conftest import QUICK, ROOT, CommandServer, Served, reaching, served
+from tests.client.conftest import Served, served
+from tests.client.reach import QUICK, ROOT, CommandServer, reaching
 from tests.fakes import FakeEngine, picture
 from tests.service.conftest import Serving
 
