@@ -60,6 +60,7 @@ def distributions(*extras: str) -> set[str]:
     return found
 
 
+@cache
 def modules_without(*extras: str) -> list[str]:
     """The modules that are importable here, and are not where only these extras are installed."""
     kept = {*distributions(*extras), canonicalize_name(project()["name"])}
