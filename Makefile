@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit check-deploy check-gpu
+.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit check-deploy check-gpu check-package
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,7 +14,7 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recofuse needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,otel,plot,train]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[all,dev]' -c constraints.txt
 	@touch $@
 
 setup: $(INSTALLED) ## install everything into .venv
@@ -26,7 +26,7 @@ serve: $(INSTALLED) ## keep a server running
 	@$(BIN)/recofuse serve
 
 test: $(INSTALLED) ## run the tests that need no GPU
-	@$(BIN)/python -m pytest -m 'not gpu and not stack'
+	@$(BIN)/python -m pytest -m 'not gpu and not stack and not package'
 
 check: $(INSTALLED) ## formatting, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
@@ -63,6 +63,9 @@ audit: $(INSTALLED) ## check the installed packages, and with pip-audit their kn
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@if command -v pip-audit >/dev/null; then pip-audit --requirement constraints.txt --no-deps --disable-pip; \
 	else echo "pip-audit is not installed: known vulnerabilities were not looked up"; fi
+
+check-package: $(INSTALLED) ## build the wheel, install it into empty environments, and run its part of the tests there
+	@$(BIN)/python -m pytest tests/packaging
 
 check-deploy: $(INSTALLED) ## check everything in deploy/, and run docker-compose.yml as local processes (STRICT=1: all tools)
 	@CHECK_DEPLOY_STRICT=$(STRICT) $(BIN)/python -m pytest tests/deploy

@@ -1,7 +1,10 @@
 """A client of recofuse servers: HTTP or gRPC, blocking or awaiting, with one set of results and errors.
 
-Needs neither torch nor a server's own packages; docs/client.md shows every call by example.
+Needs neither torch nor a server's own packages nor a codec; docs/client.md shows every call by example.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from recofuse_client.client import AsyncClient, Client
 from recofuse_client.errors import (
@@ -35,8 +38,6 @@ from recofuse_client.errors import (
     UnsupportedMediaError,
 )
 from recofuse_client.retries import Retry
-from recofuse_client.streams.awaiting import AsyncFrameStream
-from recofuse_client.streams.blocking import FrameStream
 from recofuse_client.values import (
     Frame,
     FrameResult,
@@ -51,6 +52,19 @@ from recofuse_client.values import (
     StreamStats,
     Timings,
 )
+
+if TYPE_CHECKING:
+    from recofuse_client.streams.awaiting import AsyncFrameStream
+    from recofuse_client.streams.blocking import FrameStream
+else:
+
+    def __getattr__(name: str) -> object:
+        """The streams' classes, imported when asked for, because they bring gRPC along."""
+        homes = {"AsyncFrameStream": "awaiting", "FrameStream": "blocking"}
+        if name not in homes:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"recofuse_client.streams.{homes[name]}"), name)
+
 
 __all__ = [
     "AsyncClient",

@@ -5,23 +5,25 @@
 
 Both offer the same calls with the same arguments, results and errors. Every call has a deadline (`timeout_s`) that
 holds for all its attempts together. A Client may be shared by threads; an AsyncClient belongs to one event loop.
+
+A protocol is imported with the first client that speaks it: gRPC alone takes longer than the rest of the package.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, Unpack
 
 from recofuse_client.errors import RouteNotFoundError
-from recofuse_client.http import AsyncHttpConnection, HttpConnection, HttpProtocol
 from recofuse_client.pictures import ImageLike
 from recofuse_client.protocols import Calls, Target
 from recofuse_client.retries import Operation, Retry, run, run_async
-from recofuse_client.rpc import AsyncGrpcConnection, GrpcConnection, GrpcProtocol, call_metadata
-from recofuse_client.streams.awaiting import AsyncFrameStream
-from recofuse_client.streams.blocking import FrameStream
-from recofuse_client.streams.options import AsyncFrames, Frames, StreamOptions
 from recofuse_client.values import Format, Fusion, Health, Job, Mode, Model, Options, Output, Priority, Sampler
+
+if TYPE_CHECKING:
+    from recofuse_client.streams.awaiting import AsyncFrameStream
+    from recofuse_client.streams.blocking import FrameStream
+    from recofuse_client.streams.options import AsyncFrames, Frames, StreamOptions
 
 Answer = TypeVar("Answer")
 
@@ -56,14 +58,16 @@ class FusionOptions(TypedDict, total=False):
 
 
 class _Base:
-    """What both clients have in common: the target, and the calls as operations."""
+    """What both clients have in common: the target, the calls as operations, and a connection that carries them out."""
+
+    _is_async: ClassVar[bool]
 
     def __init__(self, url: str, timeout_s: float, retry: Retry | None, options: ConnectionOptions) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s: accepted is more than 0, not {timeout_s}")
         self._target = Target.of(url, **options)
         self._retry = retry or Retry()
-        protocol: Any = HttpProtocol() if self._target.kind == "http" else GrpcProtocol()
+        protocol, self._connection = _reached(self._target, is_async=self._is_async)
         self._calls: Calls[Any, Any] = Calls(protocol, self._retry, timeout_s)
         self._is_closed = False
 
@@ -75,7 +79,20 @@ class _Base:
         self._check_open()
         if self._target.kind != "grpc":
             raise RouteNotFoundError("streams need gRPC: make the client with grpc://HOST:PORT or grpcs://HOST:PORT")
+        from recofuse_client.streams.options import StreamOptions
+
         return StreamOptions(options=Options(**chosen), retry=self._retry, **values)
+
+
+def _reached(target: Target, *, is_async: bool) -> tuple[Any, Any]:
+    """The protocol of a target, and a connection to it."""
+    if target.kind == "http":
+        from recofuse_client.http import AsyncHttpConnection, HttpConnection, HttpProtocol
+
+        return HttpProtocol(), (AsyncHttpConnection if is_async else HttpConnection)(target)
+    from recofuse_client.rpc import AsyncGrpcConnection, GrpcConnection, GrpcProtocol
+
+    return GrpcProtocol(), (AsyncGrpcConnection if is_async else GrpcConnection)(target)
 
 
 class Client(_Base):
@@ -86,6 +103,8 @@ class Client(_Base):
     an API key that is none, and OSError for certificate files that cannot be read.
     """
 
+    _is_async = False
+
     def __init__(
         self,
         url: str,
@@ -95,8 +114,6 @@ class Client(_Base):
         **options: Unpack[ConnectionOptions],
     ) -> None:
         super().__init__(url, timeout_s, retry, options)
-        is_http = self._target.kind == "http"
-        self._connection: Any = HttpConnection(self._target) if is_http else GrpcConnection(self._target)
 
     def __enter__(self) -> Client:
         return self
@@ -199,6 +216,9 @@ class Client(_Base):
             "reconnect_s": reconnect_s,
         }
         chosen = self._stream_options(options, values)
+        from recofuse_client.rpc import call_metadata
+        from recofuse_client.streams.blocking import FrameStream
+
         return FrameStream(self._connection.channel, call_metadata(self._target), frames, chosen)
 
     def _run(self, operation: Operation[Any, Answer]) -> Answer:
@@ -209,6 +229,8 @@ class Client(_Base):
 class AsyncClient(_Base):
     """A client that awaits; see `Client` for the arguments. Make it in the event loop that will use it."""
 
+    _is_async = True
+
     def __init__(
         self,
         url: str,
@@ -218,8 +240,6 @@ class AsyncClient(_Base):
         **options: Unpack[ConnectionOptions],
     ) -> None:
         super().__init__(url, timeout_s, retry, options)
-        is_http = self._target.kind == "http"
-        self._connection: Any = AsyncHttpConnection(self._target) if is_http else AsyncGrpcConnection(self._target)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -309,6 +329,9 @@ class AsyncClient(_Base):
             "reconnect_s": reconnect_s,
         }
         chosen = self._stream_options(options, values)
+        from recofuse_client.rpc import call_metadata
+        from recofuse_client.streams.awaiting import AsyncFrameStream
+
         return AsyncFrameStream(self._connection.channel, call_metadata(self._target), frames, chosen)
 
     async def _run(self, operation: Operation[Any, Answer]) -> Answer:

@@ -6,14 +6,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.client import Client, FusionOptions
-from recofuse_client.streams.options import Frames
 from recofuse_client.values import FrameResult, IrSource, Mode, Part, StreamStats
+
+if TYPE_CHECKING:
+    from recofuse_client.streams.options import Frames
 
 SAY_EVERY_S = 0.5
 MAX_REMEMBERED = 4096  # latencies

@@ -1,4 +1,7 @@
-"""Pixels to files and back, and what a server can take. Colour is RGB unless `bgr` says otherwise."""
+"""Pixels to files and back, and what a server can take. Colour is RGB unless `bgr` says otherwise.
+
+Pixels become PNG files, and npy files pixels, without a codec; decoding any other file needs the extra `images`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from numpy.typing import NDArray
 from recofuse_client.errors import BadAnswerError
 from recofuse_images.errors import ImageError
 from recofuse_images.limits import OWN_FILES
-from recofuse_images.reader import read_picture
-from recofuse_images.writer import png_bytes
+from recofuse_images.png import write_pixels
 
 Array = NDArray[np.uint8] | NDArray[np.uint16]
 ImageLike = Array | bytes | bytearray | memoryview | str | os.PathLike[str]
@@ -55,15 +57,20 @@ def png_of(image: NDArray[Any], role: str, *, bgr: bool = False) -> bytes:
     if array.ndim == 3 and bgr:
         array = np.ascontiguousarray(array[..., ::-1])
     try:
-        return png_bytes(array)
+        return write_pixels(array)
     except ImageError as error:
         raise ValueError(f"{role}: {image.shape} {image.dtype} cannot be encoded") from error
 
 
 def decoded(data: bytes, media_type: str) -> NDArray[np.uint8]:
-    """The pixels of an answer's file: (H, W, 3) RGB or (H, W), uint8. Raises BadAnswerError if it cannot be read."""
+    """The pixels of an answer's file: (H, W, 3) RGB or (H, W), uint8.
+
+    Raises BadAnswerError if it cannot be read, and ModuleNotFoundError for all but npy without the extra `images`.
+    """
     if media_type == "application/x-npy":
         return npy_pixels(data)
+    from recofuse_images.reader import read_picture  # not above: it knows all formats, and few answers are files
+
     try:
         pixels = read_picture(data, "vis", OWN_FILES).values
     except ImageError as error:

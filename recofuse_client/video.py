@@ -21,11 +21,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.values import Frame
+from recofuse_images.codecs import cv2
 from recofuse_images.writer import jpeg_bytes
 
 DEFAULT_FPS = 25.0

@@ -1,5 +1,10 @@
 """ReCoFuse as a library: degraded infrared/visible pairs in, restored and fused images out."""
 
+import importlib.util
+
+if missing := [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]:
+    raise ModuleNotFoundError(f"recofuse_core needs {missing[0]}: pip install 'recofuse[torch]'", name=missing[0])
+
 from recofuse_core.checkpoint import load_checkpoint, load_pretrained, packaged_names, read_header, save_checkpoint
 from recofuse_core.errors import CheckpointError, ConfigError, CoreError, DatasetError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, FusionOutput, ModelConfig, ModelInfo, ReCoFuse, build_model

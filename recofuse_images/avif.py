@@ -38,7 +38,7 @@ def read_header(data: bytes, limits: Limits) -> Header:
 
 def read_pixels(data: bytes, header: Header) -> Picture:
     """RGB (H, W, 3), uint8, upright. Raises BadImageError."""
-    from PIL import Image, ImageOps  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data), formats=("AVIF",)) as image:

@@ -49,7 +49,7 @@ def read_header(data: bytes, limits: Limits) -> Header:
 
 def read_pixels(data: bytes, header: Header) -> Picture:
     """RGB (H, W, 3), uint8. Raises BadImageError."""
-    from PIL import Image  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=("BMP",)) as image:

@@ -82,6 +82,6 @@ def _luma_of(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _colours_of(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    import cv2  # not above: front ends check layouts alone, and go without it
+    from recofuse_images.codecs import cv2
 
     return np.asarray(cv2.cvtColor(rows, cv2.COLOR_YUV2RGB_NV12), np.uint8)

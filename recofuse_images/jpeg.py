@@ -97,7 +97,7 @@ def frame_of(data: bytes) -> _Frame:
 
 def read_pixels(data: bytes, header: JpegHeader) -> Picture:
     """The first picture of the file: grey (H, W) or RGB (H, W, 3), uint8. Raises BadImageError."""
-    import imagecodecs  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import imagecodecs
 
     try:
         values = np.asarray(imagecodecs.jpeg8_decode(data))

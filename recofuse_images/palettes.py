@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from recofuse_images.codecs import cv2
 
 _Bytes: TypeAlias = NDArray[np.uint8]
 _Floats: TypeAlias = NDArray[np.floating[Any]]

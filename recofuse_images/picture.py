@@ -59,7 +59,7 @@ def upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 def grey_of(rgb: NDArray[Any]) -> NDArray[Any]:
     """BT.601 luma of (H, W, 3) at its own depth: (H, W)."""
-    import cv2  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import cv2
 
     if rgb.dtype in (np.uint8, np.uint16, np.float32):
         return np.asarray(cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2GRAY), rgb.dtype)

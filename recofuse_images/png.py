@@ -5,8 +5,10 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recofuse_images import formats
 from recofuse_images.directories import exif_orientation
@@ -15,6 +17,7 @@ from recofuse_images.limits import MAX_CHUNKS, Limits, check_exif, cut_short, to
 from recofuse_images.picture import Header, Picture
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
+_MAX_CHUNK_BYTES = 1 << 31
 
 _COLOUR_TYPES: dict[int, tuple[formats.Pixels, int]] = {  # pixels of the table, samples a pixel
     0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey", 2), 6: ("RGB", 4),
@@ -61,7 +64,7 @@ def is_rgba(data: bytes) -> bool:
 
 def read_pixels(data: bytes, header: PngHeader) -> Picture:
     """Grey (H, W) or RGB (H, W, 3), uint8 or uint16, and alpha. Raises BadImageError."""
-    import imagecodecs  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import imagecodecs
 
     try:
         values = np.asarray(imagecodecs.png_decode(_bare(data)))
@@ -76,6 +79,32 @@ def read_pixels(data: bytes, header: PngHeader) -> Picture:
     colours = np.ascontiguousarray(values[..., 0] if num_colours == 1 else values[..., :3])
     alpha = np.ascontiguousarray(values[..., num_colours]) if values.shape[2] > num_colours else None
     return Picture(colours, depth, likely_depth, alpha=alpha)
+
+
+def write_pixels(pixels: NDArray[Any]) -> bytes:
+    """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as a file, without a codec: clients go without one.
+
+    Raises BadImageError.
+    """
+    # As `writer.png_bytes` by OpenCV does: Up and run lengths. Of 640x480 both make equal files within 1 %; grey takes
+    # 3.7 ms here and 5.8 there, RGB 14.5 and 11.2, grey of 16 bits 7.8 in either.
+    height, width = pixels.shape[:2]
+    if pixels.nbytes >= _MAX_CHUNK_BYTES:
+        raise BadImageError(f"{width}x{height} is too large for one PNG")
+    bits, colour_type = pixels.dtype.itemsize * 8, 2 if pixels.ndim == 3 else 0
+    rows = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(height, -1)
+    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = 2  # Up: what a row differs in from the one above
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    packer = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+    packed = packer.compress(filtered.data) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
 
 
 def _bare(data: bytes) -> bytes:

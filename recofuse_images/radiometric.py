@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from recofuse_images.codecs import cv2
 
 Camera: TypeAlias = Literal["flir", "dji"]
 Unit: TypeAlias = Literal["celsius", "counts"]

@@ -212,7 +212,7 @@ def _grey_behind(picture: Picture, warnings: tuple[str, ...]) -> Infrared:
 
 
 def _resampled(grey: Pixels, width: int, height: int) -> Pixels:
-    import cv2  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import cv2
 
     method = cv2.INTER_AREA if grey.shape[0] > height else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(grey, (width, height), interpolation=method), np.uint8)

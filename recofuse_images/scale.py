@@ -207,7 +207,7 @@ def _is_noise(values: NDArray[Any], seen: NDArray[np.bool_], span: float) -> boo
 
 def _shrunk(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Without the two pixels beside a border, which warping mixes with it."""
-    import cv2  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import cv2
 
     kernel = np.ones((5, 5), np.uint8)
     padded = cv2.erode(seen.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=1)

@@ -92,7 +92,7 @@ def read_header(data: bytes, limits: Limits) -> TiffHeader:
 
 def read_pixels(data: bytes, header: TiffHeader) -> Picture:
     """The picture that `read_header` found. Raises BadImageError for a damaged file."""
-    import tifffile  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import tifffile
 
     try:
         with tifffile.TiffFile(io.BytesIO(_bare(data, header.entries))) as file:

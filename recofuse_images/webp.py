@@ -27,7 +27,7 @@ def read_header(data: bytes, limits: Limits) -> Header:
 
 def read_pixels(data: bytes, header: Header) -> Picture:
     """RGB (H, W, 3), uint8; alpha is dropped. Raises BadImageError."""
-    import imagecodecs  # not above: front ends read headers alone, and go without it
+    from recofuse_images.codecs import imagecodecs
 
     try:
         values = np.asarray(imagecodecs.webp_decode(data))

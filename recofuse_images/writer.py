@@ -6,10 +6,10 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from recofuse_images.codecs import cv2
 from recofuse_images.errors import BadImageError
 
 

@@ -16,7 +16,8 @@ import trustme
 import recofuse_client as rc
 from service.access.keys import FileKeys, Scope, new_key
 from service.work.engine import EngineInfo
-from tests.client.conftest import KINDS, QUICK, Served, served
+from tests.client.conftest import Served, served
+from tests.client.reach import KINDS, QUICK
 from tests.fakes import FakeEngine, TellingCodec, file_of, pair, picture
 from tests.service.conftest import Serving
 

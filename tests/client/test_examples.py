@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.conftest import CommandServer
+from tests.client.reach import CommandServer
 from tests.client.test_video import levels_of, make_video
 from tests.fakes import pair
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import recofuse_client as rc
-from tests.client.conftest import KINDS, QUICK, CommandServer, reaching
+from tests.client.reach import KINDS, QUICK, CommandServer, reaching
 from tests.fakes import picture
 
 VIS, IR = picture(), picture(channels=1, seed=1)

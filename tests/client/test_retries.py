@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,10 +25,9 @@ from recofuse_client.protocols import Target
 from recofuse_client.retries import Deadline, Operation, Pause, Send, is_safe_to_repeat, retried, run, run_async
 from recofuse_client.rpc import error_of_call
 from service.terms.errors import ErrorCode
-from tests.client.conftest import KINDS, NO_RETRY, QUICK, Any4
-from tests.fakes import picture
+from tests.client.reach import KINDS, NO_RETRY, QUICK, Any4
 
-VIS, IR = picture(), picture(channels=1, seed=1)
+VIS, IR = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint8)
 TRANSPORT = {"connection_failed", "connection_lost", "bad_answer"}
 REFUSED = {ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED, ErrorCode.UNAVAILABLE}
 

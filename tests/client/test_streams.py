@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import recofuse_client as rc
-from tests.client.conftest import QUICK, ROOT, CommandServer, Served, reaching, served
+from tests.client.conftest import Served, served
 from tests.client.frames import IR, VIS, frames
+from tests.client.reach import QUICK, ROOT, CommandServer, reaching
 from tests.fakes import FakeEngine
 from tests.service.conftest import Serving
 

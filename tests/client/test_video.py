@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from recofuse_client import Frame, FrameResult, Fusion, Timings, live
 from recofuse_client.video import Recorder, VideoError, Viewer, is_live, read_pairs
-from tests.client.conftest import CommandServer, served
+from tests.client.conftest import served
+from tests.client.reach import CommandServer
 from tests.fakes import TellingCodec, picture
 from tests.service.conftest import Serving
 

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.drills import Report, __main__, bad_day, cameras, drain, hostile, kill, overhead, soak, stream_kill
+from benchmarks.drills import (
+    Report,
+    __main__,
+    bad_day,
+    cameras,
+    drain,
+    hostile,
+    kill,
+    overhead,
+    soak,
+    stall,
+    stream_kill,
+)
 from benchmarks.load import Load, ask, fuse_request, get_request, picture_pair, scrape
 from benchmarks.processes import Stack, all_in_one
 from benchmarks.service import Measurement, judge, markdown
@@ -18,7 +30,7 @@ from service.watch.metrics import FlowMode
 
 MODULES = {
     "bad_day": bad_day, "cameras": cameras, "drain": drain, "hostile": hostile, "kill": kill, "overhead": overhead,
-    "soak": soak, "stream_kill": stream_kill,
+    "soak": soak, "stall": stall, "stream_kill": stream_kill,
 }  # fmt: skip
 
 
