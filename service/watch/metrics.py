@@ -110,7 +110,9 @@ class Metrics:
         self.queue_age_seconds = Gauge(
             "recofuse_queue_age_seconds", "Wait of the oldest waiting job so far.", registry=registry
         )
-        self.workers = Gauge("recofuse_workers", "Workers that the queue knows to be there.", ["state"], registry=registry)
+        self.workers = Gauge(
+            "recofuse_workers", "Workers that the queue knows to be there.", ["state"], registry=registry
+        )
         self.dead_letters = Gauge("recofuse_dead_letters", "Jobs put aside after failing.", registry=registry)
         self.model = Info("recofuse_model", "The model that this process runs.", registry=registry)
         self.build = Info("recofuse_build", "The software that this process runs.", registry=registry)
