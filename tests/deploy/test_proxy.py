@@ -136,7 +136,7 @@ def refused(door: Door) -> tuple[grpc.RpcError, dict[str, str | bytes]]:
         request = pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
         with pytest.raises(grpc.RpcError) as error:
             stub.Fuse(request, timeout=30)
-    return error.value, dict(error.value.trailing_metadata() or ())
+    return error.value, {entry[0]: entry[1] for entry in error.value.trailing_metadata() or ()}
 
 
 # sizes
