@@ -113,7 +113,11 @@ CUSTOM["PrometheusRule"] = {
             "items": {
                 "required": ["name", "rules"],
                 "additionalProperties": False,
-                "properties": {"name": {"type": "string"}, "rules": {"type": "array", "minItems": 1}},
+                "properties": {
+                    "name": {"type": "string"},
+                    "interval": {"type": "string", "pattern": "^[0-9]+[smh]$"},
+                    "rules": {"type": "array", "minItems": 1},
+                },
             },
         }
     },

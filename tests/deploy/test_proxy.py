@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -136,7 +137,8 @@ def refused(door: Door) -> tuple[grpc.RpcError, dict[str, str | bytes]]:
         request = pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
         with pytest.raises(grpc.RpcError) as error:
             stub.Fuse(request, timeout=30)
-    return error.value, {entry[0]: entry[1] for entry in error.value.trailing_metadata() or ()}
+    trailing: Any = error.value.trailing_metadata()
+    return error.value, dict(trailing or ())
 
 
 # sizes
