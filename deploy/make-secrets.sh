@@ -27,3 +27,4 @@ if ! test -e tls_key.pem; then
     chmod 644 tls_key.pem
 fi
 echo "secrets are in $folder"
+test -e alert_webhook || echo "alerts reach nobody until $folder/alert_webhook says where (docs/operations.md)"

@@ -157,6 +157,8 @@ def _checked(answer: httpx.Response) -> httpx.Response:
     if answer.headers.get("content-type", "").startswith("application/problem+json"):
         document = _json(answer)
         code, detail = str(document.get("code", "")), str(document.get("detail", ""))
+        if answer.status_code == 502 and code == ConnectionLostError.code:  # as recofuse's own proxy says it
+            raise ConnectionLostError(detail, request_id=request_id, retry_after_s=advice_s)
         raise error_of(code, detail, request_id=request_id, retry_after_s=advice_s)
     kind = _OF_PROXIES.get(answer.status_code, BadAnswerError)
     message = f"an answer with status {answer.status_code} that is not from recofuse, maybe from a proxy before it"

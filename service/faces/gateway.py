@@ -218,9 +218,10 @@ class Gateway:
         return Readiness(True, "ready")
 
     async def observe_queue(self) -> None:
-        """Bring the queue's metrics up to date; leaves them as they are while it cannot be reached."""
+        """Bring the queue's metrics and its workers' up to date; leaves them as they are while it cannot be reached."""
         with contextlib.suppress(UnavailableError):
             self._metrics.set_queue(await self._queue.stats())
+            self._metrics.set_workers(await self._queue.workers())
 
     # stopping
 

@@ -7,7 +7,8 @@ Labels come from enums and route templates, never from ids or paths, so their nu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -50,6 +51,13 @@ class FrameOutcome(StrEnum):
     FAILED = "failed"
     DROPPED = "dropped"
     SKIPPED = "skipped"  # came again after a resumption
+
+
+class WorkerState(StrEnum):
+    """Whether a worker that is there can serve at full speed."""
+
+    WARM = "warm"
+    WARMING = "warming"
 
 
 class Metrics:
@@ -102,6 +110,9 @@ class Metrics:
         self.queue_age_seconds = Gauge(
             "recofuse_queue_age_seconds", "Wait of the oldest waiting job so far.", registry=registry
         )
+        self.workers = Gauge(
+            "recofuse_workers", "Workers that the queue knows to be there.", ["state"], registry=registry
+        )
         self.dead_letters = Gauge("recofuse_dead_letters", "Jobs put aside after failing.", registry=registry)
         self.model = Info("recofuse_model", "The model that this process runs.", registry=registry)
         self.build = Info("recofuse_build", "The software that this process runs.", registry=registry)
@@ -152,6 +163,12 @@ class Metrics:
         self.queue_bytes.set(stats.size_bytes)
         self.queue_age_seconds.set(stats.oldest_age_s)
         self.dead_letters.set(stats.num_dead_letters)
+
+    def set_workers(self, workers: Iterable[WorkerInfo]) -> None:
+        """Show which workers the queue knows to be there."""
+        counts = Counts(WorkerState.WARM if worker.is_warm else WorkerState.WARMING for worker in workers)
+        for state in WorkerState:
+            self.workers.labels(state).set(counts[state])
 
     def set_model(self, worker: WorkerInfo) -> None:
         """Show which model runs here."""

@@ -250,12 +250,21 @@ def plain(status: str, body: bytes = b"<h1>sorry</h1>", kind: str = "text/html",
     return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
+def proxy_says(code: str) -> tuple[bytes, str]:
+    """The body and type of an answer of the proxy in deploy/nginx."""
+    return json.dumps({"code": code, "detail": "sorry"}).encode(), "application/problem+json"
+
+
 @pytest.mark.parametrize("kind", ["http", "http-async"])
 @pytest.mark.parametrize(
     ("raw", "expected", "num_requests"),
     [
         (plain("502 Bad Gateway"), rc.ConnectionLostError, 1),
         (plain("504 Gateway Timeout"), rc.ConnectionLostError, 1),
+        (plain("502 Bad Gateway", *proxy_says("connection_lost")), rc.ConnectionLostError, 1),
+        (plain("502 Bad Gateway", *proxy_says("unavailable")), rc.UnavailableError, 3),
+        (plain("504 Gateway Timeout", *proxy_says("timed_out")), rc.TimedOutError, 1),
+        (plain("500 Internal", *proxy_says("connection_lost")), rc.InternalError, 1),
         (plain("503 Service Unavailable"), rc.UnavailableError, 3),
         (plain("429 Too Many Requests", more="Retry-After: 1000\r\n"), rc.OverloadedError, 1),
         (plain("413 Too Large"), rc.PayloadTooLargeError, 1),

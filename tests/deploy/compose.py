@@ -4,7 +4,8 @@ Every container gets a loopback address of its own (127.N.SERVICE.REPLICA) and k
 is changed. What is replaced, in commands, environments and mounted files: 0.0.0.0 by the container's address, names of
 services before a port by theirs, mount points by the files behind them, `/tmp/` by a folder of the container's, and
 the container network's resolver by one of ours. Prometheus resolves names through the system, so its dns_sd_configs
-become static ones. Images are replaced by what this machine has installed: BINARIES.
+become static ones. Images are replaced by what this machine has installed: BINARIES. Its nginx may be older than
+the one of the compose file; then what that one resolves while it runs is written down as addresses.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ NOT_RUN = {"grafana", "dcgm-exporter", "worker-gpu"}  # no such program or devic
 BINARIES = {
     "proxy": "nginx",
     "prometheus": "prometheus",
+    "alertmanager": "prometheus-alertmanager",
+    "blackbox-exporter": "prometheus-blackbox-exporter",
     "node-exporter": "prometheus-node-exporter",
     "redis-exporter": "prometheus-redis-exporter",
 }
-HAS_ENTRYPOINT = {"prometheus", "node-exporter", "redis-exporter"}  # their images name the program themselves
+HAS_ENTRYPOINT = BINARIES.keys() - {"proxy"}  # their images name the program themselves
+RESOLVES_UPSTREAMS = (1, 27, 3)  # the first nginx that does
+DEPLOYED_NGINX = "deploy/nginx/nginx.conf"
 STOPPED_S = 90.0
 READY_S = 120.0
 
@@ -90,6 +95,14 @@ def image_health_check(target: str) -> list[str]:
     assert match is not None
     words: list[str] = yaml.safe_load(match[1])
     return words
+
+
+def nginx_version() -> tuple[int, ...]:
+    """Of the nginx that is installed here."""
+    said = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr
+    match = re.search(r"nginx/([\d.]+)", said)
+    assert match is not None, said
+    return tuple(map(int, match[1].split(".")))
 
 
 @dataclass
@@ -193,6 +206,18 @@ class LocalStack:
         self._names.start()
         self.containers: dict[str, list[Container]] = {}
 
+    def addresses(self, name: str) -> list[str]:
+        """Of a service's replicas, or of all services that can run here and share an alias."""
+        services = self._compose["services"]
+        aliased = [
+            service
+            for service, entry in services.items()
+            if isinstance(entry.get("networks"), dict) and service not in NOT_RUN
+            for network in entry["networks"].values()
+            if name in (network or {}).get("aliases", [])
+        ]
+        return [address for service in aliased or [name] for address in self._replicas[service]]
+
     def can_run(self, name: str) -> str:
         """Why a service cannot be run here, or an empty string."""
         if name in NOT_RUN:
@@ -284,6 +309,8 @@ class LocalStack:
         text = source.read_text("utf-8")
         if source.name == "prometheus.yml":
             text = self._without_dns(text)
+        if source.name == "nginx.conf" and nginx_version() < RESOLVES_UPSTREAMS:
+            text = self._for_older_nginx(text)
         target.write_text(self._local(text, address, folder, mounts), "utf-8")
         return target
 
@@ -297,15 +324,25 @@ class LocalStack:
                 text = re.sub(rf"(?<![\w.$-]){name}:(?=\d)", f"{addresses[0]}:", text)
         return text.replace("localhost:9090", f"{address}:9090")
 
+    def _for_older_nginx(self, text: str) -> str:
+        def written_down(match: re.Match[str]) -> str:
+            lines = [f"server {address}:{match[2]}{match[3]};" for address in self._replicas[match[1]]]
+            return " ".join(lines)
+
+        text, count = re.subn(r"server (\w+):(\d+) resolve([^;]*);", written_down, text)
+        assert count == len(re.findall(r"^ *upstream ", text, re.MULTILINE))
+        assert "http2 on;" in text
+        return text.replace("http2 on;", "").replace("8443 ssl;", "8443 ssl http2;")
+
     def _without_dns(self, text: str) -> str:
         document = yaml.safe_load(text)
-        for job in document["scrape_configs"]:
+        for job in (*document["scrape_configs"], *document["alerting"]["alertmanagers"]):
             targets = [
                 f"{address}:{found['port']}"
                 for found in job.pop("dns_sd_configs", [])
                 for name in found["names"]
                 if name not in NOT_RUN
-                for address in self._replicas[name]
+                for address in self.addresses(name)
             ]
             if targets:
                 job["static_configs"] = [{"targets": targets}]

@@ -91,7 +91,10 @@ CUSTOM: dict[str, tuple[str, Manifest]] = {  # version and spec by kind
     ),
     "PrometheusRule": (
         "monitoring.coreos.com/v1",
-        _object(("groups",), groups=_list(_object(("name", "rules"), name=_TEXT, rules=_list({"type": "object"})))),
+        _object(
+            ("groups",),
+            groups=_list(_object(("name", "rules"), name=_TEXT, interval=_DURATION, rules=_list({"type": "object"}))),
+        ),
     ),
     "HTTPRoute": (
         "gateway.networking.k8s.io/v1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,7 +19,8 @@ from tests.extras import named, recofuse, run_with
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-KNOWN_WORDS = frozenset({"sum", "max", "avg", "rate", "increase", "histogram_quantile", "and", "or", "vector"})
+KNOWN_WORDS = {"and", "or", "unless", "sum", "max", "avg", "count", "rate", "increase", "changes", "vector", "time"}
+KNOWN_WORDS |= {"histogram_quantile", "sum_over_time", "max_over_time", "quantile_over_time"}
 
 
 def run(*words: str, cwd: Path = ROOT) -> str:
@@ -32,15 +34,19 @@ def queries() -> dict[str, str]:
     """Every PromQL expression of the dashboards and rules by where it stands."""
     found = {}
     for path in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json")):
-        for panel in json.loads(path.read_text("utf-8"))["panels"]:
+        for panel in _panels(json.loads(path.read_text("utf-8"))):
             for target in panel.get("targets", []):
-                found[f"{path.name}: {panel['title']} {target['refId']}"] = target["expr"].replace(
-                    "$__rate_interval", "1m"
-                )
+                query = target["expr"].replace("$__rate_interval", "1m").replace("$instance", ".*")
+                found[f"{path.name}: {panel['title']} {target['refId']}"] = query
     for group in yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text("utf-8"))["groups"]:
         for rule in group["rules"]:
             found[f"rules.yml: {rule.get('alert', rule.get('record'))}"] = rule["expr"]
     return found
+
+
+def _panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    """A dashboard's panels, those in rows that are folded up among them."""
+    return [panel for outer in dashboard["panels"] for panel in (outer, *outer.get("panels", []))]
 
 
 def metric_names(query: str) -> set[str]:
@@ -139,15 +145,53 @@ def test_the_example_of_the_environment_is_complete() -> None:
 def test_the_proxy_lets_through_what_the_service_accepts() -> None:
     config = (DEPLOY / "nginx" / "nginx.conf").read_text("utf-8")
     settings = Settings()
-    body = re.search(r"client_max_body_size (\d+)m", config)
-    wait = re.search(r"proxy_read_timeout (\d+)s", config)
-    assert body is not None
-    assert wait is not None
-    assert int(body[1]) << 20 >= 2 * settings.limits.max_image_bytes + 64 * 1024
-    assert int(wait[1]) > settings.jobs.max_timeout_s + 5
+    (body, unbounded) = re.findall(r"client_max_body_size (\d+);", config)
+    (wait,) = re.findall(r"proxy_read_timeout (\d+)s", config)
+    assert int(body) == 2 * settings.limits.max_image_bytes + 64 * 1024  # so that no size is between two limits
+    assert unbounded == "0"
+    assert int(wait) > settings.jobs.max_timeout_s + 5
+    for idle_s in re.findall(r"^ +keepalive_timeout (\d+)s", config, re.MULTILINE):
+        assert int(idle_s) < settings.http.keep_alive_s
     memory = re.search(r"^maxmemory (\d+)gb", (DEPLOY / "redis" / "redis.conf").read_text("utf-8"), re.MULTILINE)
     assert memory is not None
     assert int(memory[1]) << 30 >= 2 * settings.queue.max_bytes
+
+
+def _num_bytes(text: str) -> int:
+    """Of a size as Docker has it."""
+    return int(text[:-1]) << {"m": 20, "g": 30}[text[-1]]
+
+
+def test_no_container_can_fill_the_host() -> None:
+    services = compose_file()["services"]
+    for name, service in services.items():
+        assert _num_bytes(service["mem_limit"]) > 0, name
+        assert service["pids_limit"] > 0, name
+        assert service["ulimits"]["nofile"]["hard"] > 0, name
+        assert service["logging"]["options"]["max-size"], name
+        for mount in service.get("tmpfs", []):  # which counts as its memory
+            (size,) = re.findall(r"size=(\w+)", mount)
+            assert 2 * _num_bytes(size) <= _num_bytes(service["mem_limit"]) or name == "proxy"
+    config = (DEPLOY / "nginx" / "nginx.conf").read_text("utf-8")
+    (body, _) = map(int, re.findall(r"client_max_body_size (\d+);", config))
+    (at_once,) = map(int, re.findall(r"limit_conn requests (\d+);", config))
+    (calls,) = map(int, re.findall(r"limit_conn all_calls (\d+);", config))
+    small, large = map(int, re.findall(r"client_body_buffer_size (\d+)k;", config))
+    (connections,) = map(int, re.findall(r"worker_connections (\d+);", config))
+    proxy = services["proxy"]
+    (room,) = map(_num_bytes, re.findall(r"size=(\w+)", proxy["tmpfs"][0]))
+    assert at_once * body < room  # one address alone leaves room for others
+    buffers = (connections * small + calls * large) << 10
+    assert room + buffers <= _num_bytes(proxy["mem_limit"])
+    assert _num_bytes(services["redis"]["mem_limit"]) >= 2 * (3 << 30)
+
+
+def test_compose_workers_share_a_name_that_prometheus_asks_for() -> None:
+    jobs = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    (asked,) = [job["dns_sd_configs"][0]["names"] for job in jobs if job["job_name"] == "recofuse-worker"]
+    for name, service in compose_file()["services"].items():
+        if name.startswith("worker"):
+            assert service["networks"]["back"]["aliases"] == asked
 
 
 # Prometheus and Grafana
@@ -157,6 +201,19 @@ def test_prometheus_reads_its_configuration_and_rules(tool: Needing) -> None:
     promtool = tool("promtool")
     run(promtool, "check", "config", "prometheus.yml", cwd=DEPLOY / "prometheus")
     run(promtool, "check", "rules", "rules.yml", cwd=DEPLOY / "prometheus")
+
+
+def test_alertmanager_reads_its_routes(tool: Needing) -> None:
+    run(tool("amtool"), "check-config", str(DEPLOY / "alertmanager" / "alertmanager.yml"))
+
+
+def test_what_follows_from_an_alert_is_kept_back_by_names_that_exist() -> None:
+    routes = yaml.safe_load((DEPLOY / "alertmanager" / "alertmanager.yml").read_text("utf-8"))
+    names = [alert["alert"] for alert in _alerts()]
+    for rule in routes["inhibit_rules"]:
+        for matcher in (*rule["source_matchers"], *rule["target_matchers"]):
+            for pattern in matcher.split('"')[1].split("|"):
+                assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
 def test_every_alert_fires_when_it_should(tool: Needing) -> None:
@@ -200,7 +257,7 @@ def test_dashboards_show_only_what_the_code_or_an_exporter_names() -> None:
             if name.startswith("recofuse_"):
                 assert name in exported or re.sub(r"_(bucket|sum|count)$", "", name) in exported, (where, name)
             else:
-                assert re.match(r"(recofuse:|redis_|node_|process_|DCGM_FI_DEV_|up$)", name), (where, name)
+                assert re.match(r"(recofuse:|redis_|node_|probe_|process_|DCGM_FI_DEV_|up$)", name), (where, name)
 
 
 def test_dashboards_are_as_grafana_expects_them() -> None:
@@ -208,15 +265,64 @@ def test_dashboards_are_as_grafana_expects_them() -> None:
         document = json.loads(path.read_text("utf-8"))
         assert document["uid"]
         assert document["title"]
-        ids = [panel["id"] for panel in document["panels"]]
+        ids = [panel["id"] for panel in _panels(document)]
         assert len(set(ids)) == len(ids)
-        sources = {panel["datasource"]["uid"] for panel in document["panels"] if "datasource" in panel}
+        assert {panel["datasource"]["uid"] for panel in _panels(document) if "datasource" in panel} == {"${datasource}"}
+        variables = {entry["name"]: entry for entry in document["templating"]["list"]}
+        assert set(variables) == {"datasource", "instance"}
         provisioned = yaml.safe_load(
             (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text("utf-8")
         )
-        assert sources == {provisioned["datasources"][0]["uid"]}
+        assert variables["datasource"]["current"]["value"] == provisioned["datasources"][0]["uid"]
+
+
+def test_dashboards_have_no_empty_panel_where_there_is_no_gpu() -> None:
+    for path in (DEPLOY / "grafana" / "dashboards").glob("*.json"):
+        shown = [panel for panel in json.loads(path.read_text("utf-8"))["panels"] if not panel.get("collapsed")]
+        assert "DCGM" not in json.dumps(shown)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in DEPLOY.glob("*.sh")))
 def test_scripts_can_be_read_by_the_shell(script: str) -> None:
     run("sh", "-n", str(DEPLOY / script))
+
+
+DOCKER = """#!/bin/sh
+# Two containers of the service api; the health of each is what stands in the file of its name.
+case "$1 $2" in
+    "compose ps") test "$4" = api && printf 'one\\ntwo\\n' ;;
+    "restart -t") echo "$4" >> restarted ;;
+    "inspect --format") cat "$4" ;;
+    "logs --tail") echo "log of $4" ;;
+    *) echo "unexpected: $*" >&2; exit 64 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("service", "health", "status", "restarted"),
+    [
+        ("api", ("healthy", "healthy"), 0, "one two"),
+        ("api", ("starting", "healthy"), 1, "one"),  # the second is left alone
+        ("nobody", ("healthy", "healthy"), 1, ""),
+    ],
+)
+def test_a_rolling_restart_ends_at_the_first_container_that_does_not_come_back(
+    tmp_path: Path, service: str, health: tuple[str, str], status: int, restarted: str
+) -> None:
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "restarted").touch()
+    for name, text in zip(("one", "two"), health, strict=True):
+        (tmp_path / name).write_text(text)
+    docker = tmp_path / "docker"
+    docker.write_text(DOCKER)
+    docker.chmod(0o755)
+    script = tmp_path / "deploy" / "rolling-restart.sh"
+    script.write_text((DEPLOY / script.name).read_text("utf-8"), "utf-8")
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HEALTHY_S": "1"}
+    done = subprocess.run(
+        ["sh", str(script), service], env=environ, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "restarted").read_text().split() == restarted.split()
+    assert ("log of one" in done.stderr) is (health[0] == "starting")

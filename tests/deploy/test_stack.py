@@ -1,4 +1,4 @@
-"""docker-compose.yml at work, its services as local processes: README's curl, gRPC, a scrape, and rolling restarts.
+"""docker-compose.yml at work, its services as local processes: README's curl, gRPC, scrapes, alerts, rolling restarts.
 
 `make check-deploy` runs this; it needs nginx, curl and openssl, and looks at more if Prometheus and its exporters are
 there too. Nothing here depends on how long something takes: a load goes on until the restarts are over.
@@ -17,7 +17,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -53,12 +55,33 @@ RETRYING = json.dumps(
 )
 
 
-class Deployed:
-    """The running stack as its users see it. key: an API key that may do everything."""
+class Chat(ThreadingHTTPServer):
+    """Where people read: an incoming webhook. told: the messages so far."""
 
-    def __init__(self, stack: LocalStack, key: str) -> None:
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        told = self.told
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                """Is not interesting."""
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Deployed:
+    """The running stack as its users see it. key: an API key that may do everything; chat: where alerts are told."""
+
+    def __init__(self, stack: LocalStack, key: str, chat: Chat) -> None:
         self.stack = stack
         self.key = key
+        self.chat = chat
         self.address = stack.containers["proxy"][0].address
         self.certificate = stack.folder / "deploy" / "secrets" / "tls_cert.pem"
 
@@ -85,6 +108,10 @@ def deployed() -> Iterator[Deployed]:
         stack = LocalStack(Path(folder), SETTINGS)
         if reason := stack.can_run("redis"):
             missing(reason)
+        chat = Chat()
+        (stack.folder / "deploy/secrets/alert_webhook").write_text(f"http://127.0.0.1:{chat.server_port}/hook\n")
+        routes = stack.folder / "deploy/alertmanager/alertmanager.yml"
+        routes.write_text(routes.read_text("utf-8").replace("group_wait: 30s", "group_wait: 0s"), "utf-8")
         try:
             stack.start("redis")[0].wait_healthy(6379)
             apis, workers = stack.start("api"), stack.start("worker-cpu")
@@ -94,14 +121,18 @@ def deployed() -> Iterator[Deployed]:
                 ("proxy", 8443),
                 ("redis-exporter", 9121),
                 ("node-exporter", 9100),
+                ("blackbox-exporter", 9115),
+                ("alertmanager", 9093),
                 ("prometheus", 9090),
             ):
                 if not stack.can_run(name):
                     stack.start(name)[0].wait_healthy(port)
             key = _recofuse(stack, *_readme_command("docker compose exec -T api recofuse "))
-            yield Deployed(stack, key)
+            yield Deployed(stack, key, chat)
         finally:
             stack.close()
+            chat.shutdown()
+            chat.server_close()
 
 
 def _recofuse(stack: LocalStack, *words: str) -> str:
@@ -197,6 +228,11 @@ def _scraped(deployed: Deployed) -> set[str]:
         for name, port in ports.items()
         for container in deployed.stack.containers.get(name, [])
     )
+    for container in deployed.stack.containers.get("blackbox-exporter", []):
+        asked = {"module": "door", "target": f"https://{deployed.address}:8443/health/live"}
+        probe = httpx.get(f"http://{container.address}:9115/probe", params=asked, timeout=30, trust_env=False).text
+        assert "probe_success 1" in probe
+        text += probe
     return {match[1] for match in re.finditer(r"^([a-zA-Z_:][\w:]*)[ {]", text, re.MULTILINE)}
 
 
@@ -205,7 +241,7 @@ def test_every_metric_of_dashboards_and_alerts_is_really_there(deployed: Deploye
     wanted = {name for query in queries().values() for name in metric_names(query)}
     # Synthetic, recorded by rules, or of a GPU exporter, whose names are DCGM's own documented ones.
     wanted = {name for name in wanted if name != "up" and not name.startswith(("recofuse:", "DCGM_FI_"))}
-    for exporter, prefix in (("redis-exporter", "redis_"), ("node-exporter", "node_")):
+    for exporter, prefix in (("redis-exporter", "redis_"), ("node-exporter", "node_"), ("blackbox-exporter", "probe_")):
         if exporter not in deployed.stack.containers:
             wanted = {name for name in wanted if not name.startswith(prefix)}
     assert len(wanted) > 15
@@ -217,7 +253,9 @@ def test_prometheus_finds_every_target_and_answers_every_query(deployed: Deploye
         missing(deployed.stack.can_run("prometheus"))
     base = f"http://{deployed.stack.containers['prometheus'][0].address}:9090/api/v1"
     expected = {"recofuse-api": 2, "recofuse-worker": 1, "prometheus": 1}
-    expected |= {job: 1 for job in ("redis", "node") if f"{job}-exporter" in deployed.stack.containers}
+    exporters = {"redis": "redis-exporter", "node": "node-exporter", "proxy": "blackbox-exporter"}
+    exporters["alertmanager"] = "alertmanager"
+    expected |= {job: 1 for job, name in exporters.items() if name in deployed.stack.containers}
     end = time.monotonic() + 60
     while True:
         answer = httpx.get(f"{base}/query", params={"query": "sum by (job) (up)"}, trust_env=False).json()
@@ -231,6 +269,28 @@ def test_prometheus_finds_every_target_and_answers_every_query(deployed: Deploye
         assert answer["status"] == "success", (where, answer)
     rules = httpx.get(f"{base}/rules", trust_env=False).json()["data"]["groups"]
     assert not [rule for group in rules for rule in group["rules"] if rule["health"] == "err"]
+
+
+def test_an_alert_reaches_somebody(deployed: Deployed) -> None:
+    if "alertmanager" not in deployed.stack.containers:
+        missing(deployed.stack.can_run("alertmanager"))
+    manager = f"http://{deployed.stack.containers['alertmanager'][0].address}:9093"
+    alert = {
+        "labels": {"alertname": "RecofuseNoWorker", "severity": "page"},
+        "annotations": {"summary": "No worker is there", "runbook": "docs/operations.md#recofusenoworker"},
+    }
+    httpx.post(f"{manager}/api/v2/alerts", json=[alert], trust_env=False).raise_for_status()
+    end = time.monotonic() + 60
+    while not (told := [entry for entry in deployed.chat.told if "RecofuseNoWorker" in json.dumps(entry)]):
+        assert time.monotonic() < end, deployed.stack.containers["alertmanager"][0].log.read_text()[-3000:]
+        time.sleep(0.2)
+    (message,) = told[0]["attachments"]
+    assert message["title"] == "page: RecofuseNoWorker"
+    assert message["text"] == "No worker is there (docs/operations.md#recofusenoworker)\n"
+    if "prometheus" in deployed.stack.containers:
+        base = f"http://{deployed.stack.containers['prometheus'][0].address}:9090/api/v1"
+        known = httpx.get(f"{base}/alertmanagers", trust_env=False).json()["data"]["activeAlertmanagers"]
+        assert [entry["url"] for entry in known] == [f"{manager}/api/v2/alerts"]
 
 
 class Load(threading.Thread):

@@ -13,7 +13,7 @@ from service.faces.gateway import FusionRequest, Gateway
 from service.queue.contract import Admission
 from service.queue.memory import MemoryQueue
 from service.terms.errors import ErrorCode, ServiceError
-from service.terms.jobs import FusionJob, FusionResult
+from service.terms.jobs import FusionJob, FusionResult, WorkerInfo
 from service.terms.settings import QueueSettings, Settings
 from service.watch.metrics import Metrics
 from tests.fakes import pair
@@ -73,3 +73,33 @@ async def test_who_hangs_up_while_the_queue_accepts_leaves_no_work(key: str | No
         await fusing
     leases = await queue.take("w", max_jobs=1, wait_s=0)
     assert len(leases) == (await queue.stats()).num_unfinished == (key is not None)
+
+
+async def test_warm_workers_are_told_from_those_that_still_load_and_from_none_that_is_known() -> None:
+    """Before anybody has looked there is no number, rather than none: an alert fires at 0."""
+    settings, metrics = Settings(), Metrics(CollectorRegistry())
+    queue = MemoryQueue(settings.queue)
+    gateway = Gateway(queue, settings, metrics)
+    assert "recofuse_workers{" not in metrics.render()[0].decode()
+
+    async def counted() -> tuple[float | None, ...]:
+        await gateway.observe_queue()
+        return tuple(
+            metrics.registry.get_sample_value("recofuse_workers", {"state": state}) for state in ("warm", "warming")
+        )
+
+    assert await counted() == (0, 0)
+    for name, is_warm in (("a", True), ("b", True), ("c", False)):
+        worker = WorkerInfo(
+            id=name,
+            model_name="m",
+            model_version="1",
+            device="cpu",
+            default_steps=5,
+            default_sampler="ode2",
+            batch_sizes=(),
+            is_warm=is_warm,
+            started_s=0.0,
+        )
+        await queue.announce(worker, ttl_s=60)
+    assert await counted() == (2, 1)

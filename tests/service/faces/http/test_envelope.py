@@ -39,6 +39,8 @@ async def test_metrics_tell_what_happened(server: Server) -> None:
         'recofuse_jobs_finished_total{status="succeeded"} 1.0',
         'recofuse_stage_seconds_count{stage="model"} 1.0',
         'recofuse_queue_depth{priority="normal"} 0.0',
+        'recofuse_workers{state="warm"} 1.0',
+        'recofuse_workers{state="warming"} 0.0',
         'recofuse_model_info{device="none",name="fake",version="7"} 1.0',
         "recofuse_batch_size_count 1.0",
     ):
