@@ -8,6 +8,7 @@ pyproject.toml stays the only list. The table here says only which distribution 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -29,6 +30,12 @@ DISTRIBUTIONS = {
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
+
+
+def require(module: str) -> None:
+    """Raises ModuleNotFoundError, as importing the module would, without the time that an import takes."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def requirements() -> list[str]:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from service.command.environment import read_settings
+from service.command.extras import require
 from service.command.options import DEFAULT_WEIGHTS, Device, IrRange, Threads, VisRange, Weights
 from service.command.terminal import SOURCES, complain, out, progress_bar
 from service.terms.errors import InvalidInputError, ServiceError
@@ -51,6 +52,7 @@ def fuse(
     threads: Threads = 0,
 ) -> None:
     """Fuse one pair of files, or folders of pairs matched by file name (docs/training.md, How names pair)."""
+    require("torch")  # its extra brings the codecs too; who lacks both would be sent for those first
     from recofuse_images.pairs import told
     from service.command.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
     from service.terms.jobs import Part, printable

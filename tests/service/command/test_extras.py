@@ -141,6 +141,7 @@ def without(packages: str, words: str, place: Path) -> subprocess.CompletedProce
     ("packages", "words", "told"),
     [
         ("torch", "fuse --vis vis.png --ir ir.png -o out.png", "torch recofuse[torch]"),
+        ("torch PIL cv2", "fuse --vis vis.png --ir ir.png -o out.png", "torch recofuse[torch]"),
         ("PIL", "fuse --vis vis.png --ir ir.png -o out.png", "pillow recofuse[torch]"),
         ("torch", "info --card", "torch recofuse[torch]"),
         ("safetensors", "bench steps --pairs .", "safetensors recofuse[torch]"),
