@@ -10,10 +10,10 @@ the one of the compose file; then what that one resolves while it runs is writte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -188,6 +188,14 @@ class Names(threading.Thread):
         self._socket.close()
 
 
+def _claimed_network() -> tuple[int, socket.socket]:
+    """A network 127.N that no other stack on this machine has, and the socket that says so while it is open."""
+    for network in random.sample(range(64, 124), 60):
+        with contextlib.suppress(OSError):
+            return network, socket.create_server((f"127.{network}.0.1", 5353))
+    raise RuntimeError("all networks are taken")
+
+
 class LocalStack:
     """The services of docker-compose.yml as processes. settings: what a user writes into .env."""
 
@@ -197,7 +205,7 @@ class LocalStack:
         self._compose = compose_file()
         shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("secrets", "kubernetes"))
         subprocess.run(["sh", "deploy/make-secrets.sh"], cwd=folder, check=True, capture_output=True)
-        network = 64 + secrets.randbelow(60)
+        network, self._claim = _claimed_network()
         self._replicas: dict[str, list[str]] = {}
         for index, (name, service) in enumerate(self._compose["services"].items(), 1):
             count = service.get("deploy", {}).get("replicas", 1)
@@ -244,6 +252,7 @@ class LocalStack:
         for container in (*running, *self.containers.get("redis", [])):
             container.stop()
         self._names.close()
+        self._claim.close()
 
     def _container(self, name: str, number: int) -> Container:
         service = self._compose["services"][name]
