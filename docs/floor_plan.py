@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (  # from the roof to the ground
         Room("service.work", "worker, batcher, engine"),
     ),
     (
-        Room("service.access", "who may call, and how often"),
+        Room("service.access", "who may call, how often, and how much at once"),
         Room("service.watch", "metrics, logs, traces, GPUs"),
     ),
     (Room("service.queue", "where jobs wait: the contract, in memory, on Redis"),),

@@ -12,11 +12,12 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from service.access.guard import own_idempotency_key
+from service.access.held import Held
 from service.queue.contract import Clock, JobQueue
 from service.terms import images
 from service.terms.errors import (
@@ -54,6 +55,7 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
+    is_held: its face has counted its bytes while they came (`Gateway.held`), so that the gateway need not.
     """
 
     vis: bytes
@@ -67,6 +69,7 @@ class FusionRequest:
     traceparent: str | None = None
     vis_layout: RawLayout | None = None
     ir_layout: RawLayout | None = None
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class Gateway:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
+        self.held = Held(settings.limits.max_held_bytes, retry_after_s=settings.queue.retry_after_s)
         self._draining = asyncio.Event()
         self._num_waiting = 0
         self._idle = asyncio.Event()
@@ -125,29 +129,33 @@ class Gateway:
         self._num_waiting += 1
         self._idle.clear()
         try:
-            jobs = self._settings.jobs
-            timeout_s = jobs.default_timeout_s if request.timeout_s is None else request.timeout_s
-            if not 0 < timeout_s <= jobs.max_timeout_s:
-                raise InvalidInputError(
-                    f"a timeout of {timeout_s * 1000:.0f} ms is not possible; accepted are more than 0 "
-                    f"and at most {jobs.max_timeout_s * 1000:.0f} ms"
-                )
-            job = await self._job_of(request, timeout_s, keep_result=request.idempotency_key is not None)
-            try:
-                job_id = await self._submit(job, request)
-                if on_accepted is not None:
-                    on_accepted()
-                result = await self._result_by(job_id, job.deadline_s or 0.0, request)
-            except asyncio.CancelledError:
-                if request.idempotency_key is None:  # the queue may have the job, also if it has not said so yet
-                    await asyncio.shield(self._abandon(job.id))
-                raise
-            result.raise_for_error()
-            return result
+            with self._holding(request):
+                return await self._fuse(request, on_accepted)
         finally:
             self._num_waiting -= 1
             if not self._num_waiting:
                 self._idle.set()
+
+    async def _fuse(self, request: FusionRequest, on_accepted: Callable[[], None] | None) -> FusionResult:
+        jobs = self._settings.jobs
+        timeout_s = jobs.default_timeout_s if request.timeout_s is None else request.timeout_s
+        if not 0 < timeout_s <= jobs.max_timeout_s:
+            raise InvalidInputError(
+                f"a timeout of {timeout_s * 1000:.0f} ms is not possible; accepted are more than 0 "
+                f"and at most {jobs.max_timeout_s * 1000:.0f} ms"
+            )
+        job = await self._job_of(request, timeout_s, keep_result=request.idempotency_key is not None)
+        try:
+            job_id = await self._submit(job, request)
+            if on_accepted is not None:
+                on_accepted()
+            result = await self._result_by(job_id, job.deadline_s or 0.0, request)
+        except asyncio.CancelledError:
+            if request.idempotency_key is None:  # the queue may have the job, also if it has not said so yet
+                await asyncio.shield(self._abandon(job.id))
+            raise
+        result.raise_for_error()
+        return result
 
     async def submit(self, request: FusionRequest) -> JobView:
         """Accept a job without waiting for it. Raises ServiceError."""
@@ -158,8 +166,9 @@ class Gateway:
                 f"a timeout of {timeout_s * 1000:.0f} ms is not possible; accepted are more than 0 "
                 f"and at most {jobs.async_timeout_s * 1000:.0f} ms"
             )
-        job = await self._job_of(request, timeout_s, keep_result=True)
-        job_id = await self._submit(job, request)
+        with self._holding(request):
+            job = await self._job_of(request, timeout_s, keep_result=True)
+            job_id = await self._submit(job, request)
         return await self.view(job_id)
 
     async def view(self, job_id: str) -> JobView:
@@ -243,6 +252,14 @@ class Gateway:
         await self._idle.wait()
 
     # the parts
+
+    @contextlib.contextmanager
+    def _holding(self, request: FusionRequest) -> Iterator[None]:
+        """Count a request's bytes for the duration of the block, unless its face has. Raises OverloadedError."""
+        with self.held.holding() as holding:
+            if not request.is_held:
+                holding.add(len(request.vis) + len(request.ir))
+            yield
 
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
         if self.is_draining:

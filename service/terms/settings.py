@@ -83,9 +83,6 @@ class HttpSettings(FaceSettings):
         default=4096,
         description="bytes a second, on average, that a request body must come with once body_timeout_s have passed",
     )
-    max_uploads_bytes: NumBytes = Field(
-        default=1 << 30, description="bytes of all bodies that are being received; beyond it uploads are refused (429)"
-    )
     answer_timeout_s: Seconds = Field(
         default=60.0,
         description="a client that takes less than 64 KiB of a waiting answer in this many seconds is cut off",
@@ -163,6 +160,12 @@ class LimitSettings(Group):
     max_pairs: int = Field(default=16, ge=1, le=256, description="pairs in one request of the Open Inference Protocol")
     max_json_bytes: NumBytes = Field(
         default=8 << 20, description="bytes of such a request's JSON, and of its answer's pixels as JSON"
+    )
+    max_held_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="bytes of all requests that a front end holds, by any protocol, until they are answered; beyond it "
+        "they are refused (429); 0: two fifths of the memory that the process may use",
     )
 
 

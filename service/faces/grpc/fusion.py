@@ -41,6 +41,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServiceServicer):
         wanted = self._request(
             request, options, self._gateway.timeout_within(options.timeout_s, context.time_remaining()), context
         )
+        del request  # its images are copies of those in `wanted`
         result = await self._gateway.fuse(wanted)
         fusion = fusion_of(result, is_raw=options.is_raw, started_s=started_s)
         return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())

@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from service.access.guard import Guard
 from service.faces.gateway import Gateway
 from service.faces.http import playground
-from service.faces.http.bodies import Uploads
 from service.faces.http.documents import Health, JobDocument, ModelDocument, ModelList, document_of
 from service.faces.http.envelope import Envelope, Head
 from service.faces.http.forms import FORM, QUERY, read_form, request_of
@@ -63,7 +62,6 @@ def build_app(
     if guard is not None:
         app.add_middleware(Gate, guard=guard)
     app.add_middleware(Envelope, metrics=metrics, http=settings.http, tracer=tracer)
-    app.state.uploads = Uploads(settings)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -114,13 +112,13 @@ def _add_fusion(app: FastAPI, gateway: Gateway, settings: Settings) -> None:
             str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$", description="repeats of a request share one job")
         ] = None,
     ) -> Response:
-        form = await read_form(request, settings)
-        wanted = request_of(form, idempotency_key, traceparent.get())
-        if _prefers_async(prefer):
-            view = await gateway.submit(wanted)
-            headers = {"Location": f"/v1/jobs/{view.id}", "Preference-Applied": "respond-async"}
-            return JSONResponse(await document_of(gateway, view), 202, headers)
-        result = await unless_hung_up(request, gateway.fuse(wanted))
+        with gateway.held.holding() as holding:
+            wanted = request_of(await read_form(request, settings, holding), idempotency_key, traceparent.get())
+            if _prefers_async(prefer):
+                view = await gateway.submit(wanted)
+                headers = {"Location": f"/v1/jobs/{view.id}", "Preference-Applied": "respond-async"}
+                return JSONResponse(await document_of(gateway, view), 202, headers)
+            result = await unless_hung_up(request, gateway.fuse(wanted))
         return Response(status_code=CLIENT_CLOSED) if result is None else await answer_of(result)
 
 

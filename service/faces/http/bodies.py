@@ -1,7 +1,6 @@
 """Bodies of requests, read within limits while they arrive, and counted.
 
-A body that is too large is refused at the byte that is too many. The application's state holds one `Uploads` for all
-connections, as `uploads`.
+A body that is too large is refused at the byte that is too many, and so is one that is too much beside the others.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import AsyncIterator, Callable, Collection
 
 from fastapi import Request
 
+from service.access.held import Holding
 from service.terms.errors import (
     InvalidInputError,
     MalformedRequestError,
-    OverloadedError,
     PayloadTooLargeError,
     ServiceError,
     TimedOutError,
@@ -27,7 +26,7 @@ MAX_DISCARD_BYTES = 16 << 20  # of a refused body
 DISCARD_S = 2.0
 
 
-async def read_body(request: Request, settings: Settings, options: Collection[str]) -> bytes:
+async def read_body(request: Request, settings: Settings, holding: Holding, options: Collection[str]) -> bytes:
     """A body that is not a form, as it is. Raises like `Body.pour`, and InvalidInputError.
 
     options: what the body may ask for. In the query string they would be ignored, so they are refused there; what has
@@ -41,32 +40,14 @@ async def read_body(request: Request, settings: Settings, options: Collection[st
             raise InvalidInputError(
                 f"the query parameter {told} is not read here; it belongs into the body's parameters"
             )
-        await body.pour(chunks.append, settings)
-    except ServiceError:
-        await body.discard_rest()
-        raise
-    return b"".join(chunks)
-
-
-class Uploads:
-    """Bytes of bodies that are being received, over all connections: the queue counts them only once it has them."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._most = settings.http.max_uploads_bytes
-        self._retry_after_s = settings.queue.retry_after_s
-        self._num_bytes = 0
-
-    def add(self, num_bytes: int) -> None:
-        """More has come. Raises OverloadedError if that is too much."""
-        if self._num_bytes + num_bytes > self._most:
-            raise OverloadedError(
-                "too much is being uploaded at once; try again later", retry_after_s=self._retry_after_s
-            )
-        self._num_bytes += num_bytes
-
-    def remove(self, num_bytes: int) -> None:
-        """A body is complete, or was given up."""
-        self._num_bytes -= num_bytes
+        await body.pour(chunks.append, settings, holding)
+        return b"".join(chunks)
+    except ServiceError as error:
+        refused = error.with_traceback(None)  # whose frames hold what has come
+    chunks.clear()
+    holding.release()
+    await body.discard_rest()
+    raise refused
 
 
 class Body:
@@ -86,8 +67,8 @@ class Body:
             self._is_complete = not message.get("more_body", False)
             yield message.get("body", b"")
 
-    async def pour(self, write: Callable[[bytes], None], settings: Settings) -> None:
-        """Hand the pieces on, within the limits; none is asked for before what the head announces is acceptable.
+    async def pour(self, write: Callable[[bytes], None], settings: Settings, holding: Holding) -> None:
+        """Hand the pieces on, counted and within the limits; none is asked for before what the head announces is fine.
 
         Raises UnsupportedMediaError (compressed), PayloadTooLargeError, OverloadedError, TimedOutError,
         MalformedRequestError.
@@ -97,7 +78,6 @@ class Body:
         announced = self._request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > max_bytes:
             raise PayloadTooLargeError(f"the body has {announced} bytes; at most {max_bytes} are accepted")
-        uploads: Uploads = self._request.app.state.uploads
         pause_s, min_rate = settings.http.body_timeout_s, settings.http.min_body_bytes_per_s
         now_s = asyncio.get_running_loop().time
         slowest_s = now_s() + pause_s  # when this much of a body must be there, at the latest
@@ -107,7 +87,7 @@ class Body:
                 async for chunk in self.chunks():
                     if num_bytes + len(chunk) > max_bytes:
                         raise PayloadTooLargeError(f"the body has more than {max_bytes} bytes")
-                    uploads.add(len(chunk))
+                    holding.add(len(chunk))
                     num_bytes += len(chunk)
                     write(chunk)
                     slowest_s += len(chunk) / min_rate
@@ -117,8 +97,6 @@ class Body:
                 f"the body stopped or came too slowly; accepted are pauses of up to {pause_s:g} s and, after the first "
                 f"{pause_s:g} s, at least {min_rate} bytes/s on average"
             ) from error
-        finally:
-            uploads.remove(num_bytes)
 
     async def discard_rest(self) -> None:
         """Let a refused client finish a body of bearable size: closing on it would destroy the answer on its way.

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from service.access.held import Holding
 from service.faces.gateway import FusionRequest
 from service.faces.http.bodies import Body
 from service.terms.errors import (
@@ -83,7 +84,7 @@ QUERY: list[dict[str, Any]] = [
 ]
 
 
-async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
+async def read_form(request: Request, settings: Settings, holding: Holding) -> dict[str, bytes]:
     """The fields of a multipart body, read within the limits, and the options of the query string.
 
     Raises UnsupportedMediaError, PayloadTooLargeError, MalformedRequestError, InvalidInputError (unknown, missing or
@@ -91,14 +92,20 @@ async def read_form(request: Request, settings: Settings) -> dict[str, bytes]:
     """
     body = Body(request)
     try:
-        form = _Form(settings.limits.max_image_bytes, _options_in_query(request))
-        # The form does not know the parser that calls it: the two would keep each upload until a collection.
-        parser = MultipartParser(_boundary_of(request), form.callbacks())
-        await body.pour(functools.partial(_parse, parser), settings)
-        return form.close()
-    except ServiceError:
-        await body.discard_rest()
-        raise
+        return await _form_of(body, request, settings, holding)
+    except ServiceError as error:
+        refused = error.with_traceback(None)  # whose frames hold what has come
+    holding.release()
+    await body.discard_rest()
+    raise refused
+
+
+async def _form_of(body: Body, request: Request, settings: Settings, holding: Holding) -> dict[str, bytes]:
+    form = _Form(settings.limits.max_image_bytes, _options_in_query(request))
+    # The form does not know the parser that calls it: the two would keep each upload until a collection.
+    parser = MultipartParser(_boundary_of(request), form.callbacks())
+    await body.pour(functools.partial(_parse, parser), settings, holding)
+    return form.close()
 
 
 def _options_in_query(request: Request) -> dict[str, bytes]:
@@ -237,6 +244,7 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
     except ValidationError as error:
         raise InvalidInputError(problems_of(error)) from error
     return FusionRequest(
+        is_held=True,
         vis=form["vis"],
         ir=form["ir"],
         options=options,

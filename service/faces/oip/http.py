@@ -229,9 +229,11 @@ def _add_infer(app: FastAPI, inference: Inference, settings: Settings) -> None:
     bodies = _Bodies(settings.limits)
 
     async def infer(request: Request, name: str, version: str, header_length: str | None) -> Response:
-        body = await read_body(request, settings, _OPTIONS)
-        wanted = await bodies.read(body, header_length)
-        answer = await unless_hung_up(request, inference.infer(name, version, wanted, remaining_s=None))
+        with inference.holding() as holding:
+            body = await read_body(request, settings, holding, _OPTIONS)
+            wanted = await bodies.read(body, header_length)
+            inferring = inference.infer(name, version, wanted, remaining_s=None, is_held=True)
+            answer = await unless_hung_up(request, inferring)
         if answer is None:
             return Response(status_code=CLIENT_CLOSED)
         content, num_json = await bodies.write(answer, wanted)

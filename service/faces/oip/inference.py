@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 from service.access.guard import charge
+from service.access.held import Holding
 from service.faces.gateway import FusionRequest, Gateway, Readiness
 from service.faces.oip.plan import Plan, plan_of, tensors_of, told_of
 from service.faces.oip.statistics import Statistics
@@ -37,8 +39,12 @@ class Inference:
         self._version = version
         self._statistics = Statistics()
 
-    async def infer(self, name: str, version: str, request: InferRequest, *, remaining_s: float | None) -> InferAnswer:
+    async def infer(
+        self, name: str, version: str, request: InferRequest, *, remaining_s: float | None, is_held: bool = False
+    ) -> InferAnswer:
         """Fuse every pair of a request, side by side. remaining_s: until the call's own deadline, None for none.
+
+        is_held: its bytes were counted while they came, see `holding`.
 
         If one pair fails, the others are cancelled and its error is raised. Raises ServiceError.
         """
@@ -51,13 +57,18 @@ class Inference:
             await asyncio.to_thread(self._check_answer, request, plan)
             for _ in plan.requests[1:]:  # the first was charged when the request came
                 await charge()
-            results = await self._fuse_all(plan.requests, timeout_s)
+            requests = [replace(pair, timeout_s=timeout_s, is_held=is_held) for pair in plan.requests]
+            results = await self._fuse_all(requests)
         except ServiceError:
             self._statistics.failed(time.monotonic() - started_s)
             raise
         outputs = await asyncio.to_thread(tensors_of, results, plan)
         self._statistics.succeeded(results, time.monotonic() - started_s)
         return InferAnswer(results[0].model_name, results[0].model_version, request.id, outputs, told_of(results))
+
+    def holding(self) -> AbstractContextManager[Holding]:
+        """Counts what a request holds while it comes, for the duration of the block."""
+        return self._gateway.held.holding()
 
     async def readiness(self) -> Readiness:
         """Whether the server should be sent requests."""
@@ -163,8 +174,8 @@ class Inference:
                 f"{num_values} values are too many for JSON; ask for binary_data, or for one output, or name a format"
             )
 
-    async def _fuse_all(self, requests: Sequence[FusionRequest], timeout_s: float | None) -> list[FusionResult]:
-        tasks = [asyncio.create_task(self._gateway.fuse(_within(request, timeout_s))) for request in requests]
+    async def _fuse_all(self, requests: Sequence[FusionRequest]) -> list[FusionResult]:
+        tasks = [asyncio.create_task(self._gateway.fuse(request)) for request in requests]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for index, task in enumerate(tasks):
@@ -175,10 +186,6 @@ class Inference:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _within(request: FusionRequest, timeout_s: float | None) -> FusionRequest:
-    return replace(request, timeout_s=timeout_s)
 
 
 def _numbered(error: ServiceError, index: int) -> ServiceError:

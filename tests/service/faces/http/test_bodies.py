@@ -33,7 +33,7 @@ async def test_all_uploads_together_are_bounded(serving: Serving) -> None:
         await goes_on.wait()
         yield b"\r\n--x--\r\n"
 
-    async with serving(http={"max_uploads_bytes": 100_000}) as server:
+    async with serving(limits={"max_held_bytes": 100_000}) as server:
 
         async def other(path: str) -> httpx.Response:
             return await server.client.post(path, content=head + bytes(30_000), headers=kind)

@@ -1,0 +1,115 @@
+"""What requests hold in memory is counted over all faces, from the first byte to the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from recofuse_protos.inference.v2 import inference_pb2, inference_pb2_grpc
+from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
+from service.access.held import SHARE, Held, usable_memory
+from service.terms.errors import OverloadedError
+from tests.fakes import FakeEngine
+from tests.service.conftest import Serving
+from tests.service.error_cases import IR, VIS
+
+SIZE = len(VIS) + len(IR)
+FILES = {"vis": VIS, "ir": IR}
+PAIR = pb.FuseRequest(vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
+
+
+def test_what_one_request_holds_is_missing_to_the_others() -> None:
+    held = Held(100, retry_after_s=3.0)
+    with held.holding() as first, held.holding() as second:
+        first.add(60)
+        second.add(40)
+        with pytest.raises(OverloadedError) as refused:
+            first.add(1)
+        assert refused.value.retry_after_s == 3.0
+    with held.holding() as third:
+        third.add(100)
+
+
+def test_it_is_given_back_whatever_ends_the_request() -> None:
+    held = Held(100, retry_after_s=1.0)
+    for _ in range(3):
+        with contextlib.suppress(ZeroDivisionError), held.holding() as holding:
+            holding.add(100)  # raises unless the one before was given back
+            raise ZeroDivisionError
+
+
+def test_by_default_it_is_a_share_of_the_memory() -> None:
+    most = int(SHARE * usable_memory())
+    with Held(0, retry_after_s=1.0).holding() as holding:
+        holding.add(most)
+        with pytest.raises(OverloadedError):
+            holding.add(1)
+
+
+def test_memory_is_what_the_container_allows(tmp_path: Path) -> None:
+    machine = usable_memory(tmp_path / "nothing")
+    assert machine > 1 << 28
+    (tmp_path / "memory.max").write_text("max\n")
+    assert usable_memory(tmp_path) == machine
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert usable_memory(tmp_path) == 1 << 20
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("524288\n")
+    assert usable_memory(tmp_path) == 1 << 19
+
+
+async def test_every_face_is_in_the_same_count(serving: Serving) -> None:
+    """While one pair is with the model, no other fits; a pair that is answered makes room again."""
+    engine = FakeEngine()
+    limits = {"max_held_bytes": SIZE + 2000}  # and the words of a form around them
+    async with (
+        serving(engine, grpc={"port": 0}, limits=limits) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        inference = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        infer = inference_pb2.ModelInferRequest(model_name="recofuse")
+        for name, content in (("vis", VIS), ("ir", IR)):
+            infer.inputs.add(name=name, datatype="BYTES", shape=[1])
+            infer.raw_input_contents.append(len(content).to_bytes(4, "little") + content)
+        http_infer = "/v2/models/recofuse/infer"
+        for holder in ("http", "grpc"):
+            engine.gate.clear()
+            engine.started.clear()
+            holding = asyncio.ensure_future(
+                server.client.post("/v1/fuse", files=FILES) if holder == "http" else stub.Fuse(PAIR)
+            )
+            await asyncio.to_thread(engine.started.wait, 10)
+            assert (await server.client.post("/v1/fuse", files=FILES)).status_code == 429
+            assert (await server.client.post(http_infer, content=bytes(SIZE))).status_code == 429
+            for call in (stub.Fuse(PAIR), stub.SubmitFuse(PAIR), inference.ModelInfer(infer)):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call
+                assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            engine.gate.set()
+            await holding
+            assert (await server.client.post("/v1/fuse", files=FILES)).status_code == 200
+            await inference.ModelInfer(infer)
+
+
+async def test_frames_wait_for_room(serving: Serving) -> None:
+    """A stream in mode `all` slows down instead of failing."""
+
+    async def requests() -> AsyncIterator[pb.FuseStreamRequest]:
+        for number in range(1, 6):
+            frame = pb.Frame(sequence=number, vis=pb.Image(encoded=VIS), ir=pb.Image(encoded=IR))
+            yield pb.FuseStreamRequest(frame=frame)
+
+    async with (
+        serving(grpc={"port": 0}, limits={"max_held_bytes": SIZE + 2000}) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        outcomes = [answer.WhichOneof("outcome") async for answer in stub.FuseStream(requests())]
+    assert outcomes == ["fusion"] * 5
