@@ -38,7 +38,6 @@ LONE_WAIT_S = 0.5  # far above a lone request's latency, so that waiting for it 
 MAX_CPU_MS: dict[Topology, float] = {"all-in-one": 3.0, "split": 6.0}  # codec off, null engine, best concurrency
 MIN_IMAGES_S = {16: 180.0, 32: 200.0}  # fixed engine, all in one, codec off
 MAX_RSS_MIB = 450.0
-CEILING_IMAGES_S = MAX_BATCH / (BATCH_S + MAX_BATCH * ITEM_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

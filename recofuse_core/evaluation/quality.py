@@ -52,14 +52,6 @@ class FusionScores:
     max_ssim_gradient: float  # SSIM of gradients with the larger of both sources' gradients
 
 
-@dataclass(frozen=True)
-class RestorationScores:
-    """Scores of one restored (or degraded) image against its clean reference."""
-
-    psnr_db: float
-    ssim: float
-
-
 def fusion_scores(fused: Image, vis: Image, ir: Image) -> FusionScores:
     """All scores of `fused` against the sources; the images share their height and width, at least 41 each."""
     grey_fused, grey_vis, grey_ir = grey(fused), grey(vis), grey(ir)
@@ -83,11 +75,6 @@ def fusion_scores(fused: Image, vis: Image, ir: Image) -> FusionScores:
         max_ssim_intensity=_mean_ssim(grey_fused[None], target[None]),
         max_ssim_gradient=_mean_ssim(gradient, gradient_target),
     )
-
-
-def restoration_scores(restored: Image, reference: Image) -> RestorationScores:
-    """PSNR and SSIM of `restored` against the clean `reference`, over all channels."""
-    return RestorationScores(psnr_db=psnr(restored, reference), ssim=ssim(restored, reference))
 
 
 # --- restoration ------------------------------------------------------------------------------------------------------

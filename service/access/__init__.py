@@ -1,1 +1,1 @@
-"""Who may call, and how often, and how much at once."""
+"""Who may call, how often, and how much at once."""

@@ -1,7 +1,7 @@
 """Fusing files on disk without a server: pairs found by name, one by one through an engine; and picture sheets.
 
-It uses the server's codec (`images.py`) and engine, so the same pair, options and seed give the same pixels as
-`POST /v1/fuse`.
+It uses the server's codec (`service/terms/images.py`) and engine, so the same pair, options and seed give the same
+pixels as `POST /v1/fuse`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Putting the parts together: a front end, a worker, or both in one process; and stopping them in the right order.
 
 Each `serve_*` runs until its `stop` event is set, and returns when nothing accepted is left undone. `run` wraps one of
-them into a process: event loop, signals, exit code. Only the front end's half is torch-free, so the engine is an
-argument here and is imported by whoever builds it.
+them into a process: event loop, signals, exit code. Nothing here imports torch: the engine is handed in.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from service.access import keys
+from service.access.choice import build_keys
 from service.access.guard import Guard
 from service.access.limits import Limiter, LocalLimiter
 from service.faces.gateway import Gateway
@@ -36,7 +35,7 @@ from service.faces.oip.http import add_inference
 from service.faces.oip.inference import Inference
 from service.queue.contract import JobQueue
 from service.queue.memory import MemoryQueue
-from service.terms.settings import HttpSettings, Settings, SettingsError
+from service.terms.settings import HttpSettings, Settings
 from service.watch import logs, tracing
 from service.watch.gpu import watch_gpus
 from service.watch.metrics import Metrics
@@ -202,17 +201,6 @@ async def _faces(
         yield address
 
 
-def key_store(settings: Settings) -> keys.KeyStore:
-    """Where API keys are kept. Raises SettingsError if that is nowhere."""
-    if (path := keys.file_of(settings.auth.keys)) is not None:
-        return keys.FileKeys(path)
-    if settings.auth.keys != "redis":
-        raise SettingsError("name the place of the keys: RECOFUSE_AUTH__KEYS=file:PATH, or redis")
-    from service.access.redis import RedisKeys  # processes without Redis do not pay for it
-
-    return RedisKeys(settings.queue)
-
-
 def _guard(settings: Settings) -> Guard | None:
     """Who asks for keys, None if nobody does; what is reachable from elsewhere without them is warned of."""
     if not settings.auth.keys:
@@ -224,7 +212,7 @@ def _guard(settings: Settings) -> Guard | None:
         from service.access.redis import RedisLimiter
 
         limiter = RedisLimiter(settings.queue)
-    return Guard(key_store(settings), limiter, settings.auth)
+    return Guard(build_keys(settings), limiter, settings.auth)
 
 
 class _Server(uvicorn.Server):

@@ -1,4 +1,7 @@
-"""The two streams of the command: results on standard output, progress and complaints on standard error."""
+"""The two streams of the command: results on standard output, progress and complaints on standard error.
+
+And the words that several verbs print there.
+"""
 
 from __future__ import annotations
 

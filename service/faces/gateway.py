@@ -1,8 +1,8 @@
-"""Admit, enqueue, wait, answer: the use case behind both faces.
+"""Admit, enqueue, wait, answer: the use case behind all faces.
 
-A face (HTTP, gRPC) turns its message into a `FusionRequest` and calls one of these methods; whatever goes wrong comes
-out as a ServiceError. Cancelling the task that awaits `fuse` (a client hung up) cancels the job too, unless an
-idempotency key says that the client may come back for it.
+A face (HTTP, gRPC, Open Inference) turns its message into a `FusionRequest` and calls one of these methods; whatever
+goes wrong comes out as a ServiceError. Cancelling the task that awaits `fuse` (a client hung up) cancels the job too,
+unless an idempotency key says that the client may come back for it.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Group(BaseModel):
 
 
 class FaceSettings(Group):
-    """What both front ends have: TLS."""
+    """What both faces have: TLS."""
 
     tls_cert: str = Field(default="", description="PEM file of the certificate chain; empty: no TLS")
     tls_key: str = Field(default="", description="PEM file of the certificate's private key")

@@ -27,7 +27,6 @@ from tests.images.files import IR_FILE, VIS_FILE, chunk, saved, tiff_of
 ROOT = Path(__file__).parents[2]
 TIFF_ROWS = [row for row in formats.TABLE if row.container == "TIFF" and "JPEG" not in row.storage]
 COMPRESSION = {"none": None, "LZW": "lzw", "Deflate": "deflate", "PackBits": "packbits"}
-DTYPES = {"unsigned": "u", "signed": "i", "floating point": "f"}
 
 
 def samples_of(row: formats.Row, bits: int, shape: tuple[int, ...], seed: int) -> NDArray[Any]:

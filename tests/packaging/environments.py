@@ -15,10 +15,6 @@ from tests.extras import ROOT
 CONSTRAINTS = ROOT / "constraints.txt"
 
 
-class NoIndexError(Exception):
-    """No package index can be reached."""
-
-
 @dataclass(frozen=True)
 class Environment:
     """A virtual environment without pip: this Python's pip installs into it, and it holds what was asked for alone."""

@@ -31,6 +31,8 @@ MAX_LIGHT_MIB = 150
 PACKAGES = ("recofuse_client", "recofuse_core", "recofuse_images", "recofuse_protos", "service")
 NOT_CODE = (
     "recofuse_client/py.typed",
+    "recofuse_images/py.typed",
+    "recofuse_protos/py.typed",
     "recofuse_core/py.typed",
     "recofuse_core/weights/compact.md",
     "recofuse_core/weights/compact.safetensors",
@@ -38,7 +40,7 @@ NOT_CODE = (
     "service/faces/http/page/index.html",
     "service/faces/http/page/page.js",
     "service/py.typed",
-    "service/queue/redis.lua",
+    "service/queue/redis/transitions.lua",
 )
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "trustme")
 # Tests that need the client and the command alone, and some that need what serves and reads pictures, too.
@@ -90,7 +92,7 @@ def test_the_wheel_says_what_pyproject_says(built: Built) -> None:
     assert str(metadata.get_payload()).startswith("# recofuse")
 
 
-def test_the_sdist_can_be_built_and_tested(built: Built) -> None:
+def test_the_sdist_holds_what_its_tests_read(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
@@ -99,6 +101,10 @@ def test_the_sdist_can_be_built_and_tested(built: Built) -> None:
         "LICENSE",
         "Makefile",
         "constraints.txt",
+        ".env.example",
+        "configs/compact.toml",
+        "deploy/compose.env",
+        "docker-compose.yml",
         "tests/conftest.py",
         "proto/generate.py",
     }

@@ -29,9 +29,9 @@ def _with_keys(store: str | None, url: str | None, use: Callable[[KeyStore], Awa
     """Open the store of API keys, use it, close it."""
     import asyncio
 
-    from service.command.processes import key_store
+    from service.access.choice import build_keys
 
-    keys = key_store(with_options(read_settings(), {"auth": {"keys": store}, "queue": {"url": url}}))
+    keys = build_keys(with_options(read_settings(), {"auth": {"keys": store}, "queue": {"url": url}}))
 
     async def main() -> None:
         try:

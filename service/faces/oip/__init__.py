@@ -1,1 +1,1 @@
-"""The Open Inference Protocol over both."""
+"""The Open Inference Protocol over HTTP and gRPC."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from service.access.keys import FileKeys, is_secret_of
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
