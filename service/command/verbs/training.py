@@ -22,7 +22,7 @@ def train(
     ] = Path("runs/compact"),
     initial: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     first_stage: Annotated[
-        str | None, typer.Option(metavar="tone|autoencoder|branches|coupled", help="Skip the stages before this one.")
+        str | None, typer.Option(metavar="exposure|tone|autoencoder|branches|coupled", help="Skip the stages before this one.")
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -30,7 +30,7 @@ def train(
 
     Under torchrun every process trains on a share of its own: torchrun --nproc-per-node 4 -m service train CONFIG.
     """
-    if first_stage not in (None, *(stages := ("tone", "autoencoder", "branches", "coupled"))):
+    if first_stage not in (None, *(stages := ("exposure", "tone", "autoencoder", "branches", "coupled"))):
         raise InvalidInputError(f"first-stage: {first_stage!r} is not one of {', '.join(stages)}")
     if missing := [name for name in ("tensorboard", "tqdm") if importlib.util.find_spec(name) is None]:
         raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
