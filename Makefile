@@ -53,7 +53,7 @@ pictures: $(INSTALLED) ## make the pictures of the documents from generated scen
 bench: $(INSTALLED) ## measure what the service costs without the model, on an otherwise idle machine
 	@$(BIN)/recofuse bench service $(ARGS)
 
-drills: $(INSTALLED) ## prove the promises of docs/reliability.md on real processes, in under ten minutes
+drills: $(INSTALLED) ## prove the promises of docs/reliability.md on real processes, in ten to fifteen minutes
 	@$(BIN)/python -m benchmarks.drills $(ARGS)
 
 check-gpu: $(INSTALLED) ## everything that only an NVIDIA GPU can show, in under ten minutes
