@@ -22,7 +22,8 @@ def train(
     ] = Path("runs/compact"),
     initial: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     first_stage: Annotated[
-        str | None, typer.Option(metavar="exposure|tone|autoencoder|branches|coupled", help="Skip the stages before this one.")
+        str | None,
+        typer.Option(metavar="exposure|tone|autoencoder|branches|coupled", help="Skip the stages before this one."),
     ] = None,
     device: Device = "auto",
 ) -> None:
