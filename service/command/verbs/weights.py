@@ -28,11 +28,13 @@ def info(
     ] = DEFAULT_WEIGHTS,
     card: Annotated[bool, typer.Option("--card", help="Show a shipped model's card instead.")] = False,
 ) -> None:
-    """Show what a model is: size, defaults, configuration, and where its weights come from."""
+    """Show what a model is (size, defaults, configuration, where its weights come from) and how it would run here."""
     if card:
         out.print(Markdown(_card_of(weights)))
         return
     from recofuse_core import load_pretrained
+    from recofuse_core.threads import use_threads
+    from recofuse_host.waiting import sleep_while_waiting
 
     model = load_pretrained(weights)
     facts = Table(show_header=False, title=f"{model.info.name} {model.info.version}", title_justify="left")
@@ -45,6 +47,10 @@ def info(
         facts.add_section()
         for name, value in _flat(values):
             facts.add_row(Text(f"{group}.{name}"), Text(str(value)))
+    threads = use_threads()
+    facts.add_section()
+    facts.add_row("threads", Text(f"{threads.count} ({threads.why})"))
+    facts.add_row("threads that wait", Text(sleep_while_waiting().told()))
     out.print(facts)
 
 
