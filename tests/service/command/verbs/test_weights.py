@@ -31,6 +31,10 @@ def test_info_says_how_it_would_run_here(weights: Path) -> None:
     assert f"{len(os.sched_getaffinity(0))} allowed" in threads
     (waiting,) = [line for line in lines if line.startswith("threads that wait")]
     assert sleep_while_waiting().told() in waiting
+    asked = run("info", str(weights), COLUMNS="200", RECOFUSE_ENGINE__NUM_THREADS="3").stdout
+    assert "3 (as asked)" in asked
+    divided = run("info", str(weights), COLUMNS="200", RECOFUSE_WORKER__PER_HOST="999").stdout
+    assert "999 share them" in divided
 
 
 def test_an_argument_wins_over_the_environment(weights: Path) -> None:
