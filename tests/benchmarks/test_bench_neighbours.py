@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from signal import SIGCONT
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_no_busy_process_is_left() -> None:
     with _busy(2) as tell:
         busy = [int(pid) for pid in children.read_text().split() if pid not in before]
         assert len(busy) == 2
-        tell(neighbours.SIGCONT)
+        tell(SIGCONT)
     assert [state(pid) for pid in busy] == ["", ""]
 
 
