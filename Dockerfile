@@ -34,6 +34,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY recofuse_core recofuse_core
 COPY recofuse_client recofuse_client
+COPY recofuse_host recofuse_host
 COPY recofuse_images recofuse_images
 COPY recofuse_protos recofuse_protos
 RUN /opt/packages/bin/pip install --no-deps --target /opt/recofuse .

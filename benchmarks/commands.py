@@ -86,6 +86,23 @@ def bench_engine(
         raise typer.Exit(1)
 
 
+@bench.command(name="neighbours")
+def bench_neighbours(
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs fused in each way, with and without neighbours.")] = 5,
+    busy: Annotated[int, typer.Option(min=0, help="Busy processes; 0: one for each processor.")] = 0,
+    spinning: Annotated[bool, typer.Option("--spinning", help="Also what threads that spin cost; slow.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """The model on a processor beside busy processes, and in a cgroup of one processor."""
+    from benchmarks import neighbours
+
+    outcome = neighbours.run(
+        repeats=repeats, num_busy=busy, with_spinning=spinning, json_path=json_path, say=typer.echo
+    )
+    if not outcome.all_met:
+        raise typer.Exit(1)
+
+
 @bench.command(name="steps")
 def bench_steps(
     pairs: Annotated[Path, typer.Option(help="Folder of clean pairs, as for evaluate.")],
@@ -102,12 +119,10 @@ def bench_steps(
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Write the curve (SVG).")] = None,
 ) -> None:
     """Quality against sampling steps for every sampler, beside 100 Euler steps in float32."""
-    import torch
-
     from benchmarks import steps as measured
+    from recofuse_core.threads import use_threads
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     measured.run(
         pairs,
         weights=weights,
@@ -148,10 +163,8 @@ def bench_warm_start(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """Whether starting a frame from the one before it saves steps: quality and flicker on moving scenes."""
-    import torch
-
     from benchmarks import warm_start
+    from recofuse_core.threads import use_threads
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     warm_start.run(weights=weights, is_quick=quick, json_path=json_path, say=typer.echo)

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (  # from the roof to the ground
         Room("recofuse_client", "what programs call servers with"),
     ),
     (
+        Room("recofuse_host", "what a process may use of its host, and how its threads wait"),
         Room("recofuse_images", "files to pixels and back, and how names pair"),
         Room("recofuse_protos", "messages generated from proto/"),
     ),

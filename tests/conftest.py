@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from recofuse_host.waiting import sleep_while_waiting
+
+sleep_while_waiting()  # before any test imports torch; the processes that tests start inherit it
+
 import importlib.util
 from collections.abc import Iterator
 

@@ -49,11 +49,13 @@ NEVER_PULLED_IN: dict[str, tuple[str, ...]] = {
     "recofuse_core": ("service", "pydantic", "fastapi", "grpc", "redis", "typer", "matplotlib"),
     # The client is for machines that have neither the model nor the service.
     "recofuse_client": ("torch", "recofuse_core", "service", "fastapi", "pydantic", "redis", "uvicorn", "typer"),
+    "recofuse_host": ("torch", "numpy", "recofuse_core", "recofuse_images", "service", "pydantic", *SERVERS),
     "recofuse_images": ("torch", "recofuse_core", "service", "recofuse_client", "fastapi", "pydantic", "grpc"),
 }
 
-# Only this speaks to the environment; everything else is handed its settings.
-ENVIRONMENT_READERS = {"service/command/environment.py"}
+# Only the command speaks to the environment, and everything else is handed its settings; but what OpenMP is told there
+# is told by the library, too.
+ENVIRONMENT_READERS = {"service/command/environment.py", "recofuse_host/waiting.py"}
 
 
 def path_of(module: str) -> Path:
@@ -221,7 +223,7 @@ def test_environment_probe_sees_a_read() -> None:
     assert not reads_environment("import os\nvalue = os.getpid()")
 
 
-def test_only_the_command_reads_the_environment() -> None:
+def test_the_environment_is_read_in_two_places() -> None:
     sources = [path_of(module) for package in PACKAGES for module in modules_of(package)]
     readers = {path.relative_to(ROOT).as_posix() for path in sources if reads_environment(path.read_text("utf-8"))}
     assert readers == ENVIRONMENT_READERS

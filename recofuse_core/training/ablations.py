@@ -31,6 +31,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.evaluation.protocol import MODEL, EvaluationSettings, evaluate
 from recofuse_core.evaluation.report import Report
 from recofuse_core.model import ReCoFuse
+from recofuse_core.threads import use_threads
 from recofuse_core.training.config import TrainConfig, parse_config
 from recofuse_core.training.latents import Encoded, LatentSource
 from recofuse_core.training.pairs import PairSource, read_images
@@ -145,8 +146,7 @@ def run_ablations(
     CheckpointError or NumericsError.
     """
     config = read_ablations(path)
-    if config.train.num_threads:
-        torch.set_num_threads(config.train.num_threads)
+    use_threads(config.train.num_threads)
     chosen = chosen_variants(variants)
     initial = load_pretrained(config.initial, device=device)
     source: LatentSource | None = None

@@ -108,7 +108,7 @@ class TrainConfig:
     checkpoint_interval: int = 500
     log_interval: int = 50
     validation_interval: int = 500
-    num_threads: int = 0  # CPU threads; 0: torch's default
+    num_threads: int = 0  # CPU threads; 0: as many as the process may use
 
     @property
     def model_config(self) -> ModelConfig:

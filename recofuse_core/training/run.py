@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recofuse_core.checkpoint import load_checkpoint, save_checkpoint
+from recofuse_core.threads import use_threads
 from recofuse_core.training.config import StageConfig, StageName, read_config
 from recofuse_core.training.exposure import FrameSource, read_references
 from recofuse_core.training.pairs import PairSource, read_images
@@ -40,8 +41,7 @@ def train_from_config(
     from tqdm import tqdm
 
     config = read_config(path)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    use_threads(config.num_threads)
     pairs = list(read_images(path.parent / config.data.root, config.data.split))
     source = PairSource(config.data, pairs)
     frames = None

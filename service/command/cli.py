@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from recofuse_host.waiting import sleep_while_waiting
 from service.command.complaints import OneLineErrors
 from service.command.terminal import out
 from service.command.verbs import (
@@ -82,4 +83,5 @@ def recofuse(
 
 def main() -> None:
     """Entry point of the console script."""
+    sleep_while_waiting()  # before a verb imports torch
     app(prog_name="recofuse")

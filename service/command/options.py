@@ -18,7 +18,7 @@ Weights = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: as many as may be used.")]
 VisRange = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; by the depth if unset."),

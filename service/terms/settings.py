@@ -251,7 +251,7 @@ class EngineSettings(Group):
     )
     model: str = Field(default="compact", description="a shipped model's name or the path of a checkpoint file")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU")
-    num_threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: one per core")
+    num_threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: as many as the process may use")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the networks; auto: bfloat16 where the device computes in it natively"
     )
@@ -276,7 +276,14 @@ class WorkerSettings(Group):
     id: str = Field(
         default="", pattern=r"^[0-9A-Za-z_.:-]{0,64}$", description="name in logs and the queue; empty: host and pid"
     )
-    codec_threads: int = Field(default=0, ge=0, le=256, description="threads that decode and encode; 0: one per core")
+    codec_threads: int = Field(
+        default=0, ge=0, le=256, description="threads that decode and encode; 0: as many as the process may use"
+    )
+    per_host: Count = Field(
+        default=1,
+        description="worker processes that divide what each of them may use of this host's processors; leave 1 where "
+        "each has a limit of its own, as containers can",
+    )
     max_held: int = Field(default=0, ge=0, description="jobs held at once, in any stage; 0: three batches")
     take_wait_s: Seconds = Field(default=1.0, description="longest wait of one take; bounds how late a stop is noticed")
     heartbeat_s: Seconds = Field(default=2.0, description="time between two renewals of what the worker holds")
@@ -356,8 +363,16 @@ class Settings(Group):
         return self
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str], *, ignore: frozenset[str] = frozenset()) -> Self:
+    def from_environment(
+        cls,
+        environ: Mapping[str, str],
+        *,
+        ignore: frozenset[str] = frozenset(),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Self:
         """Settings from `RECOFUSE_GROUP__NAME` entries; other names are not looked at.
+
+        options: nested values that win over the environment's, before all are judged together.
 
         `RECOFUSE_GROUP__NAME_FILE` names a file that holds the value, for secrets. ignore: full names with the prefix
         that belong to someone else, such as a model path for the command line; so do the links to services that
@@ -365,7 +380,7 @@ class Settings(Group):
         one, and every bad value.
         """
         known = {name: path for path in cls.names() for name in (variable_of(*path),)}
-        values: dict[str, dict[str, str]] = {}
+        values: dict[str, dict[str, Any]] = {}
         unknown = []
         for name, value in environ.items():
             if not name.upper().startswith(PREFIX) or name in ignore:
@@ -384,6 +399,8 @@ class Settings(Group):
                 unknown.append(f"{name}{f' (did you mean {near[0]}?)' if near else ''}")
         if unknown:
             raise SettingsError(f"unknown settings in the environment: {', '.join(sorted(unknown))}")
+        for group, chosen in (options or {}).items():
+            values.setdefault(group, {}).update(chosen)
         return cls.from_values(values)
 
     @classmethod

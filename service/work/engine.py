@@ -8,6 +8,7 @@ torch is imported when a CoreEngine loads, not before, so that a process without
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from service.terms.settings import EngineSettings
 
 if TYPE_CHECKING:
     from recofuse_core import Runtime
+
+logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
@@ -69,13 +72,13 @@ class Engine(Protocol):
         """
 
 
-def build_engine(settings: EngineSettings) -> Engine:
-    """The engine that the settings ask for, not loaded yet."""
+def build_engine(settings: EngineSettings, per_host: int = 1) -> Engine:
+    """The engine that the settings ask for, not loaded yet. per_host: processes that divide the processors."""
     if settings.kind == "null":
         return NullEngine()
     if settings.kind == "fixed":
         return FixedCostEngine(settings.fixed_batch_s, settings.fixed_item_s)
-    return CoreEngine(settings)
+    return CoreEngine(settings, per_host)
 
 
 class NullEngine:
@@ -118,8 +121,9 @@ class FixedCostEngine(NullEngine):
 class CoreEngine:
     """Runs recofuse_core on a CPU or one GPU."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, per_host: int = 1) -> None:
         self._settings = settings
+        self._per_host = per_host
         self._runtime: Runtime | None = None
         self._device = settings.device
 
@@ -139,15 +143,18 @@ class CoreEngine:
 
     def load(self) -> None:
         """See Engine."""
-        import torch
-
         from recofuse_core import Runtime, load_pretrained
         from recofuse_core.runtime import named_device
+        from recofuse_core.threads import use_threads
+        from recofuse_host.waiting import sleep_while_waiting
 
         settings = self._settings
         self._device = named_device(self._device)
-        if settings.num_threads:
-            torch.set_num_threads(settings.num_threads)
+        threads = use_threads(settings.num_threads, num_sharing=self._per_host)
+        logger.info(
+            "threads of the model",
+            extra={"threads": threads.count, "why": threads.why, "waiting": sleep_while_waiting().told()},
+        )
         self._runtime = Runtime(
             load_pretrained(settings.model, device=self._device),
             precision=settings.precision,

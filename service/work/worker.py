@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from recofuse_host.processors import read_processors
 from recofuse_images.reader import Pair
 from service.queue.contract import Clock, JobQueue, Lease
 from service.terms import images
@@ -97,7 +98,9 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._info: WorkerInfo | None = None
         self._codec = images.build_codec(settings.codec, settings.limits)
-        num_threads = settings.worker.codec_threads or os.cpu_count() or 1
+        processors = read_processors()
+        num_threads = settings.worker.codec_threads or processors.share(settings.worker.per_host)
+        logger.info("threads that decode and encode", extra={"threads": num_threads, "processors": processors.told()})
         self._codecs = ThreadPoolExecutor(num_threads, thread_name_prefix="codec")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from service.command.environment import read_settings, with_options
+from service.command.environment import read_settings
 from service.command.shared_queue import QueueUrl, shared_queue
 from service.command.terminal import out
 from service.terms.errors import InvalidInputError
@@ -29,7 +29,7 @@ def _with_queue(url: str | None, use: Callable[[JobQueue], Awaitable[None]]) -> 
     """Open the shared queue, use it, close it."""
     import asyncio
 
-    queue = shared_queue(with_options(read_settings(), {"queue": {"url": url}}))
+    queue = shared_queue(read_settings({"queue": {"url": url}}))
 
     async def main() -> None:
         await queue.open()

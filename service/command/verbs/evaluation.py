@@ -54,14 +54,13 @@ def evaluate(
     """Score a model, baselines and other methods by the protocol of docs/evaluation.md."""
     import json
 
-    import torch
-
     from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs, write_image
     from recofuse_core.evaluation import protocol, sheets
     from recofuse_core.evaluation.plots import bar_plots, require_matplotlib, svg
     from recofuse_core.evaluation.report import Report
     from recofuse_core.runtime import named_device
+    from recofuse_core.threads import use_threads
 
     if coupling not in ("on", "off"):
         raise InvalidInputError(f"coupling must be on or off, not {coupling}")
@@ -75,8 +74,7 @@ def evaluate(
         if not (name and separator and folder) or name in folders:
             raise InvalidInputError(f"others: expected NAME=DIR, each name once, got {item}")
         folders[name] = Path(folder)
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     device = named_device(device)
     files = find_pairs(pairs, split=split)[:limit]
     model = None if weights == "none" else load_pretrained(weights, device=device)

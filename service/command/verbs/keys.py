@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from service.command.environment import read_settings, with_options
+from service.command.environment import read_settings
 from service.command.shared_queue import QueueUrl
 from service.command.terminal import err, out
 from service.terms.errors import InvalidInputError
@@ -31,7 +31,7 @@ def _with_keys(store: str | None, url: str | None, use: Callable[[KeyStore], Awa
 
     from service.access.choice import build_keys
 
-    keys = build_keys(with_options(read_settings(), {"auth": {"keys": store}, "queue": {"url": url}}))
+    keys = build_keys(read_settings({"auth": {"keys": store}, "queue": {"url": url}}))
 
     async def main() -> None:
         try:

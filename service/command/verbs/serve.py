@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.command.complaints import line_of
-from service.command.environment import WEIGHTS_VARIABLE, read_settings, with_options
+from service.command.environment import WEIGHTS_VARIABLE, read_settings
 from service.command.shared_queue import QueueUrl, shared_queue
 from service.command.terminal import err
 from service.terms.settings import Settings
@@ -34,7 +34,7 @@ ModelWeights = Annotated[
     typer.Option(envvar=WEIGHTS_VARIABLE, metavar="NAME_OR_PATH", help="A shipped model's name or a checkpoint."),
 ]
 ModelDevice = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-ModelThreads = Annotated[int | None, typer.Option(min=0, help="CPU threads of the model; 0: one per core.")]
+ModelThreads = Annotated[int | None, typer.Option(min=0, help="CPU threads of the model; 0: as many as may be used.")]
 
 
 def serve(
@@ -57,7 +57,7 @@ def serve(
         "codec": {"kind": codec},
         "engine": {"kind": engine, "model": weights, "device": device, "num_threads": threads},
     }
-    raise typer.Exit(_serve_all_in_one(with_options(read_settings(), asked)))
+    raise typer.Exit(_serve_all_in_one(read_settings(asked)))
 
 
 def _serve_all_in_one(settings: Settings) -> int:
@@ -65,7 +65,8 @@ def _serve_all_in_one(settings: Settings) -> int:
     from service.command.processes import serve_all_in_one
     from service.work.engine import build_engine
 
-    return _run(lambda stop: serve_all_in_one(settings, build_engine(settings.engine), stop, _announce), settings)
+    engine = build_engine(settings.engine, settings.worker.per_host)
+    return _run(lambda stop: serve_all_in_one(settings, engine, stop, _announce), settings)
 
 
 def _announce(address: str) -> None:
@@ -103,7 +104,7 @@ def api(
 
     asked: dict[str, dict[str, Any]]
     asked = {"queue": {"url": queue}, "http": {"host": host, "port": port}, "grpc": {"host": host, "port": grpc_port}}
-    settings = with_options(read_settings(), asked)
+    settings = read_settings(asked)
     shared = shared_queue(settings)
 
     raise typer.Exit(_run(lambda stop: serve_front_end(settings, shared, stop, _announce), settings))
@@ -131,13 +132,12 @@ def worker(
         "engine": {"kind": engine, "model": weights, "device": device, "num_threads": threads},
         "worker": {"metrics_host": metrics_host, "metrics_port": metrics_port},
     }
-    settings = with_options(read_settings(), asked)
+    settings = read_settings(asked)
     shared = shared_queue(settings)
 
     def announce(address: str) -> None:
         watched = f"; metrics and health on {address}" if address else ""
         err.print(f"working{watched}; Ctrl-C stops", markup=False, soft_wrap=True)
 
-    raise typer.Exit(
-        _run(lambda stop: serve_worker(settings, shared, build_engine(settings.engine), stop, announce), settings)
-    )
+    built = build_engine(settings.engine, settings.worker.per_host)
+    raise typer.Exit(_run(lambda stop: serve_worker(settings, shared, built, stop, announce), settings))

@@ -104,15 +104,13 @@ def export(
     threads: Threads = 0,
 ) -> None:
     """Fuse a labelled data set into one that a detector or a segmenter can be trained on (docs/training.md)."""
-    import torch
-
     from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs
     from recofuse_core.evaluation.downstream import export_pairs, plan_export
     from recofuse_core.runtime import named_device
+    from recofuse_core.threads import use_threads
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     device = named_device(device)
     items = plan_export(pairs, find_pairs(pairs, split=split), cast("Any", task))
     model = load_pretrained(weights, device=device)

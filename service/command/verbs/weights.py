@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from service.command.environment import WEIGHTS_VARIABLE
+from service.command.environment import WEIGHTS_VARIABLE, read_settings
 from service.command.options import DEFAULT_WEIGHTS
 from service.command.terminal import out
 from service.terms.errors import InvalidInputError
@@ -28,12 +28,15 @@ def info(
     ] = DEFAULT_WEIGHTS,
     card: Annotated[bool, typer.Option("--card", help="Show a shipped model's card instead.")] = False,
 ) -> None:
-    """Show what a model is: size, defaults, configuration, and where its weights come from."""
+    """Show what a model is (size, defaults, configuration, where its weights come from) and how it would run here."""
     if card:
         out.print(Markdown(_card_of(weights)))
         return
     from recofuse_core import load_pretrained
+    from recofuse_core.threads import use_threads
+    from recofuse_host.waiting import sleep_while_waiting
 
+    settings = read_settings()
     model = load_pretrained(weights)
     facts = Table(show_header=False, title=f"{model.info.name} {model.info.version}", title_justify="left")
     facts.add_column(style="bold")
@@ -45,6 +48,10 @@ def info(
         facts.add_section()
         for name, value in _flat(values):
             facts.add_row(Text(f"{group}.{name}"), Text(str(value)))
+    threads = use_threads(settings.engine.num_threads, num_sharing=settings.worker.per_host)
+    facts.add_section()
+    facts.add_row("threads", Text(f"{threads.count} ({threads.why})"))
+    facts.add_row("threads that wait", Text(sleep_while_waiting().told()))
     out.print(facts)
 
 

@@ -61,6 +61,17 @@ def test_values_that_cannot_be_are_refused(name: str, value: str) -> None:
         Settings.from_environment({f"RECOFUSE_{name}": value})
 
 
+def test_options_are_there_before_settings_are_judged_together() -> None:
+    environ = {"RECOFUSE_CODEC__KIND": "ready", "RECOFUSE_ENGINE__MODEL": "mine"}
+    with pytest.raises(SettingsError, match="real pictures"):
+        Settings.from_environment(environ)
+    settings = Settings.from_environment(environ, options={"engine": {"kind": "null"}, "http": {"port": 80}})
+    assert (settings.codec.kind, settings.engine.kind, settings.engine.model) == ("ready", "null", "mine")
+    assert settings.http.port == 80
+    with pytest.raises(SettingsError, match="real pictures"):
+        Settings.from_environment({"RECOFUSE_ENGINE__KIND": "null", **environ}, options={"engine": {"kind": "core"}})
+
+
 def test_settings_do_not_change_but_copies_differ() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from tests.service.command.calls import ROOT, assert_one_line, recofuse_process, run
+from tests.service.error_cases import IR, VIS
 
 
 @pytest.fixture
@@ -46,6 +48,22 @@ def test_serve_answers_and_ends_in_order(null_server: tuple[subprocess.Popen[str
     assert answer.headers["content-type"] == "image/png"
     server.send_signal(signal.SIGTERM)
     assert server.wait(30) == 0
+
+
+def test_options_count_before_settings_are_judged_together(tmp_path: Path) -> None:
+    """A setting of the environment that goes with no model, and the option that says there is none."""
+    environ = {**os.environ, "RECOFUSE_CODEC__KIND": "ready"}
+    command = recofuse_process("serve", "--port", "0", "--grpc-port", "-1", "--engine", "null")
+    with (tmp_path / "log").open("w+") as log:
+        server = subprocess.Popen(command, stderr=log, text=True, cwd=ROOT, env=environ)
+        try:
+            address = _announced(server, tmp_path / "log")
+            answer = httpx.post(f"{address}/v1/fuse", files={"vis": VIS, "ir": IR}, trust_env=False)
+            assert answer.content == VIS  # unread
+        finally:
+            server.kill()
+            server.wait()
+    assert_one_line(run("serve", "--engine", "core", RECOFUSE_CODEC__KIND="ready"), "real pictures")
 
 
 def test_serve_refuses_bad_settings_in_one_line(weights: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from recofuse_core import ModelConfig, build_model, load_checkpoint
 from recofuse_core.networks import DenoiserConfig, FusionConfig, PaperAutoencoderConfig
 from recofuse_core.published import OfficialFiles, official_names
 from recofuse_core.sde import SDEConfig
+from recofuse_host.waiting import sleep_while_waiting
 from tests.service.command.calls import TINY, assert_one_line, run
 
 
@@ -20,6 +22,19 @@ def test_weights_resolve_from_the_environment(weights: Path) -> None:
     assert f"{sum(p.numel() for p in build_model(TINY).parameters()):,}" in result.stdout
     assert "posterior, 2 steps" in result.stdout
     assert "provenance.data.pairs" in result.stdout
+
+
+def test_info_says_how_it_would_run_here(weights: Path) -> None:
+    result = run("info", str(weights), COLUMNS="200")
+    lines = [" ".join(line.strip("│ ").split("│")) for line in result.stdout.splitlines()]
+    (threads,) = [line for line in lines if line.startswith("threads  ")]
+    assert f"{len(os.sched_getaffinity(0))} allowed" in threads
+    (waiting,) = [line for line in lines if line.startswith("threads that wait")]
+    assert sleep_while_waiting().told() in waiting
+    asked = run("info", str(weights), COLUMNS="200", RECOFUSE_ENGINE__NUM_THREADS="3").stdout
+    assert "3 (as asked)" in asked
+    divided = run("info", str(weights), COLUMNS="200", RECOFUSE_WORKER__PER_HOST="999").stdout
+    assert "999 share them" in divided
 
 
 def test_an_argument_wins_over_the_environment(weights: Path) -> None:

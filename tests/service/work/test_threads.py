@@ -1,0 +1,71 @@
+"""How many threads a worker starts, for the codec and for the model, and that its log says so and why."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from recofuse_core import save_checkpoint, threads
+from recofuse_host.processors import Processors
+from recofuse_host.waiting import sleep_while_waiting
+from service.command.processes import new_metrics
+from service.queue.memory import MemoryQueue
+from service.terms.settings import Settings
+from service.work import worker as workers
+from service.work.engine import build_engine
+from service.work.worker import Worker
+from tests.core.tiny import GATED, tiny_model
+from tests.fakes import FakeEngine
+
+CONTAINER = Processors(64, 6.5)
+
+
+@pytest.mark.parametrize(("codec_threads", "per_host", "expected"), [(0, 1, 6), (0, 4, 1), (0, 99, 1), (5, 4, 5)])
+def test_codec_threads(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    codec_threads: int,
+    per_host: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(workers, "read_processors", lambda: CONTAINER)
+    settings = Settings.from_values({"worker": {"codec_threads": codec_threads, "per_host": per_host}})
+    with caplog.at_level(logging.INFO):
+        worker = Worker(MemoryQueue(settings.queue), FakeEngine(), settings, new_metrics())
+    assert worker._codecs._max_workers == expected
+    (said,) = [record for record in caplog.records if record.message == "threads that decode and encode"]
+    assert said.__dict__["threads"] == expected
+    assert said.__dict__["processors"] == "64 allowed, cgroup quota 6.5"
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "per_host", "expected", "why"),
+    [
+        (0, 1, 6, "torch's 32, 64 allowed, cgroup quota 6.5"),
+        (0, 2, 3, "torch's 32, 64 allowed, cgroup quota 6.5, 2 share them"),
+        (2, 1, 2, "as asked"),
+    ],
+)
+def test_threads_of_the_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_threads: int,
+    per_host: int,
+    expected: int,
+    why: str,
+) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    save_checkpoint(weights, tiny_model().state_dict(), GATED, name="tiny", version="1")
+    monkeypatch.setattr(threads, "_TORCHS_OWN", 32)
+    monkeypatch.setattr(threads, "read_processors", lambda: CONTAINER)
+    settings = Settings.from_values({"engine": {"model": str(weights), "device": "cpu", "num_threads": num_threads}})
+    with caplog.at_level(logging.INFO):
+        build_engine(settings.engine, per_host).load()
+    assert torch.get_num_threads() == expected
+    (said,) = [record for record in caplog.records if record.message == "threads of the model"]
+    assert (said.__dict__["threads"], said.__dict__["why"]) == (expected, why)
+    assert said.__dict__["waiting"] == sleep_while_waiting().told()
