@@ -137,6 +137,20 @@ def bench_steps(
     )
 
 
+@bench.command(name="weights")
+def bench_weights(
+    old: Annotated[str, typer.Argument(help="Name or path of the weights to compare with.")],
+    new: Annotated[str, typer.Argument(help="Name or path of those that are asked about.")] = DEFAULT_WEIGHTS,
+    exposure: Annotated[str, typer.Option(help="as_shot or lit.")] = "as_shot",
+    windows: Annotated[int, typer.Option(min=1, help="Times that either is run at each size.")] = 5,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What a pair costs with either of two sets of weights, from 320x256 to 4K, in alternating windows."""
+    from benchmarks import weights
+
+    weights.run(old, new, exposure=cast("Any", exposure), windows=windows, json_path=json_path, say=typer.echo)
+
+
 @bench.command(name="kept")
 def bench_kept(
     images: Annotated[int, typer.Option(min=1, help="Pairs through each way.")] = 12,

@@ -23,6 +23,7 @@ class MaterialisedAttention(CrossAttention):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """See CrossAttention."""
+        context = self.pooled(context)
         q, k, v = (part.flatten(2) for part in (self.query(query), self.key(context), self.value(context)))  # (B, C, n)
         weights = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(dim=-1)  # (B, n, n)
         mixed: Tensor = (v @ weights.transpose(1, 2)).view_as(query) + query

@@ -60,7 +60,11 @@ class Lighting(NamedTuple):
     grid: Tensor
 
     def __call__(self, vis: Tensor) -> Tensor:
-        """Whole visible frames (B, 3, H, W) in [0, 1] to the same."""
+        """Whole visible frames (B, 3, H, W) in [0, 1] to the same, highlights kept apart and shadows' colour calm."""
+        return calm_colour(vis, self._hold_highlights(vis, self.levels(vis)))
+
+    def levels(self, vis: Tensor) -> Tensor:
+        """The bare curves and grid, a place by itself: (B, 3, H, W) in [0, 1] to the same."""
         lit = self.curves(vis)
         # Looked up at half size: averaged, brightness carries less noise, and it costs a quarter.
         guide = F.avg_pool2d(luma(lit), 2, ceil_mode=True, count_include_pad=False)
@@ -72,6 +76,20 @@ class Lighting(NamedTuple):
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
         lit = self.curves(cells)
         return self._applied(lit, self.look_up(luma(lit)))
+
+    def _hold_highlights(self, vis: Tensor, lit: Tensor) -> Tensor:
+        """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
+
+        Levels that end at white for a whole frame swallow the writing on a lamp-lit sign. There, the more the closer to
+        white, a place is lifted as much as its surroundings' maximum is, so that shares between neighbours stay.
+        """
+        before = _blocks(vis)
+        brightest = _box(F.max_pool2d(before, 3, stride=1, padding=1), 1)
+        lift = (luma(self.levels(brightest)) + DARK) / (luma(brightest) + DARK)
+        is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0, 1)  # a veil that was taken away is no highlight
+        lift, is_lifted = _stretched(torch.cat([lift, is_lifted], dim=1), vis).chunk(2, dim=1)
+        share = ((luma(lit) - 0.8) / 0.2).clamp_(0, 1).mul_(is_lifted)
+        return torch.lerp(lit, torch.minimum(vis * lift, lit), share)
 
     def _applied(self, lit: Tensor, entries: Tensor) -> Tensor:
         gain, offset = entries.chunk(2, dim=1)
@@ -176,6 +194,57 @@ class ExposureEstimator(nn.Module):
         """The lighting of whole frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
         cells = self.average(vis, ir)
         return self.lighting(cells, self.features(cells))
+
+
+DARK = 0.02  # added where ratios are taken: below it levels are noise
+BLOCK = 4  # pixels a side that neighbourhoods are looked at in
+
+
+def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
+    """Lit frames (B, 3, H, W) whose colour is smoothed along their luma, and paler, where they were lifted most.
+
+    Colour noise and JPEG's colour blocks, invisible in the dark frame `vis`, come up with its shadows in blotches wider
+    than the branches see. A guided filter (He et al., 2010) over some fifty pixels takes them; what was not lifted by a
+    stop or so, a lamp say, keeps its colour as it is.
+    """
+    radius, edge = 6, 1e-3
+    small = _blocks(lit)
+    small_luma = luma(small)
+    small_colour = small - small_luma
+    mean_luma, mean_colour = _box(small_luma, radius), _box(small_colour, radius)
+    covariance = _box(small_luma * small_colour, radius) - mean_luma * mean_colour
+    slope = covariance / (_box(small_luma.square(), radius) - mean_luma.square() + edge)
+    offset = mean_colour - slope * mean_luma
+
+    stops = _stops(_blocks(vis), small)
+    smoothed = ((stops - 0.7) / 1.2).clamp(0, 1)
+    kept = 1 / (1 + 0.1 * (stops - 1).clamp_min(0))  # of all colour
+    # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
+    line = [_box(slope, radius) * smoothed * kept, _box(offset, radius) * smoothed * kept, kept * (1 - smoothed)]
+    slope, offset, own = _stretched(torch.cat(line, dim=1), lit).split([3, 3, 1], dim=1)
+    bare = luma(lit)
+    return torch.addcmul(offset, slope + 1, bare).addcmul_(lit - bare, own).clamp_(0, 1)
+
+
+def _stops(before: Tensor, after: Tensor) -> Tensor:
+    """By how many doublings the luma of frames (B, 3, H, W) rose, 0 or more: (B, 1, H, W)."""
+    return (torch.log2(luma(after) + DARK) - torch.log2(luma(before) + DARK)).clamp_min(0)
+
+
+def _blocks(frame: Tensor) -> Tensor:
+    """Means over blocks of BLOCK x BLOCK pixels."""
+    return F.avg_pool2d(frame, BLOCK, ceil_mode=True, count_include_pad=False)
+
+
+def _box(blocks: Tensor, radius: int) -> Tensor:
+    """Means over squares of 2 radius + 1 blocks a side, cut at the border."""
+    across = F.avg_pool2d(blocks, (1, 2 * radius + 1), stride=1, padding=(0, radius), count_include_pad=False)
+    return F.avg_pool2d(across, (2 * radius + 1, 1), stride=1, padding=(radius, 0), count_include_pad=False)
+
+
+def _stretched(blocks: Tensor, frame: Tensor) -> Tensor:
+    """Blocks at the size of the frame that they were made of."""
+    return F.interpolate(blocks, frame.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _centres(count: int, like: Tensor) -> Tensor:

@@ -349,6 +349,11 @@ class FusionConfig:
     time_dim: int = 256
     num_groups: int = 32
     uses_time: bool = True  # False: every step is taken for step 0 (an ablation)
+    context_pool: int = 1  # side of the squares of positions that either latent attends to in the other
+
+    def __post_init__(self) -> None:
+        if self.context_pool < 1:
+            raise ConfigError(f"context_pool must be 1 or more, got {self.context_pool}")
 
 
 class NormActConv(nn.Sequential):
@@ -373,8 +378,8 @@ class LatentFusion(nn.Module):
         self.time = TimeEmbedding(width, config.time_dim)
         if config.time_dim != 4 * width:
             raise ConfigError("the fusion module splits its time vector into four parts of its width")
-        self.vis_attention = CrossAttention(channels)
-        self.ir_attention = CrossAttention(channels)
+        self.vis_attention = CrossAttention(channels, config.context_pool)
+        self.ir_attention = CrossAttention(channels, config.context_pool)
         self.intro = nn.Conv2d(2 * channels, width, 3, padding=1)
         self.shared = NormActConv(width, width, groups)
         self.shared_attention = ConvBlockAttention(width)

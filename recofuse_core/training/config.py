@@ -25,7 +25,9 @@ class DataConfig:
 
     root: str  # relative to the configuration file; any layout of recofuse_core/data.py
     split: str = ""  # only this split of a data set, "train" as a rule; all if empty
-    references: str = ""  # exposure: dark, foggy and clean photographs, as exposure.py has them; none if empty
+    references: str = (
+        ""  # exposure, lit pairs: dark, foggy and clean photographs, as exposure.py has them; none if empty
+    )
     exclude_prefixes: tuple[str, ...] = ()
     group_weights: dict[str, float] = field(default_factory=dict)  # prefix -> weight; the rest shares `other_weight`
     other_weight: float = 1.0
@@ -73,6 +75,7 @@ class StageConfig:
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
     num_frames: int = 18_000  # exposure, tone: degraded frames that are drawn once and kept
+    lit_probability: float = 0.0  # coupled: of a pair that comes lit, from the frames of the exposure stage
     swap_probability: float = 0.0  # exposure, tone: of meeting the infrared frame of another pair
     spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat
 
@@ -83,6 +86,8 @@ class StageConfig:
             raise ConfigError(f"updates = {self.updates!r} belongs to a coupled stage without rollout")
         if self.rollout_steps and not (self.rollout and all(steps >= 1 for steps in self.rollout_steps)):
             raise ConfigError(f"rollout_steps = {self.rollout_steps} belongs to a rollout, of one step or more each")
+        if self.lit_probability and self.name != "coupled":
+            raise ConfigError("lit_probability belongs to a coupled stage")
         for name, kinds in (("intensity_target", IntensityTarget), ("gradient_target", GradientTarget)):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}")

@@ -91,6 +91,29 @@ class Batch:
         return Batch(moved(self.clean), moved(self.degraded), None if self.context is None else moved(self.context))
 
 
+class DegradedFrame(NamedTuple):
+    """A square of a pair: clean vis (3, side, side) and ir (1, side, side), then both degraded."""
+
+    vis: Tensor
+    ir: Tensor
+    degraded_vis: Tensor
+    degraded_ir: Tensor
+
+
+def cut_batch(frames: Iterable[DegradedFrame], crop: int, generator: Generator) -> Batch:
+    """A batch of one `crop` x `crop` square of each frame, with the whole frames as context."""
+    parts: list[tuple[Tensor, ...]] = []
+    for frame in frames:
+        side = frame.vis.shape[-1]
+        top, left = (torch.rand(2, generator=generator) * (side - crop + 1)).int().tolist()
+        area = np.s_[..., top : top + crop, left : left + crop]
+        parts.append((*(image[area] for image in frame), frame.degraded_vis, frame.degraded_ir))
+    vis, ir, low_vis, low_ir, vis_frame, ir_frame = (torch.stack(column) for column in zip(*parts, strict=True))
+    clean = Pair(channels_last(vis), channels_last(ir.expand(-1, 3, -1, -1)))
+    degraded = Pair(channels_last(low_vis), channels_last(low_ir.expand(-1, 3, -1, -1)))
+    return Batch(clean, degraded, Pair(vis_frame, ir_frame))
+
+
 @dataclass(frozen=True)
 class _Images:
     """What crops are cut from: source of the degradations and target (H, W, 3), ir (H, W), given degraded ones."""
@@ -125,21 +148,12 @@ class PairSource:
 
     def draw(self, batch_size: int, crop: int, generator: Generator) -> Batch:
         """A batch of `crop` x `crop` pairs, degraded anew."""
-        config = self.config
-        side = max(crop, config.context)
-        parts: list[tuple[Tensor, ...]] = []
-        for _ in range(batch_size):
-            target, ir, low_vis, low_ir = self.frame(side, generator)
-            top, left = (torch.rand(2, generator=generator) * (side - crop + 1)).int().tolist()
-            area = np.s_[..., top : top + crop, left : left + crop]
-            parts.append((target[area], ir[area], low_vis[area], low_ir[area], low_vis, low_ir))
-        target, ir, low_vis, low_ir, vis_frame, ir_frame = (torch.stack(column) for column in zip(*parts, strict=True))
-        clean = Pair(channels_last(target), channels_last(ir.expand(-1, 3, -1, -1)))
-        degraded = Pair(channels_last(low_vis), channels_last(low_ir.expand(-1, 3, -1, -1)))
-        return Batch(clean, degraded, Pair(vis_frame, ir_frame) if config.context else None)
+        side = max(crop, self.config.context)
+        batch = cut_batch((self.frame(side, generator) for _ in range(batch_size)), crop, generator)
+        return batch if self.config.context else Batch(batch.clean, batch.degraded)
 
-    def frame(self, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One square: clean vis (3, side, side) and ir (1, side, side), then both degraded."""
+    def frame(self, side: int, generator: Generator) -> DegradedFrame:
+        """One square, degraded anew."""
         vis, target, ir, low_vis, low_ir = self._crop(side, generator)
         if low_ir is None:
             ir = self._vary_ir(ir, generator)
@@ -152,7 +166,7 @@ class PairSource:
             low_vis = degrade_vis(vis, generator, strength, clean_probability=config.clean_probability).image
         if low_ir is None:
             low_ir = degrade_ir(ir, generator, strength, clean_probability=config.clean_probability).image
-        return target, ir, low_vis, low_ir
+        return DegradedFrame(target, ir, low_vis, low_ir)
 
     def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The same square of vis, target and ir of one pair, and of the degraded files that it has."""

@@ -22,6 +22,7 @@ from recofuse_core.sampler import Pair, clean_latents
 from recofuse_core.training.config import StageConfig, StageName, TrainConfig
 from recofuse_core.training.exposure import FrameSource, LightSamples, lighting_loss
 from recofuse_core.training.latents import Encoded, LatentSource
+from recofuse_core.training.lit import LitSource
 from recofuse_core.training.objectives import (
     autoencoder_loss,
     encode_pair,
@@ -69,7 +70,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.source = source
-        self.frames = frames  # what the exposure stage draws from
+        self.frames = frames  # what the exposure stage and lit pairs are drawn from
         self.device = torch.device(device)
         self.group = ProcessGroup()
         torch.manual_seed(config.seed)  # initial weights; everything later draws from self.generator
@@ -182,6 +183,12 @@ class Trainer:
             estimator.calibrate(self.light_samples.features)
             self.average = WeightAverage(self.model, self.config.ema_decay)
 
+    def _lit_source(self, pairs: PairSource) -> LitSource:
+        """Pairs of which some come lit by the estimator as it is."""
+        if self.model.exposure is None or self.frames is None:
+            raise ConfigError("lit pairs need an exposure estimator, and frames from pairs and from data.references")
+        return LitSource(pairs, self.frames, self.model.exposure, self.stage.lit_probability)
+
     def _exposure_update(self, samples: LightSamples, estimator: ExposureEstimator) -> dict[str, float]:
         """One step on frames of all kinds, some of which meet the infrared frame of another scene."""
         stage, count = self.stage, len(samples.features)
@@ -216,7 +223,8 @@ class Trainer:
                 raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
             with self._autocast():
                 return self._marginal_update(self.source.draw(stage.batch_size, self.generator).to(self.device))
-        batch = self.source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
+        source = self._lit_source(self.source) if stage.lit_probability else self.source
+        batch = source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
         if stage.name == "autoencoder":
             with self._autocast():
                 terms = autoencoder_loss(self.model, batch, stage)

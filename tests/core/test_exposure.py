@@ -12,6 +12,7 @@ from torch import Generator
 from recofuse_core.checkpoint import load_pretrained, save_checkpoint
 from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, Lighting
+from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneCurves
 from recofuse_core.recording import EagerRecorder
@@ -107,6 +108,59 @@ def test_gains_and_offsets_act_where_they_are() -> None:
     assert torch.allclose(lit[..., :28, :24], torch.tensor(0.4), atol=1e-4)
     assert torch.allclose(lit[..., :28, 40:], torch.tensor(0.2), atol=1e-4)
     assert torch.allclose(lit[..., 36:, :], torch.tensor(0.9), atol=1e-4)
+
+
+def lit_by(gain: float, gamma: float = 1.0) -> Lighting:
+    """The same curve everywhere."""
+    curves = ToneCurves(torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), gain), torch.full((1, 3, 1, 1), gamma))
+    return Lighting(curves, torch.zeros(1, 6, 2, 2, 2))
+
+
+def test_writing_on_a_bright_sign_in_the_dark_can_still_be_read() -> None:
+    vis = torch.full((1, 3, 96, 96), 0.05)
+    vis[..., 32:64, 32:64] = 0.8
+    vis[..., 44:52, 36:60] = 0.45
+    lighting = lit_by(3.0, 0.7)
+    sign = (slice(None), 0, slice(46, 50), slice(40, 56)), (slice(None), 0, slice(34, 40), slice(36, 60))
+    burnt = lighting.levels(vis)
+    assert float(burnt[sign[0]].mean()) == float(burnt[sign[1]].mean()) == 1  # what the curve makes of both
+    held = lighting(vis)
+    assert float(held[sign[0]].mean() / held[sign[1]].mean()) < 0.7  # 0.56 as it came
+    assert float(held[sign[1]].min()) > 0.95  # the sign itself stays as bright as it can be
+    assert torch.allclose(held[..., :24, :], burnt[..., :24, :], atol=1e-4)  # and the dark around it is lit as before
+
+
+def test_a_lifted_veil_is_no_highlight() -> None:
+    veiled = 0.5 + 0.5 * torch.rand(1, 1, 16, 16, generator=Generator().manual_seed(0)).repeat_interleave(4, 2)
+    veiled = veiled.repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    curves = ToneCurves(torch.full((1, 3, 1, 1), -0.5), torch.full((1, 3, 1, 1), 2.0), torch.ones(1, 3, 1, 1))
+    lighting = Lighting(curves, torch.zeros(1, 6, 2, 2, 2))
+    assert float(lighting.levels(veiled).max()) > 0.95
+    assert torch.allclose(lighting(veiled), lighting.levels(veiled), atol=1e-4)
+
+
+def test_colour_noise_of_lifted_shadows_goes_and_their_luma_and_the_lamps_colour_stay() -> None:
+    generator = Generator().manual_seed(0)
+    vis = 0.04 + 0.012 * torch.randn(1, 3, 96, 96, generator=generator)
+    vis[..., 40:56, 40:56] = torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1)
+    vis = vis.clamp(0, 1)
+    lighting = lit_by(1.0, 0.45)
+    levels, lit = lighting.levels(vis), lighting(vis)
+    shadow = (slice(None), slice(None), slice(4, 30), slice(4, 90))
+    noise = [float((image - luma(image))[shadow].std()) for image in (levels, lit)]
+    assert noise[1] < 0.3 * noise[0]
+    assert torch.allclose(luma(lit)[shadow], luma(levels)[shadow], atol=0.02)
+    lamp = (slice(None), slice(None), slice(46, 50), slice(46, 50))
+    assert torch.allclose(lit[lamp], levels[lamp], atol=0.06)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**31), st.integers(32, 70), st.integers(32, 70), st.floats(0.3, 6), st.floats(0.3, 2))
+def test_any_curve_keeps_frames_within_range(seed: int, height: int, width: int, gain: float, gamma: float) -> None:
+    vis, _ = pairs(1, height, width, seed)
+    lit = lit_by(gain, gamma)(vis)
+    assert lit.shape == vis.shape
+    assert 0 <= float(lit.min()) <= float(lit.max()) <= 1
 
 
 @pytest.mark.parametrize("values", [{"cells": 20}, {"cells": 0}, {"num_levels": 1}, {"num_quantiles": 1}])

@@ -1,0 +1,99 @@
+"""Pairs behind the lighting: what their targets are, and a coupled stage that learns from them."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from recofuse_core.errors import ConfigError
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator
+from recofuse_core.training.config import DataConfig, TrainConfig
+from recofuse_core.training.exposure import Frame, FrameKind, FrameSource, References
+from recofuse_core.training.lit import LitSource
+from recofuse_core.training.pairs import PairSource
+from recofuse_core.training.trainer import Trainer
+from tests.core.training.small import CROP, scenes, stage
+
+SMALL = {"cells": 16, "num_quantiles": 6, "width": 32, "channels": (8, 12, 16), "num_levels": 3}
+GAIN = 3.0
+SIDE = 64
+
+
+def even(level: int) -> np.ndarray:
+    return np.full((96, 128, 3), level, np.uint8)
+
+
+def frames_of(kind: FrameKind) -> FrameSource:
+    """A source of even frames of one kind alone: 20 levels as night, 115 as what fog hid."""
+    is_night = kind is FrameKind.NIGHT
+    pair = ("a", even(20 if is_night else 115), np.full((96, 128), 90, np.uint8))
+    source = FrameSource([pair], References(foggy={} if is_night else {"a": even(190)}))
+    assert source.kinds == [kind]
+    return source
+
+
+def lit_source(kind: FrameKind) -> LitSource:
+    """Every pair lit, by a gain that does not depend on it."""
+    estimator = ExposureEstimator(ExposureConfig(**SMALL))
+    estimator.curve_head.bias.data[3:6] = math.log(GAIN)
+    return LitSource(PairSource(DataConfig(root="scenes"), scenes()), frames_of(kind), estimator, 1.0)
+
+
+def test_a_nights_target_is_the_lit_night_without_noise_or_weather() -> None:
+    source, generator = lit_source(FrameKind.NIGHT), Generator().manual_seed(0)
+    frames = [source.lit_frame(SIDE, generator) for _ in range(24)]
+    for frame in frames:
+        assert float(frame.vis.flatten(1).std(dim=1).max()) < 1e-3
+        assert 0.10 < float(frame.vis.mean()) < 0.40  # 20 / 255 times the gain, varied by a power and a cast
+    assert sum(float(frame.degraded_vis.std()) > 0.01 for frame in frames) > 8  # noise, streaks and flakes, lit too
+    assert any(float((frame.degraded_ir - frame.ir).abs().mean()) > 0.01 for frame in frames)
+
+
+def test_what_fog_hid_is_its_own_target() -> None:
+    source, generator = lit_source(FrameKind.FOG_PAIR), Generator().manual_seed(0)
+    for _ in range(8):
+        frame = source.lit_frame(SIDE, generator)
+        assert torch.allclose(frame.vis, torch.tensor(115 / 255), atol=1e-4)
+
+
+def test_pairs_come_lit_as_often_as_asked() -> None:
+    source = lit_source(FrameKind.NIGHT)
+    source.lit_probability = 0.25
+    batch = source.draw(64, CROP, Generator().manual_seed(1))
+    is_lit = batch.clean.vis.flatten(2).std(dim=2).amax(dim=1) < 1e-3  # generated scenes are never even
+    assert 6 <= int(is_lit.sum()) <= 28  # within four deviations
+    assert batch.clean.vis.shape == batch.clean.ir.shape == (64, 3, CROP, CROP)
+    assert batch.frame.vis.shape[-1] == CROP  # the crop is larger than the cells, and no context was asked for
+
+
+def trainer(frames: FrameSource | None) -> Trainer:
+    coupled = replace(stage("coupled", 2, rollout=True), lit_probability=0.5)
+    model = {"exposure": SMALL, "tone": {"width": 4}}
+    data = DataConfig(root="scenes")
+    config = TrainConfig(preset="compact", version="test", data=data, stages=(coupled,), model=model)
+    return Trainer(config, PairSource(data, scenes()), frames=frames)
+
+
+def test_a_coupled_stage_learns_from_lit_pairs_and_leaves_the_lighting_alone() -> None:
+    run = trainer(
+        FrameSource([("a", even(20), np.full((96, 128), 90, np.uint8))], References([Frame(even(20), even(90))]))
+    )
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert all(math.isfinite(loss) for report in run.run_stage() for loss in report.losses.values())
+    changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith("exposure.") for name in changed)
+
+
+def test_lit_pairs_ask_for_frames_an_estimator_and_a_coupled_stage() -> None:
+    with pytest.raises(ConfigError, match=r"data\.references"):
+        next(trainer(None).run_stage())
+    run = trainer(frames_of(FrameKind.NIGHT))
+    run.model.exposure = None
+    with pytest.raises(ConfigError, match="exposure estimator"):
+        next(run.run_stage())
+    with pytest.raises(ConfigError, match="coupled"):
+        replace(stage("branches"), lit_probability=0.5)
