@@ -31,6 +31,7 @@ ANNOUNCED = "recofuse-request-bytes"  # metadata of a call: no message of it is 
 LOOKAHEAD_BYTES = 256 << 10  # of a call are taken in unasked, so that short messages cost no second round trip
 MAX_SMALL_BYTES = 64 << 10  # of a message that carries no pictures
 QUICK_S = 0.25  # such a message needs no room for this long: whatever the network brings until then fits anywhere
+HANG_UP_S = 1.0  # it looks like an end without a message at first
 FRAME_SPARE = 1.25  # how much larger than all before it a frame is expected to be at most
 MIN_FRAME_BYTES = 64 << 10
 
@@ -66,8 +67,7 @@ class Arrivals:
         """
         raw = await (self._pictures(context, holding) if carries_pictures(route) else self.small(context, holding))
         if raw is None:
-            if context.cancelled():
-                raise asyncio.CancelledError
+            await asyncio.sleep(HANG_UP_S)  # in which a caller that hung up ends this task
             raise MalformedRequestError("the call came without a message")
         return _parsed(parse, raw)
 
@@ -193,7 +193,7 @@ async def _read(context: Context, holding: Holding, within_s: float | None) -> b
 
             def give_up() -> None:
                 nonlocal is_wanted
-                is_wanted = True
+                is_wanted, holding.on_wanted = True, None  # once: it takes a moment to take effect
                 patience.reschedule(asyncio.get_running_loop().time())
 
             holding.on_wanted = give_up
