@@ -341,7 +341,7 @@ class GrpcConnection:
             else grpc.secure_channel(address, credentials, options)
         )
         self._target = target
-        self._methods = {
+        self._methods: dict[str, Any] = {
             name: self.channel.unary_unary(name, None, answer.FromString) for name, answer in _ANSWERS.items()
         }
 
