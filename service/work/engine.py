@@ -142,7 +142,7 @@ class CoreEngine:
         import torch
 
         from recofuse_core import Runtime, load_pretrained
-        from recofuse_core.runtime import named_device
+        from recofuse_core.devices import named_device
 
         settings = self._settings
         self._device = named_device(self._device)

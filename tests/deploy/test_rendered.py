@@ -119,6 +119,16 @@ def test_components_do_what_they_say(built: Built) -> None:
             assert image.endswith("-cu130" if device == "cuda" else "-cpu"), combination.name
 
 
+def test_a_rollout_needs_no_spare_gpu(built: Built) -> None:
+    """As the Deployment controller counts: how many pods may be there at once, and how many of them must be ready."""
+    for combination, documents in built.items():
+        for deployment in of_kind(documents, "Deployment"):
+            rolling = deployment["spec"]["strategy"]["rollingUpdate"]
+            is_bound = "nvidia.com/gpu" in str(deployment["spec"]["template"]["spec"]["containers"])
+            assert (rolling["maxSurge"] == 0) is is_bound, combination.name
+            assert rolling["maxSurge"] + rolling["maxUnavailable"] >= 1, combination.name  # else it never moves
+
+
 def test_grpc_finds_every_front_end_and_speaks_http2_to_it(built: Built) -> None:
     for documents in built.values():
         services = {each["metadata"]["name"]: each["spec"] for each in of_kind(documents, "Service")}
