@@ -35,10 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.processes import machine
 from benchmarks.straightforward import straightforward
 from recofuse_core.checkpoint import load_pretrained
+from recofuse_core.devices import named_device
 from recofuse_core.evaluation import plots
 from recofuse_core.model import ALL_OUTPUTS, PRESETS, Conditions, OutputName, ReCoFuse, build_model
 from recofuse_core.recording import ScheduleCache
-from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime, named_device
+from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime
 from recofuse_core.sampler import Pair, SamplerName, seeded_noise
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def run(
     """Measure both; say the summary as the last line."""
     import torch
 
-    from recofuse_core.runtime import named_device
+    from recofuse_core.devices import named_device
     from service.terms.settings import EngineSettings
     from service.work.engine import CoreEngine
 

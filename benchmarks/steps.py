@@ -20,9 +20,10 @@ from torch import Tensor
 
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.data import Pair, PairFiles, find_pairs, read_pair, to_float, to_uint8
+from recofuse_core.devices import named_device
 from recofuse_core.evaluation import plots, protocol
 from recofuse_core.evaluation.quality import fusion_scores, psnr
-from recofuse_core.runtime import Precision, Runtime, named_device
+from recofuse_core.runtime import Precision, Runtime
 from recofuse_core.sampler import SamplerName
 
 if TYPE_CHECKING:

@@ -55,13 +55,6 @@ KEPT_IN_FLOAT32 = frozenset({"tone", "exposure", "time", "time_projection", "ini
 MAX_RECORDED_STEPS = 32  # a graph of 100 published steps would hold a quarter of a million nodes
 
 
-def named_device(name: str) -> str:
-    """A device's name as torch has it: for "auto" the first GPU if there is one, else the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def native_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of the networks: for "auto" bfloat16 where the device computes in it natively, else float32.
 

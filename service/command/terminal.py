@@ -14,8 +14,8 @@ SOURCES = {  # of infrared, in words
     "grey": "grey values",
 }
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)  # else :100: becomes a picture
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def complain(message: str) -> None:

@@ -144,7 +144,7 @@ class CoreEngine:
     def load(self) -> None:
         """See Engine."""
         from recofuse_core import Runtime, load_pretrained
-        from recofuse_core.runtime import named_device
+        from recofuse_core.devices import named_device
         from recofuse_core.threads import use_threads
         from recofuse_host.waiting import sleep_while_waiting
 

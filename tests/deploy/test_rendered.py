@@ -115,6 +115,19 @@ def test_components_do_what_they_say(built: Built) -> None:
         own = {entry["name"]: entry["value"] for entry in worker["template"]["spec"]["containers"][0].get("env", [])}
         device = own.get("RECOFUSE_ENGINE__DEVICE", pinned)
         assert device == ("cuda" if "gpu" in combination.components else "cpu"), combination.name
+        if "gpu" in components_of(combination.overlay) or "gpu" not in combination.components:
+            image = worker["template"]["spec"]["containers"][0]["image"]
+            assert image.endswith("-cu130" if device == "cuda" else "-cpu"), combination.name
+
+
+def test_a_rollout_needs_no_spare_gpu(built: Built) -> None:
+    """As the Deployment controller counts: how many pods may be there at once, and how many of them must be ready."""
+    for combination, documents in built.items():
+        for deployment in of_kind(documents, "Deployment"):
+            rolling = deployment["spec"]["strategy"]["rollingUpdate"]
+            is_bound = "nvidia.com/gpu" in str(deployment["spec"]["template"]["spec"]["containers"])
+            assert (rolling["maxSurge"] == 0) is is_bound, combination.name
+            assert rolling["maxSurge"] + rolling["maxUnavailable"] >= 1, combination.name  # else it never moves
 
 
 def test_a_front_end_may_take_what_it_needs(built: Built) -> None:

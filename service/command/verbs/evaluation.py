@@ -56,10 +56,10 @@ def evaluate(
 
     from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs, write_image
+    from recofuse_core.devices import named_device
     from recofuse_core.evaluation import protocol, sheets
     from recofuse_core.evaluation.plots import bar_plots, require_matplotlib, svg
     from recofuse_core.evaluation.report import Report
-    from recofuse_core.runtime import named_device
     from recofuse_core.threads import use_threads
 
     if coupling not in ("on", "off"):

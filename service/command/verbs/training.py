@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,6 +13,9 @@ from service.command.environment import is_torchrun, local_rank
 from service.command.options import DEFAULT_WEIGHTS, Device, Threads, Weights
 from service.command.terminal import err, out, progress_bar
 from service.terms.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def train(
@@ -37,12 +40,17 @@ def train(
         raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
     import torch
 
+    from recofuse_core.devices import named_device
     from recofuse_core.training.run import train_from_config
 
-    if device == "auto":
-        device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
-    if is_group := is_torchrun():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    is_group = is_torchrun()
+    device = named_device(device)
+    if is_group and device != "cpu":
+        if device != "cuda":
+            raise InvalidInputError(f"device: under torchrun each process takes the GPU of its rank, not {device} all")
+        device = named_device(f"cuda:{local_rank()}")
+    if is_group:
+        _join_group(torch.device(device))
     try:
         written = train_from_config(
             config, output, initial=initial, first_stage=cast("Any", first_stage), device=device
@@ -51,6 +59,17 @@ def train(
         if is_group:
             torch.distributed.destroy_process_group()
     out.print(f"wrote {written}", markup=False, soft_wrap=True)
+
+
+def _join_group(device: torch.device) -> None:
+    """Make this process one of torchrun's. NCCL speaks from the current GPU, which is the first unless it is set."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl", device_id=device)
+    else:
+        torch.distributed.init_process_group("gloo")
 
 
 def ablate(
@@ -68,7 +87,7 @@ def ablate(
     """Train and score the paper's ablations under one budget (docs/ablations.md)."""
     import json
 
-    from recofuse_core.runtime import named_device
+    from recofuse_core.devices import named_device
     from recofuse_core.training import ablations
 
     def say(line: str) -> None:
@@ -106,8 +125,8 @@ def export(
     """Fuse a labelled data set into one that a detector or a segmenter can be trained on (docs/training.md)."""
     from recofuse_core import load_pretrained
     from recofuse_core.data import find_pairs
+    from recofuse_core.devices import named_device
     from recofuse_core.evaluation.downstream import export_pairs, plan_export
-    from recofuse_core.runtime import named_device
     from recofuse_core.threads import use_threads
 
     use_threads(threads)

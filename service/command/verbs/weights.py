@@ -28,11 +28,12 @@ def info(
     ] = DEFAULT_WEIGHTS,
     card: Annotated[bool, typer.Option("--card", help="Show a shipped model's card instead.")] = False,
 ) -> None:
-    """Show what a model is (size, defaults, configuration, where its weights come from) and how it would run here."""
+    """Show what a model is (size, defaults, configuration, source of its weights) and how it would run here."""
     if card:
         out.print(Markdown(_card_of(weights)))
         return
     from recofuse_core import load_pretrained
+    from recofuse_core.devices import observe, told
     from recofuse_core.threads import use_threads
     from recofuse_host.waiting import sleep_while_waiting
 
@@ -44,7 +45,8 @@ def info(
     facts.add_row("preset", model.info.preset)
     facts.add_row("parameters", f"{model.info.num_parameters:,}")
     facts.add_row("default", f"{model.info.default_sampler}, {model.info.default_steps} steps")
-    for group, values in (("config", asdict(model.config)), ("provenance", model.info.provenance)):
+    shown = (("config", asdict(model.config)), ("provenance", model.info.provenance), ("device", told(observe())))
+    for group, values in shown:
         facts.add_section()
         for name, value in _flat(values):
             facts.add_row(Text(f"{group}.{name}"), Text(str(value)))

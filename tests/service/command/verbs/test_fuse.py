@@ -209,3 +209,11 @@ def test_folders_without_a_common_name_or_with_a_name_twice(pairs: Path, weights
 def test_a_misspelt_setting_stops_every_verb_that_reads_settings(pairs: Path) -> None:
     call = ("fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "out")
     assert_one_line(run(*call, RECOFUSE_LIMITS__MAX_SIDES="64"), "RECOFUSE_LIMITS__MAX_SIDE?)")
+
+
+def test_a_device_that_cannot_be_had_is_one_line(pairs: Path, weights: Path) -> None:
+    """Whatever the machine that runs the tests has, it has no hundred GPUs."""
+    pair = ("--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "--weights", weights)
+    for device in ("cuda:100", "gpu"):
+        assert_one_line(run("fuse", *pair, "-o", pairs / "out.png", "--device", device), "device", device)
+    assert not (pairs / "out.png").exists()

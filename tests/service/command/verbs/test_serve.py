@@ -68,7 +68,11 @@ def test_options_count_before_settings_are_judged_together(tmp_path: Path) -> No
 
 def test_serve_refuses_bad_settings_in_one_line(weights: Path) -> None:
     assert_one_line(run("serve", "--engine", "magic"), "engine.kind")
-    for options, word in ((("--weights", "nothing"), "nothing"), (("--host", "203.0.113.1"), "cannot listen")):
+    for options, word in (
+        (("--weights", "nothing"), "nothing"),
+        (("--host", "203.0.113.1"), "cannot listen"),
+        (("--device", "cuda:100"), "device cuda:100: "),
+    ):
         command = recofuse_process("serve", "--port", "0", "--grpc-port", "-1", *options)
         done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=60)
         assert done.returncode == 2

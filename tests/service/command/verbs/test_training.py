@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from recofuse_core import save_checkpoint
+from recofuse_core import devices, save_checkpoint
 from recofuse_core.data import write_image
+from recofuse_core.devices import Card, Sight
 from recofuse_core.scenes.scene import make_scene
+from service.command.verbs import training
 from tests.core.tiny import GATED, tiny_model
 from tests.core.training.test_ablations import CONFIG
 from tests.service.command.calls import assert_one_line, run
@@ -55,3 +59,29 @@ def test_train_tells_what_is_wrong_with_a_configuration(tmp_path: Path) -> None:
     config.write_text("preset = 'compact'\nsurprise = 1\n[data]\nroot = '.'\n[[stages]]\n")
     assert_one_line(run("train", config, "-o", tmp_path / "run"), "run.toml")
     assert_one_line(run("train", config, "-o", tmp_path / "run", "--first-stage", "fourth"), "coupled")
+
+
+def test_a_process_of_a_group_sets_its_own_gpu_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen by torch's calls, for want of GPUs: NCCL takes the current one, which is the first until it is set."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: calls.append((backend, more)))
+    training._join_group(torch.device("cuda:2"))
+    training._join_group(torch.device("cpu"))
+    assert calls == [("set", torch.device("cuda:2")), ("nccl", {"device_id": torch.device("cuda:2")}), ("gloo", {})]
+
+
+@pytest.mark.parametrize(("asked", "device"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", ""), ("cpu", "cpu")])
+def test_each_process_of_a_group_takes_the_gpu_of_its_rank(
+    asked: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[torch.device] = []
+    cards = tuple(Card("Tesla T4", (7, 5)) for _ in range(4))
+    sight = Sight("2.13.0+cu130", "13.0", ("sm_75",), cards, "580.95.05", has_device_files=True)
+    monkeypatch.setattr(devices, "observe", lambda: sight)
+    monkeypatch.setattr(training, "_join_group", joined.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    config = tmp_path / "none.toml"
+    result = run("train", config, "-o", tmp_path / "r", "--device", asked, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="3")
+    assert_one_line(result, "none.toml" if device else "takes the GPU of its rank")
+    assert joined == ([torch.device(device)] if device else [])

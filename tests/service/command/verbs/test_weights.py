@@ -22,6 +22,8 @@ def test_weights_resolve_from_the_environment(weights: Path) -> None:
     assert f"{sum(p.numel() for p in build_model(TINY).parameters()):,}" in result.stdout
     assert "posterior, 2 steps" in result.stdout
     assert "provenance.data.pairs" in result.stdout
+    assert torch.__version__ in result.stdout
+    assert "device.auto" in result.stdout
 
 
 def test_info_says_how_it_would_run_here(weights: Path) -> None:
