@@ -89,7 +89,9 @@ class Lighting(NamedTuple):
         is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0, 1)  # a veil that was taken away is no highlight
         lift, is_lifted = _stretched(torch.cat([lift, is_lifted], dim=1), vis).chunk(2, dim=1)
         share = ((luma(lit) - 0.8) / 0.2).clamp_(0, 1).mul_(is_lifted)
-        return torch.lerp(lit, torch.minimum(vis * lift, lit), share)
+        # No lower than a part of what it was: around a lamp the glow, burnt out too, would else become a dark ring.
+        held = torch.minimum(vis * lift, lit).maximum(HELD * lit)
+        return torch.lerp(lit, held, share)
 
     def _applied(self, lit: Tensor, entries: Tensor) -> Tensor:
         gain, offset = entries.chunk(2, dim=1)
@@ -197,6 +199,7 @@ class ExposureEstimator(nn.Module):
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise
+HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 
 
