@@ -9,15 +9,13 @@ torch is imported when a CoreEngine loads, not before, so that a process without
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
+from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError, ServiceError
 from service.terms.jobs import Part, Sampler
 from service.terms.settings import EngineSettings
 
@@ -168,19 +166,30 @@ class CoreEngine:
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
+        try:
+            return self._fused(vis, ir, options, seeds)
+        except Exception as error:
+            translated = _translated(error, vis.shape)
+            if translated is None:
+                raise
+        # Out here, so that an error of memory is tied to none of torch's as its context.
+        try:
+            raise translated
+        finally:
+            del translated  # else this frame and the error hold each other
+
+    def _fused(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         import torch
 
-        runtime = self._loaded()
-        with _translated(vis.shape):
-            output = runtime.fuse(
-                torch.from_numpy(vis).permute(0, 3, 1, 2),
-                torch.from_numpy(ir).unsqueeze(1),
-                steps=options.steps,
-                sampler=options.sampler,
-                seeds=seeds,
-                outputs=tuple(part.value for part in options.parts),
-            )
-            return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
+        output = self._loaded().fuse(
+            torch.from_numpy(vis).permute(0, 3, 1, 2),
+            torch.from_numpy(ir).unsqueeze(1),
+            steps=options.steps,
+            sampler=options.sampler,
+            seeds=seeds,
+            outputs=tuple(part.value for part in options.parts),
+        )
+        return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
 
     def _loaded(self) -> Runtime:
         if self._runtime is None:
@@ -194,24 +203,31 @@ def _to_pixels(levels: Any) -> Pixels:
     return np.ascontiguousarray(levels.numpy())
 
 
-@contextmanager
-def _translated(shape: tuple[int, ...]) -> Iterator[None]:
-    """The only place where the core's and torch's errors become the service's."""
+def _translated(error: Exception, shape: tuple[int, ...]) -> ServiceError | None:
+    """The only place where the core's and torch's errors become the service's; None for one that is no error of theirs.
+
+    What the failed run held is free again, whatever it was.
+    """
+    from recofuse_core.errors import CoreError, ShapeError
+    from recofuse_core.faults import Fault, fault_of, let_go
+
+    let_go(error)
+    if isinstance(error, ShapeError):
+        translated: ServiceError = InvalidInputError(str(error))
+    elif isinstance(error, CoreError):
+        translated = InternalError("the model failed on this pair")
+    elif fault_of(error) is Fault.MEMORY:
+        _give_back_memory()
+        return OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory")
+    else:
+        return None
+    translated.__cause__ = error
+    return translated
+
+
+def _give_back_memory() -> None:
+    """What torch keeps for later is lost to cuBLAS, cuDNN and graphs, which allocate for themselves."""
     import torch
 
-    from recofuse_core.errors import CoreError, ShapeError
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit the device's memory") from error
-    except MemoryError as error:
-        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
-    except ShapeError as error:
-        raise InvalidInputError(str(error)) from error
-    except CoreError as error:
-        raise InternalError("the model failed on this pair") from error
-    except RuntimeError as error:
-        if "not enough memory" in str(error):  # the CPU allocator's own words; it has no class of its own
-            raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
-        raise
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -272,7 +272,15 @@ class Worker:
         try:
             parts = await self._in_model_thread(lambda: self._forward(batch, options))
         except Exception as error:  # noqa: BLE001 - one job's failure must not reach its neighbours, whatever it is
-            await self._split(batch, error)
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return
+            logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
+            parts = None
+        if parts is None:
+            # Out of the `except`, where nothing knows the error any more: its traceback holds all that the failed pass
+            # had in memory, and the halves need the room.
+            await self._split(batch)
             return
         seconds = time.perf_counter() - started
         self._metrics.engine_busy_seconds.inc(seconds)
@@ -295,20 +303,17 @@ class Worker:
         ir = np.stack([pair.ir for pair in pairs])
         return self._engine.fuse(vis, ir, options, seeds)
 
-    async def _split(self, batch: list[_Held], error: Exception) -> None:
-        if len(batch) > 1:
-            self._metrics.batches_split.inc()
-            logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
-            middle = len(batch) // 2
-            await self._run_batch(batch[:middle])
-            await self._run_batch(batch[middle:])
-            return
+    async def _split(self, batch: list[_Held]) -> None:
+        self._metrics.batches_split.inc()
+        middle = len(batch) // 2
+        await self._run_batch(batch[:middle])
+        await self._run_batch(batch[middle:])
+
+    def _fail(self, held: _Held, error: Exception) -> None:
         if not isinstance(error, InvalidInputError | OutOfMemoryError):
-            ids = [held.lease.job.request_id for held in batch]
-            logger.error("the model failed", exc_info=error, extra={"request_ids": ids})
+            logger.error("the model failed", exc_info=error, extra={"request_ids": [held.lease.job.request_id]})
         reported = error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE)
-        for held in batch:
-            self._spawn(self._finish(held, FusionResult.failed(held.lease.job.id, reported, held.timings_s)))
+        self._spawn(self._finish(held, FusionResult.failed(held.lease.job.id, reported, held.timings_s)))
 
     # stage 3: encode and finish
 
