@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError, ServiceError
+from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
 from service.terms.jobs import Part, Sampler
 from service.terms.settings import EngineSettings
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from recofuse_core import Runtime
 
 Pixels = NDArray[np.uint8]
+
+
+class EngineBrokenError(Exception):
+    """The device is lost to this process: nothing will work in it any more, though it may in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class Engine(Protocol):
         """From vis (B, H, W, 3) and ir (B, H, W) to the asked parts: fused and vis (B, H, W, 3), ir (B, H, W).
 
         Item i depends on its own images and seeds[i] alone. Raises OutOfMemoryError (a smaller batch may work),
-        InvalidInputError (the shape can never work) and InternalError.
+        InvalidInputError (the shape can never work), InternalError, and EngineBrokenError (nothing works any more).
         """
 
 
@@ -203,7 +207,7 @@ def _to_pixels(levels: Any) -> Pixels:
     return np.ascontiguousarray(levels.numpy())
 
 
-def _translated(error: Exception, shape: tuple[int, ...]) -> ServiceError | None:
+def _translated(error: Exception, shape: tuple[int, ...]) -> Exception | None:
     """The only place where the core's and torch's errors become the service's; None for one that is no error of theirs.
 
     What the failed run held is free again, whatever it was.
@@ -213,12 +217,14 @@ def _translated(error: Exception, shape: tuple[int, ...]) -> ServiceError | None
 
     let_go(error)
     if isinstance(error, ShapeError):
-        translated: ServiceError = InvalidInputError(str(error))
+        translated: Exception = InvalidInputError(str(error))
     elif isinstance(error, CoreError):
         translated = InternalError("the model failed on this pair")
-    elif fault_of(error) is Fault.MEMORY:
+    elif (fault := fault_of(error)) is Fault.MEMORY:
         _give_back_memory()
         return OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory")
+    elif fault is Fault.BROKEN:
+        translated = EngineBrokenError(f"the device is lost to this process: {str(error).splitlines()[0]}")
     else:
         return None
     translated.__cause__ = error

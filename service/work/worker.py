@@ -5,7 +5,8 @@ needed. A job is held from take to finish; `max_held` bounds how many, and with 
 
 What goes wrong with one job stays with it: undecodable images end at the decoder, a pass that fails is halved until the
 culprit is alone, and one that runs out of memory is halved until it fits. A stopped worker takes nothing new, finishes
-what it holds, and hands back the rest when time runs out.
+what it holds, and hands back the rest when time runs out. One whose engine is lost (a dead CUDA context) does the same,
+but for what needs the engine: that goes back at once, for another worker, and `run` raises.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
 from service.work.batcher import Batcher, BatchPolicy, Waiting
-from service.work.engine import Engine, PassOptions
+from service.work.engine import Engine, EngineBrokenError, PassOptions
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+CANCEL_AGAIN_S = 0.5
 BACK_OFF_S = (0.05, 2.0)  # first and longest pause between two tries to reach the queue
 
 
@@ -65,6 +67,11 @@ class _Held:
     ir_source: str = ""  # of the pair, which is let go of before its result is there
     warnings: tuple[str, ...] = ()
     trace: JobTrace = NO_JOB_TRACE
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the engine is done with it."""
+        return self.is_running and self.pair is None
 
 
 class Worker:
@@ -90,7 +97,7 @@ class Worker:
         self._held: dict[str, _Held] = {}
         self._num_decoding = 0
         self._batcher: Batcher[_Held] = Batcher(self._policy(()))
-        self.warm = asyncio.Event()  # set once, when the model is loaded and has run
+        self.warm = asyncio.Event()  # the model is loaded and has run, and its device is not lost
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()  # something the model loop should look at
         self._room = asyncio.Event()  # a held job has ended
@@ -103,7 +110,7 @@ class Worker:
 
     @property
     def is_warm(self) -> bool:
-        """Whether the model is loaded and has run once."""
+        """Whether the model is loaded, has run once and can run again."""
         return self.warm.is_set()
 
     @property
@@ -118,7 +125,7 @@ class Worker:
         self._room.set()
 
     async def run(self) -> None:
-        """Load, warm up, serve until `stop`. Raises what loading raises; nothing else ends it."""
+        """Load, warm up, serve until `stop`. Raises what loading raises, or EngineBrokenError; nothing else ends it."""
         started_s = self._clock()
         try:
             await self._in_model_thread(self._engine.load)
@@ -152,22 +159,27 @@ class Worker:
     async def _serve(self, info: WorkerInfo) -> None:
         loops = [asyncio.create_task(loop()) for loop in (self._heartbeat_loop, self._model_loop)]
         taking = asyncio.create_task(self._take_loop())
+        draining: asyncio.Task[None] | None = None
         try:
             stopped = asyncio.create_task(self._stopping.wait())
             await asyncio.wait([*loops, taking, stopped], return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             self._raise_if_failed([*loops, taking])
-            with contextlib.suppress(TimeoutError):
+            draining = asyncio.create_task(self._drain(taking))
+            await asyncio.wait(
+                [*loops, draining],
+                timeout=self._settings.worker.drain_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            self._raise_if_failed([*loops, draining])
+        except EngineBrokenError as error:
+            logger.critical("the engine is lost, the worker ends", extra={"worker": self.id, "error": str(error)})
+            with contextlib.suppress(UnavailableError, TimeoutError):
                 async with asyncio.timeout(self._settings.worker.drain_timeout_s):
-                    await taking
-                    while self._held:
-                        self._room.clear()
-                        await self._room.wait()
-            self._raise_if_failed([*loops, taking])
+                    await self._give_up(info, taking)
+            raise
         finally:
-            for task in (*loops, taking, *self._tasks):
-                task.cancel()
-            await asyncio.gather(*loops, taking, *self._tasks, return_exceptions=True)
+            await _end([*loops, taking, *([] if draining is None else [draining]), *self._tasks])
             with contextlib.suppress(UnavailableError, TimeoutError):
                 async with asyncio.timeout(5.0):
                     await self._queue.release([held.lease for held in self._held.values()])
@@ -177,6 +189,33 @@ class Worker:
                 held.trace.end("handed_back")
             self._held.clear()
             self._metrics.jobs_held.set(0)
+
+    async def _drain(self, taking: asyncio.Task[None]) -> None:
+        await taking
+        while self._held:
+            self._room.clear()
+            await self._room.wait()
+
+    async def _give_up(self, info: WorkerInfo, taking: asyncio.Task[None]) -> None:
+        """Hand back what needs the engine, so that it is served elsewhere at once, and finish what does not."""
+        self.warm.clear()
+        self._info = info.model_copy(update={"is_warm": False})
+        self.stop()
+        await self._hand_back()
+        await self._announce(self._info)
+        await asyncio.wait([taking])  # what a take is just bringing would else wait for its lease to end
+        await self._hand_back()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _hand_back(self) -> None:
+        # Those of the failed pass count as tried: a pair that takes down every worker it meets must come to an end.
+        for was_tried in (False, True):
+            lost = [held for held in self._held.values() if not held.has_pictures and held.is_running is was_tried]
+            await self._queue.release([held.lease for held in lost], was_tried=was_tried)
+            for held in lost:
+                held.trace.end("handed_back")
+                self._let_go(held)
 
     @staticmethod
     def _raise_if_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -271,6 +310,8 @@ class Worker:
         started = time.perf_counter()
         try:
             parts = await self._in_model_thread(lambda: self._forward(batch, options))
+        except EngineBrokenError:
+            raise  # ends the worker, not the jobs
         except Exception as error:  # noqa: BLE001 - one job's failure must not reach its neighbours, whatever it is
             if len(batch) == 1:
                 self._fail(batch[0], error)
@@ -442,6 +483,18 @@ class Worker:
                 logger.warning("queue cannot be reached", extra={"error": str(error), "retry_in_s": pause_s})
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # not all at once when it is back
             pause_s = min(2 * pause_s, longest_s)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel until all have ended. One cancellation may be lost: `asyncio.wait_for` before Python 3.12 drops it if what
+    it waits for ends at that moment, and redis-py sends through it.
+    """
+    running = set(tasks)
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _guarded(work: Awaitable[None]) -> None:
