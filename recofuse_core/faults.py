@@ -27,14 +27,9 @@ OUT_OF_MEMORY = (
     "out of memory",  # CUDA's own word, also through torch.AcceleratorError
     "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSPARSE
     "not enough memory",  # torch's CPU allocator, which has no class of its own
+    "can't allocate memory",
 )
-NOT_RECORDED = (
-    "stream is capturing",  # "operation not permitted when stream is capturing", and torch's own variants
-    "capturing stream",
-    "capture sequence",
-    "during capture",
-    "cudaErrorStreamCapture",
-)
+NOT_RECORDED = ("captur", "cudaErrorStreamCapture")  # capture, capturing: CUDA's words and torch's
 LOST = (
     "CUDA error",
     "CUDA driver error",
@@ -54,7 +49,7 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.MEMORY
     if not isinstance(error, RuntimeError):
         return Fault.OTHER
-    message = str(error)
+    message = str(error).partition("\n")[0]  # advice, and perhaps a stack, follow
     if _has_any(message, OUT_OF_MEMORY):
         return Fault.MEMORY
     if _has_any(message, NOT_RECORDED):

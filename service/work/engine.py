@@ -8,7 +8,10 @@ torch is imported when a CoreEngine loads, not before, so that a process without
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,10 +20,12 @@ from numpy.typing import NDArray
 
 from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
 from service.terms.jobs import Part, Sampler
-from service.terms.settings import EngineSettings
+from service.terms.settings import EngineSettings, Settings
 
 if TYPE_CHECKING:
     from recofuse_core import Runtime
+
+logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
@@ -63,6 +68,13 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Run once what later passes need, so that the first request is not slower than the others."""
 
+    @property
+    def has_preparation(self) -> bool:
+        """Whether `prepare` would do something now. Asked between passes, from any thread."""
+
+    def prepare(self) -> None:
+        """Make one thing ready that passes have shown to be wanted, while nothing else is to do."""
+
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """From vis (B, H, W, 3) and ir (B, H, W) to the asked parts: fused and vis (B, H, W, 3), ir (B, H, W).
 
@@ -71,13 +83,14 @@ class Engine(Protocol):
         """
 
 
-def build_engine(settings: EngineSettings) -> Engine:
+def build_engine(settings: Settings) -> Engine:
     """The engine that the settings ask for, not loaded yet."""
-    if settings.kind == "null":
+    engine = settings.engine
+    if engine.kind == "null":
         return NullEngine()
-    if settings.kind == "fixed":
-        return FixedCostEngine(settings.fixed_batch_s, settings.fixed_item_s)
-    return CoreEngine(settings)
+    if engine.kind == "fixed":
+        return FixedCostEngine(engine.fixed_batch_s, engine.fixed_item_s)
+    return CoreEngine(engine.model_copy(update={"batch_sizes": settings.batch_sizes}))
 
 
 class NullEngine:
@@ -93,6 +106,14 @@ class NullEngine:
 
     def warm_up(self) -> None:
         """Nothing to warm up."""
+
+    @property
+    def has_preparation(self) -> bool:
+        """See Engine."""
+        return False
+
+    def prepare(self) -> None:
+        """Nothing to prepare."""
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
@@ -155,18 +176,44 @@ class CoreEngine:
             precision=settings.precision,
             graphs=None if settings.graphs == "auto" else settings.graphs == "on",
             max_graphs=settings.max_graphs,
+            max_graph_bytes=settings.max_graph_bytes,
+            defers_recording=True,
             batch_sizes=settings.batch_sizes,
         )
 
     def warm_up(self) -> None:
-        """See Engine."""
+        """See Engine. A shape that fails is left out; raises what the last one raised if every one did."""
         runtime = self._loaded()
         sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
         batches = runtime.batch_sizes if runtime.records else (1,)
         shapes = [(batch, height, width) for width, height in sizes for batch in batches]
+        num_done, last = 0, None
         # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
         for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
-            runtime.record(shapes, outputs=outputs, levels=True)
+            for shape in shapes:
+                error = _failure_of(functools.partial(runtime.record, [shape], outputs=outputs, levels=True))
+                if error is None:
+                    num_done += 1
+                    continue
+                last = error
+                logger.warning("a shape is not made ready", extra={"shape": shape, "error": str(error)})
+        if last is not None and not num_done:
+            raise last
+
+    @property
+    def has_preparation(self) -> bool:
+        """See Engine."""
+        return self._runtime is not None and self._runtime.has_due
+
+    def prepare(self) -> None:
+        """See Engine. Raises EngineBrokenError."""
+        try:
+            self._loaded().record_due()
+        except RuntimeError as error:
+            translated = _translated(error, (0, 0, 0))
+            if isinstance(translated, EngineBrokenError):
+                raise translated from error
+            raise
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
@@ -229,6 +276,20 @@ def _translated(error: Exception, shape: tuple[int, ...]) -> Exception | None:
         return None
     translated.__cause__ = error
     return translated
+
+
+def _failure_of(run: Callable[[], None]) -> Exception | None:
+    """What a run failed with, holding nothing; an error that ends the process passes."""
+    from recofuse_core.faults import Fault, fault_of, let_go
+
+    try:
+        run()
+    except RuntimeError as error:
+        if fault_of(error) is Fault.BROKEN:
+            raise
+        let_go(error)
+        return error.with_traceback(None)
+    return None
 
 
 def _give_back_memory() -> None:

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 CANCEL_AGAIN_S = 0.5
+DOES_NOT_FIT_S = 600.0  # how long a batch that did not fit is not tried again: somebody else may have had the memory
 BACK_OFF_S = (0.05, 2.0)  # first and longest pause between two tries to reach the queue
 
 
@@ -131,7 +132,7 @@ class Worker:
             await self._in_model_thread(self._engine.load)
             await self._in_model_thread(self._engine.warm_up)
             engine = self._engine.info
-            sizes = self._settings.batch.sizes or engine.batch_sizes
+            sizes = engine.batch_sizes or self._settings.batch.sizes
             self._batcher = Batcher(self._policy(sizes))
             self._info = WorkerInfo(
                 id=self.id,
@@ -271,7 +272,8 @@ class Worker:
             deadline_s = math.inf if job.deadline_s is None else job.deadline_s
             # Both sizes are equal, unless a codec stands in for the pictures.
             bucket = (job.width, job.height, held.pair.ir.shape, self._pass_options(held))
-            self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s))
+            frame = self._frame(held)
+            self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s, frame))
         finally:
             self._num_decoding -= 1
             self._changed.set()
@@ -286,6 +288,9 @@ class Worker:
                 self._spawn(self._drop_expired(held))
             batch = self._batcher.next_batch(now, num_coming=self._num_decoding)
             if batch is None:
+                if not len(self._batcher) and not self._num_decoding and self._engine.has_preparation:
+                    await self._prepare()
+                    continue
                 due_s = self._batcher.due_s(now)
                 timeout_s = None if due_s is None else max(0.0, due_s - now)
                 with contextlib.suppress(TimeoutError):
@@ -299,6 +304,14 @@ class Worker:
             batch = [held for held in batch if held.lease.job.id in self._held]
             if batch:
                 await self._run_batch(batch)
+
+    async def _prepare(self) -> None:
+        try:
+            await self._in_model_thread(self._engine.prepare)
+        except EngineBrokenError:
+            raise
+        except Exception:  # passes work without
+            logger.exception("the engine could not make something ready")
 
     async def _run_batch(self, batch: list[_Held]) -> None:
         now = self._clock()
@@ -317,6 +330,9 @@ class Worker:
                 self._fail(batch[0], error)
                 return
             logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
+            if isinstance(error, OutOfMemoryError):
+                size = self._batcher.policy.padded(len(batch))
+                self._batcher.limit(self._frame(batch[0]), size // 2, self._clock() + DOES_NOT_FIT_S)
             parts = None
         if parts is None:
             # Out of the `except`, where nothing knows the error any more: its traceback holds all that the failed pass
@@ -464,6 +480,11 @@ class Worker:
             sampler=options.sampler or engine.default_sampler,
             parts=options.output.parts,
         )
+
+    def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
+        """What decides how much memory one job of a pass needs."""
+        job = held.lease.job
+        return job.width, job.height, job.options.output.parts
 
     async def _in_model_thread(self, call: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._model, call)

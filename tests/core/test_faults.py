@@ -24,7 +24,12 @@ class Held:
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"), Fault.MEMORY),
         (RuntimeError("CUDA error: operation not permitted when stream is capturing"), Fault.CAPTURE),
         (RuntimeError("CUDA error: operation failed due to a previous error during capture"), Fault.CAPTURE),
-        (RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture"), Fault.OTHER),
+        (RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture"), Fault.CAPTURE),
+        (
+            RuntimeError("CUDA error: operation would make the legacy stream depend on a capturing blocking stream"),
+            Fault.CAPTURE,
+        ),
+        (RuntimeError("CUDA error: misaligned address\nC++ CapturedTraceback:\n#4 c10::Error"), Fault.BROKEN),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), Fault.BROKEN),
         (RuntimeError("CUDA error: device-side assert triggered"), Fault.BROKEN),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Fault.BROKEN),

@@ -65,7 +65,7 @@ def _serve_all_in_one(settings: Settings) -> int:
     from service.command.processes import serve_all_in_one
     from service.work.engine import build_engine
 
-    return _run(lambda stop: serve_all_in_one(settings, build_engine(settings.engine), stop, _announce), settings)
+    return _run(lambda stop: serve_all_in_one(settings, build_engine(settings), stop, _announce), settings)
 
 
 def _announce(address: str) -> None:
@@ -139,5 +139,5 @@ def worker(
         err.print(f"working{watched}; Ctrl-C stops", markup=False, soft_wrap=True)
 
     raise typer.Exit(
-        _run(lambda stop: serve_worker(settings, shared, build_engine(settings.engine), stop, announce), settings)
+        _run(lambda stop: serve_worker(settings, shared, build_engine(settings), stop, announce), settings)
     )

@@ -54,6 +54,19 @@ async def test_after_an_error_of_another_kind_the_halves_have_the_whole_device_t
     assert runtime.device.refused == []
 
 
+async def test_a_size_that_did_not_fit_is_not_tried_again() -> None:
+    runtime = MeteredRuntime(MeteredDevice(12))
+    engine = MeteredEngine(runtime)
+    async with working(engine) as (queue, worker):
+        for _ in range(2):
+            jobs = fresh(9)
+            engine.started.clear()
+            await held_back(engine, queue, worker, jobs)
+            engine.gate.set()
+            assert [result.error_code for result in await results(queue, jobs)] == [None] * 9
+    assert runtime.batches == [1, 8, 4, 4, 1, 4, 4]
+
+
 @pytest.mark.parametrize("words", ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
 async def test_one_pair_that_does_not_fit_is_told_so(words: str) -> None:
     runtime = MeteredRuntime(MeteredDevice(3), faults=lambda number: cuda_error(words))
