@@ -87,7 +87,7 @@ def native_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def frozen_copy(model: ReCoFuse, dtype: torch.dtype, *, stacked: bool) -> ReCoFuse:
     """A model for inference alone, its networks in `dtype`, its branches stacked if asked; `model` stays as it is."""
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    kept = KEPT_IN_FLOAT32 if next(model.parameters()).is_cuda else KEPT_IN_FLOAT32 | {"fusion"}
+    kept = KEPT_IN_FLOAT32 | {"fusion"} if next(model.parameters()).device.type == "cpu" else KEPT_IN_FLOAT32
     for name, parameter in frozen.named_parameters():
         if kept.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
