@@ -17,10 +17,12 @@ import torch
 
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.exposure import Exposure
+from recofuse_core.model import OutputName
 from recofuse_core.runtime import Runtime
 
 SIZES = ((320, 256), (640, 480), (1280, 1024), (3840, 2160))  # width, height; the last is tiled
 REFERENCE = (640, 480)
+FUSED: tuple[OutputName, ...] = ("fused",)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def run(
             for name, runtime in runtimes.items():
                 offered = exposure if runtime.model.exposure is not None else "as_shot"
                 started = time.process_time()
-                runtime.fuse(vis, ir, outputs=("fused",), exposure=offered)
+                runtime.fuse(vis, ir, outputs=FUSED, exposure=offered)
                 if window:
                     spent[name].append(time.process_time() - started)
         for name, seconds in spent.items():

@@ -224,7 +224,8 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
     kept = 1 / (1 + 0.1 * (stops - 1).clamp_min(0))  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
     line = [_box(slope, radius) * smoothed * kept, _box(offset, radius) * smoothed * kept, kept * (1 - smoothed)]
-    slope, offset, own = _stretched(torch.cat(line, dim=1), lit).split([3, 3, 1], dim=1)
+    drawn = _stretched(torch.cat(line, dim=1), lit)
+    slope, offset, own = drawn[:, :3], drawn[:, 3:6], drawn[:, 6:]
     bare = luma(lit)
     return torch.addcmul(offset, slope + 1, bare).addcmul_(lit - bare, own).clamp_(0, 1)
 

@@ -75,7 +75,7 @@ def halve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _is_product_faster(x: Tensor, conv: nn.Conv2d, num_rows: int) -> bool:
-    return conv.weight.dtype == torch.bfloat16 and (x.is_cuda or num_rows <= MAX_ROWS_OF_PRODUCT)
+    return conv.weight.dtype == torch.bfloat16 and (x.device.type != "cpu" or num_rows <= MAX_ROWS_OF_PRODUCT)
 
 
 def gate(x: Tensor) -> Tensor:

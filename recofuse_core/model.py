@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, require_exposure
 from recofuse_core.losses import luma
@@ -297,12 +298,13 @@ class ReCoFuse(nn.Module):
         """Restore and fuse registered pairs.
 
         Tensors: vis (B, 3, H, W), ir (B, 1, H, W), floats in [0, 1] or 8-bit levels, sides from 32 px up. `seeds` is
-        one seed for every item or B of them; an item gives the same picture alone and in a batch. Only `outputs` are
-        decoded. `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above `tiling.max_pixels`
-        are worked on in blended tiles. `start` begins the reverse process at an earlier step than T, from the degraded
-        latents noised to it or, if `previous` is given, from those (the `latents` of the frame before);
-        docs/decisions/0009 says what that brings. `exposure` is the rendition: "as_shot" keeps how dark a scene came,
-        "lit" makes a well exposed photograph of the visible frame first, and lifts what veils it (docs/decisions/0015).
+        one seed for every item or B of them; an item gives the same picture alone and in a batch, but for rounding.
+        Only `outputs` are decoded. `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above
+        `tiling.max_pixels` are worked on in blended tiles. `start` begins the reverse process at an earlier step than
+        T, from the degraded latents noised to it or, if `previous` is given, from those (the `latents` of the frame
+        before); docs/decisions/0009 says what that brings. `exposure` is the rendition: "as_shot" keeps how dark a
+        scene came, "lit" makes a well exposed photograph of the visible frame first, and lifts what veils it
+        (docs/decisions/0015).
         Raises ShapeError for wrong tensors, ConfigError for unknown names or steps, NumericsError for a result that is
         not finite.
         """
@@ -317,7 +319,8 @@ class ReCoFuse(nn.Module):
             exposure=exposure,
         )
         like = torch.empty(self.latent_shape(batch, height, width), device=vis.device)
-        output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like), previous=previous)
+        with full_float32():
+            output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like), previous=previous)
         require_finite(is_finite)
         return output
 

@@ -10,6 +10,10 @@ It may prepare what it does because its weights no longer change. What it adds:
 - on a GPU, both branches in one pass (stacked.py), and the whole run of a shape recorded once as a CUDA graph with
   static buffers (recording.py).
 
+What is float32 is float32 on a GPU, too, recorded or not (arithmetic.py). Algorithms may differ all the same: a seed
+gives the same bytes again on one device and one way (eager, or recorded at one batch size), and elsewhere the same
+picture but for roundings, most of them of one level.
+
 A runtime is used from one thread at a time, and so is a device's default stream meanwhile.
 """
 
@@ -20,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import Exposure
 from recofuse_core.model import (
@@ -75,7 +80,7 @@ def native_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def frozen_copy(model: ReCoFuse, dtype: torch.dtype, *, stacked: bool) -> ReCoFuse:
     """A model for inference alone, its networks in `dtype`, its branches stacked if asked; `model` stays as it is."""
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    kept = KEPT_IN_FLOAT32 if next(model.parameters()).is_cuda else KEPT_IN_FLOAT32 | {"fusion"}
+    kept = KEPT_IN_FLOAT32 | {"fusion"} if next(model.parameters()).device.type == "cpu" else KEPT_IN_FLOAT32
     for name, parameter in frozen.named_parameters():
         if kept.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
@@ -87,9 +92,11 @@ def frozen_copy(model: ReCoFuse, dtype: torch.dtype, *, stacked: bool) -> ReCoFu
 class Runtime:
     """A model whose weights are final, on the device where it lies, ready to be run many times.
 
-    precision: of the networks. graphs: None records runs on a GPU and not elsewhere. batch_sizes: what batches of
-    recorded runs are filled up to, ascending; larger ones run as they are. stacked: both branches in one pass, None for
-    a GPU alone. recorder: for tests.
+    precision: of the networks. graphs: None records runs on a GPU and not elsewhere. max_graphs, max_graph_bytes: how
+    many recorded runs are held, and their bytes; 0 bytes: half of what the GPU has free now. defers_recording: a shape
+    that comes again is recorded by `record_due`, not within `fuse`. batch_sizes: what batches of recorded runs are
+    filled up to, ascending; larger ones run as they are. stacked: both branches in one pass, None for a GPU alone.
+    recorder: for tests.
     """
 
     def __init__(
@@ -98,7 +105,9 @@ class Runtime:
         *,
         precision: Precision = "auto",
         graphs: bool | None = None,
-        max_graphs: int = 16,
+        max_graphs: int = 64,
+        max_graph_bytes: int = 0,
+        defers_recording: bool = False,
         batch_sizes: Sequence[int] = (1, 2, 4, 8),
         stacked: bool | None = None,
         recorder: Recorder | None = None,
@@ -114,8 +123,13 @@ class Runtime:
             if max_graphs < 1:
                 raise ConfigError(f"max_graphs must be at least 1, got {max_graphs}")
             used = recorder or (CudaRecorder(self.device) if on_gpu else EagerRecorder())
+            if not max_graph_bytes and on_gpu:
+                max_graph_bytes = torch.cuda.mem_get_info(self.device)[0] // 2
             self._programs = ProgramCache(
-                max_graphs, lambda key: Program(self.model, key, self.device, used, self._conditions)
+                max_graphs,
+                lambda key: Program(self.model, key, self.device, used, self._conditions),
+                max_bytes=max_graph_bytes,
+                is_deferred=defers_recording,
             )
 
     @property
@@ -132,6 +146,17 @@ class Runtime:
     def num_recorded(self) -> int:
         """Recorded runs that are held."""
         return 0 if self._programs is None else len(self._programs)
+
+    @property
+    def has_due(self) -> bool:
+        """Whether `record_due` would record something now."""
+        return self._programs is not None and self._programs.has_due
+
+    @torch.inference_mode()
+    def record_due(self) -> bool:
+        """Record one of the shapes that came again, the one used most; False if there is none. Takes up to seconds."""
+        with full_float32():
+            return self._programs is not None and self._programs.record_due()
 
     @torch.inference_mode()
     def fuse(
@@ -166,7 +191,8 @@ class Runtime:
     ) -> None:
         """Make runs of shapes (B, H, W) ready, so that the first request is no slower than the others.
 
-        levels: for uint8 images. Without graphs each shape is run once, which fills the allocator's caches.
+        levels: for uint8 images. Without graphs each shape is run once, which fills the allocator's caches. So is a
+        shape that cannot be recorded.
         """
         plan = self.model.plan(steps=steps, sampler=sampler, outputs=outputs, exposure=exposure)
         dtype = torch.uint8 if levels else torch.float32
@@ -180,15 +206,19 @@ class Runtime:
         batch, height, width = require_pair(vis, ir)
         each_seed = seed_list(seeds, batch)
         is_recordable = len(plan.timesteps) <= MAX_RECORDED_STEPS and not plan.tiles(height, width)
-        if self._programs is not None and is_recordable:
-            size = next((size for size in self.batch_sizes if size >= batch), batch)
-            key = ProgramKey(plan, size, height, width, vis.dtype == torch.uint8)
-            if (program := self._programs.get(key, record=record)) is not None:
-                fill = size - batch
-                output = program(_filled(vis, fill), _filled(ir, fill), each_seed + each_seed[-1:] * fill)
-                return _first(output, batch) if fill else output
-        like = torch.empty(self.model.latent_shape(batch, height, width), device=self.device)
-        draw = seeded_noise(each_seed, like)
+        with full_float32():
+            if self._programs is not None and is_recordable:
+                size = next((size for size in self.batch_sizes if size >= batch), batch)
+                key = ProgramKey(plan, size, height, width, vis.dtype == torch.uint8)
+                if (program := self._programs.get(key, record=record)) is not None:
+                    fill = size - batch
+                    output = program(_filled(vis, fill), _filled(ir, fill), each_seed + each_seed[-1:] * fill)
+                    return _first(output, batch) if fill else output
+            return self._eager(vis, ir, plan, each_seed)
+
+    def _eager(self, vis: Tensor, ir: Tensor, plan: FusionPlan, seeds: Sequence[int]) -> FusionOutput:
+        like = torch.empty(self.model.latent_shape(len(vis), *vis.shape[-2:]), device=self.device)
+        draw = seeded_noise(seeds, like)
         output, is_finite = self.model.run(vis.to(self.device), ir.to(self.device), plan, draw, self._conditions)
         require_finite(is_finite)
         return FusionOutput(*(_moved(image, vis.device) for image in (output.fused, output.vis, output.ir)))

@@ -70,7 +70,7 @@ class Sampler(Protocol):
 def seeded_noise(seeds: Sequence[int], like: Tensor) -> NoiseSource:
     """Standard normal pairs like `like` (B, C, h, w), vis drawn before ir; item i depends on seeds[i] alone.
 
-    Drawn on the CPU, so that a seed gives the same picture on every device and in every batch.
+    Drawn on the CPU, so that a seed gives the same noise on every device and in every batch.
     """
     generators = [Generator().manual_seed(seed) for seed in seeds]
 

@@ -6,6 +6,7 @@ latent at every sampling step, and the noise belongs to the whole latent, so tha
 remains.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,13 +67,9 @@ class Mosaic:
     def __init__(self, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> None:
         if not tiles:
             raise ConfigError("a tiling needs at least one tile")
-        self.tiles, self.grid, self.scale = tiles, grid, scale
-        windows = {tile: _window(tile, tiles, grid, scale) for tile in tiles}
-        norm = torch.zeros(grid[0] * scale, grid[1] * scale)
-        for tile, window in windows.items():
-            tile.cut(norm, scale).add_(window)
-        # Divided here: what is summed later has weights that add up to one, and needs no second pass over the whole.
-        self.windows = {tile: window / tile.cut(norm, scale) for tile, window in windows.items()}
+        self.grid, self.scale = grid, scale
+        self.rows = tuple(sorted({(tile.top, tile.bottom) for tile in tiles}))
+        self.columns = tuple(sorted({(tile.left, tile.right) for tile in tiles}))
         self.whole: Tensor | None = None
 
     def add(self, tile: Tile, part: Tensor) -> None:
@@ -80,7 +77,9 @@ class Mosaic:
         if self.whole is None:
             shape = (*part.shape[:2], self.grid[0] * self.scale, self.grid[1] * self.scale)
             self.whole = part.new_zeros(shape).contiguous(memory_format=torch.channels_last)
-        tile.cut(self.whole, self.scale).add_(part * self.windows[tile].to(part))
+        rows = _weights(self.rows, self.grid[0], self.scale, part.device)[tile.top, tile.bottom]
+        columns = _weights(self.columns, self.grid[1], self.scale, part.device)[tile.left, tile.right]
+        tile.cut(self.whole, self.scale).add_(part * (rows[:, None] * columns[None, :]).to(part.dtype))
 
     def joined(self) -> Tensor:
         """The whole, when every tile has been added."""
@@ -97,11 +96,23 @@ def blend(tiles: Sequence[Tile], parts: Iterator[Tensor], grid: tuple[int, int],
     return mosaic.joined()
 
 
-def _window(tile: Tile, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> Tensor:
-    """(rows, columns) weights: 1 inside, falling linearly towards the sides that have a neighbour."""
-    rows = _ramp(tile.top, tile.bottom, [(t.top, t.bottom) for t in tiles], grid[0], scale)
-    columns = _ramp(tile.left, tile.right, [(t.left, t.right) for t in tiles], grid[1], scale)
-    return rows[:, None] * columns[None, :]
+@functools.lru_cache(maxsize=256)
+def _weights(
+    spans: tuple[tuple[int, int], ...], length: int, scale: int, device: torch.device
+) -> dict[tuple[int, int], Tensor]:
+    """By (start, end) along one side: 1 inside, falling linearly towards neighbours; all of them add up to one.
+
+    Tiles are rows times columns, so a tile's window is the product of two of these. Made once for a device: a run that
+    was made once copies nothing to it.
+    """
+    with torch.inference_mode(False):  # they may serve a run with gradients later
+        ramps = {(start, end): _ramp(start, end, list(spans), length, scale) for start, end in spans}
+        norm = torch.zeros(length * scale)
+        for (start, end), ramp in ramps.items():
+            norm[start * scale : end * scale] += ramp
+        return {
+            (start, end): (ramp / norm[start * scale : end * scale]).to(device) for (start, end), ramp in ramps.items()
+        }
 
 
 def _ramp(start: int, end: int, spans: list[tuple[int, int]], length: int, scale: int) -> Tensor:

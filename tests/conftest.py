@@ -1,4 +1,4 @@
-"""What every test leaves as it was."""
+"""What every test leaves as it was, and which of them see a GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,38 @@ from recofuse_host.waiting import sleep_while_waiting
 sleep_while_waiting()  # before any test imports torch; the processes that tests start inherit it
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, from child processes too, unless the tests that need one are asked for (`-m gpu`).
+
+    Others compare bytes of runs that may go different ways on a GPU (eager, recorded, other batch sizes), which round
+    differently there; and they may run beside somebody's work on it.
+    """
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def asks_for_gpu(markers: str) -> bool:
+    """Whether an expression of `-m` names the marker gpu, and does not only exclude it."""
+    words = markers.replace("(", " ").replace(")", " ").split()
+    return any(word == "gpu" and words[:index][-1:] != ["not"] for index, word in enumerate(words))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, or it is hidden."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU; `-m gpu` lets it look"))
 
 
 @pytest.fixture(autouse=True)

@@ -35,12 +35,13 @@ from service.faces.oip.http import add_inference
 from service.faces.oip.inference import Inference
 from service.queue.contract import JobQueue
 from service.queue.memory import MemoryQueue
+from service.terms.errors import UnavailableError
 from service.terms.settings import HttpSettings, Settings
 from service.watch import logs, tracing
 from service.watch.gpu import watch_gpus
 from service.watch.metrics import Metrics
 from service.watch.tracing import Tracer
-from service.work.engine import Engine
+from service.work.engine import Engine, EngineBrokenError
 from service.work.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ async def serve_all_in_one(
     """Front end, in-process queue and one worker. Stopping answers everything that was accepted.
 
     on_ready is called once the model is warm, on_grpc as soon as gRPC listens. Raises what loading the model raises,
-    and OSError if it cannot listen.
+    OSError if it cannot listen, and EngineBrokenError once it has told all who wait that they may try again.
     """
     metrics = new_metrics()
     watch_gpus(metrics.registry)
@@ -92,6 +93,12 @@ async def serve_all_in_one(
                     while not working.done() and (await queue.stats()).num_unfinished:  # noqa: ASYNC110
                         await asyncio.sleep(0.02)  # only while stopping
                     await gateway.drained()
+            if working.done():
+                working.result()
+        except EngineBrokenError:
+            gateway.start_drain()
+            queue.give_up(UnavailableError("the server lost its device and starts again; try again", retry_after_s=1.0))
+            raise
         finally:
             worker.stop()
             await queue.close()  # wakes the worker if it waits for jobs; what it holds can still be finished

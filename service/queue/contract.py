@@ -6,7 +6,7 @@ Every implementation keeps it, and `tests/service/queue/contract.py` checks it:
   wins and later ones change nothing. Execution is at least once.
 - *A take is a lease.* A worker that stops renewing for `lease_s` loses its jobs to the next taker, which counts as
   another attempt; after `max_attempts` the job is reported failed and becomes a dead letter. `release` hands a job back
-  at once and takes its attempt back too.
+  at once and takes its attempt back too, unless it was tried and took its worker down.
 - *Order.* Higher classes first, first in first out within a class; a job of a lower class that has waited for
   `starvation_s` is taken before fresher ones of higher classes. Deadlines within a batch are the batcher's affair.
 - *Nothing is done for nobody.* A job that is cancelled or past its deadline is not handed out any more, and its waiters
@@ -156,8 +156,11 @@ class JobQueue(Protocol):
         A result with an error of FAULTS becomes a dead letter as well.
         """
 
-    async def release(self, leases: Sequence[Lease]) -> None:
-        """Hand jobs back untouched, to be taken by anyone at once; the attempt does not count."""
+    async def release(self, leases: Sequence[Lease], *, was_tried: bool = False) -> None:
+        """Hand jobs back, to be taken by anyone at once. The attempt does not count unless was_tried.
+
+        was_tried: as if the worker had been lost with them, so that `max_attempts` holds, only sooner.
+        """
 
     # operator
 

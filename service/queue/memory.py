@@ -29,6 +29,7 @@ from service.terms.errors import (
     JobNotFoundError,
     NoRoomError,
     OverloadedError,
+    ServiceError,
     TimedOutError,
 )
 from service.terms.jobs import FusionJob, FusionResult, JobStatus, JobView, Priority, WorkerInfo, new_job_id
@@ -85,6 +86,12 @@ class MemoryQueue:
         """Wake up every waiting taker with nothing."""
         self._is_open = False
         _wake(self._takers)
+
+    def give_up(self, error: ServiceError) -> None:
+        """End every job that has no result with this error: the only worker that there can be is lost."""
+        self._sweep()
+        for entry in [entry for entry in self._entries.values() if entry.result is None]:
+            self._end(entry, FusionResult.failed(entry.job.id, error))
 
     # front end
 
@@ -215,11 +222,15 @@ class MemoryQueue:
         self._end(entry, result)
         return True
 
-    async def release(self, leases: Sequence[Lease]) -> None:
+    async def release(self, leases: Sequence[Lease], *, was_tried: bool = False) -> None:
         """See JobQueue."""
         for lease in reversed(leases):  # each goes to the front, so the first of them ends up first
             entry = self._leased.get(lease.job.id)
-            if entry is not None and entry.token == lease.token:
+            if entry is None or entry.token != lease.token:
+                continue
+            if was_tried:
+                self._lose(entry)
+            else:
                 entry.attempts -= 1
                 self._put_back(entry)
 
@@ -256,11 +267,7 @@ class MemoryQueue:
                 late = TimedOutError(f"the job's deadline passed after {waited_s:.1f} s, before there was a result")
                 self._end(entry, FusionResult.failed(job_id, late))
         for entry in [entry for entry in self._leased.values() if entry.lease_until_s <= now]:
-            if entry.attempts >= self._settings.max_attempts:
-                lost = AttemptsExhaustedError(f"the job was given up after {entry.attempts} workers were lost with it")
-                self._end(entry, FusionResult.failed(entry.job.id, lost))
-            else:
-                self._put_back(entry)
+            self._lose(entry)
         while self._finished and self._finished[0][0] <= now:
             self._drop(heapq.heappop(self._finished)[1])
         # Most jobs are gone long before their deadline and their result's time; their entries must not wait for those.
@@ -317,6 +324,13 @@ class MemoryQueue:
         entry.attempts += 1
         entry.lease_until_s = now + self._settings.lease_s
         return Lease(job=entry.job, worker_id=worker_id, attempt=entry.attempts, token=entry.token)
+
+    def _lose(self, entry: _Entry) -> None:
+        if entry.attempts >= self._settings.max_attempts:
+            lost = AttemptsExhaustedError(f"the job was given up after {entry.attempts} workers were lost with it")
+            self._end(entry, FusionResult.failed(entry.job.id, lost))
+        else:
+            self._put_back(entry)
 
     def _put_back(self, entry: _Entry) -> None:
         del self._leased[entry.job.id]

@@ -260,9 +260,13 @@ class EngineSettings(Group):
     graphs: Literal["auto", "on", "off"] = Field(
         default="auto", description="record whole runs and replay them (CUDA graphs); auto: on a GPU"
     )
-    max_graphs: Count = Field(default=16, description="recorded runs held; beyond it the one used longest ago goes")
+    max_graphs: Count = Field(default=64, description="recorded runs held; beyond it the one used least goes")
+    max_graph_bytes: int = Field(
+        default=0, ge=0, description="bytes that recorded runs may hold; 0: half of what the GPU has free at the start"
+    )
     batch_sizes: Annotated[tuple[Count, ...], BeforeValidator(_split_sizes)] = Field(
-        default=(1, 2, 4, 8), description="batch sizes to record; other batches are filled up to the next"
+        default=(1, 2, 4, 8),
+        description="batch sizes to record, up to batch.max_batch, which is added; batches are filled up to the next",
     )
     warm_up_sizes: Annotated[tuple[FrameSize, ...], BeforeValidator(_split_sizes)] = Field(
         default=("640x480",),
@@ -363,6 +367,12 @@ class Settings(Group):
                 "worker.heartbeat_s must be at most half of queue.lease_s, or live workers lose their jobs"
             )
         return self
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The sizes that an engine with recorded runs makes ready and batches are filled up to: one list for both."""
+        largest = self.batch.max_batch
+        return (*sorted({size for size in self.batch.sizes or self.engine.batch_sizes if size < largest}), largest)
 
     @classmethod
     def from_environment(

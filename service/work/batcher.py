@@ -20,6 +20,8 @@ from service.terms.jobs import Priority
 
 Item = TypeVar("Item")
 
+MAX_LIMITS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
@@ -37,7 +39,10 @@ class BatchPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Waiting(Generic[Item]):
-    """One job that is ready for the engine. bucket: jobs of equal buckets may share a pass. Times in seconds."""
+    """One job that is ready for the engine. Times in seconds.
+
+    bucket: jobs of equal buckets may share a pass. frame: passes of equal frames need equal memory.
+    """
 
     id: str
     item: Item
@@ -45,6 +50,7 @@ class Waiting(Generic[Item]):
     priority: Priority
     arrived_s: float
     deadline_s: float = math.inf
+    frame: Hashable = None
 
 
 class Batcher(Generic[Item]):
@@ -53,6 +59,7 @@ class Batcher(Generic[Item]):
     def __init__(self, policy: BatchPolicy) -> None:
         self.policy = policy
         self._waiting: dict[str, Waiting[Item]] = {}
+        self._limits: dict[Hashable, tuple[int, float]] = {}  # frame: jobs at most, until when
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -65,6 +72,18 @@ class Batcher(Generic[Item]):
         """Take a job out, for example because it was cancelled; None if it is not here."""
         waiting = self._waiting.pop(job_id, None)
         return None if waiting is None else waiting.item
+
+    def limit(self, frame: Hashable, max_jobs: int, until_s: float) -> None:
+        """Larger passes of such frames did not fit: make none until then, when there may be more room again."""
+        self._limits.pop(frame, None)
+        self._limits[frame] = (max(1, max_jobs), until_s)
+        if len(self._limits) > MAX_LIMITS:
+            del self._limits[next(iter(self._limits))]
+
+    def max_batch(self, frame: Hashable, now_s: float) -> int:
+        """Jobs of such frames in one pass at most."""
+        max_jobs, until_s = self._limits.get(frame, (self.policy.max_batch, math.inf))
+        return min(max_jobs, self.policy.max_batch) if now_s < until_s else self.policy.max_batch
 
     def drain(self) -> list[Item]:
         """Take everything out, in order of arrival."""
@@ -88,8 +107,9 @@ class Batcher(Generic[Item]):
             return None
         alive.sort(key=lambda waiting: self._urgency(waiting, now_s))
         bucket = alive[0].bucket
-        batch = [waiting for waiting in alive if waiting.bucket == bucket][: self.policy.max_batch]
-        if num_coming and len(batch) < self.policy.max_batch and now_s < self._due_s(alive):
+        max_batch = self.max_batch(alive[0].frame, now_s)
+        batch = [waiting for waiting in alive if waiting.bucket == bucket][:max_batch]
+        if num_coming and len(batch) < max_batch and now_s < self._due_s(alive):
             return None
         return [self._waiting.pop(waiting.id).item for waiting in batch]
 

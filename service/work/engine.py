@@ -8,10 +8,10 @@ torch is imported when a CoreEngine loads, not before, so that a process without
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
 from service.terms.jobs import Part, Sampler
-from service.terms.settings import EngineSettings
+from service.terms.settings import EngineSettings, Settings
 
 if TYPE_CHECKING:
     from recofuse_core import Runtime
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
+
+
+class EngineBrokenError(Exception):
+    """The device is lost to this process: nothing will work in it any more, though it may in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +68,29 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Run once what later passes need, so that the first request is not slower than the others."""
 
+    @property
+    def has_preparation(self) -> bool:
+        """Whether `prepare` would do something now. Asked between passes, from any thread."""
+
+    def prepare(self) -> None:
+        """Make one thing ready that passes have shown to be wanted, while nothing else is to do."""
+
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """From vis (B, H, W, 3) and ir (B, H, W) to the asked parts: fused and vis (B, H, W, 3), ir (B, H, W).
 
         Item i depends on its own images and seeds[i] alone. Raises OutOfMemoryError (a smaller batch may work),
-        InvalidInputError (the shape can never work) and InternalError.
+        InvalidInputError (the shape can never work), InternalError, and EngineBrokenError (nothing works any more).
         """
 
 
-def build_engine(settings: EngineSettings, per_host: int = 1) -> Engine:
-    """The engine that the settings ask for, not loaded yet. per_host: processes that divide the processors."""
-    if settings.kind == "null":
+def build_engine(settings: Settings) -> Engine:
+    """The engine that the settings ask for, not loaded yet."""
+    engine = settings.engine
+    if engine.kind == "null":
         return NullEngine()
-    if settings.kind == "fixed":
-        return FixedCostEngine(settings.fixed_batch_s, settings.fixed_item_s)
-    return CoreEngine(settings, per_host)
+    if engine.kind == "fixed":
+        return FixedCostEngine(engine.fixed_batch_s, engine.fixed_item_s)
+    return CoreEngine(engine.model_copy(update={"batch_sizes": settings.batch_sizes}), settings.worker.per_host)
 
 
 class NullEngine:
@@ -94,6 +106,14 @@ class NullEngine:
 
     def warm_up(self) -> None:
         """Nothing to warm up."""
+
+    @property
+    def has_preparation(self) -> bool:
+        """See Engine."""
+        return False
+
+    def prepare(self) -> None:
+        """Nothing to prepare."""
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
@@ -160,34 +180,71 @@ class CoreEngine:
             precision=settings.precision,
             graphs=None if settings.graphs == "auto" else settings.graphs == "on",
             max_graphs=settings.max_graphs,
+            max_graph_bytes=settings.max_graph_bytes,
+            defers_recording=True,
             batch_sizes=settings.batch_sizes,
         )
 
     def warm_up(self) -> None:
-        """See Engine."""
+        """See Engine. A shape that fails is left out; raises what the last one raised if every one did."""
         runtime = self._loaded()
         sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
         batches = runtime.batch_sizes if runtime.records else (1,)
         shapes = [(batch, height, width) for width, height in sizes for batch in batches]
+        num_done, last = 0, None
         # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
         for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
-            runtime.record(shapes, outputs=outputs, levels=True)
+            for shape in shapes:
+                error = _failure_of(functools.partial(runtime.record, [shape], outputs=outputs, levels=True))
+                if error is None:
+                    num_done += 1
+                    continue
+                last = error
+                logger.warning("a shape is not made ready", extra={"shape": shape, "error": str(error)})
+        if last is not None and not num_done:
+            raise last
+
+    @property
+    def has_preparation(self) -> bool:
+        """See Engine."""
+        return self._runtime is not None and self._runtime.has_due
+
+    def prepare(self) -> None:
+        """See Engine. Raises EngineBrokenError."""
+        try:
+            self._loaded().record_due()
+        except RuntimeError as error:
+            translated = _translated(error, (0, 0, 0))
+            if isinstance(translated, EngineBrokenError):
+                raise translated from error
+            raise
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
+        try:
+            return self._fused(vis, ir, options, seeds)
+        except Exception as error:
+            translated = _translated(error, vis.shape)
+            if translated is None:
+                raise
+        # Out here, so that an error of memory is tied to none of torch's as its context.
+        try:
+            raise translated
+        finally:
+            del translated  # else this frame and the error hold each other
+
+    def _fused(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         import torch
 
-        runtime = self._loaded()
-        with _translated(vis.shape):
-            output = runtime.fuse(
-                torch.from_numpy(vis).permute(0, 3, 1, 2),
-                torch.from_numpy(ir).unsqueeze(1),
-                steps=options.steps,
-                sampler=options.sampler,
-                seeds=seeds,
-                outputs=tuple(part.value for part in options.parts),
-            )
-            return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
+        output = self._loaded().fuse(
+            torch.from_numpy(vis).permute(0, 3, 1, 2),
+            torch.from_numpy(ir).unsqueeze(1),
+            steps=options.steps,
+            sampler=options.sampler,
+            seeds=seeds,
+            outputs=tuple(part.value for part in options.parts),
+        )
+        return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
 
     def _loaded(self) -> Runtime:
         if self._runtime is None:
@@ -201,24 +258,47 @@ def _to_pixels(levels: Any) -> Pixels:
     return np.ascontiguousarray(levels.numpy())
 
 
-@contextmanager
-def _translated(shape: tuple[int, ...]) -> Iterator[None]:
-    """The only place where the core's and torch's errors become the service's."""
-    import torch
+def _translated(error: Exception, shape: tuple[int, ...]) -> Exception | None:
+    """The only place where the core's and torch's errors become the service's; None for one that is no error of theirs.
 
+    What the failed run held is free again, whatever it was.
+    """
     from recofuse_core.errors import CoreError, ShapeError
+    from recofuse_core.faults import Fault, fault_of, let_go
+
+    let_go(error)
+    if isinstance(error, ShapeError):
+        translated: Exception = InvalidInputError(str(error))
+    elif isinstance(error, CoreError):
+        translated = InternalError("the model failed on this pair")
+    elif (fault := fault_of(error)) is Fault.MEMORY:
+        _give_back_memory()
+        return OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory")
+    elif fault is Fault.BROKEN:
+        translated = EngineBrokenError(f"the device is lost to this process: {str(error).splitlines()[0]}")
+    else:
+        return None
+    translated.__cause__ = error
+    return translated
+
+
+def _failure_of(run: Callable[[], None]) -> Exception | None:
+    """What a run failed with, holding nothing; an error that ends the process passes."""
+    from recofuse_core.faults import Fault, fault_of, let_go
 
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit the device's memory") from error
-    except MemoryError as error:
-        raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
-    except ShapeError as error:
-        raise InvalidInputError(str(error)) from error
-    except CoreError as error:
-        raise InternalError("the model failed on this pair") from error
+        run()
     except RuntimeError as error:
-        if "not enough memory" in str(error):  # the CPU allocator's own words; it has no class of its own
-            raise OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory") from error
-        raise
+        if fault_of(error) is Fault.BROKEN:
+            raise
+        let_go(error)
+        return error.with_traceback(None)
+    return None
+
+
+def _give_back_memory() -> None:
+    """What torch keeps for later is lost to cuBLAS, cuDNN and graphs, which allocate for themselves."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -5,7 +5,8 @@ needed. A job is held from take to finish; `max_held` bounds how many, and with 
 
 What goes wrong with one job stays with it: undecodable images end at the decoder, a pass that fails is halved until the
 culprit is alone, and one that runs out of memory is halved until it fits. A stopped worker takes nothing new, finishes
-what it holds, and hands back the rest when time runs out.
+what it holds, and hands back the rest when time runs out. One whose engine is lost (a dead CUDA context) does the same,
+but for what needs the engine: that goes back at once, for another worker, and `run` raises.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
 from service.work.batcher import Batcher, BatchPolicy, Waiting
-from service.work.engine import Engine, PassOptions
+from service.work.engine import Engine, EngineBrokenError, PassOptions
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+CANCEL_AGAIN_S = 0.5
+DOES_NOT_FIT_S = 600.0  # how long a batch that did not fit is not tried again: somebody else may have had the memory
 BACK_OFF_S = (0.05, 2.0)  # first and longest pause between two tries to reach the queue
 
 
@@ -66,6 +69,11 @@ class _Held:
     ir_source: str = ""  # of the pair, which is let go of before its result is there
     warnings: tuple[str, ...] = ()
     trace: JobTrace = NO_JOB_TRACE
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the engine is done with it."""
+        return self.is_running and self.pair is None
 
 
 class Worker:
@@ -91,7 +99,7 @@ class Worker:
         self._held: dict[str, _Held] = {}
         self._num_decoding = 0
         self._batcher: Batcher[_Held] = Batcher(self._policy(()))
-        self.warm = asyncio.Event()  # set once, when the model is loaded and has run
+        self.warm = asyncio.Event()  # the model is loaded and has run, and its device is not lost
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()  # something the model loop should look at
         self._room = asyncio.Event()  # a held job has ended
@@ -106,7 +114,7 @@ class Worker:
 
     @property
     def is_warm(self) -> bool:
-        """Whether the model is loaded and has run once."""
+        """Whether the model is loaded, has run once and can run again."""
         return self.warm.is_set()
 
     @property
@@ -121,13 +129,13 @@ class Worker:
         self._room.set()
 
     async def run(self) -> None:
-        """Load, warm up, serve until `stop`. Raises what loading raises; nothing else ends it."""
+        """Load, warm up, serve until `stop`. Raises what loading raises, or EngineBrokenError; nothing else ends it."""
         started_s = self._clock()
         try:
             await self._in_model_thread(self._engine.load)
             await self._in_model_thread(self._engine.warm_up)
             engine = self._engine.info
-            sizes = self._settings.batch.sizes or engine.batch_sizes
+            sizes = engine.batch_sizes or self._settings.batch.sizes
             self._batcher = Batcher(self._policy(sizes))
             self._info = WorkerInfo(
                 id=self.id,
@@ -155,22 +163,27 @@ class Worker:
     async def _serve(self, info: WorkerInfo) -> None:
         loops = [asyncio.create_task(loop()) for loop in (self._heartbeat_loop, self._model_loop)]
         taking = asyncio.create_task(self._take_loop())
+        draining: asyncio.Task[None] | None = None
         try:
             stopped = asyncio.create_task(self._stopping.wait())
             await asyncio.wait([*loops, taking, stopped], return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             self._raise_if_failed([*loops, taking])
-            with contextlib.suppress(TimeoutError):
+            draining = asyncio.create_task(self._drain(taking))
+            await asyncio.wait(
+                [*loops, draining],
+                timeout=self._settings.worker.drain_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            self._raise_if_failed([*loops, draining])
+        except EngineBrokenError as error:
+            logger.critical("the engine is lost, the worker ends", extra={"worker": self.id, "error": str(error)})
+            with contextlib.suppress(UnavailableError, TimeoutError):
                 async with asyncio.timeout(self._settings.worker.drain_timeout_s):
-                    await taking
-                    while self._held:
-                        self._room.clear()
-                        await self._room.wait()
-            self._raise_if_failed([*loops, taking])
+                    await self._give_up(info, taking)
+            raise
         finally:
-            for task in (*loops, taking, *self._tasks):
-                task.cancel()
-            await asyncio.gather(*loops, taking, *self._tasks, return_exceptions=True)
+            await _end([*loops, taking, *([] if draining is None else [draining]), *self._tasks])
             with contextlib.suppress(UnavailableError, TimeoutError):
                 async with asyncio.timeout(5.0):
                     await self._queue.release([held.lease for held in self._held.values()])
@@ -180,6 +193,33 @@ class Worker:
                 held.trace.end("handed_back")
             self._held.clear()
             self._metrics.jobs_held.set(0)
+
+    async def _drain(self, taking: asyncio.Task[None]) -> None:
+        await taking
+        while self._held:
+            self._room.clear()
+            await self._room.wait()
+
+    async def _give_up(self, info: WorkerInfo, taking: asyncio.Task[None]) -> None:
+        """Hand back what needs the engine, so that it is served elsewhere at once, and finish what does not."""
+        self.warm.clear()
+        self._info = info.model_copy(update={"is_warm": False})
+        self.stop()
+        await self._hand_back()
+        await self._announce(self._info)
+        await asyncio.wait([taking])  # what a take is just bringing would else wait for its lease to end
+        await self._hand_back()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _hand_back(self) -> None:
+        # Those of the failed pass count as tried: a pair that takes down every worker it meets must come to an end.
+        for was_tried in (False, True):
+            lost = [held for held in self._held.values() if not held.has_pictures and held.is_running is was_tried]
+            await self._queue.release([held.lease for held in lost], was_tried=was_tried)
+            for held in lost:
+                held.trace.end("handed_back")
+                self._let_go(held)
 
     @staticmethod
     def _raise_if_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -235,7 +275,8 @@ class Worker:
             deadline_s = math.inf if job.deadline_s is None else job.deadline_s
             # Both sizes are equal, unless a codec stands in for the pictures.
             bucket = (job.width, job.height, held.pair.ir.shape, self._pass_options(held))
-            self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s))
+            frame = self._frame(held)
+            self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s, frame))
         finally:
             self._num_decoding -= 1
             self._changed.set()
@@ -250,6 +291,9 @@ class Worker:
                 self._spawn(self._drop_expired(held))
             batch = self._batcher.next_batch(now, num_coming=self._num_decoding)
             if batch is None:
+                if not len(self._batcher) and not self._num_decoding and self._engine.has_preparation:
+                    await self._prepare()
+                    continue
                 due_s = self._batcher.due_s(now)
                 timeout_s = None if due_s is None else max(0.0, due_s - now)
                 with contextlib.suppress(TimeoutError):
@@ -264,6 +308,14 @@ class Worker:
             if batch:
                 await self._run_batch(batch)
 
+    async def _prepare(self) -> None:
+        try:
+            await self._in_model_thread(self._engine.prepare)
+        except EngineBrokenError:
+            raise
+        except Exception:  # passes work without
+            logger.exception("the engine could not make something ready")
+
     async def _run_batch(self, batch: list[_Held]) -> None:
         now = self._clock()
         for held in batch:
@@ -274,8 +326,21 @@ class Worker:
         started = time.perf_counter()
         try:
             parts = await self._in_model_thread(lambda: self._forward(batch, options))
+        except EngineBrokenError:
+            raise  # ends the worker, not the jobs
         except Exception as error:  # noqa: BLE001 - one job's failure must not reach its neighbours, whatever it is
-            await self._split(batch, error)
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return
+            logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
+            if isinstance(error, OutOfMemoryError):
+                size = self._batcher.policy.padded(len(batch))
+                self._batcher.limit(self._frame(batch[0]), size // 2, self._clock() + DOES_NOT_FIT_S)
+            parts = None
+        if parts is None:
+            # Out of the `except`, where nothing knows the error any more: its traceback holds all that the failed pass
+            # had in memory, and the halves need the room.
+            await self._split(batch)
             return
         seconds = time.perf_counter() - started
         self._metrics.engine_busy_seconds.inc(seconds)
@@ -298,20 +363,17 @@ class Worker:
         ir = np.stack([pair.ir for pair in pairs])
         return self._engine.fuse(vis, ir, options, seeds)
 
-    async def _split(self, batch: list[_Held], error: Exception) -> None:
-        if len(batch) > 1:
-            self._metrics.batches_split.inc()
-            logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
-            middle = len(batch) // 2
-            await self._run_batch(batch[:middle])
-            await self._run_batch(batch[middle:])
-            return
+    async def _split(self, batch: list[_Held]) -> None:
+        self._metrics.batches_split.inc()
+        middle = len(batch) // 2
+        await self._run_batch(batch[:middle])
+        await self._run_batch(batch[middle:])
+
+    def _fail(self, held: _Held, error: Exception) -> None:
         if not isinstance(error, InvalidInputError | OutOfMemoryError):
-            ids = [held.lease.job.request_id for held in batch]
-            logger.error("the model failed", exc_info=error, extra={"request_ids": ids})
+            logger.error("the model failed", exc_info=error, extra={"request_ids": [held.lease.job.request_id]})
         reported = error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE)
-        for held in batch:
-            self._spawn(self._finish(held, FusionResult.failed(held.lease.job.id, reported, held.timings_s)))
+        self._spawn(self._finish(held, FusionResult.failed(held.lease.job.id, reported, held.timings_s)))
 
     # stage 3: encode and finish
 
@@ -422,6 +484,11 @@ class Worker:
             parts=options.output.parts,
         )
 
+    def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
+        """What decides how much memory one job of a pass needs."""
+        job = held.lease.job
+        return job.width, job.height, job.options.output.parts
+
     async def _in_model_thread(self, call: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._model, call)
 
@@ -440,6 +507,18 @@ class Worker:
                 logger.warning("queue cannot be reached", extra={"error": str(error), "retry_in_s": pause_s})
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # not all at once when it is back
             pause_s = min(2 * pause_s, longest_s)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel until all have ended. One cancellation may be lost: `asyncio.wait_for` before Python 3.12 drops it if what
+    it waits for ends at that moment, and redis-py sends through it.
+    """
+    running = set(tasks)
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _guarded(work: Awaitable[None]) -> None:

@@ -5,6 +5,8 @@ filling of batches and the order of transfers are the same as on a GPU. What onl
 """
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,11 @@ from torch import Tensor
 from recofuse_core import load_pretrained
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
-from recofuse_core.recording import EagerRecorder, Results
+from recofuse_core.recording import EagerRecorder, ProgramCache, Results
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from recofuse_core.tiling import TilingConfig
-from tests.core.tiny import CONFIGS, images_of, largest_difference, pairs, tiny_model
+from tests.core.tiny import CONFIGS, images_of, largest_difference, pairs, rms_difference, tiny_model
 
 
 class CountingRecorder(EagerRecorder):
@@ -53,6 +55,23 @@ def recording(model: ReCoFuse, **options: object) -> tuple[Runtime, CountingReco
     recorder = CountingRecorder()
     runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder, **options)  # type: ignore[arg-type]
     return runtime, recorder
+
+
+class BrokenRecorder(CountingRecorder):
+    """Fails to record batches of some sizes."""
+
+    def __init__(self, error: Exception, *batches: int) -> None:
+        super().__init__()
+        self.error = error
+        self.batches = batches
+        self.num_tried = 0
+
+    def record(self, function: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
+        self.num_tried += 1
+        replay, results = super().record(function)
+        if len(results[0]) in self.batches:
+            raise self.error
+        return replay, results
 
 
 @CONFIGS
@@ -148,6 +167,176 @@ def test_tiled_frames_and_long_runs_are_not_recorded() -> None:
     assert recorder.num_recorded == 0
 
 
+@pytest.mark.parametrize(
+    "words", ["CUDA error: operation not permitted when stream is capturing", "CUDA out of memory", "no such algorithm"]
+)
+def test_a_shape_that_cannot_be_recorded_stays_eager(words: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, recorder = tiny_model(), BrokenRecorder(RuntimeError(words), 2)
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder)
+    runtime.record([(1, 32, 32), (2, 32, 32)])
+    tried = recorder.num_tried
+    for seed in range(4):
+        vis, ir = pairs(2, 32, 32, seed=seed)
+        assert largest_difference(runtime.fuse(vis, ir, seeds=seed), model.fuse(vis, ir, seeds=seed)) == 0
+    assert recorder.num_tried == tried == 2
+    assert [record.message for record in caplog.records] == ["a run cannot be recorded and stays eager"]
+    assert recorder.events == ["upload", "run", "download"]  # of the other shape, when it was made ready
+
+
+def test_recording_is_given_up_where_nothing_can_be_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = BrokenRecorder(RuntimeError("CUDA error: operation not permitted when stream is capturing"), 1)
+    runtime = Runtime(tiny_model(), precision="float32", graphs=True, recorder=recorder)
+    for width in (32, 40, 48, 56, 64):
+        for _ in range(3):
+            runtime.fuse(*pairs(1, 32, width))
+    assert recorder.num_tried == ProgramCache.MAX_FAILED_CAPTURES
+    assert caplog.records[-1].message == "recording is given up: all runs are eager from now on"
+
+
+def test_too_little_memory_for_some_shapes_does_not_end_recording() -> None:
+    recorder = BrokenRecorder(torch.OutOfMemoryError("CUDA out of memory"), 2)
+    runtime = Runtime(tiny_model(), precision="float32", graphs=True, recorder=recorder)
+    runtime.record([(2, 32, width) for width in (32, 40, 48, 56)])
+    runtime.record([(1, 32, 32)])
+    assert runtime.num_recorded == 1
+
+
+def test_a_lost_device_is_not_taken_for_a_shape_that_cannot_be_recorded() -> None:
+    recorder = BrokenRecorder(RuntimeError("CUDA error: an illegal memory access was encountered"), 1)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Runtime(tiny_model(), precision="float32", graphs=True, recorder=recorder).record([(1, 32, 32)])
+
+
+def test_a_deferred_runtime_records_when_told() -> None:
+    model, recorder = tiny_model(), CountingRecorder()
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder, defers_recording=True)
+    vis, ir = pairs(1, 32, 32)
+    assert not runtime.has_due
+    for _ in range(5):
+        runtime.fuse(vis, ir)
+    assert recorder.num_recorded == 0
+    assert [runtime.has_due, runtime.record_due()] == [True, True]
+    assert recorder.num_recorded == 1
+    assert not runtime.record_due()
+    assert largest_difference(runtime.fuse(vis, ir), model.fuse(vis, ir)) == 0
+    assert recorder.events == ["upload", "run", "download"]
+
+
+class Shelf:
+    """A cache of programs that are but a size; a recording takes ten seconds. recorded: their keys in order."""
+
+    def __init__(self, max_programs: int = 4, size_bytes: int = 10, **options: Any) -> None:
+        self.now_s = 0.0
+        self.recorded: list[Any] = []
+        self.size_bytes = size_bytes
+        self.cache = ProgramCache(max_programs, self.build, clock=lambda: self.now_s, **options)
+
+    def build(self, key: Any) -> Any:
+        self.now_s += 10.0
+        self.recorded.append(key)
+        return SimpleNamespace(size_bytes=self.size_bytes)
+
+    def get(self, key: Any, times: int = 1, **options: Any) -> None:
+        for _ in range(times):
+            self.cache.get(key, **options)
+
+    def held(self, keys: Sequence[Any]) -> list[Any]:
+        return [key for key in keys if key in self.cache]
+
+
+def test_more_shapes_in_turn_than_there_is_room_for_are_not_recorded_round_after_round() -> None:
+    shelf = Shelf(4)
+    for _ in range(50):
+        for key in range(5):
+            shelf.get(key)
+    assert sorted(shelf.recorded) == [0, 1, 2, 3]
+
+
+def test_a_shape_used_more_takes_the_place_of_the_one_used_least() -> None:
+    shelf = Shelf(3)
+    for key, times in (("a", 9), ("b", 3), ("c", 9), ("d", 4)):
+        shelf.get(key, times)
+    assert shelf.held("abcd") == ["a", "b", "c"]
+    shelf.get("d")
+    assert shelf.held("abcd") == ["a", "c", "d"]
+    shelf.get("e", 5)
+    assert shelf.held("acde") == ["a", "c", "d"]
+
+
+def test_what_was_vouched_for_gives_way_to_what_is_used_after_a_time() -> None:
+    shelf = Shelf(1)
+    shelf.get("warm", record=True)
+    shelf.get("used", ProgramCache.VOUCHED + 1)
+    assert shelf.held(["warm", "used"]) == ["warm"]
+    shelf.get("used")
+    assert shelf.held(["warm", "used"]) == ["used"]
+    shelf.get("once", 3 * ProgramCache.HALF_LIFE)
+    shelf.get("used", 2)
+    assert shelf.held(["once"]) == ["once"]
+
+
+def test_programs_are_bounded_by_bytes() -> None:
+    shelf = Shelf(64, size_bytes=10, max_bytes=35)
+    for key in range(9):
+        shelf.get(key, record=True)
+        assert shelf.cache.size_bytes <= 35
+    assert len(shelf.cache) == 3
+    shelf.size_bytes = 50
+    shelf.get("huge", record=True)
+    assert (shelf.held(["huge"]), len(shelf.cache)) == (["huge"], 1)
+
+
+def test_recording_takes_a_tenth_of_the_time_at_most_whatever_is_asked_for() -> None:
+    """A client that varies its options, twice each, for an hour; the server is idle every second second."""
+    shelf = Shelf(1000, is_deferred=True)
+    for number in range(1800):
+        shelf.get(number, 2)
+        shelf.now_s += 2.0
+        if shelf.cache.has_due:
+            assert shelf.cache.record_due()
+    assert 0.08 < 10.0 * len(shelf.recorded) / shelf.now_s <= 0.11
+
+
+def test_a_busy_server_records_in_the_end() -> None:
+    shelf = Shelf(4, is_deferred=True)
+    shelf.get("a", ProgramCache.OVERDUE - 1)
+    assert shelf.recorded == []
+    shelf.get("a")
+    assert shelf.recorded == ["a"]
+
+
+def test_the_shape_used_most_is_recorded_first() -> None:
+    shelf = Shelf(4, is_deferred=True)
+    for key, times in (("a", 2), ("b", 5), ("c", 3), ("d", 1)):
+        shelf.get(key, times)
+    while shelf.cache.record_due():
+        shelf.now_s += 100.0
+    assert shelf.recorded == ["b", "c", "a"]
+
+
+def test_bytes_of_a_program_are_its_own_or_what_the_pool_grew_by() -> None:
+    class Growing(CountingRecorder):
+        reserved = 0
+
+        def record(self, function: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
+            self.reserved += 1 << 30
+            return super().record(function)
+
+        def reserved_bytes(self) -> int:
+            return self.reserved
+
+    sizes = []
+    for recorder in (CountingRecorder(), Growing()):
+        runtime = Runtime(tiny_model(), precision="float32", graphs=True, recorder=recorder)
+        runtime.record([(1, 32, 32)])
+        assert runtime._programs is not None
+        sizes.append(runtime._programs.size_bytes)
+    draws = 2 * 4 * 4 * 4 * 4  # one draw for both modalities, four channels of 4x4, float32
+    images = 4 * 32 * 32 * (4 + 3 + 3 + 1)
+    assert sizes[0] == 2 * (images + draws + 1)  # the flag is a byte; all of it on the host, too
+    assert sizes[1] == images + draws + 1 + (1 << 30)
+
+
 def test_a_recorded_run_reports_what_is_not_finite_and_recovers() -> None:
     model = tiny_model()
     runtime, _ = recording(model)
@@ -183,10 +372,11 @@ def test_captured_sampling_equals_eager(precision: str, shape: tuple[int, int, i
     eager = Runtime(model, precision=precision, graphs=False)  # type: ignore[arg-type]
     captured = Runtime(model, precision=precision, graphs=True)  # type: ignore[arg-type]
     captured.record([shape])
-    tolerance = 1e-4 if precision == "float32" else 2e-2
+    # Algorithms chosen by trial round otherwise, and in bfloat16 single values then differ by many of its coarse steps.
+    distance, tolerance = (largest_difference, 1e-4) if precision == "float32" else (rms_difference, 2e-2)
     for seed in (0, 1, 99):
         vis, ir = pairs(*shape, seed=seed)
-        assert largest_difference(captured.fuse(vis, ir, seeds=seed), eager.fuse(vis, ir, seeds=seed)) < tolerance
+        assert distance(captured.fuse(vis, ir, seeds=seed), eager.fuse(vis, ir, seeds=seed)) < tolerance
         on_device = captured.fuse(vis.cuda(), ir.cuda(), seeds=seed)
         assert images_of(on_device)[0].is_cuda
     assert captured.num_recorded == 1
@@ -206,8 +396,7 @@ def test_captured_presets_equal_eager(preset: str, shape: tuple[int, int, int]) 
         vis, ir = pairs(*shape, seed=seed)
         one, other = (r.fuse(vis, ir, steps=4, seeds=seed) for r in (captured, eager))
         # Algorithms chosen by trial may round otherwise than those of an eager run.
-        for a, b in zip(images_of(one), images_of(other), strict=True):
-            assert float((a - b).square().mean().sqrt()) < 1e-2
+        assert rms_difference(one, other) < 1e-2
     assert captured.num_recorded == 1
 
 

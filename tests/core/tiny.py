@@ -62,6 +62,12 @@ def largest_difference(one: FusionOutput, other: FusionOutput) -> float:
     return max(float((a.float() - b.float()).abs().max()) for a, b in together)
 
 
+def rms_difference(one: FusionOutput, other: FusionOutput) -> float:
+    """The largest of the pictures' root mean squares of the difference."""
+    together = zip(images_of(one), images_of(other), strict=True)
+    return max(float((a.float() - b.float()).square().mean().sqrt()) for a, b in together)
+
+
 def pairs(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random images with some structure: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1]."""
     generator = Generator().manual_seed(seed)

@@ -65,8 +65,7 @@ def _serve_all_in_one(settings: Settings) -> int:
     from service.command.processes import serve_all_in_one
     from service.work.engine import build_engine
 
-    engine = build_engine(settings.engine, settings.worker.per_host)
-    return _run(lambda stop: serve_all_in_one(settings, engine, stop, _announce), settings)
+    return _run(lambda stop: serve_all_in_one(settings, build_engine(settings), stop, _announce), settings)
 
 
 def _announce(address: str) -> None:
@@ -139,5 +138,6 @@ def worker(
         watched = f"; metrics and health on {address}" if address else ""
         err.print(f"working{watched}; Ctrl-C stops", markup=False, soft_wrap=True)
 
-    built = build_engine(settings.engine, settings.worker.per_host)
-    raise typer.Exit(_run(lambda stop: serve_worker(settings, shared, built, stop, announce), settings))
+    raise typer.Exit(
+        _run(lambda stop: serve_worker(settings, shared, build_engine(settings), stop, announce), settings)
+    )

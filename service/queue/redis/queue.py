@@ -257,12 +257,12 @@ class RedisQueue:
         self._holdings.let_go(lease.job.id)
         return is_visible
 
-    async def release(self, leases: Sequence[Lease]) -> None:
+    async def release(self, leases: Sequence[Lease], *, was_tried: bool = False) -> None:
         """See JobQueue."""
         for worker_id in {lease.worker_id for lease in leases}:
             own = [lease for lease in leases if lease.worker_id == worker_id]
             arguments = [part for lease in own for part in (*lease.token.split("/"), lease.attempt)]
-            await self._transitions.call("release", worker_id, *arguments)
+            await self._transitions.call("release", worker_id, int(was_tried), *arguments)
             for lease in own:
                 self._holdings.let_go(lease.job.id)
 

@@ -381,15 +381,17 @@ function commands.renew(worker, ...)
   return states
 end
 
--- worker, then class, entry and attempt of each lease. The entries keep their place in the stream; they count as idle
--- for ever and as not tried, so the next taker claims them. Blocked takers only see new entries, hence the wake stream.
-function commands.release(worker, ...)
+-- worker, 1 if they were tried else 0, then class, entry and attempt of each lease. The entries keep their place in the
+-- stream; they count as idle for ever, so the next taker claims them, or the sweep gives up what was tried too often.
+-- What was not tried loses this attempt. Blocked takers only see new entries, hence the wake stream.
+function commands.release(worker, was_tried, ...)
   local leases, num_released = {...}, 0
   for i = 1, #leases, 3 do
     local class, entry, attempt = leases[i], leases[i + 1], tonumber(leases[i + 2])
     local holder, _, count = delivery_of(class, entry)
     if holder == worker and count == attempt then
-      call('XCLAIM', stream_of(class), GROUP, 'released', 0, entry, 'TIME', 1, 'RETRYCOUNT', attempt - 1, 'JUSTID')
+      local tries = was_tried == '1' and attempt or attempt - 1
+      call('XCLAIM', stream_of(class), GROUP, 'released', 0, entry, 'TIME', 1, 'RETRYCOUNT', tries, 'JUSTID')
       num_released = num_released + 1
     end
   end

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from recofuse_core.training.pairs import PairSource
 from recofuse_core.training.trainer import Trainer
 from tests.core.training.small import CROP, scenes, stage
 
-SMALL = {"cells": 16, "num_quantiles": 6, "width": 32, "channels": (8, 12, 16), "num_levels": 3}
+SIZES: dict[str, Any] = {"cells": 16, "num_quantiles": 6, "width": 32, "channels": (8, 12, 16), "num_levels": 3}
 GAIN = 3.0
 SIDE = 64
 
@@ -37,7 +38,7 @@ def frames_of(kind: FrameKind) -> FrameSource:
 
 def lit_source(kind: FrameKind) -> LitSource:
     """Every pair lit, by a gain that does not depend on it."""
-    estimator = ExposureEstimator(ExposureConfig(**SMALL))
+    estimator = ExposureEstimator(ExposureConfig(**SIZES))
     estimator.curve_head.bias.data[3:6] = math.log(GAIN)
     return LitSource(PairSource(DataConfig(root="scenes"), scenes()), frames_of(kind), estimator, 1.0)
 
@@ -71,7 +72,7 @@ def test_pairs_come_lit_as_often_as_asked() -> None:
 
 def trainer(frames: FrameSource | None) -> Trainer:
     coupled = replace(stage("coupled", 2, rollout=True), lit_probability=0.5)
-    model = {"exposure": SMALL, "tone": {"width": 4}}
+    model = {"exposure": SIZES, "tone": {"width": 4}}
     data = DataConfig(root="scenes")
     config = TrainConfig(preset="compact", version="test", data=data, stages=(coupled,), model=model)
     return Trainer(config, PairSource(data, scenes()), frames=frames)

@@ -187,6 +187,18 @@ class QueueContract:
         assert {lease.job.id for lease in again} == {job.id for job in jobs}
         assert {lease.attempt for lease in again} == {1}
 
+    async def test_a_job_released_after_it_took_its_worker_down_was_tried(self, world: World) -> None:
+        (job,) = await world.submit()
+        for attempt in range(1, SETTINGS.max_attempts + 1):
+            lease = await world.take_one(f"w{attempt}")  # free at once
+            assert lease.attempt == attempt
+            await world.queue.release([lease], was_tried=True)
+        assert await world.queue.take("w9", max_jobs=1, wait_s=0) == []
+        result = await world.queue.wait_result(job.id, timeout_s=1)
+        assert result is not None
+        assert result.error_code is ErrorCode.ATTEMPTS_EXHAUSTED
+        assert [letter.attempts for letter in await world.queue.dead_letters()] == [SETTINGS.max_attempts]
+
     async def test_releasing_what_is_not_held_changes_nothing(self, world: World) -> None:
         (job,) = await world.submit()
         lease = await world.take_one()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,6 +129,21 @@ def test_padding_goes_to_the_next_size_that_fits() -> None:
     assert [policy.padded(n) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 4, 4, 8, 8]
     assert [POLICY.padded(n) for n in (1, 3)] == [1, 3]
     assert BatchPolicy(6, 0, 1, (1, 4, 8)).padded(5) == 5
+
+
+def test_passes_of_frames_that_did_not_fit_stay_smaller_for_a_time() -> None:
+    batcher = crowd(*(replace(job(number), frame="large") for number in range(6)))
+    batcher.limit("large", 2, until_s=10.0)
+    batcher.limit("other", 1, until_s=10.0)
+    assert batcher.next_batch(1.0, num_coming=1) == [0, 1]  # full as it is, so it does not wait
+    assert batcher.next_batch(10.0) == [2, 3, 4, 5]
+    batcher.limit("large", 0, until_s=20.0)
+    assert batcher.max_batch("large", 11.0) == 1
+    assert batcher.max_batch("small", 11.0) == POLICY.max_batch
+    for frame in range(1000):
+        batcher.limit(frame, 1, until_s=20.0)
+    assert batcher.max_batch("large", 11.0) == POLICY.max_batch
+    assert batcher.max_batch(999, 11.0) == 1
 
 
 def test_a_removed_job_does_not_come_out() -> None:

@@ -62,9 +62,10 @@ def test_threads_of_the_model(
     save_checkpoint(weights, tiny_model().state_dict(), GATED, name="tiny", version="1")
     monkeypatch.setattr(threads, "_TORCHS_OWN", 32)
     monkeypatch.setattr(threads, "read_processors", lambda: CONTAINER)
-    settings = Settings.from_values({"engine": {"model": str(weights), "device": "cpu", "num_threads": num_threads}})
+    engine = {"model": str(weights), "device": "cpu", "num_threads": num_threads}
+    settings = Settings.from_values({"engine": engine, "worker": {"per_host": per_host}})
     with caplog.at_level(logging.INFO):
-        build_engine(settings.engine, per_host).load()
+        build_engine(settings).load()
     assert torch.get_num_threads() == expected
     (said,) = [record for record in caplog.records if record.message == "threads of the model"]
     assert (said.__dict__["threads"], said.__dict__["why"]) == (expected, why)

@@ -4,70 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from service.command.processes import new_metrics
-from service.queue.contract import JobQueue, Lease
+from service.queue.contract import Lease
 from service.queue.memory import MemoryQueue
 from service.terms import images
 from service.terms.errors import ErrorCode, UnavailableError
-from service.terms.jobs import FusionJob, FusionOptions, FusionResult, Output, Part, Priority, Stage
+from service.terms.jobs import FusionOptions, FusionResult, Output, Part, Priority, Stage
 from service.terms.settings import Settings
 from service.work.worker import Worker
 from tests.fakes import FakeEngine, job
-
-SETTINGS = Settings.from_values(
-    {
-        "worker": {"id": "w", "take_wait_s": 0.2, "heartbeat_s": 0.05, "drain_timeout_s": 2.0},
-        "batch": {"max_wait_s": 0.2},
-    }
-)
-
-
-@asynccontextmanager
-async def working(
-    engine: FakeEngine, settings: Settings = SETTINGS, queue: JobQueue | None = None
-) -> AsyncIterator[tuple[JobQueue, Worker]]:
-    queue = queue or MemoryQueue(settings.queue)
-    worker = Worker(queue, engine, settings, new_metrics())
-    running = asyncio.create_task(worker.run())
-    await asyncio.wait_for(worker.warm.wait(), 5)
-    try:
-        yield queue, worker
-    finally:
-        engine.gate.set()
-        worker.stop()
-        await asyncio.wait_for(running, 10)
-
-
-def fresh(count: int, **kind: object) -> list[FusionJob]:
-    return [job(seed=seed, created_s=time.time(), keep_result=True, **kind) for seed in range(count)]  # type: ignore[arg-type]
-
-
-async def results(queue: JobQueue, jobs: list[FusionJob]) -> list[FusionResult]:
-    found = await asyncio.gather(*(queue.wait_result(job.id, timeout_s=10) for job in jobs))
-    return [result for result in found if result is not None]
-
-
-async def until(claim: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not claim():  # noqa: ASYNC110 - looks at a state that belongs to others
-            await asyncio.sleep(0.005)
-
-
-async def held_back(engine: FakeEngine, queue: JobQueue, worker: Worker, jobs: list[FusionJob]) -> None:
-    """Submit one job that keeps the engine busy, then the others; they are decoded and wait."""
-    engine.gate.clear()
-    await queue.submit(jobs[0])
-    await until(engine.started.is_set)
-    for waiting in jobs[1:]:
-        await queue.submit(waiting)
-    await until(lambda: len(worker._batcher) == len(jobs) - 1)
+from tests.service.work.workers import SETTINGS, fresh, held_back, results, until, working
 
 
 async def test_a_job_becomes_a_picture_with_its_timings() -> None:
