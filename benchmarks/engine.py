@@ -448,7 +448,7 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     from benchmarks.load import picture_pair
     from recofuse_images.pairs import FoundPair
     from service.command.files import fuse_files
-    from service.terms.jobs import Part
+    from service.terms.jobs import FusionOptions, Part
     from service.terms.settings import CodecSettings, EngineSettings, LimitSettings
     from service.work.engine import CoreEngine, PassOptions
 
@@ -457,7 +457,7 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
         path.write_bytes(content)
     engine = CoreEngine(EngineSettings(device="cpu", num_threads=1))
     engine.load()
-    options = PassOptions(engine.info.default_steps, engine.info.default_sampler, (Part.FUSED,))
+    options = PassOptions.of(FusionOptions(), engine.info)
     pair = FoundPair("pair", vis, ir)
     spent = []
     for _ in range(repeats + 1):

@@ -101,12 +101,12 @@ def run(
 
 
 def _engine_s(engine: Any, files: tuple[bytes, bytes], batch: int, num_images: int, on_gpu: bool) -> float:
-    from service.terms.jobs import Part
+    from service.terms.jobs import FusionOptions
     from service.work.engine import PassOptions
 
     colour, grey = (cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_UNCHANGED) for file in files)
     vis, ir = np.stack([np.asarray(colour, np.uint8)] * batch), np.stack([np.asarray(grey, np.uint8)] * batch)
-    options = PassOptions(engine.info.default_steps, engine.info.default_sampler, (Part.FUSED,))
+    options = PassOptions.of(FusionOptions(), engine.info)
     clock = time.perf_counter if on_gpu else time.process_time
     for _ in range(3 if on_gpu else 1):
         engine.fuse(vis, ir, options, [0] * batch)

@@ -18,7 +18,19 @@ from recofuse_client.errors import RouteNotFoundError
 from recofuse_client.pictures import ImageLike
 from recofuse_client.protocols import Calls, Target
 from recofuse_client.retries import Operation, Retry, run, run_async
-from recofuse_client.values import Format, Fusion, Health, Job, Mode, Model, Options, Output, Priority, Sampler
+from recofuse_client.values import (
+    Exposure,
+    Format,
+    Fusion,
+    Health,
+    Job,
+    Mode,
+    Model,
+    Options,
+    Output,
+    Priority,
+    Sampler,
+)
 
 if TYPE_CHECKING:
     from recofuse_client.streams.awaiting import AsyncFrameStream
@@ -54,6 +66,7 @@ class FusionOptions(TypedDict, total=False):
     seed: int
     vis_range: tuple[float, float] | None
     ir_range: tuple[float, float] | None
+    exposure: Exposure | None
     priority: Priority
 
 

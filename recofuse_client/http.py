@@ -108,12 +108,15 @@ class HttpProtocol:
     def models(self, timeout_s: float) -> Operation[HttpRequest, list[Model]]:
         """GET /v1/models."""
         document = _json(_checked((yield Send(HttpRequest("GET", "/v1/models"), timeout_s))))
-        known = [field.name for field in fields(Model)]  # a newer server may tell more
+        known = [field.name for field in fields(Model)]  # a newer server may tell more, an older one less
+
+        def model_of(told: dict[str, Any]) -> Model:
+            return Model(
+                **{name: tuple(v) if isinstance(v := told[name], list) else v for name in known if name in told}
+            )
+
         try:
-            return [
-                Model(**{name: model[name] for name in known} | {"devices": tuple(model["devices"])})
-                for model in document["models"]
-            ]
+            return [model_of(told) for told in document["models"]]
         except (KeyError, TypeError) as error:
             raise BadAnswerError("the list of models cannot be understood") from error
 
@@ -139,6 +142,7 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "format": "npy" if options.format == "array" else options.format,
         "steps": options.steps,
         "sampler": options.sampler,
+        "exposure": options.exposure,
         "seed": options.seed,
         "vis_range": None if options.vis_range is None else "{:.17g},{:.17g}".format(*options.vis_range),
         "ir_range": None if options.ir_range is None else "{:.17g},{:.17g}".format(*options.ir_range),

@@ -133,6 +133,9 @@ class GrpcProtocol:
                 default_sampler=model.default_sampler,
                 devices=tuple(model.devices),
                 num_workers=model.num_workers,
+                # A server of an older release does not say, and knows this one alone.
+                default_exposure=model.default_exposure or "as_shot",
+                exposures=tuple(model.exposures) or ("as_shot",),
             )
             for model in answer.models
         ]
@@ -175,6 +178,9 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         sampler=pb.SAMPLER_UNSPECIFIED
         if options.sampler is None
         else pb.Sampler.Value(f"SAMPLER_{options.sampler.upper()}"),
+        exposure=pb.EXPOSURE_UNSPECIFIED
+        if options.exposure is None
+        else pb.Exposure.Value(f"EXPOSURE_{options.exposure.upper()}"),
         seed=options.seed,
         priority=pb.Priority.Value(f"PRIORITY_{options.priority.upper()}"),
         timeout_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),

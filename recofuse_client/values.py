@@ -20,6 +20,7 @@ from recofuse_client.pictures import ImageLike, decoded
 Output = Literal["fused", "vis", "ir", "all"]
 Format = Literal["array", "png", "jpeg", "webp"]
 Sampler = Literal["euler", "posterior", "ode1", "ode2"]
+Exposure = Literal["as_shot", "lit"]
 Priority = Literal["high", "normal", "low"]
 Mode = Literal["all", "latest"]
 IrSource = Literal["raw", "palette", "grey", ""]
@@ -58,9 +59,11 @@ class JobStatus(StrEnum):
 class Options:
     """What may be chosen about the computation and its answer.
 
-    output: which pictures. format: "array" for pixels, else the encoding of the files. steps (1 to 1000), sampler: None
-    asks for the model's own. seed: below 2^63; equal seeds give equal pictures. vis_range, ir_range: source values
-    (low, high) of either image that become black and white, in place of the server's automatic choice.
+    output: which pictures. format: "array" for pixels, else the encoding of the files. steps (1 to 1000), sampler,
+    exposure: None asks for the model's own. seed: below 2^63; equal seeds give equal pictures. vis_range, ir_range:
+    source values (low, high) of either image that become black and white, in place of the server's automatic choice.
+    exposure: "lit" makes a dark scene a well exposed photograph and lifts veils, lamps kept; "as_shot" leaves it as
+    dark as it came. `Model.exposures` tells what the served weights offer.
     """
 
     output: Output = "fused"
@@ -70,13 +73,15 @@ class Options:
     seed: int = 0
     vis_range: tuple[float, float] | None = None
     ir_range: tuple[float, float] | None = None
+    exposure: Exposure | None = None
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
         """Raises ValueError. What depends on the server's limits is the server's to refuse."""
-        for name, kind in (("output", Output), ("format", Format), ("sampler", Sampler), ("priority", Priority)):
+        kinds = {"output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "priority": Priority}
+        for name, kind in kinds.items():
             value, accepted = getattr(self, name), get_args(kind)
-            if value not in accepted and not (name == "sampler" and value is None):
+            if value not in accepted and not (name in ("sampler", "exposure") and value is None):
                 raise ValueError(f"{name}: accepted are {', '.join(accepted)}, not {value!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: accepted are 0 to 2^63 - 1, not {self.seed}")
@@ -177,7 +182,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model that is being served, and what serves it."""
+    """A model that is being served, and what serves it. exposures: what `exposure` may be; "as_shot" if unknown."""
 
     name: str
     version: str
@@ -185,6 +190,8 @@ class Model:
     default_sampler: str
     devices: tuple[str, ...]
     num_workers: int
+    default_exposure: str = "as_shot"
+    exposures: tuple[str, ...] = ("as_shot",)
 
 
 @dataclass(frozen=True, slots=True)

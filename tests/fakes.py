@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from recofuse_images.reader import Pair
 from service.terms import images
 from service.terms.errors import OutOfMemoryError
-from service.terms.jobs import FusionJob, FusionOptions, IrSource, Part, Priority, new_job_id
+from service.terms.jobs import Exposure, FusionJob, FusionOptions, IrSource, Part, Priority, new_job_id
 from service.terms.settings import CodecSettings, LimitSettings
 from service.work.engine import EngineInfo, NullEngine, PassOptions, Pixels
 
@@ -37,12 +38,14 @@ class FakeEngine(NullEngine):
     """Returns its input, and remembers how it was asked.
 
     poison_seeds: a pass that holds one of them fails. max_fit: larger passes run out of memory. gate: passes wait
-    until it is set. batches: the seeds of every pass that was tried, in order; options: what they had in common.
+    until it is set. exposures: those that it offers. batches: the seeds of every pass that was tried, in order;
+    options: what they had in common.
     """
 
     poison_seeds: frozenset[int] = frozenset()
     max_fit: int = 1 << 30
     batch_sizes: tuple[int, ...] = ()
+    exposures: tuple[Exposure, ...] = get_args(Exposure)
     gate: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)
     batches: list[list[int]] = field(default_factory=list)
@@ -54,7 +57,7 @@ class FakeEngine(NullEngine):
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo("fake", "7", "none", default_steps=3, default_sampler="ode1", batch_sizes=self.batch_sizes)
+        return EngineInfo("fake", "7", "none", 3, "ode1", batch_sizes=self.batch_sizes, exposures=self.exposures)
 
     def load(self) -> None:
         if self.on_load is not None:

@@ -27,6 +27,7 @@ from recofuse_images.writer import jpeg_bytes
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.faces.grpc.ledger import quantile
+from service.terms.jobs import Exposure
 from service.watch.metrics import FlowMode
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ CHANNEL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CameraPlan:
-    """What the cameras do. size: (width, height), pixels. steps: sampling steps, None: the model's own."""
+    """What the cameras do. size: (width, height), pixels. steps, exposure: None asks for the model's own."""
 
     num_streams: int = 16
     fps: float = 25.0
@@ -62,6 +63,7 @@ class CameraPlan:
     encoding: Encoding = "jpeg"
     answer: AnswerFormat = "jpeg"
     steps: int | None = None
+    exposure: Exposure | None = None
     max_in_flight: int = 0
     seed: int = 0
     num_frames: int = 25  # of the loop
@@ -137,6 +139,7 @@ class CameraReport:
             "encoding": plan.encoding,
             "answer": plan.answer,
             "steps": plan.steps,
+            "exposure": plan.exposure,
             "num_sent": self.total("num_sent"),
             "num_fused": self.total("num_fused"),
             "num_failed": self.total("num_failed"),
@@ -348,7 +351,11 @@ class _Camera:
 
     def _options(self) -> pb.StreamOptions:
         plan = self._plan
-        fuse = pb.FuseOptions(format=pb.ImageFormat.Value(f"IMAGE_FORMAT_{plan.answer.upper()}"), steps=plan.steps)
+        fuse = pb.FuseOptions(
+            format=pb.ImageFormat.Value(f"IMAGE_FORMAT_{plan.answer.upper()}"),
+            steps=plan.steps,
+            exposure=pb.Exposure.Value(f"EXPOSURE_{(plan.exposure or 'unspecified').upper()}"),
+        )
         return pb.StreamOptions(
             fuse=fuse,
             flow_control=pb.FlowControl.Value(f"FLOW_CONTROL_{plan.mode.name}"),

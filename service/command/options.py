@@ -19,6 +19,14 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0: as many as may be used.")]
+Exposure = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lit|as_shot",
+        help="lit: a dark scene as a well exposed photograph, veils lifted, lamps kept; as_shot: as dark as it came; "
+        "the model's own if unset.",
+    ),
+]
 VisRange = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; by the depth if unset."),

@@ -86,6 +86,8 @@ class ServedModel:
     version: str
     default_steps: int
     default_sampler: str
+    default_exposure: str
+    exposures: tuple[str, ...]
     devices: tuple[str, ...]
     num_workers: int
 
@@ -207,6 +209,12 @@ class Gateway:
                 version=version,
                 default_steps=workers[0].default_steps,
                 default_sampler=workers[0].default_sampler,
+                default_exposure=workers[0].default_exposure,
+                exposures=tuple(  # any of them may take a job
+                    exposure
+                    for exposure in workers[0].exposures
+                    if all(exposure in worker.exposures for worker in workers)
+                ),
                 devices=tuple(sorted({worker.device for worker in workers})),
                 num_workers=len(workers),
             )

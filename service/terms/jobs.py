@@ -126,6 +126,13 @@ class Stage(StrEnum):
 
 Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 
+# What "restored" means for the visible picture: the levels as they came, or a well exposed photograph
+# (docs/decisions/0015). Weights without an exposure estimator offer the first alone.
+Exposure = Literal["as_shot", "lit"]
+
+# What requests that name none get, of weights that offer it. To change it, change it here alone.
+DEFAULT_EXPOSURE: Exposure = "as_shot"
+
 # What was read of an infrared file: the counts or temperatures embedded in a thermal camera's JPEG, a false-colour
 # picture turned back into intensity, or its grey values.
 IrSource = Literal["raw", "palette", "grey"]
@@ -138,8 +145,8 @@ class _Strict(BaseModel):
 class FusionOptions(_Strict):
     """What the caller may choose about the computation and the answer.
 
-    steps, sampler: None asks for the model's own default. vis_range, ir_range: the source values (lowest, highest) that
-    become black and white in the visible and in the infrared image, in place of the automatic choice.
+    steps, sampler, exposure: None asks for the model's own default. vis_range, ir_range: the source values (lowest,
+    highest) that become black and white in the visible and in the infrared image, in place of the automatic choice.
     """
 
     output: Output = Output.FUSED
@@ -149,6 +156,7 @@ class FusionOptions(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     vis_range: tuple[float, float] | None = None
     ir_range: tuple[float, float] | None = None
+    exposure: Exposure | None = None
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> Self:
@@ -164,8 +172,9 @@ class FusionOptions(_Strict):
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
         values: dict[str, Any] = serialise(self)
-        if self.vis_range is None:
-            del values["vis_range"]
+        for name in ("vis_range", "exposure"):
+            if values[name] is None:
+                del values[name]
         return values
 
 
@@ -396,6 +405,7 @@ class WorkerInfo(_Strict):
 
     One of a newer release may tell more than a front end knows; that is no reason to call it none.
     batch_sizes: the batch sizes that the engine prefers, ascending. is_warm: whether it can serve at full speed now.
+    exposures: those that its weights offer; one of an older release does not say, and knows "as_shot" alone.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -409,6 +419,8 @@ class WorkerInfo(_Strict):
     batch_sizes: tuple[int, ...]
     is_warm: bool
     started_s: float
+    default_exposure: str = "as_shot"
+    exposures: tuple[str, ...] = ("as_shot",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

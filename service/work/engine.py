@@ -13,13 +13,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
-from service.terms.jobs import Part, Sampler
+from service.terms.jobs import DEFAULT_EXPOSURE, Exposure, FusionOptions, Part, Sampler
 from service.terms.settings import EngineSettings, Settings
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ class EngineBrokenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is running. batch_sizes: the sizes that it runs best, ascending; empty if it does not care."""
+    """What is running.
+
+    batch_sizes: the sizes that it runs best, ascending; empty if it does not care. exposures: those that it offers.
+    """
 
     model_name: str
     model_version: str
@@ -44,6 +47,12 @@ class EngineInfo:
     default_steps: int
     default_sampler: Sampler
     batch_sizes: tuple[int, ...] = ()
+    exposures: tuple[Exposure, ...] = get_args(Exposure)
+
+    @property
+    def default_exposure(self) -> Exposure:
+        """What a job that names none gets: the default where it is offered, so that every engine serves such a job."""
+        return DEFAULT_EXPOSURE if DEFAULT_EXPOSURE in self.exposures else "as_shot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,23 @@ class PassOptions:
     steps: int
     sampler: Sampler
     parts: tuple[Part, ...]
+    exposure: Exposure
+
+    @classmethod
+    def of(cls, options: FusionOptions, engine: EngineInfo) -> Self:
+        """What these options come to. Raises InvalidInputError for an exposure that the engine does not offer."""
+        exposure = options.exposure or engine.default_exposure
+        if exposure not in engine.exposures:
+            raise InvalidInputError(
+                f"exposure: the weights {engine.model_name} {engine.model_version} have no exposure estimator and "
+                f"cannot give {exposure}; accepted is {', '.join(engine.exposures)}"
+            )
+        return cls(
+            steps=options.steps or engine.default_steps,
+            sampler=options.sampler or engine.default_sampler,
+            parts=options.output.parts,
+            exposure=exposure,
+        )
 
 
 class Engine(Protocol):
@@ -159,6 +185,7 @@ class CoreEngine:
             default_steps=model.default_steps,
             default_sampler=model.default_sampler,
             batch_sizes=runtime.batch_sizes if runtime.records else (),
+            exposures=("as_shot",) if runtime.model.exposure is None else get_args(Exposure),
         )
 
     def load(self) -> None:
@@ -191,11 +218,14 @@ class CoreEngine:
         sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
         batches = runtime.batch_sizes if runtime.records else (1,)
         shapes = [(batch, height, width) for width, height in sizes for batch in batches]
+        exposure = self.info.default_exposure
         num_done, last = 0, None
         # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
         for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
             for shape in shapes:
-                error = _failure_of(functools.partial(runtime.record, [shape], outputs=outputs, levels=True))
+                error = _failure_of(
+                    functools.partial(runtime.record, [shape], outputs=outputs, levels=True, exposure=exposure)
+                )
                 if error is None:
                     num_done += 1
                     continue
@@ -243,6 +273,7 @@ class CoreEngine:
             sampler=options.sampler,
             seeds=seeds,
             outputs=tuple(part.value for part in options.parts),
+            exposure=options.exposure,
         )
         return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
 

@@ -144,6 +144,8 @@ class Worker:
                 device=engine.device,
                 default_steps=engine.default_steps,
                 default_sampler=engine.default_sampler,
+                default_exposure=engine.default_exposure,
+                exposures=engine.exposures,
                 batch_sizes=sizes,
                 is_warm=True,
                 started_s=started_s,
@@ -260,6 +262,7 @@ class Worker:
                 return
             started = time.perf_counter()
             try:
+                options = self._pass_options(held)
                 held.pair = await asyncio.get_running_loop().run_in_executor(self._codecs, self._codec.decode, job)
             except ServiceError as error:
                 await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
@@ -274,7 +277,7 @@ class Worker:
             held.ready_s = self._clock()
             deadline_s = math.inf if job.deadline_s is None else job.deadline_s
             # Both sizes are equal, unless a codec stands in for the pictures.
-            bucket = (job.width, job.height, held.pair.ir.shape, self._pass_options(held))
+            bucket = (job.width, job.height, held.pair.ir.shape, options)
             frame = self._frame(held)
             self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s, frame))
         finally:
@@ -477,12 +480,7 @@ class Worker:
         return BatchPolicy(batch.max_batch, batch.max_wait_s, batch.starvation_s, sizes)
 
     def _pass_options(self, held: _Held) -> PassOptions:
-        options, engine = held.lease.job.options, self._engine.info
-        return PassOptions(
-            steps=options.steps or engine.default_steps,
-            sampler=options.sampler or engine.default_sampler,
-            parts=options.output.parts,
-        )
+        return PassOptions.of(held.lease.job.options, self._engine.info)
 
     def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
         """What decides how much memory one job of a pass needs."""

@@ -109,7 +109,15 @@ async def test_options_reach_the_engine(running: Served, kind: str) -> None:
     await client.fuse(VIS, IR, steps=17, sampler="euler", seed=99, priority="high")
     assert running.engine.batches[-1] == [99]
     assert (running.engine.options[-1].steps, running.engine.options[-1].sampler) == (17, "euler")
-    for wrong in ({"output": "both"}, {"format": "bmp"}, {"sampler": "magic"}, {"priority": "urgent"}):
+    for exposure, expected in (("as_shot", "as_shot"), ("lit", "lit"), (None, running.engine.info.default_exposure)):
+        await client.fuse(VIS, IR, exposure=exposure)
+        assert running.engine.options[-1].exposure == expected
+    job = await client.submit(VIS, IR, exposure="lit")
+    await client.wait(job.id)
+    assert running.engine.options[-1].exposure == "lit"
+    for wrong in (
+        {"output": "both"}, {"format": "bmp"}, {"sampler": "magic"}, {"exposure": "bright"}, {"priority": "urgent"}
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="accepted are"):
             await client.fuse(VIS, IR, **wrong)
     for odd in ({"seed": -1}, {"seed": 2**63}, {"steps": 0}, {"steps": 1001}):
@@ -279,6 +287,7 @@ async def test_models_and_health(running: Served, kind: str) -> None:
     (model,) = await client.models()
     assert (model.name, model.version, model.default_steps, model.default_sampler) == ("fake", "7", 3, "ode1")
     assert (model.devices, model.num_workers) == (("none",), 1)
+    assert (model.default_exposure, model.exposures) == (running.engine.info.default_exposure, ("as_shot", "lit"))
     assert (await client.health()).is_ready
 
 

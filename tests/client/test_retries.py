@@ -302,6 +302,10 @@ async def test_what_a_newer_server_tells_of_its_models_is_left_out(kind: str) ->
         client = Any4(kind, url, retry=NO_RETRY, timeout_s=20)
         (told,) = await client.models()
         assert (told.name, told.devices, told.num_workers) == ("compact", ("cpu",), 2)
+        assert (told.default_exposure, told.exposures) == (
+            "as_shot",
+            ("as_shot",),
+        )  # of an older one, which says neither
         await client.close()
 
 

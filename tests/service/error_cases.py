@@ -67,6 +67,7 @@ ERROR_CASES: dict[str, ErrorCase] = {
         output=("everything", pb.FuseOptions(output=UNKNOWN)),
         format=("bmp", pb.FuseOptions(format=UNKNOWN)),
         sampler=("magic", pb.FuseOptions(sampler=UNKNOWN)),
+        exposure=("bright", pb.FuseOptions(exposure=UNKNOWN)),
         priority=("urgent", pb.FuseOptions(priority=UNKNOWN)),
         steps__none=("0", pb.FuseOptions(steps=0)),
         steps__many=("1001", pb.FuseOptions(steps=1001)),

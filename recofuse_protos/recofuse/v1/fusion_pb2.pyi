@@ -177,6 +177,30 @@ SAMPLER_ODE1: Sampler.ValueType  # 3
 SAMPLER_ODE2: Sampler.ValueType  # 4
 Global___Sampler: _TypeAlias = Sampler  # noqa: Y015
 
+class _Exposure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExposureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exposure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPOSURE_UNSPECIFIED: _Exposure.ValueType  # 0
+    """the model's own default"""
+    EXPOSURE_AS_SHOT: _Exposure.ValueType  # 1
+    """the scene stays as dark as it came"""
+    EXPOSURE_LIT: _Exposure.ValueType  # 2
+    """a well exposed photograph: a dark scene is lit, veils are lifted, lamps kept"""
+
+class Exposure(_Exposure, metaclass=_ExposureEnumTypeWrapper):
+    """What "restored" means for the visible picture, and so for the fused one."""
+
+EXPOSURE_UNSPECIFIED: Exposure.ValueType  # 0
+"""the model's own default"""
+EXPOSURE_AS_SHOT: Exposure.ValueType  # 1
+"""the scene stays as dark as it came"""
+EXPOSURE_LIT: Exposure.ValueType  # 2
+"""a well exposed photograph: a dark scene is lit, veils are lifted, lamps kept"""
+Global___Exposure: _TypeAlias = Exposure  # noqa: Y015
+
 class _InfraredSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -407,6 +431,7 @@ class FuseOptions(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     VIS_RANGE_FIELD_NUMBER: _builtins.int
+    EXPOSURE_FIELD_NUMBER: _builtins.int
     output: Global___Output.ValueType
     format: Global___ImageFormat.ValueType
     steps: _builtins.int
@@ -419,6 +444,8 @@ class FuseOptions(_message.Message):
     """Nobody wants the answer after this many milliseconds, counted from the request's arrival. Unset: the call's deadline
     (Fuse) or the server's default. The earlier of this and the call's deadline counts.
     """
+    exposure: Global___Exposure.ValueType
+    """ListModels tells which a model offers; one that it does not is refused with INVALID_ARGUMENT."""
     @_builtins.property
     def ir_range(self) -> Global___IrRange: ...
     @_builtins.property
@@ -435,10 +462,11 @@ class FuseOptions(_message.Message):
         priority: Global___Priority.ValueType = ...,
         timeout_ms: _builtins.int | None = ...,
         vis_range: Global___VisRange | None = ...,
+        exposure: Global___Exposure.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
@@ -1038,13 +1066,21 @@ class ServedModel(_message.Message):
     DEFAULT_SAMPLER_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    DEFAULT_EXPOSURE_FIELD_NUMBER: _builtins.int
+    EXPOSURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     default_steps: _builtins.int
     default_sampler: _builtins.str
     num_workers: _builtins.int
+    default_exposure: _builtins.str
+    """as in `exposures`"""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def exposures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """as_shot, lit"""
+
     def __init__(
         self,
         *,
@@ -1054,10 +1090,12 @@ class ServedModel(_message.Message):
         default_sampler: _builtins.str = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
         num_workers: _builtins.int = ...,
+        default_exposure: _builtins.str = ...,
+        exposures: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_sampler", b"default_sampler", "default_steps", b"default_steps", "devices", b"devices", "name", b"name", "num_workers", b"num_workers", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_exposure", b"default_exposure", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "devices", b"devices", "exposures", b"exposures", "name", b"name", "num_workers", b"num_workers", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from service.command.environment import read_settings
 from service.command.extras import require
-from service.command.options import DEFAULT_WEIGHTS, Device, IrRange, Threads, VisRange, Weights
+from service.command.options import DEFAULT_WEIGHTS, Device, Exposure, IrRange, Threads, VisRange, Weights
 from service.command.terminal import SOURCES, complain, out, progress_bar
 from service.terms.errors import InvalidInputError, ServiceError
 
@@ -43,6 +43,7 @@ def fuse(
     sampler: Annotated[
         str | None, typer.Option(help="euler, posterior, ode1 or ode2; the model's own if unset.")
     ] = None,
+    exposure: Exposure = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -55,31 +56,35 @@ def fuse(
     require("torch")  # its extra brings the codecs too; who lacks both would be sent for those first
     from recofuse_images.pairs import told
     from service.command.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
-    from service.terms.jobs import Part, printable
+    from service.terms.jobs import Output, printable
     from service.work.engine import CoreEngine, PassOptions
 
     settings = read_settings()
     pairs, passed_over = match_pairs(vis, ir, leave_out=output)
-    parts = tuple(Part) if all_ else (Part.FUSED,)
+    parts = (Output.ALL if all_ else Output.FUSED).parts
     is_folder = vis.is_dir()
     if is_folder and output.exists() and not output.is_dir():
         raise InvalidInputError(f"output: {output} is a file, but two folders need a folder")
     targets = [paths_of_parts(output / f"{pair.name}.png" if is_folder else output, parts) for pair in pairs]
     if sheet is not None:
-        paths_of_parts(sheet, (Part.FUSED,))  # an impossible suffix is told before the work, not after it
+        paths_of_parts(sheet, Output.FUSED.parts)  # an impossible suffix is told before the work, not after it
     given = [path for pair in pairs for path in (pair.vis, pair.ir)] + [item.path for item in passed_over]
     _refuse_to_overwrite(given, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
-    asked = _valid_options(steps=steps, sampler=sampler, seed=seed, vis_range=vis_range, ir_range=ir_range)
+    asked = _valid_options(
+        output=Output.ALL if all_ else Output.FUSED,
+        steps=steps,
+        sampler=sampler,
+        exposure=exposure,
+        seed=seed,
+        vis_range=vis_range,
+        ir_range=ir_range,
+    )
     if passed_over:
         complain(told(passed_over))
 
     engine = CoreEngine(settings.engine.model_copy(update={"model": weights, "device": device, "num_threads": threads}))
     engine.load()
-    options = PassOptions(
-        steps=asked.steps or engine.info.default_steps,
-        sampler=asked.sampler or engine.info.default_sampler,
-        parts=parts,
-    )
+    options = PassOptions.of(asked, engine.info)
     costs: list[Mapping[Stage, Cost]] = []
     sources: Counter[str] = Counter()
     rows: list[list[tuple[str, Pixels]]] = []
@@ -111,7 +116,8 @@ def fuse(
             if sheet is not None and len(rows) < MAX_SHEET_ROWS:
                 rows.append(_sheet_row(pair, fusion))
     if costs:
-        out.print(_cost_table(costs, f"{engine.info.model_name}, {options.sampler}, {options.steps} steps"))
+        made = f"{engine.info.model_name}, {options.sampler}, {options.steps} steps, {options.exposure}"
+        out.print(_cost_table(costs, made))
         if set(sources) != {"grey"}:
             found = "; ".join(f"{SOURCES[name]} ({sources[name]} of {len(costs)})" for name in SOURCES if sources[name])
             out.print(f"infrared read: {found}", markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from service.command.environment import API_KEY_VARIABLE
-from service.command.options import DEFAULT_WEIGHTS, IrRange, VisRange, Weights, sides_of
+from service.command.options import DEFAULT_WEIGHTS, Exposure, IrRange, VisRange, Weights, sides_of
 from service.command.terminal import SOURCES, complain, err, out
 from service.terms.errors import InvalidInputError
 
@@ -30,6 +30,7 @@ def simulate_cameras(
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
+    exposure: Exposure = None,
     max_in_flight: Annotated[int, typer.Option(min=0, help="Frames of a stream at work; 0: the server's default.")] = 0,
     engine: Annotated[
         str | None, typer.Option(metavar="core|null|fixed", help="Of the own server; fixed has a constant cost.")
@@ -54,9 +55,10 @@ def simulate_cameras(
         ("mode", mode, ("latest", "all")),
         ("encoding", encoding, ("jpeg", "raw")),
         ("format", answer, ("jpeg", "png", "webp", "raw")),
+        ("exposure", exposure, ("lit", "as_shot", None)),
     ):
         if value not in known:
-            raise InvalidInputError(f"{name}: {value} is none of {', '.join(known)}")
+            raise InvalidInputError(f"{name}: {value} is none of {', '.join(filter(None, known))}")
     plan = CameraPlan(
         num_streams=streams,
         fps=fps,
@@ -66,6 +68,7 @@ def simulate_cameras(
         encoding=cast("Any", encoding),
         answer=cast("Any", answer),
         steps=steps,
+        exposure=cast("Any", exposure),
         max_in_flight=max_in_flight,
         seed=seed,
     )
@@ -112,6 +115,7 @@ def stream(
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
+    exposure: Exposure = None,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -138,7 +142,11 @@ def stream(
 
     from recofuse_client import Client, live, video
 
-    for name, value, known in (("mode", mode, ("all", "latest", None)), ("part", part, ("fused", "vis", "ir"))):
+    for name, value, known in (
+        ("mode", mode, ("all", "latest", None)),
+        ("part", part, ("fused", "vis", "ir")),
+        ("exposure", exposure, ("lit", "as_shot", None)),
+    ):
         if value not in known:
             raise InvalidInputError(f"{name}: {value} is none of {', '.join(filter(None, known))}")
     is_fresh = realtime or video.is_live_pair(vis, ir)
@@ -175,6 +183,7 @@ def stream(
             options={
                 "output": cast("Any", part),
                 "steps": steps,
+                "exposure": cast("Any", exposure),
                 "seed": seed,
                 "vis_range": vis_range,
                 "ir_range": ir_range,

@@ -45,6 +45,7 @@ def info(
     facts.add_row("preset", model.info.preset)
     facts.add_row("parameters", f"{model.info.num_parameters:,}")
     facts.add_row("default", f"{model.info.default_sampler}, {model.info.default_steps} steps")
+    facts.add_row("exposures", "as_shot" if model.exposure is None else "as_shot, lit")
     shown = (("config", asdict(model.config)), ("provenance", model.info.provenance), ("device", told(observe())))
     for group, values in shown:
         facts.add_section()

@@ -53,6 +53,7 @@ class CheckedOptions:
             "output": name_of(pb.Output, message.output, "output"),
             "format": "npy" if is_raw else image_format,
             "sampler": name_of(pb.Sampler, message.sampler, "sampler"),
+            "exposure": name_of(pb.Exposure, message.exposure, "exposure"),
             "steps": message.steps if message.HasField("steps") else None,
             "vis_range": (message.vis_range.low, message.vis_range.high) if message.HasField("vis_range") else None,
             "ir_range": (message.ir_range.low, message.ir_range.high) if message.HasField("ir_range") else None,

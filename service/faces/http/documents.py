@@ -41,6 +41,8 @@ class ModelDocument(BaseModel):
     version: str
     default_steps: int
     default_sampler: str
+    default_exposure: str
+    exposures: list[str]
     devices: list[str]
     num_workers: int
 

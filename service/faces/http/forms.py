@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import parse_qsl
 
 from fastapi import Request
@@ -26,7 +26,7 @@ from service.terms.errors import (
     ServiceError,
     UnsupportedMediaError,
 )
-from service.terms.jobs import FusionOptions, ImageFormat, Output, Priority, problems_of
+from service.terms.jobs import Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
 from service.terms.settings import Settings
 from service.watch.logs import request_id
 
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_OPTION_BYTES = 1024
-OPTION_FIELDS = ("output", "format", "steps", "sampler", "seed", "vis_range", "ir_range", "priority", "timeout_ms")
+OPTION_FIELDS = (
+    "output", "format", "steps", "sampler", "exposure", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
+)  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")
 
 _RANGE = r"^[+-]?\d+(\.\d+)?,[+-]?\d+(\.\d+)?$"
@@ -57,6 +59,12 @@ FORM: dict[str, Any] = {
         "format": {"type": "string", "enum": list(ImageFormat), "default": "png"},
         "steps": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "default: the model's own"},
         "sampler": {"type": "string", "enum": ["euler", "posterior", "ode1", "ode2"]},
+        "exposure": {
+            "type": "string",
+            "enum": list(get_args(Exposure)),
+            "description": "lit: a dark scene as a well exposed photograph, veils lifted, lamps kept; as_shot: as dark "
+            "as it came. Default: the model's own; GET /v1/models tells which a model offers",
+        },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
         "vis_range": {
             "type": "string",

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.responses import JSONResponse
@@ -23,6 +23,7 @@ from service.faces.oip.bodies import answer_body, split_body
 from service.faces.oip.inference import Inference
 from service.faces.oip.tensors import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, InferRequest
 from service.terms.errors import ErrorCode, UnavailableError
+from service.terms.jobs import Exposure
 from service.terms.settings import LimitSettings, Settings
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -53,6 +54,7 @@ _REQUEST: dict[str, Any] = {
                 "seed": {"type": ["integer", "null"]},
                 "steps": {"type": ["integer", "null"]},
                 "sampler": {"type": ["string", "null"]},
+                "exposure": {"type": ["string", "null"], "enum": [*get_args(Exposure), None]},
             },
         },
         "inputs": {

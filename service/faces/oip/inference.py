@@ -109,7 +109,9 @@ class Inference:
         workers = await self._workers(name, version)
         texts = {f"datatypes_{tensor}": ",".join(datatypes) for tensor, datatypes in INPUTS.items()}
         if workers:
-            texts |= {"default_steps": str(workers[0].default_steps), "default_sampler": workers[0].default_sampler}
+            first = workers[0]
+            texts |= {"default_steps": str(first.default_steps), "default_sampler": first.default_sampler}
+            texts |= {"default_exposure": first.default_exposure, "exposures": ",".join(first.exposures)}
         return {
             "name": name,
             "platform": MODEL,

@@ -146,7 +146,8 @@ def _options_of(
     parameters: Mapping[str, Parameter], outputs: Sequence[str]
 ) -> tuple[FusionOptions, Priority, float | None, bool]:
     """Options, priority, timeout in seconds, and whether files are wanted. Raises InvalidInputError."""
-    values: dict[str, Any] = {name: parameters[name] for name in ("seed", "steps", "sampler") if name in parameters}
+    plain = ("seed", "steps", "sampler", "exposure")
+    values: dict[str, Any] = {name: parameters[name] for name in plain if name in parameters}
     for name in ("vis_range", "ir_range"):
         if name in parameters:
             values[name] = tuple(str(parameters[name]).split(","))

@@ -47,6 +47,16 @@ async def test_every_frame_is_accounted_for(serving: Serving, mode: FlowMode) ->
     assert json.loads(json.dumps(report.figures))["num_sent"] == total("num_sent")
 
 
+async def test_cameras_may_ask_for_an_exposure(serving: Serving) -> None:
+    async with serving(grpc={"port": 0}) as server:
+        for exposure, expected in (("lit", "lit"), ("as_shot", "as_shot"), (None, server.engine.info.default_exposure)):
+            server.engine.options.clear()
+            asked = plan(FlowMode.ALL, num_streams=1, seconds=0.5, exposure=exposure)
+            report = await simulate([server.grpc_address], asked, LOOPS)
+            assert report.figures["exposure"] == exposure
+            assert {options.exposure for options in server.engine.options} == {expected}
+
+
 async def test_stale_frames_are_dropped_and_counted(serving: Serving) -> None:
     async with serving(grpc={"port": 0}) as server:
         server.engine.gate.clear()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recofuse_core import exposure
 from service.terms.errors import ErrorCode, MalformedRequestError, TimedOutError
 from service.terms.jobs import (
+    DEFAULT_EXPOSURE,
     MAX_WARNING_CHARS,
     MAX_WARNINGS,
+    Exposure,
     FusionJob,
     FusionOptions,
     FusionResult,
@@ -39,6 +42,7 @@ OPTIONS = st.builds(
     seed=st.integers(0, 2**63 - 1),
     vis_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
     ir_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
+    exposure=st.none() | st.sampled_from(get_args(Exposure)),
 )
 LAYOUTS = st.none() | st.builds(
     RawLayout,
@@ -197,6 +201,42 @@ def test_an_older_worker_takes_the_jobs_that_ask_for_nothing_new() -> None:
     options = json.loads(FusionOptions(ir_range=(1, 2)).model_dump_json())
     assert set(options) == {"output", "format", "steps", "sampler", "seed", "ir_range"}
     assert json.loads(FusionOptions(vis_range=(1, 2)).model_dump_json())["vis_range"] == [1, 2]
+    for named in get_args(Exposure):  # it is said: what names none may come to mean another one
+        assert json.loads(FusionOptions(exposure=named).model_dump_json())["exposure"] == named
+
+
+def test_a_job_that_names_no_exposure_has_the_bytes_of_the_older_format() -> None:
+    older = (
+        b'{"id":"j","options":{"output":"fused","format":"png","steps":null,"sampler":null,"seed":5,"ir_range":null},'
+        b'"priority":"normal","width":3,"height":2,"created_s":1.5,"deadline_s":null,"request_id":"","traceparent":null,'
+        b'"keep_result":false,"vis_layout":null,"ir_layout":null,"sizes":[1,2]}'
+    )
+    job = FusionJob(id="j", vis=b"v", ir=b"ir", width=3, height=2, created_s=1.5, options=FusionOptions(seed=5))
+    assert job.header_bytes() == older
+    assert FusionJob.from_parts(older, b"v", b"ir") == job
+    assert FusionJob.from_parts(older, b"v", b"ir").options.exposure is None
+
+
+def test_an_idempotency_key_tells_exposures_apart() -> None:
+    def asking(named: Exposure | None) -> str:
+        options = FusionOptions(exposure=named)
+        return FusionJob(id="j", vis=b"v", ir=b"i", width=3, height=2, created_s=1.5, options=options).fingerprint()
+
+    assert len({asking(named) for named in (None, "as_shot", "lit")}) == 3
+
+
+def test_the_default_exposure_is_one_that_there_is() -> None:
+    assert DEFAULT_EXPOSURE in get_args(Exposure)
+    assert get_args(Exposure) == get_args(exposure.Exposure)
+
+
+def test_a_worker_of_an_older_release_offers_pictures_as_shot() -> None:
+    told = (
+        '{"id":"w1","model_name":"m","model_version":"1","device":"cpu","default_steps":4,"default_sampler":"ode1",'
+        '"batch_sizes":[1,2],"is_warm":true,"started_s":1.0}'
+    )
+    older = WorkerInfo.model_validate_json(told)
+    assert (older.default_exposure, older.exposures) == ("as_shot", ("as_shot",))
 
 
 @pytest.mark.parametrize("name", ["vis_range", "ir_range"])

@@ -15,7 +15,7 @@ from service.queue.contract import Lease
 from service.queue.memory import MemoryQueue
 from service.terms import images
 from service.terms.errors import ErrorCode, UnavailableError
-from service.terms.jobs import FusionOptions, FusionResult, Output, Part, Priority, Stage
+from service.terms.jobs import Exposure, FusionOptions, FusionResult, Output, Part, Priority, Stage
 from service.terms.settings import Settings
 from service.work.worker import Worker
 from tests.fakes import FakeEngine, job
@@ -60,6 +60,45 @@ async def test_jobs_that_wait_together_run_together_by_shape_and_options() -> No
         found = await results(queue, [first, *others])
     assert all(result.error_code is None for result in found)
     assert sorted(map(sorted, engine.batches)) == [[0], [1], [2], [3], [4], [5, 6, 7]]
+
+
+async def test_jobs_of_different_exposure_never_share_a_pass() -> None:
+    engine = FakeEngine()
+    default = engine.info.default_exposure
+    (other,) = set(engine.exposures) - {default}
+    async with working(engine) as (queue, worker):
+        first, *others = fresh(5)
+        for index, exposure in enumerate((other, default, None, other)):
+            others[index] = replace(others[index], options=FusionOptions(seed=index + 1, exposure=exposure))
+        await held_back(engine, queue, worker, [first, *others])
+        engine.gate.set()
+        found = await results(queue, [first, *others])
+    assert all(result.error_code is None for result in found)
+    exposures = [options.exposure for options in engine.options]
+    passes = {tuple(sorted(seeds)): exposure for seeds, exposure in zip(engine.batches, exposures, strict=True)}
+    assert passes == {(0,): default, (1, 4): other, (2, 3): default}
+
+
+async def test_an_exposure_that_the_weights_cannot_give_is_refused_and_fails_alone() -> None:
+    engine = FakeEngine(exposures=("as_shot",))
+    wanted: tuple[Exposure | None, ...] = (None, None, "lit", "as_shot")
+    async with working(engine) as (queue, _):
+        jobs = [
+            replace(each, options=FusionOptions(seed=each.options.seed, exposure=exposure))
+            for each, exposure in zip(fresh(4), wanted, strict=True)
+        ]
+        for each in jobs:
+            await queue.submit(each)
+        plain, unnamed, lit, as_shot = await results(queue, jobs)
+        told = await queue.workers()
+    assert [result.error_code for result in (plain, unnamed, as_shot)] == [None] * 3
+    assert lit.error_code is ErrorCode.INVALID_INPUT
+    assert lit.error_message == (
+        "exposure: the weights fake 7 have no exposure estimator and cannot give lit; accepted is as_shot"
+    )
+    assert sorted(seed for batch in engine.batches for seed in batch) == [0, 1, 3]
+    assert {options.exposure for options in engine.options} == {"as_shot"}
+    assert [(info.default_exposure, info.exposures) for info in told] == [("as_shot", ("as_shot",))]
 
 
 async def test_batches_are_filled_up_to_the_engines_sizes() -> None:

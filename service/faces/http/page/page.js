@@ -238,7 +238,7 @@ const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(
 // The options that differ from what the server takes by itself.
 function chosenOptions() {
   const options = [];
-  for (const name of ["output", "format", "steps", "sampler", "seed", "vis_range", "ir_range"]) {
+  for (const name of ["output", "format", "steps", "sampler", "exposure", "seed", "vis_range", "ir_range"]) {
     const value = form.elements[name].value.trim();
     if (value && value !== { output: "fused", format: "png" }[name]) options.push([name, value]);
   }
@@ -350,6 +350,9 @@ async function showModel() {
     if (!model) return;
     form.elements.steps.placeholder = String(model.default_steps);
     $("own-sampler").textContent = `default (${model.default_sampler})`;
+    $("own-exposure").textContent = `default (${model.default_exposure.replace("_", " ")})`;
+    for (const option of form.elements.exposure.options)
+      option.disabled = option.value !== "" && !model.exposures.includes(option.value);
   } catch (error) {
     $("model").textContent = "";
     if (error.status === 401) askForKey();

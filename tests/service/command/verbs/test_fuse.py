@@ -48,6 +48,22 @@ def test_equal_seeds_give_equal_files_and_others_do_not(pairs: Path, weights: Pa
     assert one != other
 
 
+def test_pictures_are_lit_or_as_dark_as_they_came(pairs: Path) -> None:
+    dark = cv2.imread(str(pairs / "vis/a.png"))
+    assert dark is not None
+    cv2.imwrite(str(pairs / "dark.png"), dark // 6)
+    means = {}
+    for exposure in ("as_shot", "lit"):
+        target = pairs / f"{exposure}.png"
+        pair = ("--vis", pairs / "dark.png", "--ir", pairs / "ir/a.png", "-o", target, "--all")
+        result = run("fuse", *pair, "--exposure", exposure)
+        assert result.exit_code == 0, result.output
+        assert exposure in result.stdout
+        means[exposure] = [np.asarray(cv2.imread(str(pairs / f"{exposure}{part}.png"))).mean() for part in ("", "_vis")]
+    for as_shot, lit in zip(means["as_shot"], means["lit"], strict=True):
+        assert lit > 1.5 * as_shot
+
+
 def test_a_range_of_visible_values_reaches_the_model(pairs: Path, weights: Path) -> None:
     plain = cv2.imread(str(pairs / "vis/a.png"))
     assert plain is not None
@@ -176,6 +192,8 @@ BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
     "sheet without suffix": ({"--sheet": "sheet"}, ".png"),
     "overwriting an input": ({"-o": "ir/a.png"}, "destroy"),
     "unknown sampler": ({"--sampler": "magic"}, "sampler"),
+    "unknown exposure": ({"--exposure": "bright"}, "exposure"),
+    "exposure of other weights": ({"--exposure": "lit"}, "the weights tiny 3 have no exposure estimator"),
     "upside-down vis range": ({"--vis-range": "9 3"}, "vis_range takes two numbers, the lower one first"),
     "upside-down range": ({"--ir-range": "9 3"}, "lower one first"),
     "unknown weights": ({"--weights": "nothing"}, "nothing"),

@@ -63,6 +63,11 @@ async def test_options_reach_the_engine(face: Face) -> None:
     await face.stub.Fuse(request(steps=17, sampler="SAMPLER_EULER", seed=99, priority="PRIORITY_HIGH", timeout_ms=5000))
     assert face.engine.batches[-1] == [99]
     assert (face.engine.options[-1].steps, face.engine.options[-1].sampler) == (17, "euler")
+    for name, expected in (
+        ("AS_SHOT", "as_shot"), ("LIT", "lit"), ("UNSPECIFIED", face.engine.info.default_exposure)
+    ):  # fmt: skip
+        await face.stub.Fuse(request(exposure=f"EXPOSURE_{name}"))
+        assert face.engine.options[-1].exposure == expected
 
 
 async def test_ranges_say_what_becomes_black_and_white(face: Face) -> None:
@@ -159,7 +164,10 @@ async def test_models_are_listed_as_over_http(face: Face) -> None:
     assert document == {
         "name": model.name, "version": model.version, "default_steps": model.default_steps,
         "default_sampler": model.default_sampler, "devices": list(model.devices), "num_workers": model.num_workers,
+        "default_exposure": model.default_exposure, "exposures": list(model.exposures),
     }  # fmt: skip
+    assert list(model.exposures) == ["as_shot", "lit"]
+    assert model.default_exposure == face.engine.info.default_exposure
 
 
 # errors: the same ones as over HTTP

@@ -32,13 +32,17 @@ async def test_options_reach_the_engine(server: Server, place: Literal["data", "
     assert (await server.client.post("/v1/fuse", files=FILES, **asked)).status_code == 200
     assert server.engine.batches[-1] == [99]
     assert (server.engine.options[-1].steps, server.engine.options[-1].sampler) == (17, "euler")
+    for exposure, expected in (("as_shot", "as_shot"), ("lit", "lit"), ("", server.engine.info.default_exposure)):
+        asked = {place: {"exposure": exposure}}
+        assert (await server.client.post("/v1/fuse", files=FILES, **asked)).status_code == 200
+        assert server.engine.options[-1].exposure == expected
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("output", "everything"), ("format", "bmp"), ("steps", "0"), ("steps", "many"), ("steps", "1001"),
-        ("sampler", "magic"), ("seed", "-1"), ("seed", str(2**63)), ("priority", "urgent"), ("timeout_ms", "0"),
+        ("sampler", "magic"), ("exposure", "bright"), ("exposure", "LIT"), ("seed", "-1"), ("seed", str(2**63)), ("priority", "urgent"), ("timeout_ms", "0"),
         ("timeout_ms", "-5"), ("timeout_ms", "soon"), ("timeout_ms", "999999999"), ("ir_range", "9,1"),
         ("ir_range", "1"), ("ir_range", "a,b"), ("ir_range", "nan,1"), ("ir_range", "0,inf"), ("seed", "\N{SNOWMAN}"),
         ("vis_range", "9,1"), ("vis_range", "1"), ("vis_range", "a,b"), ("vis_range", "nan,1"), ("vis_range", "0,inf"),

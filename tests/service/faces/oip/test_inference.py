@@ -99,6 +99,12 @@ async def test_parameters_reach_the_engine(server: Server) -> None:
     np.testing.assert_array_equal(found["ir_restored"][..., 0], np.rint(np.clip((IR - 30.0) / 60, 0, 1) * 255))
     assert server.engine.batches[-1] == [99]
     assert (server.engine.options[-1].steps, server.engine.options[-1].sampler) == (17, "euler")
+    for more, expected in (
+        ({"exposure": "as_shot"}, "as_shot"), ({"exposure": "lit"}, "lit"), ({}, server.engine.info.default_exposure),
+        ({"exposure": None}, server.engine.info.default_exposure),
+    ):  # fmt: skip
+        await post(server.client, *PIXELS, parameters=more)
+        assert server.engine.options[-1].exposure == expected
 
 
 async def test_each_pair_of_a_batch_is_a_job(server: Server) -> None:
@@ -214,6 +220,8 @@ REFUSED: dict[str, tuple[tuple[tuple[Entry, bytes], ...], dict[str, Any], ErrorC
     "no steps": (PIXELS, {"parameters": {"steps": 0}}, ErrorCode.INVALID_INPUT, "steps"),
     "unknown sampler": (PIXELS, {"parameters": {"sampler": "magic"}}, ErrorCode.INVALID_INPUT, "sampler"),
     "unknown format": (PIXELS, {"parameters": {"format": "bmp"}}, ErrorCode.INVALID_INPUT, "format"),
+    "unknown exposure": (PIXELS, {"parameters": {"exposure": "bright"}}, ErrorCode.INVALID_INPUT, "exposure"),
+    "exposure of a number": (PIXELS, {"parameters": {"exposure": 1}}, ErrorCode.INVALID_INPUT, "exposure"),
     "bad vis range": (PIXELS, {"parameters": {"vis_range": "9,1"}}, ErrorCode.INVALID_INPUT, "vis_range"),
     "bad range": (PIXELS, {"parameters": {"ir_range": "9,1"}}, ErrorCode.INVALID_INPUT, "ir_range"),
     "unknown priority": (PIXELS, {"parameters": {"priority": 4}}, ErrorCode.INVALID_INPUT, "priority"),
