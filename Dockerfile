@@ -36,6 +36,7 @@ COPY recofuse_core recofuse_core
 COPY recofuse_client recofuse_client
 COPY recofuse_images recofuse_images
 COPY recofuse_protos recofuse_protos
+COPY recofuse_rigs recofuse_rigs
 RUN /opt/packages/bin/pip install --no-deps --target /opt/recofuse .
 
 FROM base AS runtime

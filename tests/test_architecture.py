@@ -50,6 +50,8 @@ NEVER_PULLED_IN: dict[str, tuple[str, ...]] = {
     # The client is for machines that have neither the model nor the service.
     "recofuse_client": ("torch", "recofuse_core", "service", "fastapi", "pydantic", "redis", "uvicorn", "typer"),
     "recofuse_images": ("torch", "recofuse_core", "service", "recofuse_client", "fastapi", "pydantic", "grpc"),
+    "recofuse_rigs": ("torch", "recofuse_core", "service", "recofuse_client", "fastapi", "pydantic", "grpc"),
+    "recofuse_rigs.rig": CODECS,  # front ends read rigs
 }
 
 # Only this speaks to the environment; everything else is handed its settings.
@@ -197,7 +199,7 @@ def codec_calls(source: str) -> set[str]:
     return attributes & {"imdecode", "imencode", "imread", "imwrite", "imreadmulti", "imwritemulti"}
 
 
-@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
+@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "recofuse_rigs", "service"])
 def test_only_recofuse_images_calls_a_codec(package: str) -> None:
     assert codec_calls("import cv2\ncv2.imread('a.png')") == {"imread"}
     for name in modules_of(package):
