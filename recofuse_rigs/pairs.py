@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from recofuse_images import reader, scale
+from recofuse_images.errors import BadImageError
 from recofuse_images.limits import Limits
 from recofuse_images.picture import Picture
 from recofuse_images.reader import DEFAULT_LIMITS, Infrared, Pair
@@ -40,7 +41,8 @@ def read_aligned(
 
     Raises ImageError like `read_pair`, and BadRigError for pictures of other aspect ratios than the rig's.
     """
-    reader.check_sides(vis, ir)
+    if vis == ir:
+        raise BadImageError("vis and ir are the same file; what holds both sides is registered, and needs no rig")
     visible = reader.read_vis(vis, limits, vis_range)
     infrared = reader.read_infrared(ir, limits)
     height, width = visible.shape[:2]

@@ -84,8 +84,8 @@ class Rig:
         for role, size in (("vis_size", self.vis_size), ("ir_size", self.ir_size)):
             if not all(MIN_SIDE <= side <= MAX_SIDE for side in size):
                 raise BadRigError(f"{role}: sides are {MIN_SIDE} to {MAX_SIDE} pixels, not {size[0]}x{size[1]}")
-        if self.name and not _NAME.fullmatch(self.name):
-            raise BadRigError("name: accepted are letters, digits, - and _, at most 64, the first a letter or digit")
+        if self.name:
+            check_name(self.name)
         if self.method not in _METHODS:
             raise BadRigError(f"method: accepted are {', '.join(_METHODS)}")
         if self.date:
@@ -155,6 +155,12 @@ class Rig:
             spread_px=min(self.spread_px * pixel, float(MAX_SIDE)),
             residual_px=min(self.residual_px * pixel, float(MAX_SIDE)),
         )
+
+
+def check_name(name: str) -> None:
+    """Raises BadRigError for what is no plain word: rigs are looked up by name in a folder."""
+    if not _NAME.fullmatch(name):
+        raise BadRigError("name: accepted are letters, digits, - and _, at most 64, the first a letter or digit")
 
 
 def flat(matrix: Matrix) -> tuple[float, ...]:

@@ -105,7 +105,9 @@ def test_a_heated_checkerboard() -> None:
     matrix = truth(scale=1.1, degrees=2, shift=(0, 0))
     heat = moved(255 - board, matrix, IR_SIZE)
     rig = from_boards([grey_pair(board, heat)], (7, 5))
-    assert error_px(rig.array, matrix) < 1
+    on_board = np.array([[84.0, 64.0], [227.0, 64.0], [227.0, 159.0], [84.0, 159.0]])
+    placed = mapped(rig.array, mapped(np.linalg.inv(matrix), on_board))
+    assert np.linalg.norm(placed - on_board, axis=1).mean() < 1  # squares are 11 infrared pixels wide
     assert rig.method == "checkerboard"
     with pytest.raises(NothingFoundError):
         from_boards([grey_pair(board, np.zeros((128, 160), np.uint8))], (7, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from recofuse_rigs.rig import Matrix, Rig
     from recofuse_rigs.search import GreyPair
 
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PAIRS = 40  # that are read; more add time and little else
 
 Vis = Annotated[Path, typer.Option(help="Visible image, or a folder of them.")]
@@ -47,20 +49,28 @@ def calibrate(
     require("cv2")
     from recofuse_images.writer import encoded
     from recofuse_rigs.calibration import calibrate as calibrated
-    from recofuse_rigs.errors import UnsureError
-    from recofuse_rigs.rig import to_json
+    from recofuse_rigs.rig import check_name, to_json
     from recofuse_rigs.sheet import calibration_sheet
     from recofuse_rigs.targets import from_boards, from_points
     from service.command.files import match_pairs
 
     if corners is not None and checkerboard is not None:
         raise InvalidInputError("give --corners or --checkerboard, not both")
-    found, _ = match_pairs(vis, ir)
+    name = name or output.stem
+    check_name(name)
+    sheet = sheet or output.with_name(f"{output.stem}_sheet.png")
+    if sheet.suffix.lower() not in SHEET_SUFFIXES:
+        raise InvalidInputError(f"sheet: {sheet.name} ends in none of {', '.join(SHEET_SUFFIXES)}")
+    found, passed_over = match_pairs(vis, ir)
+    inputs = {path.resolve() for pair in found for path in (pair.vis, pair.ir)}
+    inputs |= {item.path.resolve() for item in passed_over if item.path not in (output, sheet)}
+    for target in (output, sheet):
+        if target.resolve() in inputs:
+            raise InvalidInputError(f"output: writing {target} would destroy an input; choose another name or folder")
     if len(found) > MAX_PAIRS:
         step = len(found) / MAX_PAIRS
         found = [found[int(index * step)] for index in range(MAX_PAIRS)]
     pairs = _read(found[:1] if corners is not None else found)
-    name = name or output.stem
     today = datetime.date.today().isoformat()
     doubts: tuple[str, ...] = ()
     if corners is not None:
@@ -72,22 +82,18 @@ def calibrate(
         doubts = () if rig.is_sure else (_doubt_of_points(rig),)
     else:
         result = calibrated(pairs)
-        rig, doubts = result.as_rig(), result.doubts
         for index in result.left_out:
             complain(f"{found[index].name}: contradicts the other pairs, and was left out")
+        _require_sure(result.doubts, force)  # before it is made a rig, which it may be too wild to be
+        rig, doubts = result.as_rig(), result.doubts
+    _require_sure(doubts, force)
     rig = replace(rig, name=name, date=today)
     for line in _summary(rig):
         out.print(line, markup=False, soft_wrap=True)
-    if doubts and not force:
-        raise UnsureError(
-            f"unsure, and nothing was written: {'; '.join(doubts)}. Give more pairs with structure all over the frame, "
-            "points by hand (--corners), or --force"
-        )
     for doubt in doubts:
         complain(f"unsure: {doubt}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(to_json(rig), encoding="utf-8")
-    sheet = sheet or output.with_name(f"{output.stem}_sheet.png")
     text = f"{rig.name}: residual {rig.residual_px:.2f} px, spread {rig.spread_px:.2f} px, {rig.num_pairs} pairs"
     sheet.write_bytes(encoded(calibration_sheet(pairs, rig, text), sheet.suffix))
     out.print(f"wrote {output} and {sheet}", markup=False, soft_wrap=True)
@@ -145,13 +151,23 @@ def read_rig(path: Path) -> Rig:
         return from_json(file.read(MAX_FILE_BYTES + 1))
 
 
+def _require_sure(doubts: Sequence[str], force: bool) -> None:
+    """Raises UnsureError where there are doubts and nobody forces."""
+    from recofuse_rigs.errors import UnsureError
+
+    if doubts and not force:
+        raise UnsureError(
+            f"unsure, and nothing was written: {'; '.join(doubts)}. Give more pairs with structure all over the frame, "
+            "points by hand (--corners), a rig (align --rig), or --force"
+        )
+
+
 def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: bool, force: bool) -> None:
     import numpy as np
 
     from recofuse_images.writer import encoded
     from recofuse_rigs.calibration import calibrate as calibrated
     from recofuse_rigs.calibration import grey_pair
-    from recofuse_rigs.errors import UnsureError
     from recofuse_rigs.pairs import read_aligned
 
     limits = _limits()
@@ -161,8 +177,7 @@ def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: b
         from recofuse_images.reader import read_infrared, read_vis
 
         result = calibrated([grey_pair(read_vis(vis, limits), read_infrared(ir, limits).picture.values)])
-        if not result.is_sure and not force:
-            raise UnsureError(f"unsure, and nothing was written: {'; '.join(result.doubts)}. Give --rig or --force")
+        _require_sure(result.doubts, force)
         rig = result.as_rig()
     aligned = read_aligned(vis, ir, rig, limits)
     values = aligned.infrared.picture.values

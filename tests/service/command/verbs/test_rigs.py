@@ -74,6 +74,9 @@ def test_points_given_by_hand(folder: Path) -> None:
     assert_one_line(run(*words, "--corners", points), "four numbers")
     assert_one_line(run(*words, "--checkerboard", "7"), "COLUMNSxROWS")
     assert_one_line(run(*words, "--checkerboard", "7x5", "--force"), "checkerboard")
+    assert_one_line(run(*words, "--name", "../roof"), "name")
+    assert_one_line(run(*words, "--sheet", folder / "sheet.gif"), "sheet.gif")
+    assert_one_line(run(*words, "--sheet", folder / "vis" / "0.png"), "destroy an input")
 
 
 def test_rigs_that_do_not_fit_are_refused(folder: Path) -> None:
