@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -185,15 +186,15 @@ def drawn(rng: np.random.Generator, name: str, scenes: Sequence[Scene], count: i
     )
 
 
-def _noisy(rng: np.random.Generator, picture: NDArray[np.generic], strength: float) -> Grey:
-    return np.clip(picture + rng.normal(0, 1, picture.shape) * strength, 0, 255).astype(np.uint8)
+def _noisy(rng: np.random.Generator, picture: NDArray[Any], strength: float) -> Grey:
+    return np.asarray(np.clip(picture + rng.normal(0, 1, picture.shape) * strength, 0, 255), np.uint8)
 
 
 def error_px(found: Matrix | None, truth: Matrix, ir_size: Size) -> float:
     """Mean distance at the corners of what both cameras see."""
     if found is None:
         return FAILED_PX
-    seen = np.clip(mapped(truth, corners_of(ir_size)), 0, [WIDTH - 1, HEIGHT - 1])
+    seen = np.asarray(np.clip(mapped(truth, corners_of(ir_size)), 0, [WIDTH - 1, HEIGHT - 1]), np.float64)
     with np.errstate(all="ignore"):
         placed = mapped(found, mapped(np.linalg.inv(truth), seen))
     distance = float(np.linalg.norm(placed - seen, axis=1).mean())
@@ -213,10 +214,10 @@ def ecc(pairs: Sequence[GreyPair], ir_size: Size) -> Matrix | None:
                 scale = np.diag([level, level, 1.0])
                 small = (np.linalg.inv(scale) @ warp @ scale).astype(np.float32)
                 criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
-                _, small = cv2.findTransformECC(
+                _, better = cv2.findTransformECC(
                     cv2.resize(pair.vis, size), cv2.resize(laid, size), small, cv2.MOTION_HOMOGRAPHY, criteria
                 )
-                warp = (scale @ small @ np.linalg.inv(scale)).astype(np.float32)
+                warp = (scale @ np.asarray(better) @ np.linalg.inv(scale)).astype(np.float32)
         except cv2.error:
             continue
         matrix = np.linalg.inv(warp.astype(np.float64)) @ base
@@ -226,7 +227,7 @@ def ecc(pairs: Sequence[GreyPair], ir_size: Size) -> Matrix | None:
 
 def sift(pairs: Sequence[GreyPair]) -> Matrix | None:
     """SIFT, Lowe's ratio, RANSAC over the matches of all pairs."""
-    detector, matcher = cv2.SIFT_create(2000), cv2.BFMatcher()
+    detector, matcher = cv2.SIFT.create(2000), cv2.BFMatcher()
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
     for pair in pairs:
