@@ -53,6 +53,7 @@ COPY recofuse_client recofuse_client
 COPY recofuse_host recofuse_host
 COPY recofuse_images recofuse_images
 COPY recofuse_protos recofuse_protos
+COPY recofuse_rigs recofuse_rigs
 RUN /opt/installer/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
     && /opt/installer/bin/pip --python /opt/packages/bin/python install --no-deps --target /opt/recofuse dist/*.whl
 

@@ -47,6 +47,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (  # from the roof to the ground
     (
         Room("recofuse_core", "the model, its training and its measures"),
         Room("recofuse_client", "what programs call servers with"),
+        Room("recofuse_rigs", "how two cameras lie to each other: found, kept in a file, applied"),
     ),
     (
         Room("recofuse_host", "what a process may use of its host, and how its threads wait"),

@@ -51,6 +51,8 @@ NEVER_PULLED_IN: dict[str, tuple[str, ...]] = {
     "recofuse_client": ("torch", "recofuse_core", "service", "fastapi", "pydantic", "redis", "uvicorn", "typer"),
     "recofuse_host": ("torch", "numpy", "recofuse_core", "recofuse_images", "service", "pydantic", *SERVERS),
     "recofuse_images": ("torch", "recofuse_core", "service", "recofuse_client", "fastapi", "pydantic", "grpc"),
+    "recofuse_rigs": ("torch", "recofuse_core", "service", "recofuse_client", "fastapi", "pydantic", "grpc"),
+    "recofuse_rigs.rig": CODECS,  # front ends read rigs
 }
 
 # Only the command speaks to the environment, and everything else is handed its settings; but what OpenMP is told there
@@ -199,7 +201,7 @@ def codec_calls(source: str) -> set[str]:
     return attributes & {"imdecode", "imencode", "imread", "imwrite", "imreadmulti", "imwritemulti"}
 
 
-@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "service"])
+@pytest.mark.parametrize("package", ["recofuse_core", "recofuse_client", "recofuse_rigs", "service"])
 def test_only_recofuse_images_calls_a_codec(package: str) -> None:
     assert codec_calls("import cv2\ncv2.imread('a.png')") == {"imread"}
     for name in modules_of(package):

@@ -24,6 +24,7 @@ from service.command.verbs import (
     evaluation,
     fuse,
     keys,
+    rigs,
     samples,
     serve,
     streams,
@@ -34,6 +35,8 @@ from service.command.verbs import (
 VERBS: Mapping[str, Callable[..., None]] = MappingProxyType(
     {
         "fuse": fuse.fuse,
+        "calibrate": rigs.calibrate,
+        "align": rigs.align,
         "serve": serve.serve,
         "api": serve.api,
         "worker": serve.worker,

@@ -17,7 +17,11 @@ from service.terms.settings import SettingsError
 def mendable() -> tuple[type[BaseException], ...]:
     """The errors that are the caller's to mend. The library is asked only if a verb has loaded it already."""
     kinds: list[type[BaseException]] = [ServiceError, SettingsError, OSError]
-    for module, name in (("recofuse_core.errors", "CoreError"), ("recofuse_client.errors", "RecofuseError")):
+    for module, name in (
+        ("recofuse_core.errors", "CoreError"),
+        ("recofuse_client.errors", "RecofuseError"),
+        ("recofuse_rigs.errors", "RigError"),
+    ):
         if (errors := sys.modules.get(module)) is not None:
             kinds.append(getattr(errors, name))
     return tuple(kinds)

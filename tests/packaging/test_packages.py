@@ -28,12 +28,21 @@ from tests.packaging.environments import CONSTRAINTS, Environment, comparable
 pytestmark = [pytest.mark.package, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAX_LIGHT_MIB = 150
-PACKAGES = ("recofuse_client", "recofuse_core", "recofuse_host", "recofuse_images", "recofuse_protos", "service")
+PACKAGES = (
+    "recofuse_client",
+    "recofuse_core",
+    "recofuse_host",
+    "recofuse_images",
+    "recofuse_protos",
+    "recofuse_rigs",
+    "service",
+)
 NOT_CODE = (
     "recofuse_client/py.typed",
     "recofuse_host/py.typed",
     "recofuse_images/py.typed",
     "recofuse_protos/py.typed",
+    "recofuse_rigs/py.typed",
     "recofuse_core/py.typed",
     "recofuse_core/weights/compact.md",
     "recofuse_core/weights/compact.safetensors",

@@ -10,6 +10,8 @@ from tests.service.command.calls import ROOT, recofuse_process, run
 
 ORDER = [
     "fuse",
+    "calibrate",
+    "align",
     "serve",
     "api",
     "worker",
