@@ -111,9 +111,11 @@ class HttpProtocol:
         known = [field.name for field in fields(Model)]  # a newer server may tell more, an older one less
 
         def model_of(told: dict[str, Any]) -> Model:
-            return Model(
-                **{name: tuple(v) if isinstance(v := told[name], list) else v for name in known if name in told}
-            )
+            known_values = ((name, told[name]) for name in known if name in told)
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in known_values
+            }
+            return Model(**values)
 
         try:
             return [model_of(told) for told in document["models"]]

@@ -54,9 +54,9 @@ class RealEngine(FakeEngine):
 
 
 def dark_pair() -> tuple[Pixels, Pixels]:
-    """A street whose visible picture was taken with far too little light: (64, 96, 3) and (64, 96)."""
+    """A street that lies in the dark but for its brightest spots: (64, 96, 3) and (64, 96)."""
     scene = make_scene(2, 64, 96)
-    vis = (scene.vis.permute(1, 2, 0).numpy() * 40).astype(np.uint8)
+    vis = (scene.vis.permute(1, 2, 0).numpy() ** 3 * 255).astype(np.uint8)
     return np.ascontiguousarray(vis), np.ascontiguousarray((scene.ir[0].numpy() * 255).astype(np.uint8))
 
 
@@ -128,17 +128,22 @@ class Ways:
             return (await client.fuse(VIS, IR, output="vis", exposure=exposure)).vis
 
     async def client_stream(self, exposure: Exposure | None) -> Pixels:
-        async with rc.AsyncClient(f"grpc://{self.server.grpc_address}") as client:
-            async with client.stream([(VIS, IR)], output="vis", exposure=exposure) as results:
-                (result,) = [result async for result in results]
+        async with (
+            rc.AsyncClient(f"grpc://{self.server.grpc_address}") as client,
+            client.stream([(VIS, IR)], output="vis", exposure=exposure) as results,
+        ):
+            (result,) = [result async for result in results]
         return result.unwrap().vis
 
 
 @pytest.fixture
 async def lighting(serving: Serving) -> AsyncIterator[Ways]:
-    async with serving(RealEngine("compact"), grpc={"port": 0}) as server:
-        async with grpc.aio.insecure_channel(server.grpc_address) as channel:
-            yield Ways(server, channel)
+    real = RealEngine("compact")
+    async with (
+        serving(real, grpc={"port": 0}) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        yield Ways(server, channel)
 
 
 async def test_a_dark_scene_is_lit_or_stays_dark_by_every_way_in(lighting: Ways) -> None:
@@ -151,34 +156,37 @@ async def test_a_dark_scene_is_lit_or_stays_dark_by_every_way_in(lighting: Ways)
     assert expected["as_shot"].mean() < 1.5 * VIS.mean()
     assert expected["lit"].mean() > 2.5 * VIS.mean()
     named: tuple[Exposure | None, ...] = ("as_shot", "lit", None)
-    for exposure in named:
-        wanted = expected[exposure or engine.info.default_exposure]
+    for asked in named:
+        wanted = expected[asked or engine.info.default_exposure]
         for way in (
             lighting.http, lighting.unary, lighting.stream, lighting.tensors, lighting.tensors_over_grpc,
             lighting.client, lighting.client_stream,
         ):  # fmt: skip
-            np.testing.assert_array_equal(await way(exposure), wanted, err_msg=f"{way.__name__}, {exposure}")
+            np.testing.assert_array_equal(await way(asked), wanted, err_msg=f"{way.__name__}, {asked}")
 
 
 async def test_weights_without_an_estimator_say_so_by_every_way_in(serving: Serving, tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     save_checkpoint(path, build_model(TINY).state_dict(), TINY, name="tiny", version="3")
     words = "exposure: the weights tiny 3 have no exposure estimator and cannot give lit; accepted is as_shot"
-    async with serving(RealEngine(str(path)), grpc={"port": 0}) as server:
-        async with grpc.aio.insecure_channel(server.grpc_address) as channel:
-            ways = Ways(server, channel)
-            assert problem(await ways.form("lit"), ErrorCode.INVALID_INPUT)["detail"] == words
-            assert (await detail_of(ways.stub.Fuse(ways.message("lit")), ErrorCode.INVALID_INPUT)).message == words
-            frame = await ways.streamed("lit")
-            assert (frame.error.code, frame.error.message) == (ErrorCode.INVALID_INPUT, words)
-            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-            await detail_of(stub.ModelInfer(ways.infer_message("lit")), ErrorCode.INVALID_INPUT)
-            inputs = (tensor("vis", VIS), tensor("ir", IR[..., None]))
-            refused = await post(server.client, *inputs, parameters={"exposure": "lit"})
-            assert refusal(refused, ErrorCode.INVALID_INPUT) == words
-            for exposure in ("as_shot", None):  # whatever the default is, these weights give what they can
-                np.testing.assert_array_equal(await ways.http(exposure), await ways.unary("as_shot"))
-            (model,) = (await server.client.get("/v1/models")).json()["models"]
-            config = (await server.client.get("/v2/models/recofuse/config")).json()["parameters"]
+    real = RealEngine(str(path))
+    async with (
+        serving(real, grpc={"port": 0}) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
+        ways = Ways(server, channel)
+        assert problem(await ways.form("lit"), ErrorCode.INVALID_INPUT)["detail"] == words
+        assert (await detail_of(ways.stub.Fuse(ways.message("lit")), ErrorCode.INVALID_INPUT)).message == words
+        frame = await ways.streamed("lit")
+        assert (frame.error.code, frame.error.message) == (ErrorCode.INVALID_INPUT, words)
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        await detail_of(stub.ModelInfer(ways.infer_message("lit")), ErrorCode.INVALID_INPUT)
+        inputs = (tensor("vis", VIS), tensor("ir", IR[..., None]))
+        refused = await post(server.client, *inputs, parameters={"exposure": "lit"})
+        assert refusal(refused, ErrorCode.INVALID_INPUT) == words
+        for exposure in ("as_shot", None):  # whatever the default is, these weights give what they can
+            np.testing.assert_array_equal(await ways.http(exposure), await ways.unary("as_shot"))
+        (model,) = (await server.client.get("/v1/models")).json()["models"]
+        config = (await server.client.get("/v2/models/recofuse/config")).json()["parameters"]
     assert (model["default_exposure"], model["exposures"]) == ("as_shot", ["as_shot"])
     assert config["default_exposure"] == config["exposures"] == {"string_value": "as_shot"}

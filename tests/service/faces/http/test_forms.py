@@ -42,7 +42,8 @@ async def test_options_reach_the_engine(server: Server, place: Literal["data", "
     ("field", "value"),
     [
         ("output", "everything"), ("format", "bmp"), ("steps", "0"), ("steps", "many"), ("steps", "1001"),
-        ("sampler", "magic"), ("exposure", "bright"), ("exposure", "LIT"), ("seed", "-1"), ("seed", str(2**63)), ("priority", "urgent"), ("timeout_ms", "0"),
+        ("sampler", "magic"), ("exposure", "bright"), ("exposure", "LIT"),
+        ("seed", "-1"), ("seed", str(2**63)), ("priority", "urgent"), ("timeout_ms", "0"),
         ("timeout_ms", "-5"), ("timeout_ms", "soon"), ("timeout_ms", "999999999"), ("ir_range", "9,1"),
         ("ir_range", "1"), ("ir_range", "a,b"), ("ir_range", "nan,1"), ("ir_range", "0,inf"), ("seed", "\N{SNOWMAN}"),
         ("vis_range", "9,1"), ("vis_range", "1"), ("vis_range", "a,b"), ("vis_range", "nan,1"), ("vis_range", "0,inf"),
