@@ -1,42 +1,59 @@
 # syntax=docker/dockerfile:1
 # Two images from one file, both non-root and fit for a read-only root file system:
 #
-#   docker build --target api -t recofuse-api .            HTTP and gRPC, without torch
-#   docker build --target worker -t recofuse-worker .      the model; torch brings its CUDA libraries, the host its driver
+#   docker build --target api -t recofuse-api .                    HTTP and gRPC, without torch
+#   docker build --target worker -t recofuse-worker:cu130 .        the model; CUDA is in the image, the driver on the host
+#   docker build --target worker -t recofuse-worker:cpu --build-arg VARIANT=cpu \
+#       --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #
-# Every Python package has the version of constraints.txt. The base is a tag here so that it can be read; pin what you
-# deploy by digest: --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:... (`docker buildx imagetools inspect`).
+# docs/operations.md says which hosts a variant is for. Every Python package is a wheel whose hash is known: `make lock`
+# writes deploy/requirements-*.txt. The base is a tag here so that it can be read; pin what you deploy by digest:
+# --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:... (`docker buildx imagetools inspect`).
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
 ENV PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1
+
+# What installs stays behind in this stage.
+FROM base AS installer
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/installer && python -m venv --without-pip /opt/packages
+WORKDIR /build
 
 # The front end's packages: in a layer of their own, which a change of the code leaves alone.
-FROM base AS api-packages
-RUN python -m venv /opt/packages
-WORKDIR /build
-COPY constraints.txt deploy/requirements-api.txt ./
-RUN /opt/packages/bin/pip install -r requirements-api.txt -c constraints.txt
+FROM installer AS api-packages
+COPY deploy/requirements-api.txt ./
+RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
+    --only-binary :all: --no-deps --require-hashes -r requirements-api.txt
 
-# The worker's: the same and torch. TORCH_INDEX may name another index to take torch from: with PyTorch's own index of
-# CPU wheels the image is the CPU variant, several gigabytes smaller. Empty: the default index, whose build has CUDA.
-FROM api-packages AS worker-packages
+# What a worker has beside them: torch, from TORCH_INDEX if there is one, and the rest from the default index. Of torch,
+# programs of its tests and what compiles extensions are left out.
+FROM installer AS worker-packages
+ARG VARIANT=cu130
 ARG TORCH_INDEX=""
+COPY deploy/requirements-torch-cpu.txt deploy/requirements-torch-cu130.txt ./
+RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
+    --only-binary :all: --no-deps --require-hashes --target /opt/torch \
+    ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} -r "requirements-torch-${VARIANT}.txt" \
+    && rm -rf /opt/torch/torch/test /opt/torch/torch/bin/test_* /opt/torch/torch/bin/protoc* /opt/torch/torch/include
 COPY deploy/requirements-worker.txt ./
-RUN /opt/packages/bin/pip install -r requirements-worker.txt -c constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"}
+RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
+    --only-binary :all: --no-deps --require-hashes --target /opt/torch -r requirements-worker.txt
 
 # recofuse itself, without what it depends on.
-FROM api-packages AS application
+FROM installer AS application
+COPY deploy/requirements-build.txt ./
+RUN /opt/installer/bin/pip install --only-binary :all: --no-deps --require-hashes -r requirements-build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY recofuse_core recofuse_core
 COPY recofuse_client recofuse_client
 COPY recofuse_images recofuse_images
 COPY recofuse_protos recofuse_protos
-RUN /opt/packages/bin/pip install --no-deps --target /opt/recofuse .
+RUN /opt/installer/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
+    && /opt/installer/bin/pip --python /opt/packages/bin/python install --no-deps --target /opt/recofuse dist/*.whl
 
 FROM base AS runtime
 ARG REVISION=unknown
@@ -48,6 +65,9 @@ LABEL org.opencontainers.image.title="recofuse" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}"
+# Nothing here installs packages: the base image's own installer goes. The packages of `api` are a layer of `worker`, too.
+RUN rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip
+COPY --from=api-packages /opt/packages /opt/packages
 ENV PATH=/opt/recofuse/bin:/opt/packages/bin:${PATH} \
     PYTHONPATH=/opt/recofuse \
     HOME=/tmp
@@ -57,7 +77,6 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["recofuse"]
 
 FROM runtime AS api
-COPY --from=api-packages /opt/packages /opt/packages
 COPY --from=application /opt/recofuse /opt/recofuse
 ENV RECOFUSE_HTTP__HOST=0.0.0.0 \
     RECOFUSE_GRPC__HOST=0.0.0.0
@@ -67,11 +86,13 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
 CMD ["api"]
 
 FROM runtime AS worker
-COPY --from=worker-packages /opt/packages /opt/packages
+COPY --from=worker-packages /opt/torch /opt/torch
 COPY --from=application /opt/recofuse /opt/recofuse
-ENV RECOFUSE_WORKER__METRICS_HOST=0.0.0.0 \
+# Which GPUs a container sees is for whoever starts it to say. What it sees of their driver is for the image: CUDA, and the
+# driver's own report (NVML), but no graphics.
+ENV PYTHONPATH=/opt/recofuse:/opt/torch \
+    RECOFUSE_WORKER__METRICS_HOST=0.0.0.0 \
     RECOFUSE_WORKER__METRICS_PORT=9000 \
-    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 EXPOSE 9000
 # Loading and warming the model may take minutes on a cold disk.

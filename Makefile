@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs pictures bench drills audit check-deploy check-gpu check-package
+.PHONY: help setup demo serve test check fmt proto docs lock pictures bench drills audit check-deploy check-gpu check-package
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,9 @@ docs: $(INSTALLED) ## write docs/settings.md, docs/metrics.md, .env.example, REA
 	@$(BIN)/python -m docs.write_formats
 	@$(BIN)/python -m docs.floor_plan
 	@{ cat deploy/compose.env; $(BIN)/recofuse settings --env; } > .env.example
+
+lock: $(INSTALLED) ## write deploy/requirements-*.txt, what the images install, from pyproject.toml and constraints.txt
+	@UV=$(BIN)/uv deploy/lock.sh
 
 pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes
 	@$(BIN)/python -m docs.make_pictures

@@ -15,10 +15,11 @@ import yaml
 from service.terms.settings import Settings
 from tests.deploy.compose import compose_file, image_environment, interpolated
 from tests.deploy.conftest import Needing
-from tests.extras import named, recofuse, run_with
+from tests.extras import recofuse, run_with
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
 KNOWN_WORDS = {"and", "or", "unless", "sum", "max", "avg", "count", "rate", "increase", "changes", "vector", "time"}
 KNOWN_WORDS |= {"histogram_quantile", "sum_over_time", "max_over_time", "quantile_over_time"}
 
@@ -68,17 +69,19 @@ def test_the_dockerfile_passes_its_linter(tool: Needing) -> None:
     run(tool("hadolint"), "Dockerfile")
 
 
-def test_the_lists_of_the_image_are_what_the_extras_say() -> None:
-    front_end, worker = named("server", "otel"), named("torch")
-    wanted = {
-        "requirements-api.txt": front_end,
-        "requirements-worker.txt": {name: worker[name] for name in worker.keys() - front_end.keys()},
-    }
-    for file, requirements in wanted.items():
-        lines = [line for line in (DEPLOY / file).read_text("utf-8").splitlines() if not line.startswith("#")]
-        listed = [f"{one.name}[{','.join(one.extras)}]" if one.extras else one.name for one in requirements.values()]
-        assert lines == sorted(listed), file
-    assert "torch" in wanted["requirements-worker.txt"]
+def test_the_image_leaves_the_choice_of_gpus_to_whoever_starts_it() -> None:
+    assert "NVIDIA_VISIBLE_DEVICES" not in DOCKERFILE
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in DOCKERFILE
+
+
+def test_layers_are_shared() -> None:
+    """A worker's image has a front end's packages as the layer that they are there, and adds its own."""
+    stages = dict(re.findall(r"^FROM (?:\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL))
+    copied = {name: re.findall(r"^COPY --from=\S+ (\S+)", stages[name], re.MULTILINE) for name in stages}
+    assert copied["runtime"] == ["/opt/packages"]
+    assert copied["api"] == ["/opt/recofuse"]
+    assert copied["worker"] == ["/opt/torch", "/opt/recofuse"]
+    assert {"FROM runtime AS api", "FROM runtime AS worker"} <= set(DOCKERFILE.splitlines())
 
 
 def test_a_front_end_starts_without_the_workers_packages() -> None:
@@ -91,12 +94,25 @@ def test_a_front_end_starts_without_the_workers_packages() -> None:
 
 def test_the_image_sends_only_what_the_dockerfile_copies() -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")]
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
     assert sorted(allowed) == sorted(word for line in copied for word in line.split())
     assert all((ROOT / name).exists() for name in allowed)
 
 
 # the compose file
+
+
+def test_the_variants_of_the_worker_are_told_apart() -> None:
+    """By tag and by device: neither image serves the other's profile, and a worker without its GPU does not start."""
+    services = compose_file({"IMAGE_TAG": "v1"})["services"]
+    for name, variant, device in (("worker-cpu", "cpu", "cpu"), ("worker-gpu", "cu130", "cuda")):
+        service = services[name]
+        assert service["image"] == f"recofuse-worker:v1-{variant}"
+        assert service["build"]["args"]["VARIANT"] == variant
+        assert service["environment"]["RECOFUSE_ENGINE__DEVICE"] == device
+        assert ("deploy" in service) is (device == "cuda")
+    assert "TORCH_INDEX" in services["worker-cpu"]["build"]["args"]
+    assert "TORCH_INDEX" not in services["worker-gpu"]["build"]["args"]
 
 
 def test_the_compose_file_follows_its_schema(tool: Needing) -> None:

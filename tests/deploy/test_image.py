@@ -16,9 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.deploy.compose import ROOT, Container
 from tests.deploy.conftest import missing
+from tests.deploy.test_locked import listed
 from tests.service.redis_server import RedisServer, find_redis, free_port
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -44,7 +46,7 @@ def image() -> Iterator[Path]:
         environ = {
             name: value for name, value in os.environ.items() if not name.startswith(("RECOFUSE_", "PYTHONPATH"))
         }
-        for line in _lines_of(("api-packages", "application")):
+        for line in _lines_of(("installer", "api-packages", "application")):
             verb, _, rest = line.partition(" ")
             if verb == "COPY":
                 *sources, target = rest.split()
@@ -52,7 +54,7 @@ def image() -> Iterator[Path]:
                     _copy(ROOT / source, build / target if (ROOT / source).is_dir() else build / Path(source).name)
             elif verb == "RUN":
                 command = rest.replace("/opt/", f"{root}/opt/")
-                command = re.sub(r"^python ", f"{sys.executable} ", command)
+                command = re.sub(r"(^|&& )python ", rf"\1{sys.executable} ", command)
                 done = subprocess.run(
                     command, shell=True, cwd=build, env=environ, capture_output=True, text=True, check=False
                 )
@@ -85,17 +87,13 @@ def test_the_front_ends_image_serves_without_torch(image: Path) -> None:
         "RECOFUSE_HTTP__PORT": str(http),
         "RECOFUSE_GRPC__PORT": str(grpc),
     }
-    listed = subprocess.run(
-        ["python", "-m", "pip", "list", "--format=freeze"], env=environ, capture_output=True, text=True, check=True
-    ).stdout
-    pins = {
-        line.lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-        if "==" in line
-    }
-    found = {line.lower().replace("_", "-") for line in listed.split()}
-    assert not {line for line in found if line.startswith(("torch", "nvidia-cu", "triton"))}
-    assert found - pins <= {line for line in found if line.startswith(("pip==", "setuptools==", "recofuse=="))}
+    code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    done = subprocess.run(["python", "-c", code], env=environ, capture_output=True, text=True, check=True)
+    pins = (pin.split("==") for pin in done.stdout.split())
+    found: dict[str, str] = {canonicalize_name(name): version for name, version in pins}
+    assert found.pop("recofuse")
+    assert found == {name: pin.version for name, pin in listed("api").items()}
+    assert not found.keys() & {"torch", "pip", "setuptools", "wheel"}
     with tempfile.TemporaryDirectory(prefix="rq-") as folder:
         redis = RedisServer(Path(folder), port=free_port())
         redis.start()

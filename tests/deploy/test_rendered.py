@@ -114,6 +114,9 @@ def test_components_do_what_they_say(built: Built) -> None:
         own = {entry["name"]: entry["value"] for entry in worker["template"]["spec"]["containers"][0].get("env", [])}
         device = own.get("RECOFUSE_ENGINE__DEVICE", pinned)
         assert device == ("cuda" if "gpu" in combination.components else "cpu"), combination.name
+        if "gpu" in components_of(combination.overlay) or "gpu" not in combination.components:
+            image = worker["template"]["spec"]["containers"][0]["image"]
+            assert image.endswith("-cu130" if device == "cuda" else "-cpu"), combination.name
 
 
 def test_grpc_finds_every_front_end_and_speaks_http2_to_it(built: Built) -> None:
