@@ -19,7 +19,7 @@ from tests.image.podman import Podman
 
 TOOLS_IMAGE = "localhost/tools:latest"
 TIMEOUT_S = 900.0
-# As in Debian's slim images; mmdebstrap's variant `essential` has no apt.
+# As in Debian's slim images.
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/man/*")
 
 
@@ -62,7 +62,7 @@ def python_base(tag: str) -> Base:
     return Base(
         "python",
         tag.rpartition("-")[2],
-        ("python3", "python3-venv"),
+        ("apt", "python3", "python3-venv"),  # with apt, as in the published image, comes libstdc++
         ('ln -s /usr/bin/python3 "$1/usr/local/bin/python"',),
     )
 

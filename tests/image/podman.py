@@ -140,12 +140,13 @@ class Podman:
 def limits(asked: dict[str, Any]) -> list[str]:
     """--ulimit for the `ulimits` of a compose service.
 
-    Without CAP_SYS_RESOURCE nobody can raise what this process itself may have; podman would try it for `nproc`.
+    Without CAP_SYS_RESOURCE nobody can raise what this process itself may have; podman would try it for those that are
+    not named, and names `nproc` 32,768 to its children.
     """
     status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
     may_raise = bool(int(status["CapEff"], 16) & CAP_SYS_RESOURCE)
     words = []
-    for name, wanted in ({"nproc": 1 << 20, "nofile": 1 << 20} | asked).items():
+    for name, wanted in ({"nproc": 1 << 14, "nofile": 1 << 20} | asked).items():
         hard = wanted["hard"] if isinstance(wanted, dict) else wanted
         own = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
         if not may_raise and own != resource.RLIM_INFINITY:
