@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def podman() -> Iterator[Podman]:
     cache().mkdir(parents=True, exist_ok=True)
     with (cache() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running then, too
         podman = Podman(cache() / "work", keeps=os.environ.get("CHECK_IMAGE_KEEP", "") not in ("", "0"))
         try:
             if reason := podman.open():
@@ -66,6 +68,7 @@ def podman() -> Iterator[Podman]:
             yield podman
         finally:
             podman.close()
+            signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
