@@ -342,14 +342,15 @@ class GrpcConnection:
         )
         self._target = target
         self._methods = {
-            name: self.channel.unary_unary(name, _serialised, answer.FromString) for name, answer in _ANSWERS.items()
+            name: self.channel.unary_unary(name, None, answer.FromString) for name, answer in _ANSWERS.items()
         }
 
     def send(self, request: GrpcRequest, timeout_s: float) -> Any:
         """The answer's message. Raises RecofuseError."""
-        metadata = call_metadata(self._target, request.metadata)
+        data = request.message.SerializeToString()
+        metadata = call_metadata(self._target, (*request.metadata, _announcement(data)))
         try:
-            return self._methods[request.method](request.message, timeout=timeout_s, metadata=metadata)
+            return self._methods[request.method](data, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of_call(error) from error
 
@@ -370,14 +371,15 @@ class AsyncGrpcConnection:
         )
         self._target = target
         self._methods: dict[str, Any] = {
-            name: self.channel.unary_unary(name, _serialised, answer.FromString) for name, answer in _ANSWERS.items()
+            name: self.channel.unary_unary(name, None, answer.FromString) for name, answer in _ANSWERS.items()
         }
 
     async def send(self, request: GrpcRequest, timeout_s: float) -> Any:
         """The answer's message. Raises RecofuseError."""
-        metadata = call_metadata(self._target, request.metadata)
+        data = request.message.SerializeToString()
+        metadata = call_metadata(self._target, (*request.metadata, _announcement(data)))
         try:
-            return await self._methods[request.method](request.message, timeout=timeout_s, metadata=metadata)
+            return await self._methods[request.method](data, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of_call(error) from error
 
@@ -386,6 +388,6 @@ class AsyncGrpcConnection:
         await self.channel.close(None)
 
 
-def _serialised(message: Any) -> bytes:
-    data: bytes = message.SerializeToString()
-    return data
+def _announcement(data: bytes) -> tuple[str, str]:
+    """The size of a message, so that a server need not keep room for the largest that there may be."""
+    return "recofuse-request-bytes", str(len(data))

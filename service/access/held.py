@@ -2,18 +2,29 @@
 
 The queue's bound begins when a job is complete, and with Redis it is that of all front ends together; this one keeps a
 single process from being ended by uploads that each are within their limits.
+
+HTTP counts bytes while they come. gRPC hands messages over whole, so what may come is promised before it is asked for:
+`Holding.promise` waits in a line for that much room, `Holding.arrive` puts what really came in the promise's place.
+What a newcomer would get wrong: promises are short where senders are, so waiting for one is worth it, and what waits
+for a worker is not, so nobody waits long for that.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from service.terms.errors import OverloadedError
 
 SHARE = 0.4  # of the memory that the process may use; parsing and sending hold pieces twice for a while
+PROMISED = 0.5  # of that, at most, for what is still to come: who sends nothing must not keep all others out
+ROOM_WAIT_S = 1.0  # for what is held to become less; then the caller is told, and may come back
+GRACE_S = 5.0  # a promise that is older goes to those who wait for room
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -23,7 +34,10 @@ class Held:
     def __init__(self, most: int, *, retry_after_s: float) -> None:
         self._most = most or int(SHARE * usable_memory())
         self._retry_after_s = retry_after_s
-        self._num_bytes = 0
+        self._arrived = 0
+        self._promised = 0
+        self._promises: dict[Holding, float] = {}  # since when (monotonic seconds), the oldest first
+        self._line: list[_Waiting] = []
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Holding]:
@@ -35,30 +49,135 @@ class Held:
             holding.release()
 
     def take(self, num_bytes: int) -> None:
-        """Count more, or less if it is negative. Raises OverloadedError if that is too much."""
-        if self._num_bytes + num_bytes > self._most:
-            raise OverloadedError(
-                "too much is being uploaded at once; try again later", retry_after_s=self._retry_after_s
-            )
-        self._num_bytes += num_bytes
+        """Count more that has come, or less if it is negative. Raises OverloadedError if that is too much."""
+        if num_bytes > 0 and self._arrived + self._promised + num_bytes > self._most:
+            raise self.refusal()
+        self._arrived += num_bytes
+        if num_bytes < 0:
+            self._let_in()
+
+    def promise_now(self, holding: Holding, num_bytes: int) -> bool:
+        """Promise this much, or all there is to promise if that is less; False if there is no room for it now."""
+        num_bytes = min(num_bytes, self._most)
+        if self._arrived + self._promised + num_bytes > self._most or not self._may_promise(num_bytes):
+            return False
+        self._promised += num_bytes
+        self._promises[holding] = time.monotonic()
+        holding.num_promised = num_bytes
+        return True
+
+    async def promise(self, holding: Holding, num_bytes: int, within_s: float | None) -> None:
+        """Promise this much, in the order of those who ask. within_s: None waits for as long as it takes.
+
+        Raises OverloadedError if there is no room in time, and after `ROOM_WAIT_S` if what is held leaves none.
+        """
+        if not self._line and self.promise_now(holding, num_bytes):
+            return
+        waiting = _Waiting(holding, min(num_bytes, self._most), asyncio.get_running_loop().create_future())
+        self._line.append(waiting)
+        self._let_in()  # past those whom only what is held keeps waiting
+        until_s = None if within_s is None else time.monotonic() + within_s
+        try:
+            while True:
+                await asyncio.wait([waiting.granted], timeout=ROOM_WAIT_S)
+                if waiting.granted.done():
+                    return
+                is_full = self._arrived + waiting.num_bytes > self._most
+                if until_s is not None and (is_full or time.monotonic() >= until_s):
+                    raise self.refusal()
+                if not is_full:
+                    self._take_back_oldest()
+        finally:
+            if waiting in self._line:
+                self._line.remove(waiting)
+                self._let_in()  # it may have been in the way
+
+    def arrive(self, holding: Holding, num_bytes: int) -> None:
+        """Count what has come in place of its promise. Raises OverloadedError if that is too much."""
+        if self._arrived + self._promised - holding.num_promised + num_bytes > self._most:
+            raise self.refusal()
+        self._arrived += num_bytes
+        self.forget(holding)
+
+    def forget(self, holding: Holding) -> None:
+        """A promise has been kept, or is wanted no more."""
+        if self._promises.pop(holding, None) is not None:
+            self._promised -= holding.num_promised
+            holding.num_promised = 0
+            self._let_in()
+
+    def refusal(self) -> OverloadedError:
+        """What is said to those for whom there is no room."""
+        return OverloadedError("too much is being uploaded at once; try again later", retry_after_s=self._retry_after_s)
+
+    def _may_promise(self, num_bytes: int) -> bool:
+        return not self._promises or self._promised + num_bytes <= PROMISED * self._most
+
+    def _let_in(self) -> None:
+        """Grant what there is room for. Who waits for what is held to become less does not hold up those behind."""
+        for waiting in tuple(self._line):
+            if self._arrived + waiting.num_bytes > self._most:
+                continue
+            if not self.promise_now(waiting.holding, waiting.num_bytes):
+                break
+            self._line.remove(waiting)
+            waiting.granted.set_result(None)
+
+    def _take_back_oldest(self) -> None:
+        """Of a promise that is slow to be kept while others wait."""
+        for holding, since_s in self._promises.items():
+            if since_s + GRACE_S > time.monotonic():
+                break
+            if holding.on_wanted is not None:
+                holding.on_wanted()
+                break
 
 
 class Holding:
-    """The part of one request."""
+    """The part of one request. on_wanted: called when a promise is so old that others should have its room."""
 
     def __init__(self, held: Held) -> None:
         self._held = held
-        self._num_bytes = 0
+        self._arrived = 0
+        self.num_promised = 0
+        self.on_wanted: Callable[[], None] | None = None
 
     def add(self, num_bytes: int) -> None:
         """More has come. Raises OverloadedError if that is too much for the process."""
         self._held.take(num_bytes)
-        self._num_bytes += num_bytes
+        self._arrived += num_bytes
+
+    async def promise(self, num_bytes: int, *, within_s: float | None) -> None:
+        """Room for what may come. Raises OverloadedError; see `Held.promise`."""
+        try:
+            await self._held.promise(self, num_bytes, within_s)
+        except BaseException:
+            self._held.forget(self)  # granted in the moment in which its caller left
+            raise
+
+    def promise_now(self, num_bytes: int) -> bool:
+        """Room for what may come, if there is some without waiting."""
+        return self._held.promise_now(self, num_bytes)
+
+    def arrive(self, num_bytes: int) -> None:
+        """What was promised has come, and is this large. Raises OverloadedError if there is no room for more."""
+        self._held.arrive(self, num_bytes)
+        self._arrived += num_bytes
 
     def release(self) -> None:
-        """Nothing is held any more; at the latest at the end of the request."""
-        self._held.take(-self._num_bytes)
-        self._num_bytes = 0
+        """Nothing is held or to come any more; at the latest at the end of the request."""
+        self.on_wanted = None
+        self._held.forget(self)
+        num_bytes, self._arrived = self._arrived, 0
+        if num_bytes:
+            self._held.take(-num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    holding: Holding
+    num_bytes: int
+    granted: asyncio.Future[None]
 
 
 def usable_memory(cgroups: Path = CGROUPS) -> int:

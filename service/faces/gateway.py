@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -55,7 +55,6 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
-    is_held: its face has counted its bytes while they came (`Gateway.held`), so that the gateway need not.
     """
 
     vis: bytes
@@ -69,7 +68,6 @@ class FusionRequest:
     traceparent: str | None = None
     vis_layout: RawLayout | None = None
     ir_layout: RawLayout | None = None
-    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,10 @@ class ServedModel:
 
 
 class Gateway:
-    """One per front end process. Receives its queue opened."""
+    """One per front end process. Receives its queue opened.
+
+    held: in which faces count what their requests take, from the first byte until they are answered.
+    """
 
     def __init__(self, queue: JobQueue, settings: Settings, metrics: Metrics, *, clock: Clock = time.time) -> None:
         self._queue = queue
@@ -129,8 +130,7 @@ class Gateway:
         self._num_waiting += 1
         self._idle.clear()
         try:
-            with self._holding(request):
-                return await self._fuse(request, on_accepted)
+            return await self._fuse(request, on_accepted)
         finally:
             self._num_waiting -= 1
             if not self._num_waiting:
@@ -166,9 +166,8 @@ class Gateway:
                 f"a timeout of {timeout_s * 1000:.0f} ms is not possible; accepted are more than 0 "
                 f"and at most {jobs.async_timeout_s * 1000:.0f} ms"
             )
-        with self._holding(request):
-            job = await self._job_of(request, timeout_s, keep_result=True)
-            job_id = await self._submit(job, request)
+        job = await self._job_of(request, timeout_s, keep_result=True)
+        job_id = await self._submit(job, request)
         return await self.view(job_id)
 
     async def view(self, job_id: str) -> JobView:
@@ -252,14 +251,6 @@ class Gateway:
         await self._idle.wait()
 
     # the parts
-
-    @contextlib.contextmanager
-    def _holding(self, request: FusionRequest) -> Iterator[None]:
-        """Count a request's bytes for the duration of the block, unless its face has. Raises OverloadedError."""
-        with self.held.holding() as holding:
-            if not request.is_held:
-                holding.add(len(request.vis) + len(request.ir))
-            yield
 
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
         if self.is_draining:

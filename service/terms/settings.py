@@ -77,7 +77,9 @@ class HttpSettings(FaceSettings):
     head_timeout_s: Seconds = Field(default=10.0, description="a request's head must arrive within this many seconds")
     max_head_bytes: NumBytes = Field(default=64 << 10, description="bytes of a request's head: address and headers")
     body_timeout_s: Seconds = Field(
-        default=30.0, description="a request body of which no byte comes for this many seconds is given up"
+        default=30.0,
+        description="a request body of which no byte comes for this many seconds is given up; over gRPC, a message "
+        "that is not there whole by then",
     )
     min_body_bytes_per_s: NumBytes = Field(
         default=4096,

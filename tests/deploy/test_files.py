@@ -15,6 +15,7 @@ import yaml
 from service.terms.settings import Settings
 from tests.deploy.compose import compose_file, image_environment, interpolated
 from tests.deploy.conftest import Needing
+from tests.deploy.memory import needed_bytes, num_messages
 from tests.extras import recofuse, run_with
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +201,12 @@ def test_no_container_can_fill_the_host() -> None:
     buffers = (connections * small + calls * large) << 10
     assert room + buffers <= _num_bytes(proxy["mem_limit"])
     assert _num_bytes(services["redis"]["mem_limit"]) >= 2 * (3 << 30)
+
+
+def test_a_front_end_may_take_what_it_needs() -> None:
+    limit = _num_bytes(compose_file()["services"]["api"]["mem_limit"])
+    assert needed_bytes(limit) <= limit
+    assert num_messages(limit) >= 4
 
 
 def test_compose_workers_share_a_name_that_prometheus_asks_for() -> None:

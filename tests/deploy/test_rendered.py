@@ -24,6 +24,7 @@ import yaml
 
 from tests.deploy import keda
 from tests.deploy.conftest import Needing
+from tests.deploy.memory import needed_bytes, num_messages
 from tests.deploy.rendered import (
     ADDED,
     KUBERNETES,
@@ -117,6 +118,17 @@ def test_components_do_what_they_say(built: Built) -> None:
         if "gpu" in components_of(combination.overlay) or "gpu" not in combination.components:
             image = worker["template"]["spec"]["containers"][0]["image"]
             assert image.endswith("-cu130" if device == "cuda" else "-cpu"), combination.name
+
+
+def test_a_front_end_may_take_what_it_needs(built: Built) -> None:
+    for combination, documents in built.items():
+        specs = {each["metadata"]["name"]: each["spec"] for each in of_kind(documents, "Deployment")}
+        (container,) = specs["recofuse-api"]["template"]["spec"]["containers"]
+        memory = container["resources"]["limits"]["memory"]
+        assert memory.endswith("Gi"), combination.name
+        limit = int(memory.removesuffix("Gi")) << 30
+        assert needed_bytes(limit) <= limit, combination.name
+        assert num_messages(limit) >= 4, combination.name
 
 
 def test_grpc_finds_every_front_end_and_speaks_http2_to_it(built: Built) -> None:

@@ -18,16 +18,15 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 
 from service.access.guard import Guard
 from service.access.keys import Scope
+from service.faces.grpc.arriving import Arrivals, Messages, carries_pictures
 from service.faces.grpc.messages import error_detail
 from service.terms.errors import (
     INTERNAL_MESSAGE,
     InternalError,
-    MalformedRequestError,
     OverloadedError,
     RouteNotFoundError,
     ServiceError,
@@ -48,11 +47,14 @@ Answer = TypeVar("Answer")
 class Envelope(grpc.aio.ServerInterceptor):
     """Around every call: its id, metrics, trace and caller, parsing of its messages, the status of any failure."""
 
-    def __init__(self, metrics: Metrics, guard: Guard | None, tracer: Tracer, *, max_open: int) -> None:
+    def __init__(
+        self, metrics: Metrics, guard: Guard | None, tracer: Tracer, arrivals: Arrivals, *, max_open: int
+    ) -> None:
         """max_open: calls at once that need no key and have no end; one connection could take all places with them."""
         self._metrics = metrics
         self._guard = guard
         self._tracer = tracer
+        self._arrivals = arrivals
         self._max_open = max_open
         self._num_open = 0
 
@@ -61,7 +63,10 @@ class Envelope(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Wrap the method's handler. Messages arrive as bytes and are parsed in here, where failing has a status."""
+        """Wrap the method's handler, as one of streams, so that a call begins before its message is read.
+
+        On the wire a single message is a stream of one.
+        """
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_lets_go(self._unknown))
@@ -69,30 +74,36 @@ class Envelope(grpc.aio.ServerInterceptor):
         if handler.unary_unary is not None:
 
             @_lets_go
-            async def unary(request: bytes, context: Context) -> Any:
+            async def unary(_: Any, context: Context) -> Any:
                 async with self._call(context, route, "unary"):
-                    return await handler.unary_unary(_parsed(parse, request), context)
+                    with self._arrivals.held.holding() as holding:
+                        return await handler.unary_unary(
+                            await self._arrivals.only(context, parse, holding, route), context
+                        )
 
-            return grpc.unary_unary_rpc_method_handler(unary, response_serializer=serialise)
+            return grpc.stream_unary_rpc_method_handler(unary, response_serializer=serialise)
 
         # A coroutine that writes, rather than a generator, so that the inner generator is closed within the call.
         if handler.unary_stream is not None:
 
             @_lets_go
-            async def server_stream(request: bytes, context: Context) -> None:
+            async def server_stream(_: Any, context: Context) -> None:
                 async with self._call(context, route, "stream"):
-                    await _send(handler.unary_stream(_parsed(parse, request), context), context)
+                    with self._arrivals.held.holding() as holding:
+                        request = await self._arrivals.only(context, parse, holding, route)
+                    await _send(handler.unary_stream(request, context), context)
 
-            return grpc.unary_stream_rpc_method_handler(server_stream, response_serializer=serialise)
+            return grpc.stream_stream_rpc_method_handler(server_stream, response_serializer=serialise)
 
         @_lets_go
-        async def both_stream(requests: AsyncIterator[bytes], context: Context) -> None:
+        async def both_stream(_: Any, context: Context) -> None:
             async with self._call(context, route, "stream"):
-                await _send(handler.stream_stream(_all_parsed(parse, requests), context), context)
+                with contextlib.closing(Messages(self._arrivals, context, parse, route)) as messages:
+                    await _send(handler.stream_stream(messages, context), context)
 
         return grpc.stream_stream_rpc_method_handler(both_stream, response_serializer=serialise)
 
-    async def _unknown(self, _: AsyncIterator[bytes], context: Context) -> None:
+    async def _unknown(self, _: Any, context: Context) -> None:
         async with self._call(context, "unmatched", "other"):
             raise RouteNotFoundError("there is no such method; reflection lists what there is")
 
@@ -139,7 +150,7 @@ class Envelope(grpc.aio.ServerInterceptor):
     @staticmethod
     async def _admit(guard: Guard, context: Context, route: str, kind: str) -> None:
         method = route.rpartition("/")[2]
-        is_work = "Fuse" in method or "Infer" in method
+        is_work = carries_pictures(route)
         is_change = is_work or "Cancel" in method
         await guard.admit(
             text_metadata(context),
@@ -190,18 +201,6 @@ def text_metadata(context: Context) -> dict[str, str]:
     """The call's text metadata."""
     pairs: Any = context.invocation_metadata() or ()
     return {key: value for key, value in pairs if isinstance(value, str)}
-
-
-def _parsed(parse: Callable[[bytes], Any], raw: bytes) -> Any:
-    try:
-        return parse(raw)
-    except DecodeError as error:
-        raise MalformedRequestError("a message cannot be parsed as what its method takes") from error
-
-
-async def _all_parsed(parse: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    async for raw in requests:
-        yield _parsed(parse, raw)
 
 
 async def _send(answers: Any, context: Context) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict
 
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.faces.gateway import FusionRequest, Gateway
+from service.faces.grpc.arriving import Messages
 from service.faces.grpc.envelope import Context, text_metadata
 from service.faces.grpc.messages import CheckedOptions, fusion_of, job_id_of, job_message
 from service.faces.grpc.streams import Stream
@@ -47,7 +47,7 @@ class FusionServicer(fusion_pb2_grpc.FusionServiceServicer):
         return pb.FuseResponse(fusion=fusion, request_id=logs.request_id.get())
 
     async def FuseStream(  # type: ignore[override]  # noqa: N802 - it writes by itself, to see what is not taken
-        self, request_iterator: AsyncIterator[pb.FuseStreamRequest], context: Context
+        self, request_iterator: Messages, context: Context
     ) -> None:
         """See fusion.proto."""
         traceparent = logs.traceparent.get() or None
@@ -64,7 +64,9 @@ class FusionServicer(fusion_pb2_grpc.FusionServiceServicer):
     async def SubmitFuse(self, request: pb.FuseRequest, context: Context) -> pb.Job:  # noqa: N802
         """See fusion.proto."""
         options = CheckedOptions.of(request.options)
-        return job_message(await self._gateway.submit(self._request(request, options, options.timeout_s, context)))
+        wanted = self._request(request, options, options.timeout_s, context)
+        del request  # its images are copies of those in `wanted`
+        return job_message(await self._gateway.submit(wanted))
 
     async def GetJob(self, request: pb.JobRequest, _: Context) -> pb.Job:  # noqa: N802
         """See fusion.proto."""

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.access.guard import Guard
 from service.faces.gateway import Gateway
+from service.faces.grpc.arriving import LOOKAHEAD_BYTES, Arrivals, max_message_bytes
 from service.faces.grpc.envelope import Envelope
 from service.faces.grpc.fusion import SERVICE, FusionServicer
 from service.faces.grpc.health import HEALTH, HealthServicer
@@ -57,7 +58,9 @@ async def listening(
     options = settings.grpc
     stopping = asyncio.Event()
     server = grpc.aio.server(
-        interceptors=[Envelope(metrics, guard, tracer, max_open=max(1, options.max_calls // 8))],
+        interceptors=[
+            Envelope(metrics, guard, tracer, Arrivals(gateway.held, settings), max_open=max(1, options.max_calls // 8))
+        ],
         options=_channel_options(settings),
         maximum_concurrent_rpcs=options.max_calls,
     )
@@ -89,7 +92,10 @@ def _channel_options(settings: Settings) -> list[tuple[str, int]]:
     age_ms = int(options.max_connection_age_s * 1000)
     return [
         ("grpc.so_reuseport", 0),  # a port that is in use must be an error, not a lottery
-        ("grpc.max_receive_message_length", 2 * settings.limits.max_image_bytes + 64 * 1024),
+        ("grpc.max_receive_message_length", max_message_bytes(settings)),
+        # Windows that grow with the connection's speed would take in megabytes of every call that nobody reads yet.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not unpack to gigabytes
         ("grpc.keepalive_time_ms", int(options.keep_alive_s * 1000)),

@@ -1,10 +1,11 @@
 """One stream of frames, from its first message to its last answer.
 
-What a newcomer would get wrong: a stream never holds more than `max_in_flight` frames beside the one that waits. Mode
-`all` reads the next message only when there is room, and HTTP/2's windows carry that to the sender; mode `latest` goes
-on reading and replaces the frame that waits. Before a full queue the frames of all streams stand in one line, where a
-frame of mode `latest` can still be replaced, so that chance does not decide who gets more. A peer that is there and
-does nothing is noticed by `stream_idle_s`; one that is gone, by the connection's pings.
+What a newcomer would get wrong: a stream never holds more than `max_in_flight` frames beside the one that waits, and
+none for which the process has no room (`access/held.py`): then it does not read. Mode `all` reads the next message only
+when there is room, and HTTP/2's windows carry that to the sender; mode `latest` goes on reading and replaces the frame
+that waits. Before a full queue the frames of all streams stand in one line, where a frame of mode `latest` can still be
+replaced, so that chance does not decide who gets more. A peer that is there and does nothing is noticed by
+`stream_idle_s`; one that is gone, by the connection's pings.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from service.access.guard import charge
+from service.access.held import Holding
 from service.faces.gateway import FusionRequest, Gateway
+from service.faces.grpc.arriving import Messages
 from service.faces.grpc.ledger import StreamLedger
 from service.faces.grpc.messages import CheckedOptions, error_detail, fusion_of, name_of
 from service.terms.errors import (
@@ -45,10 +48,15 @@ RETRY_S = (0.01, 0.25)  # first and longest pause of the first frame in the line
 
 @dataclass(slots=True)
 class _Arrived:
-    """A frame, and when it came (monotonic seconds). In mode `latest` a newer one may take its place."""
+    """A frame, and when it came (monotonic seconds). In mode `latest` a newer one may take its place.
+
+    holding: what it takes in memory. pair: its request, once it was made; then its images are in there alone.
+    """
 
     frame: pb.Frame
     arrived_s: float
+    holding: Holding
+    pair: FusionRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class Stream:
         gateway: Gateway,
         settings: Settings,
         metrics: Metrics,
-        messages: AsyncIterator[pb.FuseStreamRequest],
+        messages: Messages,
         traceparent: str | None,
         line: asyncio.Lock,
     ) -> None:
@@ -81,6 +89,7 @@ class Stream:
         self._messages = messages
         self._traceparent = traceparent
         self._moved_s = time.monotonic()  # when last a message came or an answer was taken
+        self._kept: set[Holding] = set()  # of all frames that are here
         self._waiting: _Arrived | None = None  # read, and not started yet
         self._filled = asyncio.Event()  # a frame waits, or no more will come
         self._emptied = asyncio.Event()
@@ -109,6 +118,8 @@ class Stream:
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
+            for holding in tuple(self._kept):
+                self._let_go(holding)
             # An error's frames refer to this stream, which would keep it with all frames of both kinds in turn.
             self._ordered, self._end, self._waiting = asyncio.Queue(), None, None
 
@@ -158,6 +169,7 @@ class Stream:
                     case _:
                         raise InvalidInputError("a message holds neither options nor a frame")
                 is_first = False
+                del message  # or it would stay until the next one comes
         except Exception as error:  # noqa: BLE001 - whatever it is ends the stream, after what came before it
             self._finish(error)
         else:
@@ -175,13 +187,16 @@ class Stream:
         self._ledger = StreamLedger(options.resume_after if options.HasField("resume_after") else None)
 
     async def _accept(self, frame: pb.Frame) -> None:
-        arrived = _Arrived(frame, time.monotonic())
+        arrived = _Arrived(frame, time.monotonic(), self._messages.keep())
+        self._kept.add(arrived.holding)
         if not self._ledger.arrive(frame.sequence, arrived.arrived_s):
             self._count(FrameOutcome.SKIPPED)
+            self._let_go(arrived.holding)
             return
         if self._mode is FlowMode.ALL:
             await self._emptied.wait()
         elif self._waiting is not None:
+            self._let_go(self._waiting.holding)
             self._drop()
         self._waiting = arrived
         self._emptied.clear()
@@ -238,6 +253,7 @@ class Stream:
             answer.error.CopyFrom(error_detail(failure))
         finally:
             accepted.set()
+            self._let_go(arrived.holding)
         answer.sequence, answer.timestamp_ns = arrived.frame.sequence, arrived.frame.timestamp_ns
         return answer
 
@@ -263,7 +279,9 @@ class Stream:
                     is_first = True
                 if self._mode is FlowMode.LATEST and self._waiting is not None and is_first:
                     newest = self._take_waiting()
-                    arrived.frame, arrived.arrived_s = newest.frame, newest.arrived_s
+                    self._let_go(arrived.holding)
+                    arrived.frame, arrived.arrived_s, arrived.holding = newest.frame, newest.arrived_s, newest.holding
+                    arrived.pair = None
                     self._drop()
                 try:
                     return await self._gateway.fuse(self._request(arrived), leave)
@@ -301,15 +319,23 @@ class Stream:
         passed_s = time.monotonic() - arrived.arrived_s
         if 0 < timeout_s <= passed_s:
             raise TimedOutError("the frame's deadline passed before it could be queued")
-        return self._options.request(
-            frame.vis,
-            frame.ir,
-            # What the gateway will refuse, it must see as it was asked for.
-            timeout_s=timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s,
-            may_repeat=True,  # a frame has one result, however often it is computed
-            request_id=f"{logs.request_id.get()}.{frame.sequence}",
-            traceparent=self._traceparent,
-        )
+        if arrived.pair is None:
+            arrived.pair = self._options.request(
+                frame.vis,
+                frame.ir,
+                timeout_s=None,
+                may_repeat=True,  # a frame has one result, however often it is computed
+                request_id=f"{logs.request_id.get()}.{frame.sequence}",
+                traceparent=self._traceparent,
+            )
+            arrived.frame = _without_images(frame)
+        # What the gateway will refuse, it must see as it was asked for.
+        left_s = timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s
+        return replace(arrived.pair, timeout_s=left_s)
+
+    def _let_go(self, holding: Holding) -> None:
+        holding.release()
+        self._kept.discard(holding)
 
     # counting
 
@@ -330,3 +356,10 @@ class Stream:
 
     def _count(self, outcome: FrameOutcome) -> None:
         self._metrics.stream_frames.labels(self._mode, outcome).inc()
+
+
+def _without_images(frame: pb.Frame) -> pb.Frame:
+    bare = pb.Frame(sequence=frame.sequence, timestamp_ns=frame.timestamp_ns)
+    if frame.HasField("timeout_ms"):
+        bare.timeout_ms = frame.timeout_ms
+    return bare

@@ -244,7 +244,6 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
     except ValidationError as error:
         raise InvalidInputError(problems_of(error)) from error
     return FusionRequest(
-        is_held=True,
         vis=form["vis"],
         ir=form["ir"],
         options=options,

@@ -92,9 +92,10 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
         """Fuse the pairs of a request."""
-        answer = await self._inference.infer(
-            request.model_name, request.model_version, request_of(request), remaining_s=context.time_remaining()
-        )
+        name, version = request.model_name, request.model_version
+        inferring = self._inference.infer(name, version, request_of(request), remaining_s=context.time_remaining())
+        del request  # its tensors are copies of those that are asked about
+        answer = await inferring
         outputs = [
             pb.ModelInferResponse.InferOutputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
             for tensor in answer.outputs

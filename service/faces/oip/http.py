@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Request, Response
@@ -232,7 +233,9 @@ def _add_infer(app: FastAPI, inference: Inference, settings: Settings) -> None:
         with inference.holding() as holding:
             body = await read_body(request, settings, holding, _OPTIONS)
             wanted = await bodies.read(body, header_length)
-            inferring = inference.infer(name, version, wanted, remaining_s=None, is_held=True)
+            inferring = inference.infer(name, version, wanted, remaining_s=None)
+            wanted = replace(wanted, inputs=())  # nothing that the work has no use for is kept while it lasts
+            del body
             answer = await unless_hung_up(request, inferring)
         if answer is None:
             return Response(status_code=CLIENT_CLOSED)

@@ -39,12 +39,8 @@ class Inference:
         self._version = version
         self._statistics = Statistics()
 
-    async def infer(
-        self, name: str, version: str, request: InferRequest, *, remaining_s: float | None, is_held: bool = False
-    ) -> InferAnswer:
+    async def infer(self, name: str, version: str, request: InferRequest, *, remaining_s: float | None) -> InferAnswer:
         """Fuse every pair of a request, side by side. remaining_s: until the call's own deadline, None for none.
-
-        is_held: its bytes were counted while they came, see `holding`.
 
         If one pair fails, the others are cancelled and its error is raised. Raises ServiceError.
         """
@@ -53,11 +49,12 @@ class Inference:
             if name != MODEL or version:
                 await self._workers(name, version)
             plan = plan_of(request, self._settings.limits)
+            request = replace(request, inputs=())  # of which the plan has copies
             timeout_s = self._gateway.timeout_within(plan.requests[0].timeout_s, remaining_s)
             await asyncio.to_thread(self._check_answer, request, plan)
             for _ in plan.requests[1:]:  # the first was charged when the request came
                 await charge()
-            requests = [replace(pair, timeout_s=timeout_s, is_held=is_held) for pair in plan.requests]
+            requests = [replace(pair, timeout_s=timeout_s) for pair in plan.requests]
             results = await self._fuse_all(requests)
         except ServiceError:
             self._statistics.failed(time.monotonic() - started_s)

@@ -113,3 +113,77 @@ async def test_frames_wait_for_room(serving: Serving) -> None:
         stub = fusion_pb2_grpc.FusionServiceStub(channel)
         outcomes = [answer.WhichOneof("outcome") async for answer in stub.FuseStream(requests())]
     assert outcomes == ["fusion"] * 5
+
+
+async def test_promises_are_granted_in_order() -> None:
+    held = Held(100, retry_after_s=1.0)
+    order: list[str] = []
+
+    async def take(name: str, num_bytes: int) -> None:
+        with held.holding() as holding:
+            await holding.promise(num_bytes, within_s=60)
+            order.append(name)
+            await asyncio.sleep(0)
+
+    with held.holding() as first:
+        await first.promise(100, within_s=60)
+        tasks = []
+        for name, num_bytes in (("large", 99), ("small", 1), ("third", 60)):
+            tasks.append(asyncio.create_task(take(name, num_bytes)))
+            await asyncio.sleep(0)
+        assert order == []
+        first.arrive(1)
+    await asyncio.gather(*tasks)
+    assert order == ["large", "small", "third"]
+
+
+async def test_promises_leave_room_for_what_comes_without_them() -> None:
+    held = Held(100, retry_after_s=1.0)
+    with held.holding() as first, held.holding() as second, held.holding() as other:
+        await first.promise(40, within_s=60)
+        assert not second.promise_now(20)  # half of it is not for promises
+        other.add(60)
+        with pytest.raises(OverloadedError):
+            other.add(1)
+        first.arrive(5)
+        other.add(35)
+
+
+async def test_who_waits_for_what_is_held_is_told_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.access.held.ROOM_WAIT_S", 0.05)
+    held = Held(100, retry_after_s=2.0)
+    with held.holding() as holder, held.holding() as large, held.holding() as small:
+        holder.add(60)
+        waiting = asyncio.create_task(large.promise(50, within_s=60))
+        await asyncio.sleep(0)
+        await small.promise(10, within_s=60)
+        with pytest.raises(OverloadedError) as refused:
+            await waiting
+        assert refused.value.retry_after_s == 2.0
+    with held.holding() as holding:
+        holding.add(100)
+
+
+async def test_a_slow_promise_gives_way_to_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.access.held.ROOM_WAIT_S", 0.05)
+    monkeypatch.setattr("service.access.held.GRACE_S", 0.0)
+    held = Held(100, retry_after_s=1.0)
+    with held.holding() as slow, held.holding() as next_one:
+        await slow.promise(100, within_s=60)
+        slow.on_wanted = slow.release
+        await next_one.promise(100, within_s=60)
+
+
+async def test_a_promise_whose_caller_left_is_given_back() -> None:
+    held = Held(100, retry_after_s=1.0)
+    with held.holding() as first:
+        await first.promise(100, within_s=60)
+        with held.holding() as second:
+            waiting = asyncio.create_task(second.promise(100, within_s=60))
+            await asyncio.sleep(0)
+            first.release()  # which grants it
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+    with held.holding() as third:
+        third.add(100)
