@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.load import ask, fuse_request, png
+from benchmarks.load import Answer, ask, fuse_request, png
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from tests.deploy.compose import readme_command
@@ -42,6 +42,8 @@ NUM_UPLOADS = 15  # at once
 PADDING_BYTES = 30_000_000  # of each picture: two of them are just within the limit
 USABLE = "from service.access.held import usable_memory; print(usable_memory())"
 ANSWER_S = 240.0
+
+Send = Callable[[str, str], tuple[int, Counter[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -273,27 +275,59 @@ def padded(seed: int) -> bytes:
     return png(64, 48, zlib.compress(rows.tobytes()), [(b"reCo", bytes(PADDING_BYTES))])
 
 
-def test_the_manifests_front_end_survives_what_it_is_sent(
-    stack: Stack, images: Images, key: str, note: Note, tmp_path: Path
-) -> None:
-    """As many large uploads at once as take its memory twice: each is answered, or refused in words."""
-    run_pod(stack, images.api, "api", tmp_path)
-    address = (stack.address("pod-api"), 8000)
+def over_http(address: str, key: str) -> tuple[int, Counter[str]]:
+    """Uploads at once: the size of one, and what came of them."""
     upload = fuse_request(padded(0), padded(1), headers=f"Authorization: Bearer {key}\r\n")
 
-    async def at_once() -> list[int]:
-        asked = [ask(address, upload, timeout_s=ANSWER_S) for _ in range(NUM_UPLOADS)]
-        answers = await asyncio.gather(*asked)
-        assert all(answer.headers.get("retry-after") for answer in answers if answer.status == 429)
-        return [answer.status for answer in answers]
+    async def at_once() -> list[Answer]:
+        asked = [ask((address, 8000), upload, timeout_s=ANSWER_S) for _ in range(NUM_UPLOADS)]
+        return await asyncio.gather(*asked)
 
-    statuses = Counter(asyncio.run(at_once()))
-    assert statuses.keys() <= {200, 429}
-    assert statuses[200]
-    assert fuse(address[0], key, FILES).status_code == 200
+    answers = asyncio.run(at_once())
+    assert all(answer.headers.get("retry-after") for answer in answers if answer.status == 429)
+    return len(upload), Counter(str(answer.status) for answer in answers)
+
+
+def over_grpc(address: str, key: str) -> tuple[int, Counter[str]]:
+    """The same by calls on connections of their own, whose sizes nobody announces."""
+    upload = pb.FuseRequest(vis=pb.Image(encoded=padded(0)), ir=pb.Image(encoded=padded(1))).SerializeToString()
+
+    def call(_: int) -> str:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
+        with grpc.insecure_channel(f"{address}:8001", options) as channel:
+            fuse = channel.unary_unary("/recofuse.v1.FusionService/Fuse", None, pb.FuseResponse.FromString)
+            try:
+                fuse(upload, metadata=(("x-api-key", key),), timeout=ANSWER_S)
+            except grpc.RpcError as error:
+                return str(error.code().name)
+            return "OK"
+
+    with ThreadPoolExecutor(NUM_UPLOADS) as threads:
+        return len(upload), Counter(threads.map(call, range(NUM_UPLOADS)))
+
+
+@pytest.mark.parametrize(
+    ("send", "answered", "refused"),
+    [
+        (over_http, "200", {"429"}),
+        (over_grpc, "OK", {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}),  # the latter where the machine is busy
+    ],
+    ids=["http", "grpc"],
+)
+def test_the_manifests_front_end_survives_large_uploads(
+    stack: Stack, images: Images, key: str, note: Note, tmp_path: Path, send: Send, answered: str, refused: set[str]
+) -> None:
+    """As many at once as are nearly the memory that it may use: each is answered, or refused in words."""
+    run_pod(stack, images.api, "api", tmp_path)
+    address = stack.address("pod-api")
+    size_bytes, came = send(address, key)
+    assert stack.podman.is_running("pod-api"), came
+    assert came.keys() <= {answered, *refused}, came
+    assert came[answered], came
+    assert fuse(address, key, FILES).status_code == 200
     peak_mib = int(status_of(stack.podman, "pod-api")["VmHWM"].split()[0]) / 1024
-    told = ", ".join(f"{count} times {status}" for status, count in sorted(statuses.items()))
-    note(f"{NUM_UPLOADS} uploads of {len(upload) / 1e6:.0f} MB at once: {told}, peak {peak_mib:.0f} MiB")
+    told = ", ".join(f"{count} times {outcome}" for outcome, count in sorted(came.items()))
+    note(f"{NUM_UPLOADS} uploads of {size_bytes / 1e6:.0f} MB at once: {told}, peak {peak_mib:.0f} MiB")
     end_pod(stack, "api")
 
 
