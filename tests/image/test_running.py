@@ -295,7 +295,7 @@ def over_grpc(address: str, key: str) -> tuple[int, Counter[str]]:
     def call(_: int) -> str:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
         with grpc.insecure_channel(f"{address}:8001", options) as channel:
-            fuse = channel.unary_unary("/recofuse.v1.FusionService/Fuse", None, pb.FuseResponse.FromString)
+            fuse: Any = channel.unary_unary("/recofuse.v1.FusionService/Fuse", None, pb.FuseResponse.FromString)
             try:
                 fuse(upload, metadata=(("x-api-key", key),), timeout=ANSWER_S)
             except grpc.RpcError as error:
