@@ -19,9 +19,7 @@ HARDENED = (
     "--tmpfs=/tmp:size=64m,mode=1777", "--cap-drop=ALL", "--security-opt=no-new-privileges", *limits({}),
 )  # fmt: skip
 TARGETS = ("api", "worker")
-SHARED_LIBRARIES = (
-    "find /opt -name '*.so*' -type f | while read -r file; do ldd $file 2>/dev/null | sed s,^,$file:,; done"
-)
+SHARED_LIBRARIES = "find /opt -name '*.so*' -type f | while read -r file; do echo $file; ldd $file 2>/dev/null; done"
 SAMPLE = "recofuse sample /tmp/p && recofuse fuse --vis /tmp/p/vis.png --ir /tmp/p/ir.png -o /tmp/fused.png"
 
 
@@ -61,8 +59,11 @@ def test_any_user_runs_this_trees_code(images: Images, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_shared_library_is_missing(images: Images, target: str) -> None:
     lines = inside(images, target, "sh", "-c", SHARED_LIBRARIES).splitlines()
+    # What wheels bring along finds its like by way of the module that loads it.
+    brought = {line.rpartition("/")[2] for line in lines if line.startswith("/opt/")}
+    wanted = {line.split()[0] for line in lines if "=> not found" in line}
     assert len(lines) > 100
-    assert not [line for line in lines if "not found" in line]
+    assert not wanted - brought
 
 
 def test_the_worker_fuses_with_its_own_weights(images: Images) -> None:
