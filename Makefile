@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt proto docs lock pictures bench drills audit check-deploy check-gpu check-package
+.PHONY: help setup demo serve test check fmt proto docs lock pictures bench drills audit check-deploy check-gpu check-image check-package
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,7 +26,7 @@ serve: $(INSTALLED) ## keep a server running
 	@$(BIN)/recofuse serve
 
 test: $(INSTALLED) ## run the tests that need no GPU
-	@$(BIN)/python -m pytest -m 'not gpu and not stack and not package'
+	@$(BIN)/python -m pytest -m 'not gpu and not stack and not package and not image'
 
 check: $(INSTALLED) ## formatting, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
@@ -72,3 +72,6 @@ check-package: $(INSTALLED) ## build the wheel, install it into empty environmen
 
 check-deploy: $(INSTALLED) ## check everything in deploy/, and run docker-compose.yml as local processes (STRICT=1: all tools)
 	@CHECK_DEPLOY_STRICT=$(STRICT) $(BIN)/python -m pytest tests/deploy
+
+check-image: $(INSTALLED) ## build the images and run them in real containers (STRICT=1: all tools; KEEP=1: for a quick next run)
+	@CHECK_DEPLOY_STRICT=$(STRICT) CHECK_IMAGE_KEEP=$(KEEP) $(BIN)/python -m pytest tests/image

@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -95,6 +96,14 @@ def image_health_check(target: str) -> list[str]:
     assert match is not None
     words: list[str] = yaml.safe_load(match[1])
     return words
+
+
+def readme_command(start: str) -> list[str]:
+    """The words after `start` of a command in README's Deploy section."""
+    section = (ROOT / "README.md").read_text("utf-8").partition("\n## Deploy")[2].partition("\n## ")[0]
+    match = re.search(rf"{re.escape(start)}((?:\\\n|.)*)$", section, re.MULTILINE)
+    assert match is not None, f"README's Deploy section has no command {start!r}"
+    return shlex.split(match[1].rstrip(")").replace("\\\n", " "))
 
 
 def nginx_version() -> tuple[int, ...]:

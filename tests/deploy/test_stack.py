@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import ssl
 import subprocess
@@ -27,7 +26,7 @@ import pytest
 
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
-from tests.deploy.compose import ROOT, LocalStack
+from tests.deploy.compose import LocalStack, readme_command
 from tests.deploy.conftest import missing
 from tests.deploy.test_files import metric_names, queries
 from tests.fakes import file_of, pair, picture
@@ -127,7 +126,7 @@ def deployed() -> Iterator[Deployed]:
             ):
                 if not stack.can_run(name):
                     stack.start(name)[0].wait_healthy(port)
-            key = _recofuse(stack, *_readme_command("docker compose exec -T api recofuse "))
+            key = _recofuse(stack, *readme_command("docker compose exec -T api recofuse "))
             yield Deployed(stack, key, chat)
         finally:
             stack.close()
@@ -143,19 +142,11 @@ def _recofuse(stack: LocalStack, *words: str) -> str:
     return done.stdout.strip()
 
 
-def _readme_command(start: str) -> list[str]:
-    """The words after `start` of a command in README's Deploy section."""
-    section = (ROOT / "README.md").read_text("utf-8").partition("\n## Deploy")[2].partition("\n## ")[0]
-    match = re.search(rf"{re.escape(start)}((?:\\\n|.)*)$", section, re.MULTILINE)
-    assert match is not None, f"README's Deploy section has no command {start!r}"
-    return shlex.split(match[1].rstrip(")").replace("\\\n", " "))
-
-
 def test_readmes_curl_fetches_a_picture(deployed: Deployed, tmp_path: Path) -> None:
     (tmp_path / "street.jpg").write_bytes(file_of(picture(), ".jpg"))
     (tmp_path / "street_thermal.png").write_bytes(IR)
     (tmp_path / "deploy").symlink_to(deployed.stack.folder / "deploy")
-    words = [word.replace("$KEY", deployed.key) for word in _readme_command("curl ")]
+    words = [word.replace("$KEY", deployed.key) for word in readme_command("curl ")]
     route = ["--connect-to", f"localhost:8443:{deployed.address}:8443"]
     subprocess.run(["curl", "--fail-with-body", "-sS", "--noproxy", "*", *route, *words], cwd=tmp_path, check=True)
     assert (tmp_path / "fused.png").read_bytes()[:4] == b"\x89PNG"
