@@ -182,7 +182,7 @@ def corners_of(size: Size) -> Matrix:
     return np.array([[0, 0], [right, 0], [right, bottom], [0, bottom]], np.float64)
 
 
-def mapped(matrix: Matrix, points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def mapped(matrix: NDArray[np.floating[Any]], points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Points (N, 2) through a (3, 3) matrix."""
     homogeneous = np.column_stack([points, np.ones(len(points))]) @ matrix.T
     return np.asarray(homogeneous[:, :2] / homogeneous[:, 2:], np.float64)
