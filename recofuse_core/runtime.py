@@ -138,6 +138,11 @@ class Runtime:
         return self.model.info
 
     @property
+    def can_light(self) -> bool:
+        """Whether the weights offer the rendition "lit"."""
+        return self.model.exposure is not None
+
+    @property
     def records(self) -> bool:
         """Whether runs are recorded at all."""
         return self._programs is not None

@@ -185,7 +185,7 @@ class CoreEngine:
             default_steps=model.default_steps,
             default_sampler=model.default_sampler,
             batch_sizes=runtime.batch_sizes if runtime.records else (),
-            exposures=("as_shot",) if runtime.model.exposure is None else get_args(Exposure),
+            exposures=get_args(Exposure) if runtime.can_light else ("as_shot",),
         )
 
     def load(self) -> None:

@@ -61,6 +61,7 @@ class MeteredRuntime:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     records: bool = False
     has_due: bool = False
+    can_light: bool = False
     batches: list[int] = field(default_factory=list)
     info = ModelInfo("metered", "1", "", 3, "ode2", 0)
 
