@@ -106,10 +106,9 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._info: WorkerInfo | None = None
         self._codec = images.build_codec(settings.codec, settings.limits)
-        processors = read_processors()
-        num_threads = settings.worker.codec_threads or processors.share(settings.worker.per_host)
-        logger.info("threads that decode and encode", extra={"threads": num_threads, "processors": processors.told()})
-        self._codecs = ThreadPoolExecutor(num_threads, thread_name_prefix="codec")
+        self._processors = read_processors()
+        self._num_codec_threads = settings.worker.codec_threads or self._processors.share(settings.worker.per_host)
+        self._codecs = ThreadPoolExecutor(self._num_codec_threads, thread_name_prefix="codec")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     @property
@@ -133,6 +132,8 @@ class Worker:
         started_s = self._clock()
         try:
             await self._in_model_thread(self._engine.load)
+            threads = {"threads": self._num_codec_threads, "processors": self._processors.told()}
+            logger.info("threads that decode and encode", extra=threads)
             await self._in_model_thread(self._engine.warm_up)
             engine = self._engine.info
             sizes = engine.batch_sizes or self._settings.batch.sizes

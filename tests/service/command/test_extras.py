@@ -84,7 +84,15 @@ def test_a_dotted_name_decides_over_the_one_that_it_lies_in() -> None:
 
 
 SILENT = {"tensorboard"}  # torch.utils imports it
-SHIPPED = ("service", "recofuse_core", "recofuse_images", "recofuse_client", "recofuse_protos", "recofuse_rigs")
+SHIPPED = (
+    "service",
+    "recofuse_client",
+    "recofuse_core",
+    "recofuse_host",
+    "recofuse_images",
+    "recofuse_protos",
+    "recofuse_rigs",
+)
 
 
 def test_every_package_that_is_imported_is_required_under_the_name_that_is_told() -> None:
