@@ -28,7 +28,7 @@ from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from tests.deploy.compose import readme_command
 from tests.fakes import file_of, pair, picture
 from tests.image import pods
-from tests.image.conftest import Images, Note
+from tests.image.conftest import SETTINGS, Images, Note
 from tests.image.podman import Podman
 from tests.image.stack import BACK, Stack, wait_until
 
@@ -239,7 +239,7 @@ def run_pod(stack: Stack, image: str, name: str, folder: Path) -> None:
     """Start a manifest's container within the stack's network, and wait until its probe calls it ready."""
     queue_url = (stack.folder / "deploy" / "secrets" / "queue_url").read_text("utf-8")
     _, container = pods.container_of(name)
-    flags = [f"--network={BACK}", *pods.flags(name, folder, queue_url)]
+    flags = [f"--network={BACK}", *pods.flags(name, folder, queue_url, SETTINGS)]
     stack.run(f"pod-{name}", flags, [image], container["args"])
     probe = container["readinessProbe"]["httpGet"]
     (port,) = [entry["containerPort"] for entry in container["ports"] if entry["name"] == probe["port"]]
