@@ -70,7 +70,7 @@ def test_no_shared_library_is_missing(images: Images, target: str) -> None:
 def test_the_worker_fuses_with_its_own_weights(images: Images) -> None:
     """On a read-only root, with a /tmp of which nothing can be executed."""
     header = "import sys; sys.stdout.write(open('/tmp/fused.png', 'rb').read(4).hex())"
-    assert inside(images, "worker", "sh", "-c", f'{SAMPLE} >&2 && python -c "{header}"') == b"\x89PNG".hex()
+    assert inside(images, "worker", "sh", "-c", f'({SAMPLE}) >&2 && python -c "{header}"') == b"\x89PNG".hex()
 
 
 def test_their_sizes(images: Images, note: Note) -> None:
