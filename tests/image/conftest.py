@@ -17,13 +17,13 @@ from tests.deploy.conftest import missing
 from tests.image.bases import TOOLS_IMAGE, cache, load_bases
 from tests.image.build import build, python_tag
 from tests.image.podman import Podman, last_line, limits
-from tests.image.stack import NOT_RUN, Stack
+from tests.image.stack import NOT_RUN, PREFIX, Stack
 from tests.service.redis_server import free_port
 
 Note = Callable[[str], None]
 PROGRAMS = ("podman", "runc", "conmon", "catatonit", "mmdebstrap", "nsenter")
 NETWORK_PROGRAMS = ("iptables", "openssl", "curl")
-SETTINGS = {"RECOFUSE_ENGINE__WARM_UP_SIZES": "64x48", "RECOFUSE_ENGINE__NUM_THREADS": "2"}  # what .env says
+SETTINGS = {"RECOFUSE_ENGINE__WARM_UP_SIZES": "64x48", "RECOFUSE_ENGINE__NUM_THREADS": "1"}  # what .env says
 
 _notes = pytest.StashKey[list[str]]()
 
@@ -95,8 +95,8 @@ def stack(images: Images, tmp_path_factory: pytest.TempPathFactory, note: Note) 
     for program in NETWORK_PROGRAMS:
         if shutil.which(program) is None:
             missing(program)
-    podman("network", "create", "probe")
-    tried = podman.attempt("run", "--rm", "--network=probe", *limits({}), TOOLS_IMAGE, "true")
+    podman("network", "create", f"{PREFIX}probe")
+    tried = podman.attempt("run", "--rm", f"--network={PREFIX}probe", *limits({}), TOOLS_IMAGE, "true")
     if tried.returncode:
         missing(f"networks of containers, which ask for CAP_NET_ADMIN ({last_line(tried.stderr)})")
     begin = time.monotonic()

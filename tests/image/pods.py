@@ -31,19 +31,24 @@ def memory_bytes(container: dict[str, Any]) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def flags(name: str, folder: Path, queue_url: str) -> list[str]:
-    """Options for the container of base/NAME.yaml. folder: for its volumes; queue_url: what its Secret says."""
+def flags(name: str, folder: Path, queue_url: str, settings: dict[str, str]) -> list[str]:
+    """Options for the container of base/NAME.yaml. folder: for its volumes; queue_url: what its Secret says.
+
+    settings: beside those of its ConfigMap.
+    """
     pod, container = container_of(name)
     user, rights = pod["securityContext"], container["securityContext"]
     assert rights.keys() == {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"}
     words = [
         f"--user={user['runAsUser']}:{user['runAsGroup']}",
+        f"--stop-timeout={pod['terminationGracePeriodSeconds']}",
         f"--memory={memory_bytes(container)}",
         *limits({}),
         *(f"--cap-drop={capability}" for capability in rights["capabilities"]["drop"]),
         *([] if rights["allowPrivilegeEscalation"] else ["--security-opt=no-new-privileges"]),
         *(["--read-only", "--read-only-tmpfs=false"] if rights["readOnlyRootFilesystem"] else []),
         *(f"--env={literal}" for literal in _settings()),
+        *(f"--env={setting}={value}" for setting, value in settings.items()),
     ]
     sources = {volume["name"]: volume for volume in pod["volumes"]}
     for mount in container["volumeMounts"]:

@@ -20,7 +20,8 @@ from tests.deploy.compose import ROOT, compose_file
 from tests.image.bases import TOOLS_IMAGE
 from tests.image.podman import WAIT_S, Podman, limits
 
-BACK = "back"
+PREFIX = "check-image-"  # of networks: all podmans of a machine have one list of the names in them
+BACK = f"{PREFIX}back"
 NOT_RUN = {"grafana"}  # is in no distribution
 # Program, unless the command names it, and user of the published images.
 STAND_INS = {
@@ -45,7 +46,7 @@ def _one(option: str) -> Callable[[Any], list[str]]:
 def _networks(networks: list[str] | dict[str, Any], service: str) -> list[str]:
     entries = networks if isinstance(networks, dict) else dict.fromkeys(networks)
     aliases = {name: [service, *(entry or {}).get("aliases", [])] for name, entry in entries.items()}
-    return [f"--network={name}:{','.join(f'alias={alias}' for alias in aliases[name])}" for name in aliases]
+    return [f"--network={PREFIX}{name}:{','.join(f'alias={alias}' for alias in aliases[name])}" for name in aliases]
 
 
 class Stack:
@@ -62,7 +63,7 @@ class Stack:
         subprocess.run(["sh", "deploy/make-secrets.sh"], cwd=folder, check=True, capture_output=True)
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()), "utf-8")
         for name, network in compose_file()["networks"].items():
-            podman("network", "create", *(["--internal"] if (network or {}).get("internal") else []), name)
+            podman("network", "create", *(["--internal"] if (network or {}).get("internal") else []), f"{PREFIX}{name}")
 
     def start(self, service: str) -> list[str]:
         """Start a service's replicas; returns their names."""
