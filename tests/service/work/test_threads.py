@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -24,7 +25,7 @@ CONTAINER = Processors(64, 6.5)
 
 
 @pytest.mark.parametrize(("codec_threads", "per_host", "expected"), [(0, 1, 6), (0, 4, 1), (0, 99, 1), (5, 4, 5)])
-def test_codec_threads(
+async def test_codec_threads(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     codec_threads: int,
@@ -35,6 +36,10 @@ def test_codec_threads(
     settings = Settings.from_values({"worker": {"codec_threads": codec_threads, "per_host": per_host}})
     with caplog.at_level(logging.INFO):
         worker = Worker(MemoryQueue(settings.queue), FakeEngine(), settings, new_metrics())
+        running = asyncio.create_task(worker.run())
+        await asyncio.wait_for(worker.warm.wait(), 5)
+        worker.stop()
+        await asyncio.wait_for(running, 10)
     assert worker._codecs._max_workers == expected
     (said,) = [record for record in caplog.records if record.message == "threads that decode and encode"]
     assert said.__dict__["threads"] == expected
