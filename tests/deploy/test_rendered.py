@@ -123,7 +123,8 @@ def test_components_do_what_they_say(built: Built) -> None:
 def test_a_rollout_needs_no_spare_gpu(built: Built) -> None:
     """As the Deployment controller counts: how many pods may be there at once, and how many of them must be ready."""
     for combination, documents in built.items():
-        for deployment in of_kind(documents, "Deployment"):
+        deployments = {each["metadata"]["name"]: each for each in of_kind(documents, "Deployment")}
+        for deployment in (deployments["recofuse-api"], deployments["recofuse-worker"]):
             rolling = deployment["spec"]["strategy"]["rollingUpdate"]
             is_bound = "nvidia.com/gpu" in str(deployment["spec"]["template"]["spec"]["containers"])
             assert (rolling["maxSurge"] == 0) is is_bound, combination.name
