@@ -13,9 +13,13 @@ Metadata of a request, all optional:
   x-request-id     up to 128 of [0-9A-Za-z_.:-]; otherwise the server makes one. Returned in the trailing metadata.
   idempotency-key  up to 255 printable ASCII characters (Fuse and SubmitFuse): repeats of a request share one job.
   traceparent      W3C trace context.
+  recofuse-request-bytes  a decimal number: no message of the call is larger. Worth sending with Fuse and SubmitFuse,
+                   and with ModelInfer: the server keeps room for this much while a message comes, and for the
+                   largest that it accepts otherwise, of which few fit at once. One that is larger is refused.
 
 Sizes. A server accepts messages up to its own limit (default: two files of 32 MiB) and ends larger ones with
-RESOURCE_EXHAUSTED. Most client libraries accept answers of at most 4 MiB unless told otherwise. Messages must not be
+RESOURCE_EXHAUSTED. It reads a message only when it has room for it, and waits for a single one at most a while
+(default: 30 s). Most client libraries accept answers of at most 4 MiB unless told otherwise. Messages must not be
 compressed: images are already, and the server refuses them with UNIMPLEMENTED.
 """
 
