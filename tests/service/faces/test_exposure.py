@@ -7,6 +7,7 @@ import io
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import httpx
@@ -15,13 +16,14 @@ import pytest
 
 import recofuse_client as rc
 from recofuse_core import build_model, save_checkpoint
+from recofuse_core import exposure as core
 from recofuse_core.scenes.scene import make_scene
 from recofuse_protos.inference.v2 import inference_pb2 as oip
 from recofuse_protos.inference.v2 import inference_pb2_grpc
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.terms.errors import ErrorCode
-from service.terms.jobs import Exposure, FusionOptions, Output, Part
+from service.terms.jobs import DEFAULT_EXPOSURE, Exposure, FusionOptions, Output, Part
 from service.terms.settings import EngineSettings
 from service.work.engine import CoreEngine, EngineInfo, PassOptions, Pixels
 from tests.fakes import FakeEngine, file_of
@@ -190,3 +192,8 @@ async def test_weights_without_an_estimator_say_so_by_every_way_in(serving: Serv
         config = (await server.client.get("/v2/models/recofuse/config")).json()["parameters"]
     assert (model["default_exposure"], model["exposures"]) == ("as_shot", ["as_shot"])
     assert config["default_exposure"] == config["exposures"] == {"string_value": "as_shot"}
+
+
+def test_the_default_exposure_is_one_that_there_is() -> None:
+    assert DEFAULT_EXPOSURE in get_args(Exposure)
+    assert get_args(Exposure) == get_args(core.Exposure)

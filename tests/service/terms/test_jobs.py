@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recofuse_core import exposure
 from service.terms.errors import ErrorCode, MalformedRequestError, TimedOutError
 from service.terms.jobs import (
-    DEFAULT_EXPOSURE,
     MAX_WARNING_CHARS,
     MAX_WARNINGS,
     Exposure,
@@ -223,11 +221,6 @@ def test_an_idempotency_key_tells_exposures_apart() -> None:
         return FusionJob(id="j", vis=b"v", ir=b"i", width=3, height=2, created_s=1.5, options=options).fingerprint()
 
     assert len({asking(named) for named in (None, "as_shot", "lit")}) == 3
-
-
-def test_the_default_exposure_is_one_that_there_is() -> None:
-    assert DEFAULT_EXPOSURE in get_args(Exposure)
-    assert get_args(Exposure) == get_args(exposure.Exposure)
 
 
 def test_a_worker_of_an_older_release_offers_pictures_as_shot() -> None:
