@@ -18,14 +18,13 @@ without() { # without FILE...: words that leave out what these have
     sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' "$@"
 }
 
-index=https://pypi.org/simple
-worker="pyproject.toml --default-index $index --extra server --extra otel --extra torch"
+worker="pyproject.toml --extra server --extra otel --extra torch"
 # Who builds extensions needs setuptools; torch asks for it everywhere. An image has nothing that installs packages.
 left_out="--no-emit-package setuptools"
 
 # shellcheck disable=SC2046,SC2086 # lists of words
 {
-    compile api pyproject.toml --default-index $index --extra server --extra otel
+    compile api pyproject.toml --extra server --extra otel
     compile torch-cu130 $worker $left_out $(without deploy/requirements-api.txt)
     # What torch's CUDA build brings, and the CPU variant does not have, is called so.
     for_gpus="$(without deploy/requirements-torch-cu130.txt | grep -E ' (torch|triton|cuda-.*|nvidia-.*)$')"
@@ -35,4 +34,4 @@ left_out="--no-emit-package setuptools"
 version="$(sed -n 's/^torch==//p' constraints.txt)"
 echo "torch==$version+cpu" |
     compile torch-cpu - --no-deps --default-index "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
-sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml | compile build - --default-index $index
+sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml | compile build -

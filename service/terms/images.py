@@ -33,7 +33,7 @@ def check_request(
     with _as_service_errors():
         if vis_layout is None and ir_layout is None:
             reader.check_sides(vis, ir)
-        reader.check_sizes(vis_size, ir_size, _limits_of(limits))
+        reader.check_sizes(vis_size, ir_size, limits_of(limits))
     return vis_size
 
 
@@ -41,8 +41,8 @@ def size_of(data: bytes, role: Role, layout: RawLayout | None, limits: LimitSett
     """Check one side without decoding it; returns width and height. Raises like `check_request`."""
     with _as_service_errors():
         if layout is None:
-            return reader.inspect(data, role, _limits_of(limits)).upright_size
-        reader.inspect_frame(data, layout, role, _limits_of(limits))
+            return reader.inspect(data, role, limits_of(limits)).upright_size
+        reader.inspect_frame(data, layout, role, limits_of(limits))
         return layout.width, layout.height
 
 
@@ -61,7 +61,7 @@ def decode_pair(
         return reader.read_pair(
             vis,
             ir,
-            _limits_of(limits),
+            limits_of(limits),
             vis_range=vis_range,
             ir_range=ir_range,
             vis_layout=vis_layout,
@@ -139,7 +139,8 @@ class ReadyBytes:
         return job.ir if part is Part.IR else job.vis
 
 
-def _limits_of(settings: LimitSettings) -> Limits:
+def limits_of(settings: LimitSettings) -> Limits:
+    """What the settings allow of a picture, as those who read files take it."""
     return Limits(
         max_image_bytes=settings.max_image_bytes,
         max_pixels=settings.max_pixels,

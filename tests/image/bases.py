@@ -112,7 +112,7 @@ def _make(base: Base, folder: Path) -> str:
     part = file.with_suffix(".part")
     options = folder / f"{base.name}.apt.conf"
     options.write_text(_said("apt-config", "dump", "Acquire"), "utf-8")  # proxies and the like of this machine
-    words = [*base.words(), f"--aptopt={options}", base.suite, str(part), _mirror()]
+    words = [*base.words(), f"--aptopt={options}", base.suite, str(part), *_mirrors()]
     try:
         done = subprocess.run(
             words, env=os.environ | {"TMPDIR": str(folder)},
@@ -126,11 +126,11 @@ def _make(base: Base, folder: Path) -> str:
     return ""
 
 
-def _mirror() -> str:
-    """Of Debian's archive, as this machine's apt reaches it."""
+def _mirrors() -> list[str]:
+    """Of Debian's archive, as this machine's apt reaches it; none leaves it to mmdebstrap."""
     listed = _said("apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages")
     found = [line.partition(" ")[2] for line in listed.splitlines() if line.startswith("Debian ")]
-    return found[0] if found else "http://deb.debian.org/debian"
+    return found[:1]
 
 
 def _said(*words: str) -> str:

@@ -16,7 +16,6 @@ from service.command.terminal import complain, out, progress_bar
 from service.terms.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from recofuse_images.limits import Limits
     from recofuse_images.pairs import FoundPair
     from recofuse_rigs.rig import Matrix, Rig
     from recofuse_rigs.search import GreyPair
@@ -169,8 +168,9 @@ def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: b
     from recofuse_rigs.calibration import calibrate as calibrated
     from recofuse_rigs.calibration import grey_pair
     from recofuse_rigs.pairs import read_aligned
+    from service.terms.images import limits_of
 
-    limits = _limits()
+    limits = limits_of(read_settings().limits)
     vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
     rig = given
     if rig is None:
@@ -193,8 +193,9 @@ def _read(found: list[FoundPair]) -> list[GreyPair]:
     from recofuse_images.errors import ImageError
     from recofuse_images.reader import read_infrared, read_vis
     from recofuse_rigs.calibration import grey_pair
+    from service.terms.images import limits_of
 
-    limits = _limits()
+    limits = limits_of(read_settings().limits)
     pairs = []
     for pair in found:
         try:
@@ -203,19 +204,6 @@ def _read(found: list[FoundPair]) -> list[GreyPair]:
         except ImageError as error:
             raise InvalidInputError(f"{pair.name}: {error}") from error
     return pairs
-
-
-def _limits() -> Limits:
-    from recofuse_images.limits import Limits
-
-    settings = read_settings().limits
-    return Limits(
-        max_image_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_pixels,
-        max_side=settings.max_side,
-        min_side=settings.min_side,
-        aspect_tolerance=settings.aspect_tolerance,
-    )
 
 
 def _sizes_of(pair: GreyPair) -> tuple[tuple[int, int], tuple[int, int]]:
