@@ -182,12 +182,20 @@ def test_nor_does_one_over_http_2(served: Door, tmp_path: Path) -> None:
 
 def test_a_message_that_is_too_large_for_grpc_has_a_status(served: Door) -> None:
     with served.grpc() as channel:
+        request = health_pb2.HealthCheckRequest(service="x" * MAX_BODY)  # asks for no key
+        with pytest.raises(grpc.RpcError) as error:
+            health_pb2_grpc.HealthStub(channel).Check(request, timeout=60)
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in (error.value.details() or "")
+
+
+def test_a_stranger_is_told_before_a_large_message_is_read(served: Door) -> None:
+    with served.grpc() as channel:
         stub = fusion_pb2_grpc.FusionServiceStub(channel)
         request = pb.FuseRequest(vis=pb.Image(encoded=bytes(MAX_BODY)), ir=pb.Image(encoded=IR))
         with pytest.raises(grpc.RpcError) as error:
             stub.Fuse(request, timeout=60)
-    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "larger than max" in (error.value.details() or "")
+    assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_what_is_not_for_outside_is_a_problem_document_too(served: Door) -> None:
