@@ -17,6 +17,15 @@ from packaging.utils import canonicalize_name
 from service.terms.settings import PREFIX
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = (  # that are published, all in one wheel
+    "recofuse_client",
+    "recofuse_core",
+    "recofuse_host",
+    "recofuse_images",
+    "recofuse_protos",
+    "recofuse_rigs",
+    "service",
+)
 
 
 @cache

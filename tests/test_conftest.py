@@ -28,3 +28,8 @@ def test_a_gpu_is_seen_by_those_who_ask_for_it(markers: str, expected: bool) -> 
 def test_this_run_sees_one_only_if_it_asked(request: pytest.FixtureRequest) -> None:
     if not asks_for_gpu(request.config.option.markexpr):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.gpu
+def test_what_needs_a_gpu_is_left_out_unless_asked_for(request: pytest.FixtureRequest) -> None:
+    assert asks_for_gpu(request.config.option.markexpr)

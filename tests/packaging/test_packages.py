@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.client.reach import CommandServer
-from tests.extras import ROOT, distributions, project
+from tests.extras import PACKAGES, ROOT, distributions, project
 from tests.fakes import pair
 from tests.packaging.conftest import Built, Note
 from tests.packaging.environments import CONSTRAINTS, Environment, comparable
@@ -28,15 +28,6 @@ from tests.packaging.environments import CONSTRAINTS, Environment, comparable
 pytestmark = [pytest.mark.package, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAX_LIGHT_MIB = 150
-PACKAGES = (
-    "recofuse_client",
-    "recofuse_core",
-    "recofuse_host",
-    "recofuse_images",
-    "recofuse_protos",
-    "recofuse_rigs",
-    "service",
-)
 NOT_CODE = (
     "recofuse_client/py.typed",
     "recofuse_host/py.typed",

@@ -13,6 +13,7 @@ import pytest
 
 from recofuse_images.writer import png_bytes
 from service.command.extras import advice, distribution_of, name_of
+from tests.extras import PACKAGES
 from tests.fakes import picture
 from tests.service.command.calls import ROOT
 
@@ -84,15 +85,6 @@ def test_a_dotted_name_decides_over_the_one_that_it_lies_in() -> None:
 
 
 SILENT = {"tensorboard"}  # torch.utils imports it
-SHIPPED = (
-    "service",
-    "recofuse_client",
-    "recofuse_core",
-    "recofuse_host",
-    "recofuse_images",
-    "recofuse_protos",
-    "recofuse_rigs",
-)
 
 
 def test_every_package_that_is_imported_is_required_under_the_name_that_is_told() -> None:
@@ -103,13 +95,13 @@ def test_every_package_that_is_imported_is_required_under_the_name_that_is_told(
         for line in (*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name]))
     }
     modules: set[str] = set()
-    for path in (path for package in SHIPPED for path in (ROOT / package).rglob("*.py")):
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 modules.add(node.module)
-    known = {*sys.stdlib_module_names, *SHIPPED}
+    known = {*sys.stdlib_module_names, *PACKAGES}
     foreign = {module for module in modules if module.split(".")[0] not in known}
     assert {"torch", "cv2", "redis.asyncio", "google.rpc.status_pb2"} <= foreign
     assert {module for module in foreign if distribution_of(module) not in required} == set()

@@ -21,12 +21,8 @@ def _no_collector() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize(
-    ("room", "expected"),
-    [(24, [1, 8]), (23, [1, 8, 4, 4]), (12, [1, 8, 4, 4]), (11, [1, 8, 4, 2, 2, 4, 2, 2])],
-)
-async def test_halves_of_what_did_not_fit_have_the_whole_device(room: int, expected: list[int]) -> None:
-    runtime = MeteredRuntime(MeteredDevice(room))
+async def fuse_nine(runtime: MeteredRuntime) -> None:
+    """One pair that is under way, and eight that wait meanwhile. All have their pictures in the end."""
     engine = MeteredEngine(runtime)
     async with working(engine) as (queue, worker):
         jobs = fresh(9)
@@ -34,6 +30,15 @@ async def test_halves_of_what_did_not_fit_have_the_whole_device(room: int, expec
         engine.gate.set()
         found = await results(queue, jobs)
     assert [result.error_code for result in found] == [None] * 9
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [(24, [1, 8]), (23, [1, 8, 4, 4]), (12, [1, 8, 4, 4]), (11, [1, 8, 4, 2, 2, 4, 2, 2])],
+)
+async def test_halves_of_what_did_not_fit_have_the_whole_device(room: int, expected: list[int]) -> None:
+    runtime = MeteredRuntime(MeteredDevice(room))
+    await fuse_nine(runtime)
     assert runtime.batches == expected
     assert runtime.device.used == 0
 
@@ -43,13 +48,7 @@ async def test_after_an_error_of_another_kind_the_halves_have_the_whole_device_t
     runtime = MeteredRuntime(
         MeteredDevice(24), faults=lambda number: cuda_error("invalid argument") if number == 1 else None
     )
-    engine = MeteredEngine(runtime)
-    async with working(engine) as (queue, worker):
-        jobs = fresh(9)
-        await held_back(engine, queue, worker, jobs)
-        engine.gate.set()
-        found = await results(queue, jobs)
-    assert [result.error_code for result in found] == [None] * 9
+    await fuse_nine(runtime)
     assert runtime.batches == [1, 8, 4, 4]
     assert runtime.device.refused == []
 
