@@ -204,11 +204,12 @@ BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 
 
 def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
-    """Lit frames (B, 3, H, W) whose colour is smoothed along their luma, and paler, where they were lifted most.
+    """Lit frames (B, 3, H, W) whose colour noise is smoothed along their luma where they were lifted most.
 
     Colour noise and JPEG's colour blocks, invisible in the dark frame `vis`, come up with its shadows in blotches wider
-    than the branches see. A guided filter (He et al., 2010) over some fifty pixels takes them; what was not lifted by a
-    stop or so, a lamp say, keeps its colour as it is.
+    than the branches see. A guided filter (He et al., 2010) over some fifty pixels takes them. What was not lifted by a
+    stop or so, such as a lamp, keeps its colour, and so does what differs from the filter's by more than a frame's
+    noise does: a red coat stays red, and the street beside it as it was.
     """
     radius, edge = 6, 1e-3
     small = _blocks(lit)
@@ -217,13 +218,16 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
     mean_luma, mean_colour = _box(small_luma, radius), _box(small_colour, radius)
     covariance = _box(small_luma * small_colour, radius) - mean_luma * mean_colour
     slope = covariance / (_box(small_luma.square(), radius) - mean_luma.square() + edge)
-    offset = mean_colour - slope * mean_luma
+    slope, offset = _box(slope, radius), _box(mean_colour - slope * mean_luma, radius)
 
+    left_over = (small_colour - slope * small_luma - offset).abs()
+    noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
+    is_colour = ((left_over.amax(dim=1, keepdim=True) / noise - 2) / 2).clamp(0, 1)
     stops = _stops(_blocks(vis), small)
-    smoothed = ((stops - 0.7) / 1.2).clamp(0, 1)
-    kept = 1 / (1 + 0.1 * (stops - 1).clamp_min(0))  # of all colour
+    smoothed = ((stops - 0.7) / 1.2).clamp(0, 1) * (1 - is_colour)
+    kept = 1 / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
-    line = [_box(slope, radius) * smoothed * kept, _box(offset, radius) * smoothed * kept, kept * (1 - smoothed)]
+    line = [slope * smoothed * kept, offset * smoothed * kept, kept * (1 - smoothed)]
     drawn = _stretched(torch.cat(line, dim=1), lit)
     slope, offset, own = drawn[:, :3], drawn[:, 3:6], drawn[:, 6:]
     bare = luma(lit)

@@ -154,6 +154,17 @@ def test_colour_noise_of_lifted_shadows_goes_and_their_luma_and_the_lamps_colour
     assert torch.allclose(lit[lamp], levels[lamp], atol=0.06)
 
 
+def test_a_coat_in_the_shadow_keeps_its_colour_and_does_not_stain_the_street() -> None:
+    vis = 0.04 + 0.004 * torch.randn(1, 3, 96, 96, generator=Generator().manual_seed(0))
+    vis[..., 40:64, 44:56] = torch.tensor([0.09, 0.02, 0.02]).view(3, 1, 1)
+    vis = vis.clamp(0, 1)
+    lighting = lit_by(1.0, 0.45)
+    colours = [(image - luma(image))[0, 0] for image in (lighting.levels(vis), lighting(vis))]  # how red it is
+    coat, beside = (slice(46, 58), slice(47, 53)), (slice(40, 64), slice(60, 66))
+    assert float(colours[1][coat].mean()) > 0.85 * float(colours[0][coat].mean())
+    assert abs(float(colours[1][beside].mean() - colours[0][beside].mean())) < 0.02
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**31), st.integers(32, 70), st.integers(32, 70), st.floats(0.3, 6), st.floats(0.3, 2))
 def test_any_curve_keeps_frames_within_range(seed: int, height: int, width: int, gain: float, gamma: float) -> None:
