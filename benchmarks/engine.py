@@ -37,10 +37,11 @@ from benchmarks.straightforward import straightforward
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.devices import named_device
 from recofuse_core.evaluation import plots
-from recofuse_core.model import ALL_OUTPUTS, PRESETS, Conditions, OutputName, ReCoFuse, build_model
+from recofuse_core.model import PRESETS, Conditions, ReCoFuse, build_model, noise_like
+from recofuse_core.picture import ALL_OUTPUTS, OutputName
 from recofuse_core.recording import ScheduleCache
 from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime
-from recofuse_core.sampler import Pair, SamplerName, seeded_noise
+from recofuse_core.sampler import Pair, SamplerName
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -315,7 +316,7 @@ class Candidate:
             steps.clear()
             decodes.clear()
             started = time.process_time()
-            self.model.run(vis, ir, plan, seeded_noise([0] * len(vis), like), self.conditions)
+            self.model.run(vis, ir, plan, noise_like([0] * len(vis), like), self.conditions)
             ended = time.process_time()
             # The first step may be dearer than the others; the end of the last one is not seen, and is small.
             step_s = min(after - before for before, after in pairwise(steps))

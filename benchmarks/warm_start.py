@@ -29,7 +29,8 @@ from service.command.cameras import degraded_clip
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recofuse_core.model import FusionOutput, ReCoFuse
+    from recofuse_core.model import ReCoFuse
+    from recofuse_core.picture import FusionOutput
     from recofuse_core.scenes.scene import Scene
 
 SEEDS = (1, 5, 9)

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from recofuse_core.checkpoint import load_pretrained
-from recofuse_core.exposure import Exposure
-from recofuse_core.model import OutputName
+from recofuse_core.picture import Exposure, OutputName
 from recofuse_core.runtime import Runtime
 
 SIZES = ((320, 256), (640, 480), (1280, 1024), (3840, 2160))  # width, height; the last is tiled

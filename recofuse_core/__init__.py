@@ -10,7 +10,8 @@ sleep_while_waiting()  # before torch is imported
 
 from recofuse_core.checkpoint import load_checkpoint, load_pretrained, packaged_names, read_header, save_checkpoint
 from recofuse_core.errors import CheckpointError, ConfigError, CoreError, DatasetError, NumericsError, ShapeError
-from recofuse_core.model import PRESETS, FusionOutput, ModelConfig, ModelInfo, ReCoFuse, build_model
+from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
+from recofuse_core.picture import FusionOutput, ModelInfo
 from recofuse_core.published import convert_official
 from recofuse_core.runtime import Runtime
 from recofuse_core.threads import use_threads

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from recofuse_core.config import model_config_from
 from recofuse_core.errors import CheckpointError, ConfigError
-from recofuse_core.model import ModelConfig, ModelInfo, ReCoFuse
+from recofuse_core.model import ModelConfig, ReCoFuse
+from recofuse_core.picture import ModelInfo
 
 FORMAT = "recofuse"
 FORMAT_VERSION = 1

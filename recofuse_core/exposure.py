@@ -10,7 +10,7 @@ the scene as dark as it was; lighting decides how bright a scene should be, and 
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,6 @@ from torch.nn import functional as F
 from recofuse_core.errors import ConfigError
 from recofuse_core.losses import luma
 from recofuse_core.networks import ToneCurves
-
-Exposure = Literal["as_shot", "lit"]
-
-
-def require_exposure(exposure: str) -> None:
-    """Raise ConfigError for a rendition that does not exist."""
-    if exposure not in get_args(Exposure):
-        raise ConfigError(f"exposure must be one of {', '.join(get_args(Exposure))}, got {exposure!r}")
 
 
 @dataclass(frozen=True)

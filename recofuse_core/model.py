@@ -1,7 +1,8 @@
 """ReCoFuse: autoencoder, two denoising branches, latent fusion and the SDE, assembled: image pair in, fused out."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recofuse_core.arithmetic import full_float32
-from recofuse_core.errors import ConfigError, NumericsError, ShapeError
-from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, require_exposure
+from recofuse_core.errors import ConfigError, ShapeError
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator
 from recofuse_core.losses import luma
 from recofuse_core.networks import (
     AutoencoderConfig,
@@ -27,26 +28,28 @@ from recofuse_core.networks import (
     build_autoencoder,
     pad_to_multiple,
 )
-from recofuse_core.sampler import (
-    SAMPLERS,
-    NoiseSource,
-    Pair,
-    Prediction,
-    SamplerName,
-    late_start,
-    num_draws,
-    plan_timesteps,
-    seeded_noise,
+from recofuse_core.picture import (
+    ALL_OUTPUTS,
+    LATENT_FACTOR,
+    PADDING,
+    Defaults,
+    Exposure,
+    FusionOutput,
+    FusionPlan,
+    ModelInfo,
+    OutputName,
+    latent_size,
+    make_plan,
+    require_finite,
+    require_shapes,
+    run,
+    seed_list,
 )
+from recofuse_core.sampler import NoiseSource, Pair, Prediction, SamplerName, seeded_noise
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
-from recofuse_core.tiling import Mosaic, Tile, TilingConfig, blend, plan_tiles
+from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
 
-OutputName = Literal["fused", "vis", "ir"]
 Coupling = Literal["every_step", "late", "none"]
-ALL_OUTPUTS: tuple[OutputName, ...] = ("fused", "vis", "ir")
-MIN_SIDE = 32
-LATENT_FACTOR = 8
-PADDING = 16  # images are padded to multiples of it
 
 
 @dataclass(frozen=True)
@@ -103,54 +106,6 @@ PRESETS = {
         widening=0.4,
     ),
 }
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a model is, for people and for response headers."""
-
-    name: str
-    version: str
-    preset: str
-    default_steps: int
-    default_sampler: SamplerName
-    num_parameters: int
-    provenance: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FusionOutput:
-    """Images in [0, 1], or uint8 levels if the input was; None where not asked for.
-
-    fused, vis: (B, 3, H, W). ir: (B, 1, H, W). latents: the restored latents, both (B, C, h, w), from which the next
-    frame of a sequence may start; None from a `Runtime`.
-    """
-
-    fused: Tensor | None
-    vis: Tensor | None
-    ir: Tensor | None
-    latents: Pair | None = field(default=None, kw_only=True)
-
-
-@dataclass(frozen=True)
-class FusionPlan:
-    """A checked request without its images: hashable, and all that decides what is computed for a shape."""
-
-    sampler: SamplerName
-    timesteps: tuple[int, ...]
-    outputs: frozenset[OutputName]
-    coupled: bool
-    tiling: TilingConfig
-    exposure: Exposure = "as_shot"
-
-    @property
-    def num_draws(self) -> int:
-        """Pairs of noise that a run draws."""
-        return num_draws(self.sampler, len(self.timesteps))
-
-    def tiles(self, height: int, width: int) -> bool:
-        """Whether a frame of this size is worked on in tiles."""
-        return _padded(height) * _padded(width) > self.tiling.max_pixels
 
 
 class Conditioning(NamedTuple):
@@ -217,7 +172,8 @@ class ReCoFuse(nn.Module):
     def final_fusion(self, clean: Pair, conditioning: Conditioning | None = None) -> Tensor:
         """TIM at step 0 on the restored latents: the latent (B, C, h, w) of the fused image. Their mean without TIM."""
         if self.config.coupling == "none":
-            return (clean.vis + clean.ir) / 2
+            mean: Tensor = (clean.vis + clean.ir) / 2
+            return mean
         steps = self.condition(0) if conditioning is None else conditioning
         fused: Tensor = self.fusion.fuse(clean.vis, clean.ir, steps.fusion)
         return fused
@@ -238,21 +194,14 @@ class ReCoFuse(nn.Module):
 
         Raises ConfigError for a model without an exposure estimator.
         """
-        estimator = self._require_estimator()
-        return Pair(estimator(frames.vis, frames.ir)(frames.vis), frames.ir)
-
-    def _require_estimator(self) -> ExposureEstimator:
         if self.exposure is None:
-            raise ConfigError(
-                f"the weights {self.info.name} {self.info.version} have no exposure estimator and cannot give exposure "
-                "'lit'; take other weights, or 'as_shot'"
-            )
-        return self.exposure
+            raise ConfigError(f"the weights {self.info.name} {self.info.version} have no exposure estimator")
+        return Pair(self.exposure(frames.vis, frames.ir)(frames.vis), frames.ir)
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
         channels = self.config.autoencoder.latent_channels
-        return batch, channels, _padded(height) // LATENT_FACTOR, _padded(width) // LATENT_FACTOR
+        return batch, channels, *latent_size(height, width)
 
     def plan(
         self,
@@ -269,15 +218,20 @@ class ReCoFuse(nn.Module):
 
         Raises ConfigError for unknown names or steps, and for a rendition that the weights cannot give.
         """
-        require_exposure(exposure)
-        if exposure == "lit":
-            self._require_estimator()
-        sampler = sampler or self.config.sampler
-        count = self.config.steps if steps is None else steps
-        if start is None and sampler != "euler" and self.config.denoiser.prediction == "noise":
-            start = late_start(self.sde, count)
-        timesteps = plan_timesteps(sampler, self.sde, count, start)
-        return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig(), exposure)
+        config = self.config
+        defaults = Defaults(config.sampler, config.steps, config.denoiser.prediction, self.exposure is not None)
+        return make_plan(
+            self.info,
+            self.sde,
+            defaults,
+            steps=steps,
+            sampler=sampler,
+            outputs=outputs,
+            coupled=coupled,
+            tiling=tiling,
+            start=start,
+            exposure=exposure,
+        )
 
     @torch.inference_mode()
     def fuse(
@@ -320,7 +274,7 @@ class ReCoFuse(nn.Module):
         )
         like = torch.empty(self.latent_shape(batch, height, width), device=vis.device)
         with full_float32():
-            output, is_finite = self.run(vis, ir, plan, seeded_noise(seed_list(seeds, batch), like), previous=previous)
+            output, is_finite = self.run(vis, ir, plan, noise_like(seed_list(seeds, batch), like), previous=previous)
         require_finite(is_finite)
         return output
 
@@ -339,8 +293,6 @@ class ReCoFuse(nn.Module):
         latents to start from at the plan's first step, in place of mu. Nothing here waits for the device or copies to
         it, so that a run can be captured. Raises ShapeError for `previous` of another size.
         """
-        conditions = conditions or self.condition
-        height, width = vis.shape[-2:]
         levels = vis.dtype == torch.uint8
         frames = Pair(_unit_range(vis), _unit_range(ir))
         images = self.normalise(self.light(frames) if plan.exposure == "lit" else frames)
@@ -350,54 +302,76 @@ class ReCoFuse(nn.Module):
             .expand(-1, 3, -1, -1)
             .contiguous(memory_format=torch.channels_last),
         )
-        grid = (padded.vis.shape[-2] // LATENT_FACTOR, padded.vis.shape[-1] // LATENT_FACTOR)
-        frame = _Frame(grid, plan.tiling if plan.tiles(height, width) else None)
-
-        vis_mu, vis_skips = frame.encode(self.autoencoder.encode, padded.vis)
-        ir_mu, ir_skips = frame.encode(self.autoencoder.encode, padded.ir)
-        mu = Pair(vis_mu, ir_mu)
-        noise = draw()
-        state = self._start(mu, noise, previous, plan.timesteps[0])
-
-        def predict(state: Pair, mu: Pair, t: int) -> Prediction:
-            conditioning = conditions(t)
-            return frame.predict(
-                lambda s, m: self.predict(s, m, t, coupled=plan.coupled, conditioning=conditioning), state, mu
-            )
-
-        clean = SAMPLERS[plan.sampler](predict, self.sde, state, mu, draw, plan.timesteps)
-
         flags: list[Tensor] = []
 
-        def decode(latent: Tensor, skips: Skips) -> Tensor:
-            image = frame.decode(self.autoencoder.decode, latent, skips)[..., :height, :width]
-            flags.append(torch.isfinite(image).all())
-            return image.clamp(0, 1)
-
-        def finish(image: Tensor) -> Tensor:
+        def finish(name: OutputName, decoded: Tensor) -> Tensor:
+            flags.append(torch.isfinite(decoded).all())
+            image = decoded.clamp(0.0, 1.0)
+            if name == "fused":
+                image = widen_range(image, self.config.widening)
+            elif name == "ir":
+                image = image.mean(dim=1, keepdim=True)
             return (image * 255).round().byte() if levels else image
 
-        fused = restored_vis = restored_ir = None
-        if "fused" in plan.outputs:
-            conditioning = conditions(0)
-            latent = frame.fuse(lambda pair: self.final_fusion(pair, conditioning), clean)
-            image = decode(latent, self.autoencoder.fuse_skips(vis_skips, ir_skips))
-            fused = finish(widen_range(image, self.config.widening))
-        if "vis" in plan.outputs:
-            restored_vis = finish(decode(clean.vis, vis_skips))
-        if "ir" in plan.outputs:
-            restored_ir = finish(decode(clean.ir, ir_skips).mean(dim=1, keepdim=True))
-        return FusionOutput(fused, restored_vis, restored_ir, latents=clean), torch.stack(flags).all()
+        networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled)
+        size = (int(vis.shape[-2]), int(vis.shape[-1]))
+        pictures, clean = run(networks, self.sde, plan, padded, size, draw, finish, previous)
+        output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
+        return output, torch.stack(flags).all()
 
-    def _start(self, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
-        """Where the reverse process starts: mu + lam n at T, else the marginal at t of `previous` or mu itself."""
-        if previous is None and t == self.sde.num_steps:
-            return Pair(self.sde.noise_state(mu.vis, noise.vis), self.sde.noise_state(mu.ir, noise.ir))
-        states = []
-        for clean, m, n in zip(previous or mu, mu, noise, strict=True):
-            mean, std = self.sde.marginal(clean, m, t)
-            states.append(mean + std * n)
-        return Pair(*states)
+
+class TorchNetworks:
+    """The networks of a model as `picture.run` calls them."""
+
+    def __init__(self, model: ReCoFuse, conditions: Conditions, *, coupled: bool = True) -> None:
+        self.model = model
+        self.conditions = conditions
+        self.coupled = coupled
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
+        """See Networks."""
+        return self.model.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
+
+    def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
+        """See Networks."""
+        return self.model.predict(state, mu, t, coupled=self.coupled, conditioning=self.conditions(t))
+
+    def fuse(self, clean: Pair) -> Tensor:
+        """See Networks."""
+        return self.model.final_fusion(clean, self.conditions(0))
+
+    def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
+        """See Networks."""
+        return self.model.autoencoder.fuse_skips(vis, ir)
+
+    def decode(self, latent: Tensor, skips: Skips) -> Tensor:
+        """See Networks."""
+        size = (latent.shape[-2] * LATENT_FACTOR, latent.shape[-1] * LATENT_FACTOR)
+        return self.model.autoencoder.decode(latent, skips, size)
+
+    def contiguous(self, part: Tensor) -> Tensor:
+        """See Networks."""
+        return part.contiguous()
+
+    def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """See Canvas."""
+        return like.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+
+    def ramps(self, spans: Spans, length: int, scale: int, like: Tensor) -> Ramps:
+        """See Canvas. Made once for a device: a run that was made once copies nothing to it."""
+        return _ramps_on(like.device, spans, length, scale)
+
+
+@functools.lru_cache(maxsize=256)
+def _ramps_on(device: torch.device, spans: Spans, length: int, scale: int) -> Ramps:
+    with torch.inference_mode(False):  # they may serve a run with gradients later
+        return {span: torch.from_numpy(ramp).to(device) for span, ramp in ramps(spans, length, scale).items()}
+
+
+def noise_like(seeds: Sequence[int], like: Tensor) -> NoiseSource:
+    """`seeded_noise` as tensors like `like` (B, C, h, w), on its device."""
+    _, *shape = like.shape
+    return seeded_noise(seeds, shape, lambda noise: torch.from_numpy(noise).to(like.device))
 
 
 WIDENING_GRID = 64  # cells a side that a frame is averaged to, so that noise and hot pixels hardly move its ends
@@ -427,120 +401,18 @@ def widen_range(image: Tensor, share: float) -> Tensor:
     return (image + change).clamp(0, 1)
 
 
-def _padded(side: int) -> int:
-    return -(-side // PADDING) * PADDING
-
-
 def _unit_range(image: Tensor) -> Tensor:
     """Floats in [0, 1] of floats or levels."""
     return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
-class _Frame:
-    """Applies the networks to a whole latent grid, tile by tile where it is larger than the limit."""
-
-    def __init__(self, grid: tuple[int, int], tiling: TilingConfig | None) -> None:
-        self.grid = grid
-        self.tiles: tuple[Tile, ...] = ()
-        if tiling is not None:
-            self.tiles = plan_tiles(*grid, tiling.tile // LATENT_FACTOR, tiling.overlap // LATENT_FACTOR)
-
-    def _join(self, parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Join the results of all tiles, each a tuple of tensors of any scales; one tile's tuple is alive at a time."""
-        mosaics: list[Mosaic] = []
-        for tile, part in zip(self.tiles, parts, strict=True):
-            if not mosaics:
-                scales = [tensor.shape[-2] // (tile.bottom - tile.top) for tensor in part]
-                mosaics = [Mosaic(self.tiles, self.grid, scale) for scale in scales]
-            for mosaic, tensor in zip(mosaics, part, strict=True):
-                mosaic.add(tile, tensor)
-        return tuple(mosaic.joined() for mosaic in mosaics)
-
-    def encode(self, encode: Callable[[Tensor], tuple[Tensor, Skips]], image: Tensor) -> tuple[Tensor, Skips]:
-        if not self.tiles:
-            return encode(image)
-
-        def parts() -> Iterator[tuple[Tensor, ...]]:
-            for tile in self.tiles:
-                latent, skips = encode(tile.cut(image, LATENT_FACTOR).contiguous(memory_format=torch.channels_last))
-                yield latent, *skips
-
-        latent, *skips = self._join(parts())
-        return latent, tuple(skips)
-
-    def predict(self, predict: Callable[[Pair, Pair], Prediction], state: Pair, mu: Pair) -> Prediction:
-        if not self.tiles:
-            return predict(state, mu)
-        predictions = (predict(_cut_pair(tile, state), _cut_pair(tile, mu)) for tile in self.tiles)
-        kinds: list[Literal["noise", "clean"]] = []
-
-        def parts() -> Iterator[tuple[Tensor, ...]]:
-            for prediction in predictions:
-                kinds.append(prediction.kind)
-                yield *prediction.start, *prediction.output
-
-        start_vis, start_ir, output_vis, output_ir = self._join(parts())
-        return Prediction(Pair(start_vis, start_ir), Pair(output_vis, output_ir), kinds[0])
-
-    def fuse(self, fuse: Callable[[Pair], Tensor], clean: Pair) -> Tensor:
-        if not self.tiles:
-            return fuse(clean)
-        return blend(self.tiles, (fuse(_cut_pair(tile, clean)) for tile in self.tiles), self.grid, 1)
-
-    def decode(
-        self, decode: Callable[[Tensor, Skips, tuple[int, int]], Tensor], latent: Tensor, skips: Skips
-    ) -> Tensor:
-        rows, columns = self.grid
-        if not self.tiles:
-            return decode(latent, skips, (rows * LATENT_FACTOR, columns * LATENT_FACTOR))
-
-        def parts() -> Iterator[Tensor]:
-            for tile in self.tiles:
-                tile_skips = tuple(tile.cut(skip, skip.shape[-2] // rows) for skip in skips)
-                size = ((tile.bottom - tile.top) * LATENT_FACTOR, (tile.right - tile.left) * LATENT_FACTOR)
-                yield decode(tile.cut(latent, 1), tile_skips, size)
-
-        return blend(self.tiles, parts(), self.grid, LATENT_FACTOR)
-
-
-def _cut_pair(tile: Tile, pair: Pair) -> Pair:
-    return Pair(tile.cut(pair.vis, 1).contiguous(), tile.cut(pair.ir, 1).contiguous())
-
-
 def require_pair(vis: Tensor, ir: Tensor) -> tuple[int, int, int]:
     """(B, H, W) of a valid pair; ShapeError otherwise."""
-    if vis.ndim != 4 or vis.shape[1] != 3:
-        raise ShapeError(f"vis must be (B, 3, H, W), got {tuple(vis.shape)}")
-    if ir.shape != (vis.shape[0], 1, *vis.shape[-2:]):
-        raise ShapeError(f"ir must be (B, 1, H, W) of the size of vis {tuple(vis.shape)}, got {tuple(ir.shape)}")
+    size = require_shapes(vis.shape, ir.shape)
     levels = vis.dtype == ir.dtype == torch.uint8
     if not levels and not (vis.is_floating_point() and ir.is_floating_point()):
         raise ShapeError(f"vis and ir must be floating point in [0, 1] or both uint8, got {vis.dtype} and {ir.dtype}")
-    height, width = vis.shape[-2:]
-    if vis.shape[0] < 1 or min(height, width) < MIN_SIDE:
-        raise ShapeError(f"both sides must be at least {MIN_SIDE} px, got {width}x{height}")
-    return vis.shape[0], height, width
-
-
-def seed_list(seeds: int | Sequence[int], batch: int) -> list[int]:
-    """One seed an item. Raises ShapeError if there are neither one nor `batch`."""
-    result = [seeds] * batch if isinstance(seeds, int) else list(seeds)
-    if len(result) != batch:
-        raise ShapeError(f"{batch} pairs need {batch} seeds or one, got {len(result)}")
-    return result
-
-
-def require_finite(is_finite: Tensor) -> None:
-    """Raise NumericsError unless the flag of a run is true. Waits for the device."""
-    if not bool(is_finite):
-        raise NumericsError("a decoded image is not finite")
-
-
-def _require_outputs(outputs: Collection[OutputName]) -> frozenset[OutputName]:
-    unknown = set(outputs) - set(ALL_OUTPUTS)
-    if unknown or not outputs:
-        raise ConfigError(f"outputs must be some of {', '.join(ALL_OUTPUTS)}, got {sorted(outputs)}")
-    return frozenset(outputs)
+    return size
 
 
 def build_model(config: ModelConfig, *, name: str = "untrained", version: str = "0", preset: str = "") -> ReCoFuse:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.faults import Fault, fault_of, let_go
-from recofuse_core.model import ALL_OUTPUTS, Conditioning, FusionOutput, FusionPlan, ReCoFuse, require_finite
-from recofuse_core.sampler import NoiseSource, Pair, seeded_noise
+from recofuse_core.model import Conditioning, ReCoFuse, noise_like
+from recofuse_core.picture import ALL_OUTPUTS, FusionOutput, FusionPlan, require_finite
+from recofuse_core.sampler import NoiseSource, Pair
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class Program:
     def __call__(self, vis: Tensor, ir: Tensor, seeds: Sequence[int]) -> FusionOutput:
         """Images of the program's shape, on the host or on the device; the result lies where they do."""
         host_vis, host_ir, host_noise = self._host
-        draw: NoiseSource = seeded_noise(seeds, host_noise[0, 0])
+        draw: NoiseSource = noise_like(seeds, host_noise[0, 0])
         for slot in host_noise:
             slot[0], slot[1] = draw()
         sources = [vis, ir, host_noise]

@@ -26,16 +26,15 @@ from torch import Tensor
 
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import Exposure
-from recofuse_core.model import (
+from recofuse_core.model import ReCoFuse, noise_like, require_pair
+from recofuse_core.picture import (
     ALL_OUTPUTS,
+    Exposure,
     FusionOutput,
     FusionPlan,
     ModelInfo,
     OutputName,
-    ReCoFuse,
     require_finite,
-    require_pair,
     seed_list,
 )
 from recofuse_core.recording import (
@@ -47,7 +46,7 @@ from recofuse_core.recording import (
     Recorder,
     ScheduleCache,
 )
-from recofuse_core.sampler import SamplerName, seeded_noise
+from recofuse_core.sampler import SamplerName
 from recofuse_core.stacked import StackedDenoiser
 from recofuse_core.tiling import TilingConfig
 
@@ -223,7 +222,7 @@ class Runtime:
 
     def _eager(self, vis: Tensor, ir: Tensor, plan: FusionPlan, seeds: Sequence[int]) -> FusionOutput:
         like = torch.empty(self.model.latent_shape(len(vis), *vis.shape[-2:]), device=self.device)
-        draw = seeded_noise(seeds, like)
+        draw = noise_like(seeds, like)
         output, is_finite = self.model.run(vis.to(self.device), ir.to(self.device), plan, draw, self._conditions)
         require_finite(is_finite)
         return FusionOutput(*(_moved(image, vis.device) for image in (output.fused, output.vis, output.ir)))

@@ -7,26 +7,33 @@ two branches (TIM, then both denoisers), so coupling happens at every step of ev
 What a newcomer would get wrong: a published (noise-predicting) denoiser is trained such that the Euler mean *from the
 fused state* hits the optimum step of the modality's *own* state. Its clean latent is therefore the inverse of that
 optimum step (`MeanRevertingSDE.clean_from_optimum`), not x_0 of the marginal formula.
+
+States are arrays of any library that has operators, `clip` and the like: nothing here needs torch.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-import torch
-from torch import Generator, Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from recofuse_core.errors import ConfigError
 from recofuse_core.sde import MeanRevertingSDE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SamplerName = Literal["euler", "posterior", "ode1", "ode2"]
 
 
 class Pair(NamedTuple):
-    """One tensor of each modality, both (B, C, h, w)."""
+    """One tensor, or array, of each modality, both (B, C, h, w)."""
 
-    vis: Tensor
-    ir: Tensor
+    vis: Any
+    ir: Any
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,18 @@ class Sampler(Protocol):
     ) -> Pair: ...
 
 
-def seeded_noise(seeds: Sequence[int], like: Tensor) -> NoiseSource:
-    """Standard normal pairs like `like` (B, C, h, w), vis drawn before ir; item i depends on seeds[i] alone.
+def seeded_noise(
+    seeds: Sequence[int], shape: Sequence[int], adopt: Callable[[NDArray[np.float32]], Any]
+) -> NoiseSource:
+    """Standard normal pairs (B, C, h, w), vis drawn before ir; item i, of `shape` (C, h, w), depends on seeds[i] alone.
 
-    Drawn on the CPU, so that a seed gives the same noise on every device and in every batch.
+    Drawn by numpy, so that a seed gives the same noise on every device, in every batch and in every runtime. `adopt`
+    makes what the networks take of a float32 array.
     """
-    generators = [Generator().manual_seed(seed) for seed in seeds]
+    generators = [np.random.default_rng(seed % 2**64) for seed in seeds]
 
-    def draw_one() -> Tensor:
-        items = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
-        return torch.stack(items).to(like.device, like.dtype)
+    def draw_one() -> Any:
+        return adopt(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
 
     return lambda: Pair(draw_one(), draw_one())
 
@@ -98,11 +107,14 @@ def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu
     )
 
 
-def _within_range(clean: Tensor, mu: Tensor) -> Tensor:
+def _within_range(clean: Any, mu: Any) -> Any:
     """Clamp to the range of mu, widened by half its span: early estimates magnify errors up to 1000 times."""
-    low, high = mu.amin(dim=(1, 2, 3), keepdim=True), mu.amax(dim=(1, 2, 3), keepdim=True)
+    axes = (1, 2, 3)
+    is_numpy = isinstance(mu, np.ndarray)
+    low = mu.min(axes, keepdims=True) if is_numpy else mu.amin(axes, keepdim=True)
+    high = mu.max(axes, keepdims=True) if is_numpy else mu.amax(axes, keepdim=True)
     margin = (high - low) / 2
-    return clean.clamp(low - margin, high + margin)
+    return clean.clip(low - margin, high + margin)
 
 
 def euler(

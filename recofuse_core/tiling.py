@@ -3,15 +3,16 @@
 A plan is made once on the latent grid; the same tiles are then cut from tensors of any scale (latent, skips, image),
 and results are summed with weights that ramp linearly over the overlap and add up to one. Blending happens in the
 latent at every sampling step, and the noise belongs to the whole latent, so that neighbouring tiles agree and no seam
-remains.
+remains. What is cut and joined may be torch's tensors or numpy's arrays.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from recofuse_core.errors import ConfigError
 
@@ -38,8 +39,8 @@ class Tile:
     left: int
     right: int
 
-    def cut(self, x: Tensor, scale: int) -> Tensor:
-        """Cut this tile from a tensor that has `scale` pixels per latent position."""
+    def cut(self, x: Any, scale: int) -> Any:
+        """Cut this tile from an array that has `scale` pixels per latent position."""
         return x[..., self.top * scale : self.bottom * scale, self.left * scale : self.right * scale]
 
 
@@ -58,71 +59,72 @@ def _spread(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, min(start + tile, length)) for start in starts]
 
 
+Spans = tuple[tuple[int, int], ...]
+Ramps = Mapping[tuple[int, int], Any]
+
+
+class Canvas(Protocol):
+    """How the arrays of a library are made that tiles are joined on."""
+
+    def zeros(self, shape: tuple[int, ...], like: Any) -> Any:
+        """A new array of zeros, of the type and on the device of `like`."""
+
+    def ramps(self, spans: Spans, length: int, scale: int, like: Any) -> Ramps:
+        """What `ramps` gives, as arrays for use with `like`."""
+
+
 class Mosaic:
     """Joins tile results (B, C, rows * scale, columns * scale) into (B, C, *grid * scale), ramping over the overlaps.
 
     Tiles are added one by one, so that only one tile's result need be alive beside the whole.
     """
 
-    def __init__(self, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> None:
+    def __init__(self, canvas: Canvas, tiles: Sequence[Tile], grid: tuple[int, int], scale: int) -> None:
         if not tiles:
             raise ConfigError("a tiling needs at least one tile")
-        self.grid, self.scale = grid, scale
-        self.rows = tuple(sorted({(tile.top, tile.bottom) for tile in tiles}))
-        self.columns = tuple(sorted({(tile.left, tile.right) for tile in tiles}))
-        self.whole: Tensor | None = None
+        self.canvas, self.grid, self.scale = canvas, grid, scale
+        self.rows: Spans = tuple(sorted({(tile.top, tile.bottom) for tile in tiles}))
+        self.columns: Spans = tuple(sorted({(tile.left, tile.right) for tile in tiles}))
+        self.whole: Any = None
 
-    def add(self, tile: Tile, part: Tensor) -> None:
+    def add(self, tile: Tile, part: Any) -> None:
         """Add one tile's result."""
         if self.whole is None:
             shape = (*part.shape[:2], self.grid[0] * self.scale, self.grid[1] * self.scale)
-            self.whole = part.new_zeros(shape).contiguous(memory_format=torch.channels_last)
-        rows = _weights(self.rows, self.grid[0], self.scale, part.device)[tile.top, tile.bottom]
-        columns = _weights(self.columns, self.grid[1], self.scale, part.device)[tile.left, tile.right]
-        tile.cut(self.whole, self.scale).add_(part * (rows[:, None] * columns[None, :]).to(part.dtype))
+            self.whole = self.canvas.zeros(shape, part)
+        rows = self.canvas.ramps(self.rows, self.grid[0], self.scale, part)[tile.top, tile.bottom]
+        columns = self.canvas.ramps(self.columns, self.grid[1], self.scale, part)[tile.left, tile.right]
+        place = tile.cut(self.whole, self.scale)
+        place += part * (rows[:, None] * columns[None, :])
 
-    def joined(self) -> Tensor:
+    def joined(self) -> Any:
         """The whole, when every tile has been added."""
         if self.whole is None:
             raise ConfigError("no tile has been added")
         return self.whole
 
 
-def blend(tiles: Sequence[Tile], parts: Iterator[Tensor], grid: tuple[int, int], scale: int) -> Tensor:
-    """Join the results of all tiles, in their order; `parts` is consumed one by one."""
-    mosaic = Mosaic(tiles, grid, scale)
-    for tile, part in zip(tiles, parts, strict=True):
-        mosaic.add(tile, part)
-    return mosaic.joined()
-
-
 @functools.lru_cache(maxsize=256)
-def _weights(
-    spans: tuple[tuple[int, int], ...], length: int, scale: int, device: torch.device
-) -> dict[tuple[int, int], Tensor]:
+def ramps(spans: Spans, length: int, scale: int) -> dict[tuple[int, int], NDArray[np.float32]]:
     """By (start, end) along one side: 1 inside, falling linearly towards neighbours; all of them add up to one.
 
-    Tiles are rows times columns, so a tile's window is the product of two of these. Made once for a device: a run that
-    was made once copies nothing to it.
+    Tiles are rows times columns, so a tile's window is the product of two of these.
     """
-    with torch.inference_mode(False):  # they may serve a run with gradients later
-        ramps = {(start, end): _ramp(start, end, list(spans), length, scale) for start, end in spans}
-        norm = torch.zeros(length * scale)
-        for (start, end), ramp in ramps.items():
-            norm[start * scale : end * scale] += ramp
-        return {
-            (start, end): (ramp / norm[start * scale : end * scale]).to(device) for (start, end), ramp in ramps.items()
-        }
+    bare = {(start, end): _ramp(start, end, list(spans), length, scale) for start, end in spans}
+    norm = np.zeros(length * scale, np.float32)
+    for (start, end), ramp in bare.items():
+        norm[start * scale : end * scale] += ramp
+    return {(start, end): ramp / norm[start * scale : end * scale] for (start, end), ramp in bare.items()}
 
 
-def _ramp(start: int, end: int, spans: list[tuple[int, int]], length: int, scale: int) -> Tensor:
-    ramp = torch.ones((end - start) * scale)
+def _ramp(start: int, end: int, spans: list[tuple[int, int]], length: int, scale: int) -> NDArray[np.float32]:
+    ramp = np.ones((end - start) * scale, np.float32)
     before = [b - start for a, b in spans if a < start < b]
     after = [end - a for a, b in spans if a < end < b]
     if start > 0 and before:
         width = min(before) * scale
-        ramp[:width] *= (torch.arange(width) + 0.5) / width
+        ramp[:width] *= (np.arange(width, dtype=np.float32) + 0.5) / width
     if end < length and after:
         width = min(after) * scale
-        ramp[-width:] *= 1 - (torch.arange(width) + 0.5) / width
+        ramp[-width:] *= 1 - (np.arange(width, dtype=np.float32) + 0.5) / width
     return ramp

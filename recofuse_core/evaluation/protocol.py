@@ -19,7 +19,7 @@ from recofuse_core.degradations.recipes import Step, degrade_ir, degrade_vis
 from recofuse_core.errors import ConfigError, DatasetError, ShapeError
 from recofuse_core.evaluation.baselines import BASELINES, enhance_ir, enhance_vis
 from recofuse_core.evaluation.quality import FusionScores, fusion_scores, psnr, ssim
-from recofuse_core.model import FusionOutput
+from recofuse_core.picture import FusionOutput
 from recofuse_core.sampler import SamplerName
 from recofuse_images.names import listed
 

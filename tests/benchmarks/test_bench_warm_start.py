@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.warm_start import Row, _figures, judge, markdown
-from recofuse_core.model import FusionOutput
+from recofuse_core.picture import FusionOutput
 from service.command.cameras import degraded_clip
 
 DEFAULT = Row("cold, 3", 3, False, 26.0, 28.0, 25.0, 25.0, 6.0, 5.0, 7.0, 400.0)

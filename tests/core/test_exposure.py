@@ -11,10 +11,11 @@ from torch import Generator
 
 from recofuse_core.checkpoint import load_pretrained, save_checkpoint
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import Exposure, ExposureConfig, ExposureEstimator, Lighting
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator, Lighting
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneCurves
+from recofuse_core.picture import Exposure
 from recofuse_core.recording import EagerRecorder
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import Pair

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.losses import chroma, luma
-from recofuse_core.model import ALL_OUTPUTS, WIDENING_GAIN, ModelConfig, OutputName, ReCoFuse, widen_range
-from recofuse_core.sampler import SAMPLERS, Pair, Prediction, SamplerName, seeded_noise
+from recofuse_core.model import WIDENING_GAIN, ModelConfig, ReCoFuse, noise_like, widen_range
+from recofuse_core.picture import ALL_OUTPUTS, OutputName
+from recofuse_core.sampler import SAMPLERS, Pair, Prediction, SamplerName
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import GATED, PUBLISHED, images_of, largest_difference, pairs, tiny_model
 
@@ -316,7 +317,7 @@ def test_a_warm_start_is_the_marginal_of_the_earlier_latents(sampler: SamplerNam
     warm = model.fuse(*frame, sampler=sampler, steps=2, seeds=[7, 8], previous=earlier, start=30)
     state, mu, t = seen[0]
     assert (t, len(seen)) == (30, 2)
-    draw = seeded_noise([7, 8], mu.vis)()
+    draw = noise_like([7, 8], mu.vis)()
     for x, clean, m, n in zip(state, earlier, mu, draw, strict=True):
         expected = m + (clean - m) * model.sde.alpha[30] + model.sde.sigma_bar[30] * n
         torch.testing.assert_close(x, expected)

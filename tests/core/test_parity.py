@@ -206,11 +206,11 @@ def test_schedule(tag: str, schedule: ScheduleName, num_steps: int, eps: float) 
     sde = MeanRevertingSDE(SDEConfig(num_steps, 50.0, schedule, eps))
     assert sde.dt == pytest.approx(float(tensors["dt"]), rel=1e-5)
     assert sde.lam == pytest.approx(float(tensors["max_sigma"]), rel=1e-6)
-    assert_agrees(sde.theta, tensors["thetas"])
-    assert_agrees(sde.theta_bar, tensors["thetas_cumsum"])
-    assert_agrees(sde.sigma, tensors["sigmas"])
-    assert_agrees(sde.sigma_bar, tensors["sigma_bars"])
-    assert_agrees(sde.posterior_std[1:], tensors["posterior_std"])
+    assert_agrees(torch.from_numpy(sde.theta).float(), tensors["thetas"])
+    assert_agrees(torch.from_numpy(sde.theta_bar).float(), tensors["thetas_cumsum"])
+    assert_agrees(torch.from_numpy(sde.sigma).float(), tensors["sigmas"])
+    assert_agrees(torch.from_numpy(sde.sigma_bar).float(), tensors["sigma_bars"])
+    assert_agrees(torch.from_numpy(sde.posterior_std[1:]).float(), tensors["posterior_std"])
 
 
 @pytest.mark.parametrize("t", [1, 2, 50, 100])
@@ -221,16 +221,17 @@ def test_sde_steps(t: int) -> None:
     at_t = {name.removeprefix(f"t{t}."): value for name, value in tensors.items() if name.startswith(f"t{t}.")}
     draw = torch.cat([at_t["noise_vis"], at_t["noise_ir"]])
     clean = sde.clean_from_noise(x, mu, noise, t)
+    rounded = 1e-3 if t == 2 else MODULE  # there the published code's float32 keeps four digits of 1 - alpha**2
     assert_agrees(sde.score(noise, t), at_t["score"])
     assert_agrees(sde.reverse_mean(x, mu, noise, t), at_t["reverse_sde_step_mean"])
     assert_agrees(sde.reverse_step(x, mu, noise, t, draw), at_t["reverse_sde_step"])
     assert_agrees(sde.reverse_ode_step(x, mu, noise, t), at_t["reverse_ode_step"])
-    assert_agrees(sde.optimum_step(x, x0, mu, t), at_t["reverse_optimum_step"])
+    assert_agrees(sde.optimum_step(x, x0, mu, t), at_t["reverse_optimum_step"], rounded)
     assert_agrees(clean, at_t["x0_from_noise"])
-    assert_agrees(sde.optimum_step(x, clean, mu, t), at_t["posterior_mean"])
+    assert_agrees(sde.optimum_step(x, clean, mu, t), at_t["posterior_mean"], rounded)
     assert float(sde.posterior_std[t]) == pytest.approx(float(at_t["posterior_std"]), rel=1e-4, abs=1e-9)
     shared_draw = torch.cat([at_t["noise_vis"]] * 2)
-    assert_agrees(sde.posterior_step(x, clean, mu, t, shared_draw), at_t["posterior_step"])
+    assert_agrees(sde.posterior_step(x, clean, mu, t, shared_draw), at_t["posterior_step"], rounded)
     assert_agrees(sde.marginal(x0, mu, t)[0], at_t["mu_bar"])
     assert_agrees(sde.noise_of(x, x0, mu, t), at_t["real_noise"])
 
@@ -445,7 +446,7 @@ def test_coupled_chain(chain: tuple[ReCoFuse, Tensors]) -> None:
 def test_fuse_gives_the_published_pictures(chain: tuple[ReCoFuse, Tensors], monkeypatch: pytest.MonkeyPatch) -> None:
     """The public call with the recorded noise; it averages the infrared channels, which the published code keeps."""
     model, tensors = chain
-    monkeypatch.setattr(model_module, "seeded_noise", lambda seeds, like: playback(tensors["noise"]))
+    monkeypatch.setattr(model_module, "noise_like", lambda seeds, like: playback(tensors["noise"]))
     steps = model.sde.num_steps  # as published; the default is shorter
     output = model.fuse(tensors["vis_lq"], tensors["ir_lq"][:, :1], sampler="euler", steps=steps)
     assert output.fused is not None

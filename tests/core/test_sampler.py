@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from recofuse_core.errors import ConfigError
+from recofuse_core.model import noise_like
 from recofuse_core.sampler import (
     SAMPLERS,
     NoiseSource,
@@ -20,7 +21,6 @@ from recofuse_core.sampler import (
     clean_latents,
     num_draws,
     plan_timesteps,
-    seeded_noise,
 )
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 
@@ -65,7 +65,7 @@ def noise_oracle(clean: Pair) -> Predictor:
 
 
 def sample(name: SamplerName, predict: Predictor, mu: Pair, steps: int, draw: NoiseSource | None = None) -> Pair:
-    draw = draw or seeded_noise([0, 1], mu.vis)
+    draw = draw or noise_like([0, 1], mu.vis)
     noise = draw()
     state = Pair(*(SDE.noise_state(m, n) for m, n in zip(mu, noise, strict=True)))
     return SAMPLERS[name](predict, SDE, state, mu, draw, plan_timesteps(name, SDE, steps))
@@ -161,7 +161,7 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_draws_are_counted(name: SamplerName) -> None:
     clean, mu = latents(1)
-    source, count = seeded_noise([3, 4], mu.vis), 0
+    source, count = noise_like([3, 4], mu.vis), 0
 
     def draw() -> Pair:
         nonlocal count
@@ -176,7 +176,7 @@ def test_draws_are_counted(name: SamplerName) -> None:
 def test_every_jump_is_reported(name: SamplerName) -> None:
     clean, mu = latents(2)
     seen: list[int] = []
-    draw = seeded_noise([0, 1], mu.vis)
+    draw = noise_like([0, 1], mu.vis)
     plan = plan_timesteps(name, SDE, 5)
     result = SAMPLERS[name](clean_oracle(clean), SDE, mu, mu, draw, plan, lambda t, state: seen.append(t))
     assert seen == [*plan[1:], 0]
@@ -185,7 +185,7 @@ def test_every_jump_is_reported(name: SamplerName) -> None:
 
 def test_noise_belongs_to_the_item() -> None:
     like = torch.empty(SHAPE)
-    both, alone = seeded_noise([3, 9], like), seeded_noise([9], like[:1])
+    both, alone = noise_like([3, 9], like), noise_like([9], like[:1])
     for _ in range(3):
         together, single = both(), alone()
         assert torch.equal(together.vis[1:], single.vis)

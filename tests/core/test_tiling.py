@@ -1,5 +1,6 @@
 """Tiles cover the grid, weights add up to one, and a tiled result shows no seam."""
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from recofuse_core import load_pretrained
 from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
 from recofuse_core.errors import ConfigError
+from recofuse_core.model import TorchNetworks
 from recofuse_core.scenes.scene import make_scene
-from recofuse_core.tiling import Mosaic, TilingConfig, blend, plan_tiles
+from recofuse_core.tiling import Mosaic, Tile, TilingConfig, plan_tiles
 from tests.core.tiny import images_of, pairs, tiny_model
 
 
@@ -33,6 +35,17 @@ def test_tiles_cover_the_grid_and_overlap(half_rows: int, half_columns: int, hal
         ordered = sorted(spans)
         # Even starts are rounded, which may cost two positions of the overlap.
         assert all(b[0] <= a[1] - max(overlap - 2, 1) for a, b in pairwise(ordered))
+
+
+CANVAS = TorchNetworks(tiny_model(), lambda t: pytest.fail("no network is asked"))
+
+
+def blend(tiles: Sequence[Tile], parts: Iterable[Tensor], grid: tuple[int, int], scale: int) -> Tensor:
+    mosaic = Mosaic(CANVAS, tiles, grid, scale)
+    for tile, part in zip(tiles, parts, strict=True):
+        mosaic.add(tile, part)
+    whole: Tensor = mosaic.joined()
+    return whole
 
 
 @settings(deadline=None, max_examples=20)
@@ -61,7 +74,7 @@ def test_nothing_to_join_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one tile"):
         blend((), iter(()), (4, 4), 1)
     with pytest.raises(ConfigError, match="no tile has been added"):
-        Mosaic(plan_tiles(4, 4, 16, 4), (4, 4), 1).joined()
+        Mosaic(CANVAS, plan_tiles(4, 4, 16, 4), (4, 4), 1).joined()
 
 
 @pytest.mark.parametrize(

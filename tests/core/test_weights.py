@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from recofuse_core import load_pretrained
-from recofuse_core.exposure import Exposure
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
+from recofuse_core.picture import Exposure
 from recofuse_core.scenes.scene import make_scene
 
 
@@ -51,7 +51,7 @@ def test_people_at_night_are_seen_in_the_fused_picture_alone() -> None:
 
 
 def restored(vis: Tensor, ir: Tensor, exposure: Exposure) -> Tensor:
-    image = shipped().fuse(vis, ir, outputs=["vis"], exposure=exposure).vis
+    image: Tensor | None = shipped().fuse(vis, ir, outputs=["vis"], exposure=exposure).vis
     assert image is not None
     return image
 

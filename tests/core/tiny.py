@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from recofuse_core.model import FusionOutput, ModelConfig, ReCoFuse, build_model
+from recofuse_core.model import ModelConfig, ReCoFuse, build_model
 from recofuse_core.networks import (
     DenoiserConfig,
     FusionConfig,
     GatedAutoencoderConfig,
     PaperAutoencoderConfig,
 )
+from recofuse_core.picture import FusionOutput
 from recofuse_core.sde import SDEConfig
 
 GATED = ModelConfig(

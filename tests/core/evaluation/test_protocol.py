@@ -18,8 +18,9 @@ from recofuse_core.evaluation.protocol import EvaluationSettings, Fuser, PairIma
 from recofuse_core.evaluation.quality import psnr
 from recofuse_core.evaluation.report import Report
 from recofuse_core.evaluation.sheets import SHEET_WIDTH, sheet_row, stack_rows
-from recofuse_core.model import FusionOutput, ModelConfig, build_model
+from recofuse_core.model import ModelConfig, build_model
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig
+from recofuse_core.picture import FusionOutput
 from recofuse_core.sampler import SamplerName
 from recofuse_core.sde import SDEConfig
 

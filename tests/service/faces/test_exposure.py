@@ -16,7 +16,7 @@ import pytest
 
 import recofuse_client as rc
 from recofuse_core import build_model, save_checkpoint
-from recofuse_core import exposure as core
+from recofuse_core import picture as core
 from recofuse_core.scenes.scene import make_scene
 from recofuse_protos.inference.v2 import inference_pb2 as oip
 from recofuse_protos.inference.v2 import inference_pb2_grpc

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from recofuse_core.model import FusionOutput, ModelInfo, OutputName
+from recofuse_core.picture import FusionOutput, ModelInfo, OutputName
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings

@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import torch
 
-from recofuse_core.model import ModelInfo
+from recofuse_core.picture import ModelInfo
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings, Settings

@@ -1,0 +1,317 @@
+"""One picture: what may be asked for, and the order of work from a pair to its pictures.
+
+The order is the same for every runtime: prepare both frames, encode them, sample, fuse, decode, tile by tile where a
+frame is large. What the networks compute is a runtime's own (`Networks`): torch's modules, or graphs of them that run
+without torch. So nothing here needs torch, and arrays are those of the runtime.
+
+Letters: B batch, H and W image size, C latent channels, h and w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+from recofuse_core.errors import ConfigError, NumericsError, ShapeError
+from recofuse_core.sampler import (
+    SAMPLERS,
+    NoiseSource,
+    Pair,
+    Prediction,
+    SamplerName,
+    late_start,
+    num_draws,
+    plan_timesteps,
+)
+from recofuse_core.sde import MeanRevertingSDE
+from recofuse_core.tiling import Canvas, Mosaic, Tile, TilingConfig, plan_tiles
+
+OutputName = Literal["fused", "vis", "ir"]
+Exposure = Literal["as_shot", "lit"]
+PredictionKind = Literal["noise", "clean"]
+ALL_OUTPUTS: tuple[OutputName, ...] = ("fused", "vis", "ir")
+MIN_SIDE = 32
+LATENT_FACTOR = 8
+PADDING = 16  # images are padded to multiples of it
+
+Array = Any  # of the runtime
+Skips = tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, for people and for response headers."""
+
+    name: str
+    version: str
+    preset: str
+    default_steps: int
+    default_sampler: SamplerName
+    num_parameters: int
+    provenance: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FusionOutput:
+    """Images in [0, 1], or uint8 levels if the input was; None where not asked for.
+
+    fused, vis: (B, 3, H, W). ir: (B, 1, H, W). latents: the restored latents, both (B, C, h, w), from which the next
+    frame of a sequence may start; None from a runtime.
+    """
+
+    fused: Any | None
+    vis: Any | None
+    ir: Any | None
+    latents: Pair | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What of a model decides how a request without wishes is worked on."""
+
+    sampler: SamplerName
+    steps: int
+    prediction: PredictionKind
+    can_light: bool
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """A checked request without its images: hashable, and all that decides what is computed for a shape."""
+
+    sampler: SamplerName
+    timesteps: tuple[int, ...]
+    outputs: frozenset[OutputName]
+    coupled: bool
+    tiling: TilingConfig
+    exposure: Exposure = "as_shot"
+
+    @property
+    def num_draws(self) -> int:
+        """Pairs of noise that a run draws."""
+        return num_draws(self.sampler, len(self.timesteps))
+
+    def tiles(self, height: int, width: int) -> bool:
+        """Whether a frame of this size is worked on in tiles."""
+        return padded(height) * padded(width) > self.tiling.max_pixels
+
+
+def make_plan(
+    info: ModelInfo,
+    sde: MeanRevertingSDE,
+    defaults: Defaults,
+    *,
+    steps: int | None = None,
+    sampler: SamplerName | None = None,
+    outputs: Collection[OutputName] = ALL_OUTPUTS,
+    coupled: bool = True,
+    tiling: TilingConfig | None = None,
+    start: int | None = None,
+    exposure: Exposure = "as_shot",
+) -> FusionPlan:
+    """Check a request and fill in the model's defaults.
+
+    Raises ConfigError for unknown names or steps, and for a rendition that the weights cannot give.
+    """
+    require_exposure(exposure)
+    if exposure == "lit" and not defaults.can_light:
+        raise ConfigError(
+            f"the weights {info.name} {info.version} have no exposure estimator and cannot give exposure 'lit'; "
+            "take other weights, or 'as_shot'"
+        )
+    sampler = sampler or defaults.sampler
+    count = defaults.steps if steps is None else steps
+    if start is None and sampler != "euler" and defaults.prediction == "noise":
+        start = late_start(sde, count)
+    timesteps = plan_timesteps(sampler, sde, count, start)
+    return FusionPlan(sampler, timesteps, _require_outputs(outputs), coupled, tiling or TilingConfig(), exposure)
+
+
+class Networks(Canvas, Protocol):
+    """What a runtime computes. Images are float32 (B, 3, H, W) with sides that are multiples of `PADDING`."""
+
+    def encode(self, image: Array) -> tuple[Array, Skips]:
+        """An image to its latent (B, C, H / 8, W / 8) and skips."""
+
+    def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
+        """One coupled evaluation at step t: pairs of (B, C, h, w)."""
+
+    def fuse(self, clean: Pair) -> Array:
+        """The latent (B, C, h, w) of the fused image from both restored ones."""
+
+    def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
+        """The skips of the fused image."""
+
+    def decode(self, latent: Array, skips: Skips) -> Array:
+        """A latent and its skips to an image, not clamped."""
+
+    def contiguous(self, part: Array) -> Array:
+        """A part that was cut from an array, in memory of its own if the networks are faster so."""
+
+
+def run(
+    networks: Networks,
+    sde: MeanRevertingSDE,
+    plan: FusionPlan,
+    frames: Pair,
+    size: tuple[int, int],
+    draw: NoiseSource,
+    finish: Callable[[OutputName, Array], Array],
+    previous: Pair | None = None,
+) -> tuple[dict[OutputName, Array], Pair]:
+    """The pictures that a plan asks for, and the restored latents.
+
+    frames: prepared (lit, toned), padded, ir in three channels; size: theirs before the padding. `draw` gives noise
+    like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what is kept of it. `previous` holds
+    clean latents to start from at the plan's first step, in place of mu. Raises ShapeError for one of another size.
+    """
+    grid = (frames.vis.shape[-2] // LATENT_FACTOR, frames.vis.shape[-1] // LATENT_FACTOR)
+    frame = _Frame(networks, grid, plan.tiling if plan.tiles(*size) else None)
+    vis_mu, vis_skips = frame.encode(frames.vis)
+    ir_mu, ir_skips = frame.encode(frames.ir)
+    mu = Pair(vis_mu, ir_mu)
+    state = _start(sde, mu, draw(), previous, plan.timesteps[0])
+    clean = SAMPLERS[plan.sampler](frame.predict, sde, state, mu, draw, plan.timesteps)
+
+    def decode(name: OutputName, latent: Array, skips: Skips) -> Array:
+        return finish(name, frame.decode(latent, skips)[..., : size[0], : size[1]])
+
+    pictures: dict[OutputName, Array] = {}
+    if "fused" in plan.outputs:
+        pictures["fused"] = decode("fused", frame.fuse(clean), networks.fuse_skips(vis_skips, ir_skips))
+    if "vis" in plan.outputs:
+        pictures["vis"] = decode("vis", clean.vis, vis_skips)
+    if "ir" in plan.outputs:
+        pictures["ir"] = decode("ir", clean.ir, ir_skips)
+    return pictures, clean
+
+
+def _start(sde: MeanRevertingSDE, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
+    """Where the reverse process starts: mu + lam n at T, else the marginal at t of `previous` or mu itself."""
+    if previous is None and t == sde.num_steps:
+        return Pair(sde.noise_state(mu.vis, noise.vis), sde.noise_state(mu.ir, noise.ir))
+    states = []
+    for clean, m, n in zip(previous or mu, mu, noise, strict=True):
+        mean, std = sde.marginal(clean, m, t)
+        states.append(mean + std * n)
+    return Pair(*states)
+
+
+class _Frame:
+    """Applies the networks to a whole latent grid, tile by tile where it is larger than the limit."""
+
+    def __init__(self, networks: Networks, grid: tuple[int, int], tiling: TilingConfig | None) -> None:
+        self.networks = networks
+        self.grid = grid
+        self.tiles: tuple[Tile, ...] = ()
+        if tiling is not None:
+            self.tiles = plan_tiles(*grid, tiling.tile // LATENT_FACTOR, tiling.overlap // LATENT_FACTOR)
+
+    def _join(self, parts: Iterator[tuple[Array, ...]]) -> tuple[Array, ...]:
+        """Join the results of all tiles, each a tuple of arrays of any scales; one tile's tuple is alive at a time."""
+        mosaics: list[Mosaic] = []
+        for tile, part in zip(self.tiles, parts, strict=True):
+            if not mosaics:
+                scales = [array.shape[-2] // (tile.bottom - tile.top) for array in part]
+                mosaics = [Mosaic(self.networks, self.tiles, self.grid, scale) for scale in scales]
+            for mosaic, array in zip(mosaics, part, strict=True):
+                mosaic.add(tile, array)
+        return tuple(mosaic.joined() for mosaic in mosaics)
+
+    def encode(self, image: Array) -> tuple[Array, Skips]:
+        if not self.tiles:
+            return self.networks.encode(image)
+
+        def parts() -> Iterator[tuple[Array, ...]]:
+            for tile in self.tiles:
+                latent, skips = self.networks.encode(tile.cut(image, LATENT_FACTOR))
+                yield latent, *skips
+
+        latent, *skips = self._join(parts())
+        return latent, tuple(skips)
+
+    def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
+        if not self.tiles:
+            return self.networks.predict(state, mu, t)
+        predictions = (self.networks.predict(self._cut(tile, state), self._cut(tile, mu), t) for tile in self.tiles)
+        kinds: list[PredictionKind] = []
+
+        def parts() -> Iterator[tuple[Array, ...]]:
+            for prediction in predictions:
+                kinds.append(prediction.kind)
+                yield *prediction.start, *prediction.output
+
+        start_vis, start_ir, output_vis, output_ir = self._join(parts())
+        return Prediction(Pair(start_vis, start_ir), Pair(output_vis, output_ir), kinds[0])
+
+    def fuse(self, clean: Pair) -> Array:
+        if not self.tiles:
+            return self.networks.fuse(clean)
+        (latent,) = self._join((self.networks.fuse(self._cut(tile, clean)),) for tile in self.tiles)
+        return latent
+
+    def decode(self, latent: Array, skips: Skips) -> Array:
+        if not self.tiles:
+            return self.networks.decode(latent, skips)
+        rows, _ = self.grid
+
+        def parts() -> Iterator[tuple[Array, ...]]:
+            for tile in self.tiles:
+                tile_skips = tuple(tile.cut(skip, skip.shape[-2] // rows) for skip in skips)
+                yield (self.networks.decode(tile.cut(latent, 1), tile_skips),)
+
+        (image,) = self._join(parts())
+        return image
+
+    def _cut(self, tile: Tile, pair: Pair) -> Pair:
+        return Pair(*(self.networks.contiguous(tile.cut(array, 1)) for array in pair))
+
+
+def padded(side: int) -> int:
+    """A side filled up to a multiple of `PADDING`."""
+    return -(-side // PADDING) * PADDING
+
+
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """(h, w) of the latents of images of a size."""
+    return padded(height) // LATENT_FACTOR, padded(width) // LATENT_FACTOR
+
+
+def require_shapes(vis: Sequence[int], ir: Sequence[int]) -> tuple[int, int, int]:
+    """(B, H, W) of a pair of valid shapes; ShapeError otherwise."""
+    if len(vis) != 4 or vis[1] != 3:
+        raise ShapeError(f"vis must be (B, 3, H, W), got {tuple(vis)}")
+    if tuple(ir) != (vis[0], 1, *vis[-2:]):
+        raise ShapeError(f"ir must be (B, 1, H, W) of the size of vis {tuple(vis)}, got {tuple(ir)}")
+    batch, _, height, width = vis
+    if batch < 1 or min(height, width) < MIN_SIDE:
+        raise ShapeError(f"both sides must be at least {MIN_SIDE} px, got {width}x{height}")
+    return batch, height, width
+
+
+def seed_list(seeds: int | Sequence[int], batch: int) -> list[int]:
+    """One seed an item. Raises ShapeError if there are neither one nor `batch`."""
+    result = [seeds] * batch if isinstance(seeds, int) else list(seeds)
+    if len(result) != batch:
+        raise ShapeError(f"{batch} pairs need {batch} seeds or one, got {len(result)}")
+    return result
+
+
+def require_finite(is_finite: Any) -> None:
+    """Raise NumericsError unless the flag of a run is true. Waits for the device."""
+    if not bool(is_finite):
+        raise NumericsError("a decoded image is not finite")
+
+
+def require_exposure(exposure: str) -> None:
+    """Raise ConfigError for a rendition that does not exist."""
+    if exposure not in get_args(Exposure):
+        raise ConfigError(f"exposure must be one of {', '.join(get_args(Exposure))}, got {exposure!r}")
+
+
+def _require_outputs(outputs: Collection[OutputName]) -> frozenset[OutputName]:
+    unknown = set(outputs) - set(ALL_OUTPUTS)
+    if unknown or not outputs:
+        raise ConfigError(f"outputs must be some of {', '.join(ALL_OUTPUTS)}, got {sorted(outputs)}")
+    return frozenset(outputs)
