@@ -451,12 +451,13 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
     from service.command.files import fuse_files
     from service.terms.jobs import FusionOptions, Part
     from service.terms.settings import CodecSettings, EngineSettings, LimitSettings
-    from service.work.engine import CoreEngine, PassOptions
+    from service.work.engine import PassOptions
+    from service.work.torch_engine import TorchEngine
 
     vis, ir = folder / "vis.png", folder / "ir.png"
     for path, content in zip((vis, ir), picture_pair(*NAMED_SIZE), strict=True):
         path.write_bytes(content)
-    engine = CoreEngine(EngineSettings(device="cpu", num_threads=1))
+    engine = TorchEngine(EngineSettings(device="cpu", num_threads=1))
     engine.load()
     options = PassOptions.of(FusionOptions(), engine.info)
     pair = FoundPair("pair", vis, ir)

@@ -55,12 +55,12 @@ def run(
 
     from recofuse_core.devices import named_device
     from service.terms.settings import EngineSettings
-    from service.work.engine import CoreEngine
+    from service.work.torch_engine import TorchEngine
 
     chosen = named_device(device)
     on_gpu = chosen.startswith("cuda")
     where = machine()
-    engine = CoreEngine(EngineSettings(device=chosen, num_threads=num_threads))
+    engine = TorchEngine(EngineSettings(device=chosen, num_threads=num_threads))
     engine.load()
     batch = 8 if on_gpu else 1  # what the engine runs best
     files = picture_pair()

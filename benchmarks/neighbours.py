@@ -45,7 +45,8 @@ import sys, time
 import numpy as np
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings
-from service.work.engine import CoreEngine, PassOptions
+from service.work.engine import PassOptions
+from service.work.torch_engine import TorchEngine
 
 generator = np.random.default_rng(0)
 vis = generator.integers(0, 256, (1, 480, 640, 3), np.uint8)
@@ -59,7 +60,7 @@ for _ in sys.stdin:
     print(time.perf_counter() - clock_s, time.process_time() - cpu_s, flush=True)
 """
 ENGINE = """
-engine = CoreEngine(EngineSettings(device="cpu", num_threads={threads}))
+engine = TorchEngine(EngineSettings(device="cpu", num_threads={threads}))
 engine.load()
 options = PassOptions(engine.info.default_steps, engine.info.default_sampler, (Part.FUSED,))
 def fuse():

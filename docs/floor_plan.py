@@ -58,8 +58,14 @@ FLOORS: tuple[tuple[Room, ...], ...] = (  # from the roof to the ground
 
 # Who may name a package that is somebody's trade: rooms, or single modules of one.
 TRADES: dict[str, tuple[str, ...]] = {
-    "torch": ("recofuse_core", "service.work.engine", "service.command"),
-    "recofuse_core": ("service.work.engine", "service.command"),
+    "torch": ("recofuse_core", "service.work.torch_engine", "service.command"),
+    "onnxruntime": ("recofuse_core.graphs",),
+    "recofuse_core": (
+        "service.work.engines",
+        "service.work.graph_engine",
+        "service.work.torch_engine",
+        "service.command",
+    ),
     "recofuse_client": ("service.command",),
     "recofuse_protos": ("recofuse_client", "service.faces.grpc", "service.faces.oip", "service.command"),
     "fastapi": ("service.faces.http", "service.faces.oip"),

@@ -6,20 +6,17 @@ Nothing is ever downloaded: a name stands for a file inside the package, anythin
 """
 
 import dataclasses
-import hashlib
 import json
+import math
 import os
-import re
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -27,15 +24,21 @@ from recofuse_core.config import model_config_from
 from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.model import ModelConfig, ReCoFuse
 from recofuse_core.picture import ModelInfo
-
-FORMAT = "recofuse"
-FORMAT_VERSION = 1
-SUFFIX = ".safetensors"
-STORAGE_DTYPES = {"F16": torch.float16, "F32": torch.float32}
+from recofuse_core.weights_file import (
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    Label,
+    StrPath,
+    checksum,
+    listed,
+    read_label,
+    read_verified,
+    resolve,
+)
 
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def save_checkpoint(
     file cannot be written.
     """
     path = Path(path)
-    if dtype not in STORAGE_DTYPES.values():
+    if str(dtype).removeprefix("torch.") not in DTYPES.values():
         raise CheckpointError(f"{path}: weights are stored as float16 or float32, not as {dtype}")
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     require_match(str(path), shapes_of(blank_model(config)), shapes)
@@ -97,7 +100,7 @@ def save_checkpoint(
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
         "info": about,
     }
-    metadata["checksum"] = _checksum(metadata, stored)
+    metadata["checksum"] = checksum(metadata, {key: value.numpy() for key, value in stored.items()})
     _write_atomically(path, stored, metadata)
     return read_header(path)
 
@@ -108,8 +111,7 @@ def read_header(path: StrPath) -> CheckpointHeader:
     Raises CheckpointError if the file is missing, truncated, no safetensors file, not ours, or of another version.
     """
     path = Path(path)
-    with _opened(path) as file:
-        return _header(path, file)
+    return _header(path, read_label(path))
 
 
 def load_checkpoint(path: StrPath) -> Checkpoint:
@@ -119,13 +121,10 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
     the recorded checksum.
     """
     path = Path(path)
-    with _opened(path) as file:
-        header = _header(path, file)
-        require_match(str(path), shapes_of(blank_model(header.config, path)), header.shapes)
-        stored = {name: file.get_tensor(name) for name in header.shapes}
-        if _checksum(file.metadata(), stored) != header.checksum:
-            raise CheckpointError(f"{path} is damaged: its content does not have the recorded checksum")
-        state = {name: tensor.to(torch.float32, copy=True) for name, tensor in stored.items()}
+    header = read_header(path)
+    require_match(str(path), shapes_of(blank_model(header.config, path)), header.shapes)
+    _, stored = read_verified(path)
+    state = {name: torch.from_numpy(array).to(torch.float32, copy=True) for name, array in stored.items()}
     return Checkpoint(header.config, state, header.info)
 
 
@@ -134,8 +133,7 @@ def load_pretrained(name_or_path: StrPath = "compact", *, device: str | torch.de
 
     Raises CheckpointError if there are no such weights or the file does not load.
     """
-    with resources.as_file(resources.files("recofuse_core") / "weights") as packaged:
-        config, state, info = load_checkpoint(_resolve(name_or_path, packaged))
+    config, state, info = load_checkpoint(resolve(name_or_path))
     model = blank_model(config)
     model.load_state_dict(state, assign=True)
     model.info = info
@@ -145,14 +143,7 @@ def load_pretrained(name_or_path: StrPath = "compact", *, device: str | torch.de
 
 def pretrained_header(name_or_path: StrPath) -> CheckpointHeader:
     """`read_header` of what `load_pretrained` would load."""
-    with resources.as_file(resources.files("recofuse_core") / "weights") as packaged:
-        return read_header(_resolve(name_or_path, packaged))
-
-
-def packaged_names() -> tuple[str, ...]:
-    """Names of the weights that ship inside the package."""
-    with resources.as_file(resources.files("recofuse_core") / "weights") as packaged:
-        return _names_in(packaged)
+    return read_header(resolve(name_or_path))
 
 
 def blank_model(config: ModelConfig, origin: StrPath = "config") -> ReCoFuse:
@@ -167,82 +158,21 @@ def blank_model(config: ModelConfig, origin: StrPath = "config") -> ReCoFuse:
         raise CheckpointError(f"{origin}: no model can be built from its sizes: {error}") from error
 
 
-def _resolve(name_or_path: StrPath, packaged: Path) -> Path:
-    given = os.fspath(name_or_path)
-    is_name = re.fullmatch(r"[\w-]+", given) is not None
-    if is_name and (packaged / f"{given}{SUFFIX}").is_file():
-        return packaged / f"{given}{SUFFIX}"
-    if is_name and not Path(given).exists():
-        known = ", ".join(_names_in(packaged)) or "none"
-        raise CheckpointError(
-            f"no weights are called {given!r} (in the package: {known}) and there is no such file; "
-            "published weights become a file with `recofuse convert`"
-        )
-    return Path(given)
-
-
-def _names_in(packaged: Path) -> tuple[str, ...]:
-    return tuple(sorted(file.stem for file in packaged.glob(f"*{SUFFIX}")))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file opened for reading, its failures told in our words."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no weights file at {path}")
+def _header(path: Path, label: Label) -> CheckpointHeader:
     try:
-        handle = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or is truncated: {error}") from error
-    with handle as file:
-        yield file
-
-
-def _header(path: Path, file: Any) -> CheckpointHeader:
-    metadata: dict[str, str] = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but no recofuse checkpoint")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        found = metadata.get("format_version", "none")
-        raise CheckpointError(f"{path} has format version {found}; this release reads version {FORMAT_VERSION}")
-    absent = sorted({"config", "info", "checksum"} - metadata.keys())
-    if absent:
-        raise CheckpointError(f"{path}: the metadata lack {', '.join(absent)}")
-    try:
-        config = model_config_from(json.loads(metadata["config"]))
-        about = json.loads(metadata["info"])
-        provenance = dict(about["provenance"])
-        name, version, preset = (str(about[key]) for key in ("name", "version", "preset"))
+        config = model_config_from(label.config)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{path}: the metadata are not understood: {error}") from error
-    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    dtypes = {key: str(piece.get_dtype()) for key, piece in slices.items()}
-    strange = sorted(key for key, dtype in dtypes.items() if dtype not in STORAGE_DTYPES)
-    if strange:
-        raise CheckpointError(f"{path}: neither float16 nor float32: {listed(strange)}")
-    shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
     info = ModelInfo(
-        name=name,
-        version=version,
-        preset=preset,
+        name=label.about.name,
+        version=label.about.version,
+        preset=label.about.preset,
         default_steps=config.steps,
         default_sampler=config.sampler,
-        num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
-        provenance=provenance,
+        num_parameters=sum(map(math.prod, label.shapes.values())),
+        provenance=label.about.provenance,
     )
-    return CheckpointHeader(config, info, metadata["checksum"], shapes, dtypes)
-
-
-def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the other metadata and over names, dtypes, shapes and bytes of the tensors, both in sorted order."""
-    digest = hashlib.sha256()
-    for key in sorted(metadata.keys() - {"checksum"}):
-        digest.update(f"{key}\0{metadata[key]}\0".encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
+    return CheckpointHeader(config, info, label.checksum, label.shapes, label.dtypes)
 
 
 def _write_atomically(path: Path, tensors: State, metadata: dict[str, str]) -> None:
@@ -286,10 +216,3 @@ def list_differences(expected: Shapes, found: Shapes) -> str:
     if reshaped:
         parts.append(f"wrong shape of {listed(reshaped)}")
     return "; ".join(parts)
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """The names, their number first if there are several, shortened if there are many."""
-    shown = ", ".join(names[:most])
-    count = f"{len(names)}: " if len(names) > 1 else ""
-    return f"{count}{shown}{', ...' if len(names) > most else ''}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import recofuse_core.threads  # noqa: F401 - no more threads than the process may use
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError, ShapeError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator

@@ -16,10 +16,8 @@ from torch import Tensor
 from recofuse_core.checkpoint import (
     CheckpointHeader,
     State,
-    StrPath,
     blank_model,
     list_differences,
-    listed,
     require_match,
     save_checkpoint,
     shapes_of,
@@ -28,6 +26,7 @@ from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.model import PRESETS, ModelConfig
 from recofuse_core.networks import DenoiserConfig, FusionConfig, PaperAutoencoderConfig
 from recofuse_core.sde import SDEConfig
+from recofuse_core.weights_file import StrPath, listed
 
 
 class OfficialFiles(NamedTuple):

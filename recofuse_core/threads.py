@@ -1,32 +1,21 @@
 """How many threads torch computes with: its own number (one a core, or OMP_NUM_THREADS), or what the process may use.
 
-torch heeds the affinity of a process but not the quota of its cgroup, so importing `recofuse_core` lowers its number to
-that. Another number of threads changes the last bits of a result, which is why it does not follow the load of a host.
+torch heeds the affinity of a process but not the quota of its cgroup, so importing this module, which `model` does,
+lowers its number to that. Another number of threads changes the last bits of a result, which is why it does not follow
+the load of a host.
 """
-
-from dataclasses import dataclass
 
 import torch
 
-from recofuse_host.processors import Processors, read_processors
+from recofuse_host.processors import Processors, Threads, decide_threads, read_processors
 
 _TORCHS_OWN = torch.get_num_threads()
 
 
-@dataclass(frozen=True, slots=True)
-class Threads:
-    """How many, and why, in words."""
-
-    count: int
-    why: str
-
-
 def decide(asked: int, torchs_own: int, processors: Processors, num_sharing: int = 1) -> Threads:
     """The number that was asked for, or for 0 torch's own, but no more than a share of what the process may use."""
-    if asked:
-        return Threads(asked, "as asked")
-    why = f"torch's {torchs_own}, {processors.told()}" + (f", {num_sharing} share them" if num_sharing > 1 else "")
-    return Threads(min(torchs_own, processors.share(num_sharing)), why)
+    threads = decide_threads(asked, processors, num_sharing)
+    return threads if asked else Threads(min(torchs_own, threads.count), f"torch's {torchs_own}, {threads.why}")
 
 
 def use_threads(asked: int = 0, *, num_sharing: int = 1) -> Threads:
@@ -38,3 +27,6 @@ def use_threads(asked: int = 0, *, num_sharing: int = 1) -> Threads:
     if threads.count != torch.get_num_threads():
         torch.set_num_threads(threads.count)
     return threads
+
+
+use_threads()

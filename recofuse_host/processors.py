@@ -40,6 +40,22 @@ class Processors:
         return f"{self.allowed} allowed, {limit}"
 
 
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """How many threads to compute with, and why, in words."""
+
+    count: int
+    why: str
+
+
+def decide_threads(asked: int, processors: Processors, num_sharing: int = 1) -> Threads:
+    """The number that was asked for, or for 0 a share of what the process may use."""
+    if asked:
+        return Threads(asked, "as asked")
+    sharing = f", {num_sharing} share them" if num_sharing > 1 else ""
+    return Threads(processors.share(num_sharing), f"{processors.told()}{sharing}")
+
+
 def read_processors(root: Path = Path("/")) -> Processors:
     """What this process may use now. root: of the file system, for tests."""
     quotas = [quota for group in groups("cpu", root) if (quota := _quota(group)) is not None]

@@ -137,7 +137,7 @@ def test_the_probes_can_fail() -> None:
     assert not is_allowed("service.faces.http.app", "torch.nn")
     assert is_allowed("recofuse_core.sde", "torch")
     assert imports_of("def f():\n    from a.b import c") == {"a.b", "a.b.c"}
-    assert pulled_in(["recofuse_core.sde"], ("torch", "service")) == ["torch"]
+    assert pulled_in(["recofuse_core.model"], ("torch", "service")) == ["torch"]
     with pytest.raises(AssertionError, match="relative"):
         imports_of("from . import b")
 

@@ -48,12 +48,17 @@ def test_the_command_needs_no_extra(words: list[str]) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize("module", ["recofuse_core", "recofuse_core.sde", "recofuse_core.model"])
-def test_the_library_names_its_extra(module: str) -> None:
-    done = run_with(f"import {module}")
+@pytest.mark.parametrize("name", ["Runtime", "load_pretrained"])
+def test_the_library_names_its_extra(name: str) -> None:
+    done = run_with(f"from recofuse_core import {name}")
     assert (
         done.stderr.splitlines()[-1] == "ModuleNotFoundError: recofuse_core needs torch: pip install 'recofuse[torch]'"
     )
+
+
+def test_what_the_graphs_share_with_the_library_needs_no_torch() -> None:
+    done = run_with("import recofuse_core.picture\nfrom recofuse_core import ShapeError, TilingConfig")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,11 @@ class EngineSettings(Group):
     )
     model: str = Field(default="compact", description="a shipped model's name or the path of a checkpoint file")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto takes the first GPU, else the CPU")
+    runtime: Literal["auto", "torch", "onnx"] = Field(
+        default="auto",
+        description="what runs the networks: torch, or ONNX Runtime on a CPU; auto: ONNX Runtime on a CPU where it is "
+        "installed and the weights have graphs beside them, as the shipped ones do, and torch elsewhere",
+    )
     num_threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: as many as the process may use")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the networks; auto: bfloat16 where the device computes in it natively"

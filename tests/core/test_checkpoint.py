@@ -1,7 +1,6 @@
 """Weights on disk: what goes in comes out, damage and mismatches are named."""
 
 import dataclasses
-import importlib.resources
 import json
 import os
 import re
@@ -16,16 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from recofuse_core import checkpoint as checkpoint_module
+from recofuse_core import weights_file
 from recofuse_core.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_pretrained,
-    packaged_names,
     read_header,
     save_checkpoint,
 )
 from recofuse_core.errors import CheckpointError
 from recofuse_core.model import ModelConfig, ReCoFuse
+from recofuse_core.weights_file import packaged_names
 from tests.core.states import GATED, PAPER, State, random_state, same
 
 
@@ -316,7 +316,7 @@ def test_paths_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_names_stand_for_packaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights").mkdir()
     write(tmp_path / "weights" / "tiny.safetensors")
-    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(weights_file, "weights_folder", lambda: tmp_path / "weights")
     assert packaged_names() == ("tiny",)
     assert load_pretrained("tiny").info.name == "tiny"
 

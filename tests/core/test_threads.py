@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recofuse_core import threads
-from recofuse_core.threads import Threads, decide, use_threads
-from recofuse_host.processors import Processors
+from recofuse_core.threads import decide, use_threads
+from recofuse_host.processors import Processors, Threads
 
 QUOTA_OF_TWO = Processors(64, 2.0)
 

@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from service.command.environment import read_settings
-from service.command.extras import require
 from service.command.options import DEFAULT_WEIGHTS, Device, Exposure, IrRange, Threads, VisRange, Weights
 from service.command.terminal import SOURCES, complain, out, progress_bar
 from service.terms.errors import InvalidInputError, ServiceError
@@ -53,13 +52,17 @@ def fuse(
     threads: Threads = 0,
 ) -> None:
     """Fuse one pair of files, or folders of pairs matched by file name (docs/training.md, How names pair)."""
-    require("torch")  # its extra brings the codecs too; who lacks both would be sent for those first
+    from service.work.engine import PassOptions
+    from service.work.engines import model_engine
+
+    settings = read_settings()
+    # What runs the model is asked for first: its extra brings the codecs too.
+    asked_engine = {"model": weights, "device": device, "num_threads": threads}
+    engine = model_engine(settings.engine.model_copy(update=asked_engine))
     from recofuse_images.pairs import told
     from service.command.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
     from service.terms.jobs import Output, printable
-    from service.work.engine import CoreEngine, PassOptions
 
-    settings = read_settings()
     pairs, passed_over = match_pairs(vis, ir, leave_out=output)
     parts = (Output.ALL if all_ else Output.FUSED).parts
     is_folder = vis.is_dir()
@@ -82,7 +85,6 @@ def fuse(
     if passed_over:
         complain(told(passed_over))
 
-    engine = CoreEngine(settings.engine.model_copy(update={"model": weights, "device": device, "num_threads": threads}))
     engine.load()
     options = PassOptions.of(asked, engine.info)
     costs: list[Mapping[Stage, Cost]] = []

@@ -63,7 +63,7 @@ def serve(
 def _serve_all_in_one(settings: Settings) -> int:
     """Serve until told to stop; returns the exit status. Raises what the caller can mend, such as a missing file."""
     from service.command.processes import serve_all_in_one
-    from service.work.engine import build_engine
+    from service.work.engines import build_engine
 
     return _run(lambda stop: serve_all_in_one(settings, build_engine(settings), stop, _announce), settings)
 
@@ -123,7 +123,7 @@ def worker(
 ) -> None:
     """Run a worker alone; it serves /metrics, /health/live and /health/ready on a port of its own."""
     from service.command.processes import serve_worker
-    from service.work.engine import build_engine
+    from service.work.engines import build_engine
 
     asked: dict[str, dict[str, Any]] = {
         "queue": {"url": queue},

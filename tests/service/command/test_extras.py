@@ -146,7 +146,7 @@ def without(packages: str, words: str, place: Path) -> subprocess.CompletedProce
         ("torch", "fuse --vis vis.png --ir ir.png -o out.png", "torch recofuse[torch]"),
         ("torch PIL cv2", "fuse --vis vis.png --ir ir.png -o out.png", "torch recofuse[torch]"),
         ("PIL", "fuse --vis vis.png --ir ir.png -o out.png", "pillow recofuse[torch]"),
-        ("torch", "info --card", "torch recofuse[torch]"),
+        ("torch", "evaluate --pairs .", "torch recofuse[torch]"),
         ("safetensors", "bench steps --pairs .", "safetensors recofuse[torch]"),
         ("cv2", "evaluate --pairs .", "opencv-python-headless recofuse[torch]"),
         ("fastapi", "serve --port 0 --engine null", "fastapi recofuse[server]"),

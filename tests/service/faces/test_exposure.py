@@ -25,7 +25,8 @@ from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.terms.errors import ErrorCode
 from service.terms.jobs import DEFAULT_EXPOSURE, Exposure, FusionOptions, Output, Part
 from service.terms.settings import EngineSettings
-from service.work.engine import CoreEngine, EngineInfo, PassOptions, Pixels
+from service.work.engine import EngineInfo, PassOptions, Pixels
+from service.work.torch_engine import TorchEngine
 from tests.fakes import FakeEngine, file_of
 from tests.service.command.calls import TINY
 from tests.service.conftest import Server, Serving
@@ -39,7 +40,7 @@ class RealEngine(FakeEngine):
 
     def __init__(self, weights: str) -> None:
         super().__init__()
-        self.core = CoreEngine(EngineSettings(model=weights, device="cpu", num_threads=1, warm_up_sizes=("96x64",)))
+        self.core = TorchEngine(EngineSettings(model=weights, device="cpu", num_threads=1, warm_up_sizes=("96x64",)))
 
     @property
     def info(self) -> EngineInfo:

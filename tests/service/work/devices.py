@@ -18,7 +18,8 @@ from recofuse_core.picture import FusionOutput, ModelInfo, OutputName
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings
-from service.work.engine import CoreEngine, PassOptions, Pixels
+from service.work.engine import PassOptions, Pixels
+from service.work.torch_engine import TorchEngine
 
 
 class Block:
@@ -80,7 +81,7 @@ class MeteredRuntime:
         assert state.units
 
 
-class MeteredEngine(CoreEngine):
+class MeteredEngine(TorchEngine):
     """The real bridge over such a runtime, loaded from the start; passes wait for `gate`."""
 
     def __init__(self, runtime: MeteredRuntime) -> None:

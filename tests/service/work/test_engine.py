@@ -13,7 +13,9 @@ from recofuse_core.picture import ModelInfo
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings, Settings
-from service.work.engine import CoreEngine, EngineBrokenError, PassOptions, Pixels, build_engine
+from service.work.engine import EngineBrokenError, PassOptions, Pixels
+from service.work.engines import build_engine
+from service.work.torch_engine import TorchEngine
 from tests.fakes import FakeEngine
 from tests.service.work.workers import fresh, held_back, results, until, working
 
@@ -38,8 +40,8 @@ class ReadyingRuntime:
             self.ready.append(shape)
 
 
-def engine_with(runtime: ReadyingRuntime) -> CoreEngine:
-    engine = CoreEngine(EngineSettings(warm_up_sizes=("64x48",)))
+def engine_with(runtime: ReadyingRuntime) -> TorchEngine:
+    engine = TorchEngine(EngineSettings(warm_up_sizes=("64x48",)))
     engine._runtime = cast(Runtime, runtime)
     return engine
 
@@ -78,7 +80,7 @@ def test_the_batcher_and_the_engine_agree_on_sizes(
     settings = Settings.from_values({"batch": batch, "engine": engine})
     assert settings.batch_sizes == expected
     built = build_engine(settings)
-    assert isinstance(built, CoreEngine)
+    assert isinstance(built, TorchEngine)
     assert built._settings.batch_sizes == expected
 
 

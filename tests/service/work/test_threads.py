@@ -16,7 +16,7 @@ from service.command.processes import new_metrics
 from service.queue.memory import MemoryQueue
 from service.terms.settings import Settings
 from service.work import worker as workers
-from service.work.engine import build_engine
+from service.work.engines import build_engine
 from service.work.worker import Worker
 from tests.core.tiny import GATED, tiny_model
 from tests.fakes import FakeEngine

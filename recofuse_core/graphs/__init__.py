@@ -1,0 +1,1 @@
+"""The networks as ONNX graphs: written by torch, run without it."""

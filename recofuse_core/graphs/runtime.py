@@ -1,0 +1,298 @@
+"""The model without torch: its networks as graphs beside the weights, run by ONNX Runtime on processors.
+
+`GraphRuntime` computes what `Runtime` does and in the same order (`picture.run`), with the same samplers, tiles and
+noise, on numpy arrays. Only what the networks compute comes from graphs, which torch wrote once (export.py); they read
+their weights from the safetensors file that they lie beside. A start takes a second or two and no torch.
+
+Threads that wait sleep, and all graphs of a process take their memory from one arena.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from recofuse_core.errors import CheckpointError, ShapeError
+from recofuse_core.picture import (
+    ALL_OUTPUTS,
+    Defaults,
+    Exposure,
+    FusionOutput,
+    FusionPlan,
+    ModelInfo,
+    OutputName,
+    PredictionKind,
+    Skips,
+    latent_size,
+    make_plan,
+    padded,
+    require_finite,
+    require_shapes,
+    run,
+    seed_list,
+)
+from recofuse_core.sampler import Pair, Prediction, SamplerName, seeded_noise
+from recofuse_core.sde import MeanRevertingSDE, SDEConfig
+from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
+from recofuse_core.weights_file import StrPath, read_verified, resolve
+from recofuse_host.processors import Threads, decide_threads, read_processors
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+Levels = NDArray[np.uint8]
+Images = Floats | Levels
+PartName = Literal["tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"]
+
+NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
+FACTS_KEY = "recofuse.about"  # of the metadata, in the graph `predict`
+CHECKSUM_KEY = "recofuse.checksum"
+
+
+def graph_path(weights: Path, part: PartName) -> Path:
+    """Where the graph of a part lies, beside its weights."""
+    return weights.with_name(f"{weights.stem}.{part}.onnx")
+
+
+def has_graphs(name_or_path: StrPath) -> bool:
+    """Whether graphs lie beside these weights. Raises CheckpointError if there are no such weights."""
+    return graph_path(resolve(name_or_path), "predict").is_file()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a model is not in its networks: how it is sampled, and what it can."""
+
+    sampler: SamplerName
+    steps: int
+    prediction: PredictionKind
+    sde: SDEConfig
+    latent_channels: int
+    widening: float
+    can_light: bool
+    num_parameters: int
+
+
+class GraphRuntime:
+    """A model of graphs, ready to be run many times. Used from one thread at a time, as `Runtime` is.
+
+    num_threads: 0 for as many as the process may use, divided by `num_sharing` processes that share them.
+    Raises CheckpointError if the weights or their graphs are missing, damaged, or do not belong together.
+    """
+
+    batch_sizes: tuple[int, ...] = ()
+
+    def __init__(self, name_or_path: StrPath = "compact", *, num_threads: int = 0, num_sharing: int = 1) -> None:
+        weights = resolve(name_or_path)
+        label, _ = read_verified(weights)
+        self.threads: Threads = decide_threads(num_threads, read_processors(), num_sharing)
+        _share_memory()
+        predict = _opened(weights, "predict", label.checksum, self.threads.count)
+        self.facts = _facts_of(weights, predict)
+        others: list[PartName] = ["tone", "encode", "fuse", "fuse_skips", "decode"]
+        if self.facts.can_light:
+            others.append("light")
+        if self.facts.widening > 0:
+            others.append("widen")
+        sessions = {part: _opened(weights, part, label.checksum, self.threads.count) for part in others}
+        self._networks = GraphNetworks({"predict": predict, **sessions}, self.facts.prediction)
+        self.sde = MeanRevertingSDE(self.facts.sde)
+        self.info = ModelInfo(
+            name=label.about.name,
+            version=label.about.version,
+            preset=label.about.preset,
+            default_steps=self.facts.steps,
+            default_sampler=self.facts.sampler,
+            num_parameters=self.facts.num_parameters,
+            provenance=label.about.provenance,
+        )
+
+    @property
+    def can_light(self) -> bool:
+        """Whether the weights offer the rendition "lit"."""
+        return self.facts.can_light
+
+    def plan(
+        self,
+        *,
+        steps: int | None = None,
+        sampler: SamplerName | None = None,
+        outputs: Collection[OutputName] = ALL_OUTPUTS,
+        tiling: TilingConfig | None = None,
+        exposure: Exposure = "as_shot",
+    ) -> FusionPlan:
+        """Check a request and fill in the model's defaults. Raises ConfigError, as `ReCoFuse.plan` does."""
+        facts = self.facts
+        return make_plan(
+            self.info,
+            self.sde,
+            Defaults(facts.sampler, facts.steps, facts.prediction, facts.can_light),
+            steps=steps,
+            sampler=sampler,
+            outputs=outputs,
+            tiling=tiling,
+            exposure=exposure,
+        )
+
+    def fuse(
+        self,
+        vis: Images,
+        ir: Images,
+        *,
+        steps: int | None = None,
+        sampler: SamplerName | None = None,
+        seeds: int | Sequence[int] = 0,
+        outputs: Collection[OutputName] = ALL_OUTPUTS,
+        tiling: TilingConfig | None = None,
+        exposure: Exposure = "as_shot",
+    ) -> FusionOutput:
+        """See `ReCoFuse.fuse`; images and results are numpy arrays: vis (B, 3, H, W), ir (B, 1, H, W).
+
+        Raises MemoryError for a batch that does not fit, too.
+        """
+        batch, height, width = _require_pair(vis, ir)
+        plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, tiling=tiling, exposure=exposure)
+        shape = (self.facts.latent_channels, *latent_size(height, width))
+        draw = seeded_noise(seed_list(seeds, batch), shape, lambda noise: noise)
+        networks = self._networks
+        is_levels = vis.dtype == np.uint8
+        frames = networks.prepare(_unit_range(vis), _unit_range(ir), plan.exposure)
+
+        def finish(name: OutputName, decoded: Floats) -> Images:
+            require_finite(np.isfinite(decoded).all())
+            image = decoded.clip(0, 1)
+            if name == "fused":
+                image = networks.widen(image)
+            elif name == "ir":
+                image = image.mean(axis=1, keepdims=True)
+            return np.rint(image * 255).astype(np.uint8) if is_levels else np.ascontiguousarray(image)
+
+        pictures, _ = run(networks, self.sde, plan, frames, (height, width), draw, finish)
+        return FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"))
+
+
+class GraphNetworks:
+    """The graphs of a model as `picture.run` calls them."""
+
+    def __init__(self, sessions: dict[PartName, onnxruntime.InferenceSession], prediction: PredictionKind) -> None:
+        self._sessions = sessions
+        self._inputs = {part: [entry.name for entry in session.get_inputs()] for part, session in sessions.items()}
+        self._prediction = prediction
+
+    def _run(self, part: PartName, *arrays: NDArray[Any]) -> list[Floats]:
+        feed = dict(zip(self._inputs[part], map(np.ascontiguousarray, arrays), strict=True))
+        try:
+            results: list[Floats] = self._sessions[part].run(None, feed)
+        except Exception as error:
+            if any(words in str(error) for words in NO_MEMORY):
+                raise MemoryError(f"no memory for {part}") from None
+            raise
+        return results
+
+    def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
+        """Frames lit if asked, under their tone curves, padded, ir in three channels."""
+        vis, ir = self._run("light" if exposure == "lit" else "tone", vis, ir)
+        height, width = vis.shape[-2:]
+        margin = ((0, 0), (0, 0), (0, padded(height) - height), (0, padded(width) - width))
+        vis, ir = (np.pad(image, margin, "reflect") for image in (vis, ir))
+        return Pair(vis, np.repeat(ir, 3, axis=1))
+
+    def encode(self, image: Floats) -> tuple[Floats, Skips]:
+        """See Networks."""
+        latent, *skips = self._run("encode", image)
+        return latent, tuple(skips)
+
+    def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
+        """See Networks."""
+        vis, ir, *start = self._run("predict", *state, *mu, np.array([t], np.int64))
+        fused = start[0] if start else state.vis  # who predicts the clean latent needs no start
+        return Prediction(Pair(fused, fused), Pair(vis, ir), self._prediction)
+
+    def fuse(self, clean: Pair) -> Floats:
+        """See Networks."""
+        return self._run("fuse", *clean)[0]
+
+    def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
+        """See Networks."""
+        return tuple(self._run("fuse_skips", *vis, *ir))
+
+    def decode(self, latent: Floats, skips: Skips) -> Floats:
+        """See Networks."""
+        return self._run("decode", latent, *skips)[0]
+
+    def widen(self, image: Floats) -> Floats:
+        """Images (B, 3, H, W) in [0, 1] with the range of their luma widened, if the model does that."""
+        return self._run("widen", image)[0] if "widen" in self._sessions else image
+
+    def contiguous(self, part: Floats) -> Floats:
+        """See Networks; what a graph is given is contiguous anyhow."""
+        return part
+
+    def zeros(self, shape: tuple[int, ...], like: Floats) -> Floats:
+        """See Canvas."""
+        return np.zeros(shape, like.dtype)
+
+    def ramps(self, spans: Spans, length: int, scale: int, like: Floats) -> Ramps:
+        """See Canvas."""
+        return ramps(spans, length, scale)
+
+
+@functools.cache
+def _share_memory() -> None:
+    """One arena for all graphs of the process; each would keep what it needed at most otherwise."""
+    arena, default = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    memory = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, default)
+    onnxruntime.create_and_register_allocator(memory, None)
+
+
+def _opened(weights: Path, part: PartName, checksum: str, num_threads: int) -> onnxruntime.InferenceSession:
+    path = graph_path(weights, part)
+    if not path.is_file():
+        raise CheckpointError(f"there is no graph at {path}; torch writes it, with `recofuse convert --to graphs`")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = 3  # its warnings tell of constants that were folded
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckpointError(f"{path} does not load: {error}") from error
+    found = session.get_modelmeta().custom_metadata_map.get(CHECKSUM_KEY)
+    if found != checksum:
+        raise CheckpointError(f"{path} was written for other weights ({found}) than {weights} has ({checksum})")
+    return session
+
+
+def _facts_of(weights: Path, predict: onnxruntime.InferenceSession) -> Facts:
+    try:
+        facts = json.loads(predict.get_modelmeta().custom_metadata_map[FACTS_KEY])
+        named = {field.name: facts[field.name] for field in fields(Facts)}
+        return Facts(**named | {"sde": SDEConfig(**facts["sde"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{graph_path(weights, 'predict')}: the metadata are not understood: {error}") from error
+
+
+def _require_pair(vis: Images, ir: Images) -> tuple[int, int, int]:
+    """(B, H, W) of a valid pair; ShapeError otherwise."""
+    size = require_shapes(vis.shape, ir.shape)
+    is_levels = vis.dtype == ir.dtype == np.uint8
+    if not is_levels and not (vis.dtype.kind == ir.dtype.kind == "f"):
+        raise ShapeError(f"vis and ir must be floating point in [0, 1] or both uint8, got {vis.dtype} and {ir.dtype}")
+    return size
+
+
+def _unit_range(image: Images) -> Floats:
+    """Floats in [0, 1] of floats or levels."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / np.float32(255)
+    return image.astype(np.float32, copy=False)

@@ -1,0 +1,194 @@
+"""The engine that runs the model with torch, on a GPU or a CPU.
+
+torch is imported when it loads, not before, so that a process without a model stays small and starts fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
+from service.terms.jobs import Exposure, Part
+from service.terms.settings import EngineSettings
+from service.work.engine import EngineBrokenError, EngineInfo, PassOptions, Pixels
+
+if TYPE_CHECKING:
+    from recofuse_core import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """Runs the networks with torch, on a CPU or one GPU."""
+
+    def __init__(self, settings: EngineSettings, per_host: int = 1) -> None:
+        self._settings = settings
+        self._per_host = per_host
+        self._runtime: Runtime | None = None
+        self._device = settings.device
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        runtime = self._loaded()
+        model = runtime.info
+        return EngineInfo(
+            model_name=model.name,
+            model_version=model.version,
+            device=self._device,
+            default_steps=model.default_steps,
+            default_sampler=model.default_sampler,
+            batch_sizes=runtime.batch_sizes if runtime.records else (),
+            exposures=get_args(Exposure) if runtime.can_light else ("as_shot",),
+        )
+
+    def load(self) -> None:
+        """See Engine."""
+        from recofuse_core import Runtime, load_pretrained
+        from recofuse_core.devices import named_device
+        from recofuse_core.threads import use_threads
+        from recofuse_host.waiting import sleep_while_waiting
+
+        settings = self._settings
+        self._device = named_device(self._device)
+        threads = use_threads(settings.num_threads, num_sharing=self._per_host)
+        logger.info(
+            "threads of the model",
+            extra={"threads": threads.count, "why": threads.why, "waiting": sleep_while_waiting().told()},
+        )
+        self._runtime = Runtime(
+            load_pretrained(settings.model, device=self._device),
+            precision=settings.precision,
+            graphs=None if settings.graphs == "auto" else settings.graphs == "on",
+            max_graphs=settings.max_graphs,
+            max_graph_bytes=settings.max_graph_bytes,
+            defers_recording=True,
+            batch_sizes=settings.batch_sizes,
+        )
+
+    def warm_up(self) -> None:
+        """See Engine. A shape that fails is left out; raises what the last one raised if every one did."""
+        runtime = self._loaded()
+        sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
+        batches = runtime.batch_sizes if runtime.records else (1,)
+        shapes = [(batch, height, width) for width, height in sizes for batch in batches]
+        exposure = self.info.default_exposure
+        num_done, last = 0, None
+        # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
+        for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
+            for shape in shapes:
+                error = _failure_of(
+                    functools.partial(runtime.record, [shape], outputs=outputs, levels=True, exposure=exposure)
+                )
+                if error is None:
+                    num_done += 1
+                    continue
+                last = error
+                logger.warning("a shape is not made ready", extra={"shape": shape, "error": str(error)})
+        if last is not None and not num_done:
+            raise last
+
+    @property
+    def has_preparation(self) -> bool:
+        """See Engine."""
+        return self._runtime is not None and self._runtime.has_due
+
+    def prepare(self) -> None:
+        """See Engine. Raises EngineBrokenError."""
+        try:
+            self._loaded().record_due()
+        except RuntimeError as error:
+            translated = _translated(error, (0, 0, 0))
+            if isinstance(translated, EngineBrokenError):
+                raise translated from error
+            raise
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        """See Engine."""
+        try:
+            return self._fused(vis, ir, options, seeds)
+        except Exception as error:
+            translated = _translated(error, vis.shape)
+            if translated is None:
+                raise
+        # Out here, so that an error of memory is tied to none of torch's as its context.
+        try:
+            raise translated
+        finally:
+            del translated  # else this frame and the error hold each other
+
+    def _fused(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        import torch
+
+        output = self._loaded().fuse(
+            torch.from_numpy(vis).permute(0, 3, 1, 2),
+            torch.from_numpy(ir).unsqueeze(1),
+            steps=options.steps,
+            sampler=options.sampler,
+            seeds=seeds,
+            outputs=tuple(part.value for part in options.parts),
+            exposure=options.exposure,
+        )
+        return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
+
+    def _loaded(self) -> Runtime:
+        if self._runtime is None:
+            raise InternalError("the model is not loaded")
+        return self._runtime
+
+
+def _to_pixels(levels: Any) -> Pixels:
+    """(B, C, H, W) levels to (B, H, W, 3) or, for one channel, (B, H, W)."""
+    levels = levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)
+    return np.ascontiguousarray(levels.numpy())
+
+
+def _translated(error: Exception, shape: tuple[int, ...]) -> Exception | None:
+    """The only place where the core's and torch's errors become the service's; None for one that is no error of theirs.
+
+    What the failed run held is free again, whatever it was.
+    """
+    from recofuse_core.errors import CoreError, ShapeError
+    from recofuse_core.faults import Fault, fault_of, let_go
+
+    let_go(error)
+    if isinstance(error, ShapeError):
+        translated: Exception = InvalidInputError(str(error))
+    elif isinstance(error, CoreError):
+        translated = InternalError("the model failed on this pair")
+    elif (fault := fault_of(error)) is Fault.MEMORY:
+        _give_back_memory()
+        return OutOfMemoryError(f"{shape[0]} images of {shape[2]}x{shape[1]} do not fit into memory")
+    elif fault is Fault.BROKEN:
+        translated = EngineBrokenError(f"the device is lost to this process: {str(error).splitlines()[0]}")
+    else:
+        return None
+    translated.__cause__ = error
+    return translated
+
+
+def _failure_of(run: Callable[[], None]) -> Exception | None:
+    """What a run failed with, holding nothing; an error that ends the process passes."""
+    from recofuse_core.faults import Fault, fault_of, let_go
+
+    try:
+        run()
+    except RuntimeError as error:
+        if fault_of(error) is Fault.BROKEN:
+            raise
+        let_go(error)
+        return error.with_traceback(None)
+    return None
+
+
+def _give_back_memory() -> None:
+    """What torch keeps for later is lost to cuBLAS, cuDNN and graphs, which allocate for themselves."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
