@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
+RUNNABLE := $(VENV)/.recofuse-runnable
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test check fmt proto docs lock pictures bench drills audit check-deploy check-gpu check-image check-package
@@ -10,19 +11,26 @@ INSTALLED := $(VENV)/.recofuse-installed
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# Reinstalls only when a dependency changed; the package itself is installed editable.
-$(INSTALLED): pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recofuse needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+# Each reinstalls only when a dependency changed; the package itself is installed editable. What runs the model on a CPU
+# is a third of everything, and is all that there is to wait for until more is asked for; modules are compiled when used.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[all,dev]' -c constraints.txt
+	@touch $@ $(RUNNABLE)
+
+$(RUNNABLE): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -e '.[cpu,server]' -c constraints.txt
 	@touch $@
 
 setup: $(INSTALLED) ## install everything into .venv
 
-demo: $(INSTALLED) ## serve, fuse one pair over HTTP (IR=... VIS=... for your own), write demo/fused.png and demo/sheet.png
+demo: $(RUNNABLE) ## serve, fuse one pair over HTTP (IR=... VIS=... for your own), write demo/fused.png and demo/sheet.png
 	@$(BIN)/recofuse demo $(if $(IR),--ir "$(IR)") $(if $(VIS),--vis "$(VIS)")
 
-serve: $(INSTALLED) ## keep a server running
+serve: $(RUNNABLE) ## keep a server running
 	@$(BIN)/recofuse serve
 
 test: $(INSTALLED) ## run the tests that need no GPU

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 from service.command.files import contact_sheet, write_picture
 from service.terms import images
 from service.terms.errors import InvalidInputError, UnavailableError
-from service.terms.settings import CodecSettings, Settings
+from service.terms.settings import CodecSettings, LimitSettings, Settings
 
 READY_TIMEOUT_S = 120.0  # importing torch on a cold disk takes most of it
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
+
+CLEAN_VIS, CLEAN_IR = "visible, as it was before", "infrared, as it was before"
 
 Pixels = NDArray[np.uint8]
 
@@ -69,7 +72,7 @@ def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Pat
     folder.mkdir(parents=True, exist_ok=True)
     clean: list[tuple[str, Pixels]] = []
     if own_pair is None:
-        vis_path, ir_path, clean = write_sample(folder, SampleRecipe(), settings.codec)
+        vis_path, ir_path, clean = copy_sample(folder, settings.limits)
     else:
         vis_path, ir_path = own_pair
     vis, ir = vis_path.read_bytes(), ir_path.read_bytes()
@@ -98,6 +101,18 @@ def run_demo(folder: Path, weights: str, settings: Settings, own_pair: tuple[Pat
     )
 
 
+def copy_sample(folder: Path, limits: LimitSettings) -> tuple[Path, Path, list[tuple[str, Pixels]]]:
+    """The shipped sample, which is `write_sample` with the default recipe, without what that needs."""
+    shipped = resources.files("service.command") / "sample"
+    paths = [folder / "vis.png", folder / "ir.png"]
+    for path in paths:
+        path.write_bytes((shipped / path.name).read_bytes())
+    clean = images.decode_pair(
+        (shipped / "clean-vis.webp").read_bytes(), (shipped / "clean-ir.webp").read_bytes(), limits
+    )
+    return paths[0], paths[1], [(CLEAN_VIS, clean.vis), (CLEAN_IR, clean.ir)]
+
+
 def write_sample(
     folder: Path, recipe: SampleRecipe, codec: CodecSettings
 ) -> tuple[Path, Path, list[tuple[str, Pixels]]]:
@@ -121,7 +136,7 @@ def write_sample(
     vis_path, ir_path = folder / "vis.png", folder / "ir.png"
     write_picture(vis_path, pixels(vis), codec)
     write_picture(ir_path, pixels(ir), codec)
-    clean = [("visible, as it was before", pixels(scene.vis)), ("infrared, as it was before", pixels(scene.ir))]
+    clean = [(CLEAN_VIS, pixels(scene.vis)), (CLEAN_IR, pixels(scene.ir))]
     return vis_path, ir_path, clean
 
 

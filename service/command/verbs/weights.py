@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from service.command.environment import WEIGHTS_VARIABLE, read_settings
 from service.command.options import DEFAULT_WEIGHTS
 from service.command.terminal import out
 from service.terms.errors import InvalidInputError
+from service.terms.settings import Settings
 
 
 def info(
@@ -32,30 +34,53 @@ def info(
     if card:
         out.print(Markdown(_card_of(weights)))
         return
-    from recofuse_core import load_pretrained
-    from recofuse_core.devices import observe, told
-    from recofuse_core.threads import use_threads
-    from recofuse_host.waiting import sleep_while_waiting
+    from recofuse_core.weights_file import read_label, resolve
+    from service.work.engines import choose_runtime
 
     settings = read_settings()
-    model = load_pretrained(weights)
-    facts = Table(show_header=False, title=f"{model.info.name} {model.info.version}", title_justify="left")
+    label = read_label(resolve(weights))
+    config: dict[str, Any] = label.config
+    facts = Table(show_header=False, title=f"{label.about.name} {label.about.version}", title_justify="left")
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("preset", model.info.preset)
-    facts.add_row("parameters", f"{model.info.num_parameters:,}")
-    facts.add_row("default", f"{model.info.default_sampler}, {model.info.default_steps} steps")
-    facts.add_row("exposures", "as_shot" if model.exposure is None else "as_shot, lit")
-    shown = (("config", asdict(model.config)), ("provenance", model.info.provenance), ("device", told(observe())))
+    facts.add_row("preset", label.about.preset)
+    facts.add_row("parameters", f"{sum(map(math.prod, label.shapes.values())):,}")
+    facts.add_row("default", f"{config['sampler']}, {config['steps']} steps")
+    facts.add_row("exposures", "as_shot, lit" if config.get("exposure") else "as_shot")
+    runtime, why = choose_runtime(settings.engine.model_copy(update={"model": weights}))
+    shown = (("config", config), ("provenance", label.about.provenance), ("device", _devices()))
     for group, values in shown:
         facts.add_section()
         for name, value in _flat(values):
             facts.add_row(Text(f"{group}.{name}"), Text(str(value)))
-    threads = use_threads(settings.engine.num_threads, num_sharing=settings.worker.per_host)
     facts.add_section()
-    facts.add_row("threads", Text(f"{threads.count} ({threads.why})"))
-    facts.add_row("threads that wait", Text(sleep_while_waiting().told()))
+    for name, told in (("runtime", f"{runtime} ({why})"), *_threads(settings, runtime).items()):
+        facts.add_row(name, Text(told))
     out.print(facts)
+
+
+def _devices() -> dict[str, str]:
+    """What torch sees of GPUs, in words."""
+    if importlib.util.find_spec("torch") is None:
+        return {"torch": "not installed"}
+    from recofuse_core.devices import observe, told
+
+    return told(observe())
+
+
+def _threads(settings: Settings, runtime: str) -> dict[str, str]:
+    """How many threads the model would have, and how they wait."""
+    from recofuse_host.processors import decide_threads, read_processors
+    from recofuse_host.waiting import sleep_while_waiting
+
+    asked, per_host = settings.engine.num_threads, settings.worker.per_host
+    if runtime == "onnx":
+        threads, waiting = decide_threads(asked, read_processors(), per_host), "asleep"
+    else:
+        from recofuse_core.threads import use_threads
+
+        threads, waiting = use_threads(asked, num_sharing=per_host), sleep_while_waiting().told()
+    return {"threads": f"{threads.count} ({threads.why})", "threads that wait": waiting}
 
 
 def _card_of(name: str) -> str:

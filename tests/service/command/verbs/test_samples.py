@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from recofuse_core.data import read_vis
+from service.command.demo import copy_sample
+from service.terms.settings import LimitSettings
 from tests.fakes import file_of, picture
 from tests.service.command.calls import assert_one_line, run
 
@@ -29,6 +31,16 @@ def test_a_sample_is_a_degraded_pair_that_its_options_decide(tmp_path: Path) -> 
     assert_one_line(run("sample", tmp_path / "d", "--size", "640"), "size", "got 640")
     assert_one_line(run("sample", tmp_path / "d", "--size", "8x8"), "64 px")
     assert not (tmp_path / "d").exists()
+
+
+def test_the_shipped_sample_is_what_sample_writes(tmp_path: Path) -> None:
+    own = tmp_path / "shipped"
+    own.mkdir()
+    assert run("sample", tmp_path).exit_code == 0
+    shipped, _, clean = copy_sample(own, LimitSettings())
+    for name in ("vis", "ir"):
+        assert torch.equal(read_vis(shipped.with_name(f"{name}.png")), read_vis(tmp_path / f"{name}.png"))
+    assert [picture.shape for _, picture in clean] == [(480, 640, 3), (480, 640)]
 
 
 def test_demo_serves_fuses_and_stops(tmp_path: Path, weights: Path) -> None:
