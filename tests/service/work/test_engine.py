@@ -77,7 +77,7 @@ def test_a_device_that_can_run_nothing_ends_the_start() -> None:
 def test_the_batcher_and_the_engine_agree_on_sizes(
     batch: dict[str, object], engine: dict[str, object], expected: tuple[int, ...]
 ) -> None:
-    settings = Settings.from_values({"batch": batch, "engine": engine})
+    settings = Settings.from_values({"batch": batch, "engine": {**engine, "runtime": "torch"}})
     assert settings.batch_sizes == expected
     built = build_engine(settings)
     assert isinstance(built, TorchEngine)

@@ -1,0 +1,178 @@
+"""The model as graphs gives the pictures that torch gives, whatever is asked for, and says what is wrong with its files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from recofuse_core import ModelConfig, Runtime, load_pretrained, save_checkpoint
+from recofuse_core.errors import CheckpointError, ConfigError, NumericsError, ShapeError
+from recofuse_core.exposure import ExposureConfig
+from recofuse_core.graphs.export import write_parts
+from recofuse_core.graphs.runtime import GraphRuntime, graph_path, has_graphs
+from recofuse_core.networks import ToneConfig
+from recofuse_core.picture import FusionOutput
+from recofuse_core.tiling import TilingConfig
+from recofuse_core.weights_file import weights_folder
+from tests.core.tiny import GATED, PUBLISHED, pairs, tiny_model
+
+LIT = ModelConfig(
+    GATED.autoencoder,
+    GATED.denoiser,
+    GATED.fusion,
+    GATED.sde,
+    tone=ToneConfig(grid=16, width=16),
+    exposure=ExposureConfig(cells=16, width=16, channels=(8, 8, 8)),
+    sampler="ode2",
+    steps=2,
+    widening=0.4,
+)
+CONFIGS = {"lit": LIT, "published": PUBLISHED}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a small model with their graphs beside them."""
+    path = tmp_path_factory.mktemp("weights") / f"{request.param}.safetensors"
+    config = CONFIGS[request.param]
+    save_checkpoint(path, tiny_model(config).state_dict(), config, name="tiny", version="3", preset="none")
+    write_parts(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def graphs(weights: Path) -> GraphRuntime:
+    return GraphRuntime(weights, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> Runtime:
+    return Runtime(load_pretrained(weights), precision="float32")
+
+
+def fused(graphs: GraphRuntime, model: Runtime, images: Sequence[Tensor], **options: Any) -> float:
+    """The largest difference between both pictures of a pair, over all that were asked for."""
+    given = [image.numpy() for image in images]
+    mine, torchs = graphs.fuse(given[0], given[1], **options), model.fuse(images[0], images[1], **options)
+    differences = []
+    for name in ("fused", "vis", "ir"):
+        picture, expected = getattr(mine, name), getattr(torchs, name)
+        assert (picture is None) == (expected is None), name
+        if picture is not None:
+            assert picture.shape == tuple(expected.shape)
+            assert picture.dtype == expected.numpy().dtype
+            differences.append(np.abs(picture.astype(float) - expected.numpy().astype(float)).max())
+    return float(max(differences))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (67, 90)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pictures_are_those_of_torch(graphs: GraphRuntime, model: Runtime, batch: int, size: tuple[int, int]) -> None:
+    images = pairs(batch, *size)
+    assert fused(graphs, model, images, seeds=range(5, 5 + batch)) < 1e-4
+    levels = [(image * 255).byte() for image in images]
+    assert fused(graphs, model, levels) <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 1},
+        {"steps": 5, "sampler": "euler"},
+        {"steps": 4, "sampler": "posterior"},
+        {"steps": 3, "sampler": "ode1", "outputs": ["fused"]},
+        {"outputs": ["ir", "vis"]},
+        {"tiling": TilingConfig(max_pixels=64 * 64, tile=64, overlap=16)},
+    ],
+    ids=str,
+)
+def test_so_are_those_of_every_option(graphs: GraphRuntime, model: Runtime, options: dict[str, Any]) -> None:
+    assert fused(graphs, model, pairs(2, 90, 130), **options) < 1e-4
+
+
+def test_lighting_is_that_of_torch(graphs: GraphRuntime, model: Runtime) -> None:
+    assert graphs.can_light == model.can_light
+    images = pairs(2, 75, 101)
+    if graphs.can_light:
+        assert fused(graphs, model, images, exposure="lit") < 1e-4
+    else:
+        with pytest.raises(ConfigError, match="no exposure estimator"):
+            graphs.fuse(images[0].numpy(), images[1].numpy(), exposure="lit")
+
+
+def test_it_says_what_the_model_is(graphs: GraphRuntime, model: Runtime) -> None:
+    assert graphs.info == model.info
+
+
+def test_an_item_is_the_same_alone_and_in_a_batch(graphs: GraphRuntime) -> None:
+    vis, ir = (image.numpy() for image in pairs(3, 48, 64))
+    together: FusionOutput = graphs.fuse(vis, ir, seeds=[1, 2, 3])
+    alone = graphs.fuse(vis[1:2], ir[1:2], seeds=2)
+    assert together.fused is not None
+    assert alone.fused is not None
+    assert np.abs(together.fused[1] - alone.fused[0]).max() < 1e-5
+
+
+def test_bad_images_are_refused(graphs: GraphRuntime) -> None:
+    vis, ir = (image.numpy() for image in pairs(1, 48, 64))
+    for wrong in ((vis[:, :2], ir), (vis, ir[..., :-1]), (vis[..., :16, :], ir[..., :16, :]), (vis, ir.astype(np.int16))):
+        with pytest.raises(ShapeError):
+            graphs.fuse(*wrong)
+    with pytest.raises(ShapeError, match="seeds"):
+        graphs.fuse(vis, ir, seeds=[1, 2])
+    with pytest.raises(NumericsError):
+        graphs.fuse(np.full_like(vis, np.nan), ir)
+
+
+@pytest.fixture
+def copied(weights: Path, tmp_path: Path) -> Path:
+    for file in weights.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    return tmp_path / weights.name
+
+
+def test_files_that_are_not_right_are_told(copied: Path) -> None:
+    assert has_graphs(copied)
+    encode = graph_path(copied, "encode")
+    content = encode.read_bytes()
+    encode.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"encode\.onnx does not load"):
+        GraphRuntime(copied, num_threads=1)
+    encode.unlink()
+    with pytest.raises(CheckpointError, match="there is no graph"):
+        GraphRuntime(copied, num_threads=1)
+    encode.write_bytes(content)
+    damaged = bytearray(copied.read_bytes())
+    damaged[-1] ^= 1
+    copied.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="damaged"):
+        GraphRuntime(copied, num_threads=1)
+    with pytest.raises(CheckpointError, match="no weights file"):
+        has_graphs(copied.with_name("none.safetensors")) or GraphRuntime(copied.with_name("none.safetensors"))
+
+
+def test_graphs_of_other_weights_are_refused(copied: Path) -> None:
+    config = CONFIGS[copied.stem]
+    state = tiny_model(config, seed=1).state_dict()
+    save_checkpoint(copied, state, config, name="tiny", version="4", preset="none")
+    with pytest.raises(CheckpointError, match="was written for other weights"):
+        GraphRuntime(copied, num_threads=1)
+
+
+def test_the_weights_of_the_package_have_graphs() -> None:
+    """And small ones: the weights are not in them."""
+    graphs = GraphRuntime("compact", num_threads=2)
+    model = Runtime(load_pretrained("compact"), precision="float32")
+    assert graphs.info == model.info
+    images = [(image * 255).byte() for image in pairs(1, 160, 208)]
+    for exposure in ("as_shot", "lit"):
+        assert fused(graphs, model, images, exposure=exposure) <= 1
+    sizes = [file.stat().st_size for file in weights_folder().glob("compact.*.onnx")]
+    assert len(sizes) == 8
+    assert sum(sizes) < 3e6
