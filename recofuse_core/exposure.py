@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError
+from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
 from recofuse_core.networks import ToneCurves
 
@@ -78,16 +79,16 @@ class Lighting(NamedTuple):
         before = _blocks(vis)
         brightest = _box(F.max_pool2d(before, 3, stride=1, padding=1), 1)
         lift = (luma(self.levels(brightest)) + DARK) / (luma(brightest) + DARK)
-        is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0, 1)  # a veil that was taken away is no highlight
+        is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0.0, 1.0)  # a veil that was taken away is no highlight
         lift, is_lifted = _stretched(torch.cat([lift, is_lifted], dim=1), vis).chunk(2, dim=1)
-        share = ((luma(lit) - 0.8) / 0.2).clamp_(0, 1).mul_(is_lifted)
+        share = ((luma(lit) - 0.8) / 0.2).clamp_(0.0, 1.0).mul_(is_lifted)
         # No lower than a part of what it was: around a lamp the glow, burnt out too, would else become a dark ring.
         held = torch.minimum(vis * lift, lit).maximum(HELD * lit)
         return torch.lerp(lit, held, share)
 
     def _applied(self, lit: Tensor, entries: Tensor) -> Tensor:
         gain, offset = entries.chunk(2, dim=1)
-        return (lit * gain.exp() + OFFSET_UNIT * offset).clamp(0, 1)
+        return (lit * gain.exp() + OFFSET_UNIT * offset).clamp(0.0, 1.0)
 
     def look_up(self, guide: Tensor) -> Tensor:
         """The grid's entries (B, 6, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place of the frame."""
@@ -144,7 +145,7 @@ class ExposureEstimator(nn.Module):
 
     def average(self, vis: Tensor, ir: Tensor) -> Tensor:
         """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
-        return F.adaptive_avg_pool2d(torch.cat([vis, ir], dim=1), self.config.cells)
+        return average_to(torch.cat([vis, ir], dim=1), self.config.cells)
 
     def features(self, cells: Tensor) -> Tensor:
         """Quantiles of every channel of cells, then their std: (B, features)."""
@@ -214,16 +215,16 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
 
     left_over = (small_colour - slope * small_luma - offset).abs()
     noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
-    is_colour = ((left_over.amax(dim=1, keepdim=True) / noise - 2) / 2).clamp(0, 1)
+    is_colour = ((left_over.amax(dim=1, keepdim=True) / noise - 2) / 2).clamp(0.0, 1.0)
     stops = _stops(_blocks(vis), small)
-    smoothed = ((stops - 0.7) / 1.2).clamp(0, 1) * (1 - is_colour)
+    smoothed = ((stops - 0.7) / 1.2).clamp(0.0, 1.0) * (1 - is_colour)
     kept = 1 / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
     line = [slope * smoothed * kept, offset * smoothed * kept, kept * (1 - smoothed)]
     drawn = _stretched(torch.cat(line, dim=1), lit)
     slope, offset, own = drawn[:, :3], drawn[:, 3:6], drawn[:, 6:]
     bare = luma(lit)
-    return torch.addcmul(offset, slope + 1, bare).addcmul_(lit - bare, own).clamp_(0, 1)
+    return torch.addcmul(offset, slope + 1, bare).addcmul_(lit - bare, own).clamp_(0.0, 1.0)
 
 
 def _stops(before: Tensor, after: Tensor) -> Tensor:

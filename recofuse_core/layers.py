@@ -16,6 +16,24 @@ HEAD_MULTIPLE = 16  # channels of an attention head are filled up to a multiple 
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
 
 
+def average_to(image: Tensor, grid: int) -> Tensor:
+    """Images (B, C, H, W) averaged to (B, C, grid, grid) cells, as `F.adaptive_avg_pool2d`.
+
+    That has no form in ONNX for sizes that are not known beforehand; there, it is a product with the rows' and one with
+    the columns' weights.
+    """
+    if not torch.compiler.is_compiling():
+        return F.adaptive_avg_pool2d(image, grid)
+    return cell_weights(image.shape[-2], grid) @ image @ cell_weights(image.shape[-1], grid).T
+
+
+def cell_weights(length: int, grid: int) -> Tensor:
+    """What every one of `length` places weighs in the mean of every cell, (grid, length): cells may share a place."""
+    cells, places = torch.arange(grid)[:, None], torch.arange(length)[None]
+    first, end = cells * length // grid, ((cells + 1) * length + grid - 1) // grid
+    return ((places >= first) & (places < end)) / (end - first)
+
+
 def channel_norm(x: Tensor, gain: Tensor, eps: float = NORM_EPS, bias: Tensor | None = None) -> Tensor:
     """Normalise every position over its channels, biased variance, times `gain` (C,) plus `bias`. x: (B, C, H, W)."""
     shift = None if bias is None else bias.to(x.dtype)

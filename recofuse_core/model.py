@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import recofuse_core.threads  # noqa: F401 - no more threads than the process may use
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError, ShapeError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator
+from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
 from recofuse_core.networks import (
     AutoencoderConfig,
@@ -390,7 +390,7 @@ def widen_range(image: Tensor, share: float) -> Tensor:
     if share == 0:
         return image
     y = luma(image)
-    cells = F.adaptive_avg_pool2d(y, WIDENING_GRID).flatten(1).sort(dim=1).values[:, :, None, None]
+    cells = average_to(y, WIDENING_GRID).flatten(1).sort(dim=1).values[:, :, None, None]
     tail = round(WIDENING_TAIL * cells.shape[1])
     low, high = cells[:, tail : tail + 1], cells[:, -tail - 1 : cells.shape[1] - tail]
     used = (high - low).clamp(1e-6, 1 - 1e-6)
@@ -399,7 +399,7 @@ def widen_range(image: Tensor, share: float) -> Tensor:
     # How far luma moves: outwards by the share of its way at and beyond either end, and in between along a line.
     between = (moved * unused / used) * (y - low) - moved * low
     change = torch.maximum(-moved * y, torch.minimum(between, moved * (1 - y)))
-    return (image + change).clamp(0, 1)
+    return (image + change).clamp(0.0, 1.0)
 
 
 def _unit_range(image: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from recofuse_core.layers import (
     LinearAttention,
     Modulation,
     TimeEmbedding,
+    average_to,
     halve,
     modulate,
     pointwise,
@@ -442,7 +443,7 @@ class ToneCurves(NamedTuple):
     def __call__(self, image: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] to the same."""
         # The floor keeps the gradient of the power finite, and stays dark under any gamma.
-        return ((image + self.shift) * self.gain).clamp(1e-5, 1).pow(self.gamma)
+        return ((image + self.shift) * self.gain).clamp(1e-5, 1.0).pow(self.gamma)
 
 
 class ToneEstimator(nn.Module):
@@ -479,7 +480,7 @@ class ToneEstimator(nn.Module):
         """
         grid, count = self.config.grid, self.config.num_quantiles
         image = torch.cat([vis, ir], dim=1)
-        cells = F.adaptive_avg_pool2d(image, grid).flatten(2).sort(dim=-1).values  # (B, 4, grid**2)
+        cells = average_to(image, grid).flatten(2).sort(dim=-1).values  # (B, 4, grid**2)
         ranks = [round(rank * (grid**2 - 1) / (count - 1)) for rank in range(count)]
         quantiles = torch.stack([cells[..., rank] for rank in ranks], dim=-1)
         flat = image.flatten(2)

@@ -1,0 +1,343 @@
+"""The model as ONNX graphs: its parts, from which a runtime puts a picture together as `picture.run` does.
+
+A graph holds no weights. They lie in the checkpoint beside it, where ONNX's external data points: a safetensors file
+keeps every tensor as plain bytes at a known place. What is made of them (portable.py) is in the graph, and computed once
+when a runtime loads it. `embedded` is the other form: all of that computed here, and one file that needs no other.
+
+Sizes are free: batch, height and width of every image and latent. Latents are an eighth of an image's sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, read_header
+from recofuse_core.errors import CheckpointError, ConfigError
+from recofuse_core.graphs.portable import portable_copy
+from recofuse_core.model import ReCoFuse, widen_range
+from recofuse_core.picture import LATENT_FACTOR, MIN_SIDE, PADDING
+from recofuse_core.sampler import Pair
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSET = 20  # the first with lookups in a grid of three dimensions
+FORMAT_VERSION = 1
+MAX_SIDE = 1 << 20  # of an image, in pixels; the exporter wants to know one
+SAMPLE = (2, 96, 64)  # batch, height and width that a graph is traced with
+PREFIX = "recofuse."  # of the metadata
+OWN = "model."  # before the names of the checkpoint
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the model. inputs: a sample of each; shapes: what is free in it; outputs: their names."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    shapes: dict[str, dict[int, Any]]
+    outputs: tuple[str, ...]
+
+
+class _Of(nn.Module):
+    """A module around the model whose parameters keep their names behind "model."."""
+
+    def __init__(self, model: ReCoFuse) -> None:
+        super().__init__()
+        self.model = model
+
+
+class _Tone(_Of):
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.normalise(Pair(vis, ir))
+
+
+class _Light(_Of):
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.normalise(self.model.light(Pair(vis, ir)))
+
+
+class _Encode(_Of):
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        latent, skips = self.model.autoencoder.encode(image)
+        return latent, *skips
+
+
+class _Predict(_Of):
+    def forward(self, vis: Tensor, ir: Tensor, vis_mu: Tensor, ir_mu: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        prediction = self.model.predict(Pair(vis, ir), Pair(vis_mu, ir_mu), timestep)
+        return (*prediction.output, prediction.start.vis) if _gives_start(self.model) else tuple(prediction.output)
+
+
+class _Fuse(_Of):
+    def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
+        return self.model.final_fusion(Pair(vis, ir))
+
+
+class _FuseSkips(_Of):
+    def forward(self, *skips: Tensor) -> tuple[Tensor, ...]:
+        half = len(skips) // 2
+        return self.model.autoencoder.fuse_skips(skips[:half], skips[half:])
+
+
+class _Decode(_Of):
+    def forward(self, latent: Tensor, *skips: Tensor) -> Tensor:
+        size = (latent.shape[-2] * LATENT_FACTOR, latent.shape[-1] * LATENT_FACTOR)
+        return self.model.autoencoder.decode(latent, skips, size)
+
+
+class _Widen(_Of):
+    def forward(self, image: Tensor) -> Tensor:
+        return widen_range(image, self.model.config.widening)
+
+
+def _gives_start(model: ReCoFuse) -> bool:
+    """Whether a step's result says where its branches started: what a noise is removed from."""
+    return model.config.denoiser.prediction == "noise" and model.config.coupling == "every_step"
+
+
+def parts_of(model: ReCoFuse) -> dict[str, Part]:
+    """All parts of a model, by name.
+
+    tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same, ready to be encoded, of any size from
+    32 px; light makes the photograph of a well exposed scene first and is there if the model has an estimator.
+    encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips. predict: states and degraded latents
+    at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
+    fuse: restored latents to the fused one. fuse_skips: all of vis, then all of ir. decode: a latent and skips to an
+    image, not clamped. widen: a fused image, clamped, to one of wider range.
+    """
+    stepwise = portable_copy(model, is_step_fixed=False)
+    batch, height, width = SAMPLE
+    any_batch = torch.export.Dim("batch", min=1, max=4096)
+    sides = [torch.export.Dim(name, min=MIN_SIDE, max=MAX_SIDE) for name in ("height", "width")]
+    rows, columns = (torch.export.Dim(name, min=2, max=MAX_SIDE // PADDING) for name in ("rows", "columns"))
+
+    def frame(channels: int) -> Tensor:
+        return torch.linspace(0, 1, batch * channels * (height + 1) * width).view(batch, channels, height + 1, width)
+
+    def scaled(factor: int) -> dict[int, Any]:
+        return {0: any_batch, 2: factor * rows, 3: factor * columns}
+
+    latent = torch.zeros(model.latent_shape(batch, height, width))
+    latent_sides = scaled(PADDING // LATENT_FACTOR)
+    image = torch.zeros(batch, 3, height, width)
+    with torch.no_grad():
+        skips = model.autoencoder.encode(image)[1]
+    factors = [PADDING * skip.shape[-2] // height for skip in skips]
+    numbered = [f"skip_{index}" for index in range(len(skips))]
+    any_size = {0: any_batch, 2: sides[0], 3: sides[1]}
+    pair = {"vis": frame(3), "ir": frame(1)}
+    pair_shapes = {"vis": any_size, "ir": any_size}
+    latents = {name: latent for name in ("vis", "ir", "vis_mu", "ir_mu")}
+    both = {f"{mode}_{name}": skip for mode in ("vis", "ir") for name, skip in zip(numbered, skips, strict=True)}
+    both_shapes = [scaled(factor) for _ in range(2) for factor in factors]
+    predicted = ("vis_output", "ir_output", "start") if _gives_start(model) else ("vis_output", "ir_output")
+
+    parts = {"tone": Part(_Tone(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))}
+    if model.exposure is not None:
+        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
+    parts["encode"] = Part(_Encode(stepwise), {"image": image}, {"image": scaled(PADDING)}, ("latent", *numbered))
+    parts["predict"] = Part(
+        _Predict(stepwise),
+        latents | {"timestep": torch.ones(1, dtype=torch.int64)},
+        {name: latent_sides for name in latents} | {"timestep": {}},
+        predicted,
+    )
+    parts["fuse"] = Part(
+        _Fuse(stepwise),
+        {name: latent for name in ("vis", "ir")},
+        {"vis": latent_sides, "ir": latent_sides},
+        ("latent",),
+    )
+    parts["fuse_skips"] = Part(_FuseSkips(stepwise), both, dict(zip(both, both_shapes, strict=True)), tuple(numbered))
+    parts["decode"] = Part(
+        _Decode(stepwise),
+        {"latent": latent} | dict(zip(numbered, skips, strict=True)),
+        {"latent": latent_sides} | {name: scaled(factor) for name, factor in zip(numbered, factors, strict=True)},
+        ("image",),
+    )
+    parts["widen"] = Part(_Widen(stepwise), {"image": frame(3)}, {"image": any_size}, ("widened",))
+    return parts
+
+
+def to_graph(part: Part) -> ModelProto:
+    """A part as a graph whose weights are in float32, named as in the checkpoint; nothing of them is computed."""
+    _require_onnx()
+    from onnxscript.optimizer import optimize
+
+    with torch.no_grad(), _quietly(), contextlib.redirect_stdout(io.StringIO()):
+        exported = torch.export.export(
+            part.module,
+            tuple(tensor.clone() for tensor in part.inputs.values()),  # one tensor twice would be one input
+            dynamic_shapes=_by_argument(part),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,  # what pooling asks of sizes holds for all of them
+        )
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+        )
+        assert program is not None
+        # Small things alone are folded, such as the arithmetic of shapes: weights stay what the checkpoint holds.
+        optimize(program.model, input_size_limit=64, output_size_limit=1024)
+    graph: ModelProto = program.model_proto
+    return _cleaned(graph)
+
+
+def point_to(graph: ModelProto, checkpoint: Path) -> ModelProto:
+    """The graph with its weights in a checkpoint beside it, which it reads by the file's name."""
+    onnx = _require_onnx()
+    tensors, start = _layout(checkpoint)
+    pointing = type(graph)()
+    pointing.CopyFrom(graph)
+    casts = []
+    for tensor in pointing.graph.initializer:
+        name = tensor.name.removeprefix(OWN)
+        if name not in tensors:
+            continue
+        kind, shape, (begin, end) = (tensors[name][key] for key in ("dtype", "shape", "data_offsets"))
+        if shape != list(tensor.dims):
+            raise CheckpointError(f"{checkpoint} holds {name} as {shape}, the model as {list(tensor.dims)}")
+        if kind == "F16":
+            casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], to=onnx.TensorProto.FLOAT))
+            tensor.name = name
+        tensor.data_type = onnx.TensorProto.FLOAT16 if kind == "F16" else onnx.TensorProto.FLOAT
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        place = {"location": checkpoint.name, "offset": start + begin, "length": end - begin}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+    nodes = [*casts, *pointing.graph.node]
+    del pointing.graph.node[:]
+    pointing.graph.node.extend(nodes)
+    return pointing
+
+
+def describe(graph: ModelProto, header: CheckpointHeader, **more: str) -> None:
+    """Write into a graph's metadata whose it is; more: further entries."""
+    entries = {
+        "format_version": str(FORMAT_VERSION),
+        "name": header.info.name,
+        "version": header.info.version,
+        "checksum": header.checksum,
+        **more,
+    }
+    del graph.metadata_props[:]
+    for key, value in entries.items():
+        graph.metadata_props.add(key=PREFIX + key, value=value)
+
+
+def about(model: ReCoFuse, parts: Mapping[str, Part]) -> dict[str, object]:
+    """What a runtime without torch has to know of a model beside its graphs; JSON."""
+    config = model.config
+    names = parts["encode"].outputs[1:]
+    skips = [parts["decode"].inputs[name] for name in names]
+    return {
+        "preset": model.info.preset,
+        "num_parameters": model.info.num_parameters,
+        "parts": list(parts),
+        "sampler": config.sampler,
+        "steps": config.steps,
+        "prediction": config.denoiser.prediction,
+        "coupling": config.coupling,
+        "sde": dataclasses.asdict(config.sde),
+        "latent_channels": config.autoencoder.latent_channels,
+        "latent_factor": LATENT_FACTOR,
+        "padding": PADDING,
+        "min_side": MIN_SIDE,
+        "skips": [{"channels": skip.shape[1], "factor": SAMPLE[1] // skip.shape[-2]} for skip in skips],
+        "widening": config.widening,
+        "can_light": model.exposure is not None,
+    }
+
+
+def write_parts(checkpoint: Path) -> list[Path]:
+    """Write the graphs of a checkpoint's parts beside it, as NAME.PART.onnx. Returns their paths."""
+    model, header = load_pretrained(checkpoint), read_header(checkpoint)
+    parts = parts_of(model)
+    paths = []
+    for name, part in parts.items():
+        graph = point_to(to_graph(part), checkpoint)
+        more = {"about": json.dumps(about(model, parts), sort_keys=True)} if name == "predict" else {}
+        describe(graph, header, part=name, **more)
+        path = checkpoint.with_suffix(f".{name}.onnx")
+        path.write_bytes(graph.SerializeToString(deterministic=True))
+        paths.append(path)
+    return paths
+
+
+def _cleaned(graph: ModelProto) -> ModelProto:
+    """Without where in the sources everything came from, which is most of a graph's bytes."""
+    graph.doc_string, graph.producer_name, graph.producer_version = "", "recofuse", ""
+    del graph.metadata_props[:], graph.graph.value_info[:], graph.graph.metadata_props[:]
+    graph.graph.doc_string = ""
+    for item in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    return graph
+
+
+def _layout(checkpoint: Path) -> tuple[dict[str, Any], int]:
+    """Where the tensors of a safetensors file lie: its own table, by name, and where its first byte of data is."""
+    with checkpoint.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table: dict[str, Any] = json.loads(file.read(length))
+    table.pop("__metadata__", None)
+    return table, 8 + length
+
+
+def _by_argument(part: Part) -> tuple[Any, ...]:
+    """The free sizes as `forward` takes its arguments: those of a starred one together."""
+    shapes = tuple(part.shapes.values())
+    kinds = [parameter.kind for parameter in inspect.signature(part.module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    before = len(kinds) - 1
+    return (*shapes[:before], shapes[before:])
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's remarks on libraries that are not there and on its own code."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _require_onnx() -> Any:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise ConfigError(
+            f"writing ONNX needs {error.name}, which is not installed: pip install 'recofuse[export]'"
+        ) from error
+    return onnx
+
+
+if __name__ == "__main__":
+    for written in write_parts(Path(sys.argv[1])):
+        print(f"{written}: {written.stat().st_size:,} bytes")  # noqa: T201
