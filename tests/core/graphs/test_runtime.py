@@ -1,4 +1,4 @@
-"""The model as graphs gives the pictures that torch gives, whatever is asked for, and says what is wrong with its files."""
+"""The model as graphs gives the pictures that torch gives, and says what is wrong with its files."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def test_an_item_is_the_same_alone_and_in_a_batch(graphs: GraphRuntime) -> None:
 
 def test_bad_images_are_refused(graphs: GraphRuntime) -> None:
     vis, ir = (image.numpy() for image in pairs(1, 48, 64))
-    for wrong in ((vis[:, :2], ir), (vis, ir[..., :-1]), (vis[..., :16, :], ir[..., :16, :]), (vis, ir.astype(np.int16))):
+    flat = (vis[..., :16, :], ir[..., :16, :])
+    for wrong in ((vis[:, :2], ir), (vis, ir[..., :-1]), flat, (vis, ir.astype(np.int16))):
         with pytest.raises(ShapeError):
             graphs.fuse(*wrong)
     with pytest.raises(ShapeError, match="seeds"):
