@@ -347,10 +347,10 @@ def test_a_request_that_no_front_end_has_had_is_passed_on_once_more() -> None:
 
 def test_a_request_that_a_front_end_has_had_is_not() -> None:
     gone = "127.0.99.2"
-    with door(first_to(gone), served=True) as running, contextlib.closing(Silent([gone], is_leaving=True)):
-        with running.http() as client:
-            answer = client.post("/v1/fuse", files={"vis": VIS, "ir": IR})
-            problem(answer, 502, "connection_lost", retry_after="1")
+    leaving = contextlib.closing(Silent([gone], is_leaving=True))
+    with door(first_to(gone), served=True) as running, leaving, running.http() as client:
+        answer = client.post("/v1/fuse", files={"vis": VIS, "ir": IR})
+        problem(answer, 502, "connection_lost", retry_after="1")
 
 
 def test_a_proxy_without_room_for_a_body_says_so() -> None:
