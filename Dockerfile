@@ -22,11 +22,13 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 RUN python -m venv /opt/installer && python -m venv --without-pip /opt/packages
 WORKDIR /build
 
-# The front end's packages: in a layer of their own, which a change of the code leaves alone.
+# The front end's packages: in a layer of their own, which a change of the code leaves alone. Of numpy, its tests are left
+# out.
 FROM installer AS api-packages
 COPY deploy/requirements-api.txt ./
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
-    --only-binary :all: --no-deps --require-hashes -r requirements-api.txt
+    --only-binary :all: --no-deps --require-hashes -r requirements-api.txt \
+    && find /opt/packages/lib -path '*/numpy/*' -type d -name tests -prune -exec rm -r {} +
 
 # What a worker has beside them: torch, from TORCH_INDEX if there is one, and the rest from the default index. Of torch,
 # programs of its tests and what compiles extensions are left out.

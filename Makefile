@@ -33,8 +33,8 @@ demo: $(RUNNABLE) ## serve, fuse one pair over HTTP (IR=... VIS=... for your own
 serve: $(RUNNABLE) ## keep a server running
 	@$(BIN)/recofuse serve
 
-test: $(INSTALLED) ## run the tests that need no GPU
-	@$(BIN)/python -m pytest -m 'not gpu and not stack and not package and not image'
+test: $(INSTALLED) ## run the tests that need no GPU, but for those of deploy/
+	@$(BIN)/python -m pytest -m 'not gpu and not stack and not package and not image' --ignore=tests/deploy
 
 check: $(INSTALLED) ## formatting, lint and types, changing nothing
 	@$(BIN)/ruff format --check .

@@ -50,7 +50,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (  # from the roof to the ground
         Room("recofuse_rigs", "how two cameras lie to each other: found, kept in a file, applied"),
     ),
     (
-        Room("recofuse_host", "what a process may use of its host, and how its threads wait"),
+        Room("recofuse_host", "what a process may use of its host, how its threads wait, and what it gives back"),
         Room("recofuse_images", "files to pixels and back, and how names pair"),
         Room("recofuse_protos", "messages generated from proto/"),
     ),

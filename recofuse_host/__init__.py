@@ -1,1 +1,1 @@
-"""What a host lets this process use of its processors, and how its threads wait there. The standard library alone."""
+"""What a host lets this process use, and how this process behaves there. The standard library alone."""

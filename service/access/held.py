@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from recofuse_host.memory import usable_memory
 from service.terms.errors import OverloadedError
 
 SHARE = 0.4  # of the memory that the process may use; parsing and sending hold pieces twice for a while
 PROMISED = 0.5  # of that, at most, for what is still to come: who sends nothing must not keep all others out
 ROOM_WAIT_S = 1.0  # for what is held to become less; then the caller is told, and may come back
 GRACE_S = 5.0  # a promise that is older goes to those who wait for room
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Held:
@@ -178,28 +176,3 @@ class _Waiting:
     holding: Holding
     num_bytes: int
     granted: asyncio.Future[None]
-
-
-def usable_memory(cgroups: Path = CGROUPS) -> int:
-    """Bytes of memory that this process may use: the machine's, or less where a container or cgroup says so."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _limit_files(cgroups):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            found.append(int(path.read_text("ascii")))
-    return min(size for size in found if size > 0)
-
-
-def _limit_files(cgroups: Path) -> Iterator[Path]:
-    """Where the limits of the process's own cgroup and of those above it stand, by version 2 and version 1."""
-    yield cgroups / "memory.max"
-    yield cgroups / "memory" / "memory.limit_in_bytes"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                root = cgroups / controllers if controllers else cgroups
-                own = root / path.strip("/")
-                for folder in (own, *own.parents):
-                    if folder == root or root not in folder.parents:
-                        break
-                    yield folder / ("memory.limit_in_bytes" if controllers else "memory.max")

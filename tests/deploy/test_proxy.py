@@ -327,6 +327,32 @@ def test_a_front_end_that_goes_while_it_has_a_request_leaves_a_doubt() -> None:
         assert refused(running)[0].code() is grpc.StatusCode.UNAVAILABLE
 
 
+FIRST_ATTEMPT = "limit_conn requests 32;\n            proxy_pass http://api-http;"
+
+
+def first_to(address: str) -> dict[str, str]:
+    """The change that lets the first attempt of every request go to this address, whatever front ends there are."""
+    return {FIRST_ATTEMPT: FIRST_ATTEMPT.replace("http://api-http", f"http://{address}:8000")}
+
+
+def test_a_request_that_no_front_end_has_had_is_passed_on_once_more() -> None:
+    """As where the list of front ends is renewed while a connection to one that is gone is being tried."""
+    with door(first_to("127.0.99.1"), served=True) as running, running.http() as client:  # nobody is there
+        answer = client.post("/v1/fuse", content=bytes(MAX_BODY), headers={"X-Request-ID": "mine:2"})
+        problem(answer, 401, "unauthenticated")  # from a front end, and so with all of its body
+        assert answer.headers["x-request-id"] == "mine:2"
+        assert client.get("/health/live").status_code == 200
+        problem(client.post("/v1/nothing"), 401, "unauthenticated")
+
+
+def test_a_request_that_a_front_end_has_had_is_not() -> None:
+    gone = "127.0.99.2"
+    leaving = contextlib.closing(Silent([gone], is_leaving=True))
+    with door(first_to(gone), served=True) as running, leaving, running.http() as client:
+        answer = client.post("/v1/fuse", files={"vis": VIS, "ir": IR})
+        problem(answer, 502, "connection_lost", retry_after="1")
+
+
 def test_a_proxy_without_room_for_a_body_says_so() -> None:
     with door() as running:
         shutil.rmtree(running.stack.containers["proxy"][0].folder / "tmp" / "body")  # as if it were full

@@ -1,20 +1,27 @@
 """Base systems from Debian's archive, in the place of images that only a container registry has. Kept from run to run.
 
 One has Python and stands behind the tag that the Dockerfile names; the other has the programs of docker-compose.yml
-that are not ours, and is of the first suite whose nginx resolves names within `upstream`.
+that are not ours, and is of the first suite whose nginx resolves names within `upstream`. `python -m tests.image.bases`
+makes them ahead of a run, as root.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.deploy.conftest import missing
+from tests.image.build import python_tag
 from tests.image.podman import Podman
 
 TOOLS_IMAGE = "localhost/tools:latest"
@@ -27,6 +34,15 @@ def cache() -> Path:
     """The folder of what is kept from run to run, and of what is gone after each."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "recofuse" / "check-image"
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Alone with the cache; waits until it is free."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -87,18 +103,22 @@ TOOLS = Base(
 )
 
 
-def load_bases(podman: Podman, python_tag: str) -> None:
+def load_bases(podman: Podman) -> None:
     """Give podman both base systems, made now where no earlier run has left them. Skips if they cannot be had."""
-    bases = {f"docker.io/library/{python_tag}": python_base(python_tag), TOOLS_IMAGE: TOOLS}
-    with ThreadPoolExecutor(len(bases)) as threads:
-        for failure in threads.map(lambda base: _make(base, podman.folder), bases.values()):
-            if failure:
-                missing(f"base systems from Debian's mirror ({failure})")
+    bases = {f"docker.io/library/{python_tag()}": python_base(python_tag()), TOOLS_IMAGE: TOOLS}
+    if failure := _make_all(list(bases.values()), podman.folder):
+        missing(f"base systems from Debian's mirror ({failure})")
     for name, base in bases.items():
         if podman.attempt("image", "exists", name).returncode == 0:
             continue
         path = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
         podman("import", f"--change=ENV PATH={path}", str(base.file()), name)
+
+
+def _make_all(bases: list[Base], folder: Path) -> str:
+    """Make what no earlier run has left; returns why one of them could not be made."""
+    with ThreadPoolExecutor(len(bases)) as threads:
+        return next(filter(None, threads.map(lambda base: _make(base, folder), bases)), "")
 
 
 def _make(base: Base, folder: Path) -> str:
@@ -135,3 +155,16 @@ def _mirrors() -> list[str]:
 
 def _said(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Make both, and say why if that cannot be."""
+    if os.geteuid() or shutil.which("mmdebstrap") is None:
+        sys.exit("base systems are made by root, with mmdebstrap")
+    with locked(), tempfile.TemporaryDirectory(dir=cache()) as folder:
+        if failure := _make_all([python_base(python_tag()), TOOLS], Path(folder)):
+            sys.exit(f"base systems could not be made: {failure}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -14,8 +13,8 @@ import pytest
 
 from tests.deploy.compose import compose_file
 from tests.deploy.conftest import missing
-from tests.image.bases import TOOLS_IMAGE, cache, load_bases
-from tests.image.build import build, python_tag
+from tests.image.bases import TOOLS_IMAGE, cache, load_bases, locked
+from tests.image.build import build
 from tests.image.podman import Podman, last_line, limits
 from tests.image.stack import NOT_RUN, PREFIX, Stack
 from tests.service.redis_server import free_port
@@ -57,9 +56,7 @@ def podman() -> Iterator[Podman]:
     for program in PROGRAMS:
         if shutil.which(program) is None:
             missing(program)
-    cache().mkdir(parents=True, exist_ok=True)
-    with (cache() / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked():
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running then, too
         podman = Podman(cache() / "work", keeps=os.environ.get("CHECK_IMAGE_KEEP", "") not in ("", "0"))
         try:
@@ -75,7 +72,7 @@ def podman() -> Iterator[Podman]:
 def images(podman: Podman, note: Note) -> Images:
     """Both images, as docker-compose.yml builds them for a host without a GPU."""
     begin = time.monotonic()
-    load_bases(podman, python_tag())
+    load_bases(podman)
     tried = podman.attempt("run", "--rm", "--network=none", *limits({}), TOOLS_IMAGE, "true")
     if tried.returncode:
         missing(f"containers that run ({last_line(tried.stderr)})")

@@ -20,6 +20,7 @@ HARDENED = (
     "--env=OMP_NUM_THREADS=1",  # threads that wait for each other take minutes on a busy machine
 )  # fmt: skip
 TARGETS = ("api", "worker")
+MAX_API_MB = 350
 SHARED_LIBRARIES = "find /opt -name '*.so*' -type f | while read -r file; do echo $file; ldd $file 2>/dev/null; done"
 SAMPLE = "recofuse sample /tmp/p && recofuse fuse --vis /tmp/p/vis.png --ir /tmp/p/ir.png -o /tmp/fused.png"
 
@@ -78,3 +79,4 @@ def test_their_sizes(images: Images, note: Note) -> None:
     for name in (images.api, images.worker):
         sizes[name] = int(images.podman("image", "inspect", name, "--format={{.Size}}")) / 1e6
     note(", ".join(f"{name} {size:.0f} MB" for name, size in sizes.items()))
+    assert sizes[images.api] <= MAX_API_MB

@@ -116,12 +116,12 @@ def digests() -> dict[str, str]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc fills memory when asked")
 def test_no_pixel_comes_from_memory_that_nobody_wrote() -> None:
-    runs = []
-    for filling in ("85", "170"):
-        environment = {**os.environ, "MALLOC_PERTURB_": filling}
-        ended = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, check=True)
-        runs.append(json.loads(ended.stdout))
-    first, second = runs
+    command = [sys.executable, "-m", __name__]
+    environments = [{**os.environ, "MALLOC_PERTURB_": filling} for filling in ("85", "170")]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for environment in environments]
+    said = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    first, second = map(json.loads, said)
     assert [name for name in first if first[name] != second[name]] == []
     refused = {name for name, shown in first.items() if shown.startswith("refused")}
     assert [name for name in sorted(refused) if name.endswith("copy 0")] == []

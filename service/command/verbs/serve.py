@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recofuse_host.memory import give_back_large_blocks
 from service.command.complaints import line_of
 from service.command.environment import WEIGHTS_VARIABLE, read_settings
 from service.command.shared_queue import QueueUrl, shared_queue
@@ -101,6 +102,7 @@ def api(
     """Run a front end alone, HTTP and gRPC; workers take the jobs from the shared queue."""
     from service.command.processes import serve_front_end
 
+    give_back_large_blocks()
     asked: dict[str, dict[str, Any]]
     asked = {"queue": {"url": queue}, "http": {"host": host, "port": port}, "grpc": {"host": host, "port": grpc_port}}
     settings = read_settings(asked)

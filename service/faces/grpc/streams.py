@@ -58,6 +58,10 @@ class _Arrived:
     holding: Holding
     pair: FusionRequest | None = None
 
+    def let_go_of_images(self) -> None:
+        """Keep what the answer says about the frame."""
+        self.frame, self.pair = _without_images(self.frame), None
+
 
 @dataclass(frozen=True, slots=True)
 class _End:
@@ -253,6 +257,7 @@ class Stream:
             answer.error.CopyFrom(error_detail(failure))
         finally:
             accepted.set()
+            arrived.let_go_of_images()  # the answer may wait long for those before it, and for its client
             self._let_go(arrived.holding)
         answer.sequence, answer.timestamp_ns = arrived.frame.sequence, arrived.frame.timestamp_ns
         return answer

@@ -235,7 +235,7 @@ def trainer(steps: int, frames: FrameSource | None, num_frames: int = 8) -> Trai
 
 
 def test_the_stage_learns_to_light_and_to_leave_alone() -> None:
-    run = trainer(200, source(), num_frames=90)
+    run = trainer(80, source(), num_frames=40)
     frozen = {name: value.clone() for name, value in run.model.state_dict().items() if not name.startswith("exposure.")}
     list(run.run_stage())
     run.finish_stage()

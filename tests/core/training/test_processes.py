@@ -25,7 +25,7 @@ rank = torch.distributed.get_rank()
 levels = lambda image: (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 scene = make_scene(1, 64, 80)
 data = DataConfig(root="scenes")
-stage = StageConfig("coupled", 3, 2, 32, 1e-3, rollout=True)
+stage = StageConfig("coupled", 2, 2, 32, 1e-3, rollout=True)
 source = PairSource(data, [("a", levels(scene.vis), levels(scene.ir)[..., 0])])
 run = Trainer(TrainConfig("compact", "0", data, (stage,), ema_interval=1), source)
 losses = [report.losses["vis"] for report in run.run_stage()]

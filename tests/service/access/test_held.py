@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import grpc
 import pytest
 
+from recofuse_host.memory import usable_memory
 from recofuse_protos.inference.v2 import inference_pb2, inference_pb2_grpc
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
-from service.access.held import SHARE, Held, usable_memory
+from service.access.held import SHARE, Held
 from service.terms.errors import OverloadedError
 from tests.fakes import FakeEngine
 from tests.service.conftest import Serving
@@ -50,18 +50,6 @@ def test_by_default_it_is_a_share_of_the_memory() -> None:
         holding.add(most)
         with pytest.raises(OverloadedError):
             holding.add(1)
-
-
-def test_memory_is_what_the_container_allows(tmp_path: Path) -> None:
-    machine = usable_memory(tmp_path / "nothing")
-    assert machine > 1 << 28
-    (tmp_path / "memory.max").write_text("max\n")
-    assert usable_memory(tmp_path) == machine
-    (tmp_path / "memory.max").write_text("1048576\n")
-    assert usable_memory(tmp_path) == 1 << 20
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("524288\n")
-    assert usable_memory(tmp_path) == 1 << 19
 
 
 async def test_every_face_is_in_the_same_count(serving: Serving) -> None:
