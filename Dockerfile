@@ -1,10 +1,9 @@
 # syntax=docker/dockerfile:1
 # Two images from one file, both non-root and fit for a read-only root file system:
 #
-#   docker build --target api -t recofuse-api .                    HTTP and gRPC, without torch
+#   docker build --target api -t recofuse-api .                    HTTP and gRPC, without the model
 #   docker build --target worker -t recofuse-worker:cu130 .        the model; CUDA is in the image, the driver on the host
-#   docker build --target worker -t recofuse-worker:cpu --build-arg VARIANT=cpu \
-#       --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+#   docker build --target worker -t recofuse-worker:cpu --build-arg VARIANT=cpu .   the model on processors, without torch
 #
 # docs/operations.md says which hosts a variant is for. Every Python package is a wheel whose hash is known: `make lock`
 # writes deploy/requirements-*.txt. The base is a tag here so that it can be read; pin what you deploy by digest:
@@ -30,19 +29,17 @@ RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
     --only-binary :all: --no-deps --require-hashes -r requirements-api.txt \
     && find /opt/packages/lib -path '*/numpy/*' -type d -name tests -prune -exec rm -r {} +
 
-# What a worker has beside them: torch, from TORCH_INDEX if there is one, and the rest from the default index. Of torch,
+# What a worker has beside them: what runs the model, ONNX Runtime or torch, and what reads and writes pictures. Of torch,
 # programs of its tests and what compiles extensions are left out.
 FROM installer AS worker-packages
 ARG VARIANT=cu130
-ARG TORCH_INDEX=""
-COPY deploy/requirements-torch-cpu.txt deploy/requirements-torch-cu130.txt ./
+COPY deploy/requirements-runtime-cpu.txt deploy/requirements-runtime-cu130.txt ./
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
-    --only-binary :all: --no-deps --require-hashes --target /opt/torch \
-    ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} -r "requirements-torch-${VARIANT}.txt" \
-    && rm -rf /opt/torch/torch/test /opt/torch/torch/bin/test_* /opt/torch/torch/bin/protoc* /opt/torch/torch/include
+    --only-binary :all: --no-deps --require-hashes --target /opt/model -r "requirements-runtime-${VARIANT}.txt" \
+    && rm -rf /opt/model/torch/test /opt/model/torch/bin/test_* /opt/model/torch/bin/protoc* /opt/model/torch/include
 COPY deploy/requirements-worker.txt ./
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
-    --only-binary :all: --no-deps --require-hashes --target /opt/torch -r requirements-worker.txt
+    --only-binary :all: --no-deps --require-hashes --target /opt/model -r requirements-worker.txt
 
 # recofuse itself, without what it depends on.
 FROM installer AS application
@@ -90,11 +87,11 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
 CMD ["api"]
 
 FROM runtime AS worker
-COPY --from=worker-packages /opt/torch /opt/torch
+COPY --from=worker-packages /opt/model /opt/model
 COPY --from=application /opt/recofuse /opt/recofuse
 # Which GPUs a container sees is for whoever starts it to say. What it sees of their driver is for the image: CUDA, and the
 # driver's own report (NVML), but no graphics.
-ENV PYTHONPATH=/opt/recofuse:/opt/torch \
+ENV PYTHONPATH=/opt/recofuse:/opt/model \
     RECOFUSE_WORKER__METRICS_HOST=0.0.0.0 \
     RECOFUSE_WORKER__METRICS_PORT=9000 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Write the packages of the images into deploy/requirements-*.txt, with the hashes of their files: `make lock`.
 #
-# Versions come from constraints.txt; what it does not name stays as it was written here last. Needs PyPI, and for the CPU
-# variant's torch the index of PyTorch (TORCH_CPU_INDEX). UV names the program: https://docs.astral.sh/uv
+# Versions come from constraints.txt; what it does not name stays as it was written here last. Needs PyPI. UV names the
+# program: https://docs.astral.sh/uv
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -18,20 +18,17 @@ without() { # without FILE...: words that leave out what these have
     sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' "$@"
 }
 
-worker="pyproject.toml --extra server --extra otel --extra torch"
+front="pyproject.toml --extra server --extra otel"
 # Who builds extensions needs setuptools; torch asks for it everywhere. An image has nothing that installs packages.
 left_out="--no-emit-package setuptools"
 
 # shellcheck disable=SC2046,SC2086 # lists of words
 {
-    compile api pyproject.toml --extra server --extra otel
-    compile torch-cu130 $worker $left_out $(without deploy/requirements-api.txt)
-    # What torch's CUDA build brings, and the CPU variant does not have, is called so.
-    for_gpus="$(without deploy/requirements-torch-cu130.txt | grep -E ' (torch|triton|cuda-.*|nvidia-.*)$')"
-    compile worker $worker $left_out $(without deploy/requirements-api.txt) $for_gpus
-    compile torch-cu130 $worker $left_out $(without deploy/requirements-api.txt deploy/requirements-worker.txt)
+    compile api $front
+    # What a worker of either kind has beside a front end, and then what runs the model.
+    echo safetensors | compile worker $front --extra images - $(without deploy/requirements-api.txt)
+    others="$(without deploy/requirements-api.txt deploy/requirements-worker.txt)"
+    compile runtime-cpu $front --extra cpu $others
+    compile runtime-cu130 $front --extra torch $left_out $others
 }
-version="$(sed -n 's/^torch==//p' constraints.txt)"
-echo "torch==$version+cpu" |
-    compile torch-cpu - --no-deps --default-index "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml | compile build -

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from tests.extras import distributions
 
 ROOT = Path(__file__).parents[2]
-LISTS = ("api", "build", "torch-cpu", "torch-cu130", "worker")
+LISTS = ("api", "build", "runtime-cpu", "runtime-cu130", "worker")
 PIN = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[\w.+]+)(?P<hashes>(?: --hash=sha256:[0-9a-f]{64})+)")
 OF_A_GPU_BUILD = re.compile(r"triton|cuda-[a-z-]+|nvidia-[a-z0-9-]+")
 # torch asks for it, for those who build extensions; an image has nothing that installs packages.
@@ -71,9 +71,7 @@ def test_what_is_no_pin_with_a_hash_is_seen(line: str) -> None:
 def test_versions_are_those_of_the_constraints(name: str) -> None:
     known = constraints()
     for package, pin in listed(name).items():
-        if package == "torch" and name == "torch-cpu":
-            assert pin.version == known["torch"] + "+cpu"
-        elif package in known:
+        if package in known:
             assert pin.version == known[package], package
         else:  # what this platform's development environment need not have
             assert OF_A_GPU_BUILD.fullmatch(package) or package in OF_OTHER_RELEASES or name == "build", package
@@ -91,18 +89,18 @@ def test_a_front_end_has_what_its_extras_bring() -> None:
 
 def test_a_worker_has_what_its_extras_bring_and_nothing_twice() -> None:
     api, worker = listed("api").keys(), listed("worker").keys()
-    needed = distributions("server", "otel", "torch") - LEFT_OUT
-    needed = {name for name in needed if name in api or not OF_A_GPU_BUILD.fullmatch(name)}  # a GPU's torch may be here
-    assert worker == needed - api - {"torch"}
-    assert listed("torch-cpu").keys() == {"torch"}
-    of_gpus = listed("torch-cu130").keys()
-    assert {"torch", "triton", "nvidia-cuda-runtime"} <= of_gpus
-    assert all(OF_A_GPU_BUILD.fullmatch(name) for name in of_gpus - {"torch"})
-    assert not of_gpus & (api | worker)
+    on_cpu, on_gpu = listed("runtime-cpu").keys(), listed("runtime-cu130").keys()
+    assert worker == (distributions("images") | {"safetensors"}) - api
+    assert on_cpu == distributions("server", "otel", "cpu") - api - worker
+    of_torch = {name for name in on_gpu if not OF_A_GPU_BUILD.fullmatch(name)}  # what is installed here may be a CPU's
+    needed = distributions("server", "otel", "torch") - LEFT_OUT - api - worker
+    assert of_torch == {name for name in needed if not OF_A_GPU_BUILD.fullmatch(name)}
+    assert {"torch", "triton", "nvidia-cuda-runtime"} <= on_gpu
+    assert "torch" not in on_cpu
 
 
 def test_the_name_of_the_gpu_variant_is_its_cuda() -> None:
-    cuda = listed("torch-cu130")["nvidia-cuda-runtime"].version.split(".")
+    cuda = listed("runtime-cu130")["nvidia-cuda-runtime"].version.split(".")
     assert "cu" + cuda[0] + cuda[1] == "cu130"
 
 
@@ -117,7 +115,7 @@ def test_the_dockerfile_installs_them_by_their_hashes_alone() -> None:
     installs = re.findall(r"pip(?: --python \S+)? install (.*?)(?:&&|$)", text, re.MULTILINE)
     from_an_index = [words for words in installs if "dist/*.whl" not in words]
     used = {match for words in from_an_index for match in re.findall(r'-r "?requirements-(\S+?)\.txt', words)}
-    assert used == {"api", "build", "torch-${VARIANT}", "worker"}
+    assert used == {"api", "build", "runtime-${VARIANT}", "worker"}
     assert len(from_an_index) == len(used)
     for words in from_an_index:
         assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(words.split()), words

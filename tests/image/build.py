@@ -10,7 +10,6 @@ import ast
 import os
 import re
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,6 @@ def python_tag() -> str:
 def build(podman: Podman, service: dict[str, Any]) -> None:
     """Build the image of a compose service, under its name there. Skips if no package index can be reached."""
     arguments = {name: str(value) for name, value in service["build"].get("args", {}).items()}
-    if (index := arguments.get("TORCH_INDEX")) and not _answers(index):
-        arguments["TORCH_INDEX"] = ""  # torch comes from where pip looks for everything else
     done = podman.attempt(
         "build",
         "--isolation=chroot",
@@ -87,12 +84,3 @@ def _pip_mounts(target: Path) -> list[str]:
     # An index in a folder may name files beside it.
     paths |= {Path(urllib.parse.urlparse(word).path).parent for word in words if word.startswith("file://")}
     return [f"--volume={target}:/etc/pip.conf:ro", *(f"--volume={path}:{path}:ro" for path in sorted(paths))]
-
-
-def _answers(url: str) -> bool:
-    """Whether a package index can be reached from here."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/torch/", timeout=30):
-            return True
-    except OSError:
-        return False
