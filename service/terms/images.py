@@ -5,9 +5,10 @@ A front end calls `check_request` alone, which reads headers. The codec of a wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,25 @@ from numpy.typing import NDArray
 from recofuse_images import errors, reader
 from recofuse_images.limits import Limits
 from recofuse_images.reader import Pair, Role
+from recofuse_rigs.errors import RigError
+from recofuse_rigs.rig import Rig
 from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
 from service.terms.jobs import FusionJob, ImageFormat, Part, RawLayout
 from service.terms.settings import CodecSettings, LimitSettings
 
+if TYPE_CHECKING:
+    from recofuse_rigs.warp import Warp, Warps
+
 Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A pair on the vis grid. warp: how infrared came there by a rig; None for a pair that was registered."""
+
+    pair: Pair
+    warp: Warp | None = None
+
 
 
 def check_request(
@@ -30,7 +45,7 @@ def check_request(
     Raises UnsupportedMediaError, PayloadTooLargeError and InvalidInputError.
     """
     vis_size, ir_size = size_of(vis, "vis", vis_layout, limits), size_of(ir, "ir", ir_layout, limits)
-    with _as_service_errors():
+    with as_service_errors():
         if vis_layout is None and ir_layout is None:
             reader.check_sides(vis, ir)
         reader.check_sizes(vis_size, ir_size, limits_of(limits))
@@ -39,7 +54,7 @@ def check_request(
 
 def size_of(data: bytes, role: Role, layout: RawLayout | None, limits: LimitSettings) -> tuple[int, int]:
     """Check one side without decoding it; returns width and height. Raises like `check_request`."""
-    with _as_service_errors():
+    with as_service_errors():
         if layout is None:
             return reader.inspect(data, role, limits_of(limits)).upright_size
         reader.inspect_frame(data, layout, role, limits_of(limits))
@@ -57,7 +72,7 @@ def decode_pair(
     ir_layout: RawLayout | None = None,
 ) -> Pair:
     """Both images as 8 bits on the vis grid. Raises like `check_request`; never returns a partly decoded image."""
-    with _as_service_errors():
+    with as_service_errors():
         return reader.read_pair(
             vis,
             ir,
@@ -69,11 +84,54 @@ def decode_pair(
         )
 
 
+def decode_rigged(
+    vis: bytes,
+    ir: bytes,
+    rig: Rig,
+    warps: Warps,
+    limits: LimitSettings,
+    *,
+    vis_range: tuple[float, float] | None = None,
+    ir_range: tuple[float, float] | None = None,
+    vis_layout: RawLayout | None = None,
+    ir_layout: RawLayout | None = None,
+) -> Decoded:
+    """A rig's images as 8 bits on the vis grid; infrared is warped at its own depth. Raises like `check_request`."""
+    from recofuse_rigs.pairs import read_aligned  # not above: front ends warp nothing, and go without OpenCV
+
+    with as_service_errors():
+        aligned = read_aligned(
+            vis,
+            ir,
+            rig,
+            limits_of(limits),
+            vis_range=vis_range,
+            ir_range=ir_range,
+            vis_layout=vis_layout,
+            ir_layout=ir_layout,
+            find_warp=warps.of,
+        )
+    return Decoded(aligned.pair, aligned.warp)
+
+
+def needed_parts(parts: Sequence[Part], warp: Warp | None) -> tuple[Part, ...]:
+    """What the model must give for the wanted parts: where infrared ends, the fused picture takes the restored vis."""
+    is_blended = warp is not None and not warp.is_whole and Part.FUSED in parts
+    return tuple(part for part in Part if part in parts or (is_blended and part is Part.VIS))
+
+
+def finished(pictures: Mapping[Part, Pixels], parts: Sequence[Part], warp: Warp | None) -> dict[Part, Pixels]:
+    """The wanted parts of what the model gave, the fused picture without infrared where there was none."""
+    if warp is not None and not warp.is_whole and Part.FUSED in parts:
+        pictures = {**pictures, Part.FUSED: warp.blended(pictures[Part.FUSED], pictures[Part.VIS])}
+    return {part: pictures[part] for part in parts}
+
+
 def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> bytes:
     """A picture, (H, W, 3) RGB or (H, W) grey, as a file; npy is the uint8 array itself. Raises InvalidInputError."""
     from recofuse_images import writer  # not above: front ends write no pictures, and go without OpenCV
 
-    with _as_service_errors():
+    with as_service_errors():
         match image_format:
             case ImageFormat.NPY:
                 return writer.npy_bytes(pixels)
@@ -151,13 +209,13 @@ def limits_of(settings: LimitSettings) -> Limits:
 
 
 @contextmanager
-def _as_service_errors() -> Iterator[None]:
-    """The errors of `recofuse_images` as those of the tree that HTTP and gRPC know."""
+def as_service_errors() -> Iterator[None]:
+    """The errors of `recofuse_images` and `recofuse_rigs` as those of the tree that HTTP and gRPC know."""
     try:
         yield
     except errors.UnsupportedImageError as error:
         raise UnsupportedMediaError(str(error)) from error
     except errors.ImageTooLargeError as error:
         raise PayloadTooLargeError(str(error)) from error
-    except errors.ImageError as error:
+    except (errors.ImageError, RigError) as error:
         raise InvalidInputError(str(error)) from error

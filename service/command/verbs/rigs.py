@@ -111,7 +111,7 @@ def align(
     require("cv2")
     from recofuse_images.errors import ImageError
     from recofuse_rigs.errors import RigError
-    from service.command.files import match_pairs
+    from service.command.files import match_pairs, read_rig
 
     given = None if rig is None else read_rig(rig)
     found, passed_over = match_pairs(vis, ir, leave_out=output)
@@ -140,14 +140,6 @@ def align(
         complain(f"{num_failed} of {len(found)} pairs could not be aligned")
         raise typer.Exit(2)
     out.print(f"wrote {output}", markup=False, soft_wrap=True)
-
-
-def read_rig(path: Path) -> Rig:
-    """A rig file. Raises BadRigError for a file that is none, OSError for a path that cannot be read."""
-    from recofuse_rigs.rig import MAX_FILE_BYTES, from_json
-
-    with path.open("rb") as file:
-        return from_json(file.read(MAX_FILE_BYTES + 1))
 
 
 def _require_sure(doubts: Sequence[str], force: bool) -> None:
