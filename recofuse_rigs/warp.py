@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ Weights = NDArray[np.float32]
 
 FEATHER = 0.05  # of the visible frame's shorter side: how far inside the border infrared counts in full
 FADE = 0.3  # likewise: how far outside the tone of the fused picture goes on
-MAX_KEPT_BYTES = 64 << 20  # of `Warps`
+MAX_KEPT_BYTES = 96 << 20  # of `Warps`
+MAX_KEPT_PIXELS = 1 << 21  # of a warp whose maps are kept; those of larger frames would hold more than their pictures
 _COARSE_SIDE = 60  # pixels of the shorter side, at which tone is told from detail
 _TONE = 0.06  # of the shorter side: the sigma of what is tone
 _BY_AREA = 0.75  # infrared pixels smaller than this are averaged before they are interpolated
@@ -41,38 +43,51 @@ _REMAPPED = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
 class Warp:
     """What a rig does to each frame, worked out once. Safe to use from several threads.
 
-    shrunk: the size to which infrared is averaged before anything else. columns, rows: where each visible pixel lies in
-    that picture, (H, W). coverage: (H, W), where infrared was measured.
+    shrunk: the size to which infrared is averaged before anything else. coverage: (H, W), where infrared was measured.
+    maps: (2, H, W), the column and the row of each visible pixel in the averaged picture; None if they are made anew
+    each time, to save memory.
     """
 
     rig: Rig
     shrunk: Size
-    columns: NDArray[np.float32]
-    rows: NDArray[np.float32]
     coverage: NDArray[np.bool_]
+    maps: NDArray[np.float32] | None
 
     @functools.cached_property
     def is_whole(self) -> bool:
         """Whether infrared covers all of the visible frame."""
         return bool(self.coverage.all())
 
-    @functools.cached_property
+    @property
     def weights(self) -> Weights:
         """(H, W): how far infrared counts, from 0 at the border of the coverage to 1 inside.
 
         The frame's own edges are no border.
         """
-        return feathered(self.coverage, max(2.0, FEATHER * min(self.coverage.shape)))
+        return self._both_weights[0]
 
-    @functools.cached_property
+    @property
     def tone_weights(self) -> Weights:
         """(H, W): how far the tone of the fused picture counts, from 1 at the border of the coverage to 0 outside."""
-        return 1 - feathered(~self.coverage, max(2.0, FADE * min(self.coverage.shape)))
+        return self._both_weights[1]
+
+    @property
+    def _both_weights(self) -> tuple[Weights, Weights]:
+        return self._kept_weights if self.maps is not None else self._made_weights()
+
+    @functools.cached_property
+    def _kept_weights(self) -> tuple[Weights, Weights]:
+        return self._made_weights()
+
+    def _made_weights(self) -> tuple[Weights, Weights]:
+        side = min(self.coverage.shape)
+        inner = feathered(self.coverage, max(2.0, FEATHER * side))
+        return inner, 1 - feathered(~self.coverage, max(2.0, FADE * side))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all maps, those included that are not made yet."""
-        return self.coverage.size * (2 * 4 + 1 + 2 * 4)
+        """Bytes of all that is kept, weights included that are not made yet."""
+        return self.coverage.size * (1 if self.maps is None else 1 + 2 * 4 + 2 * 4)
 
     def apply(self, infrared: NDArray[Any]) -> NDArray[Any]:
         """(H, W) or (H, W, C) of the infrared camera, any depth, on the visible grid at the same depth.
@@ -87,8 +102,11 @@ class Warp:
             values = values.astype(np.float64)
         if self.shrunk != (width, height):
             values = cv2.resize(values, self.shrunk, interpolation=cv2.INTER_AREA)
-        warped = cv2.remap(values, self.columns, self.rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        return np.asarray(warped, values.dtype)
+        warped = np.empty((*self.coverage.shape, *values.shape[2:]), values.dtype)
+        for band in _bands(*self.coverage.shape):
+            columns, rows = _maps(self.rig, band)[0] if self.maps is None else self.maps[:, band]
+            warped[band] = cv2.remap(values, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return warped
 
     def blended(self, fused: NDArray[np.uint8], vis: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The fused picture where infrared counts, the restored visible one far from it, no border between: (H, W, 3).
@@ -98,13 +116,12 @@ class Warp:
         if self.is_whole:
             return fused
         height, width = self.coverage.shape
+        weights, tone_weights = self._both_weights
         tone = cv2.resize(self._tone_of(fused, vis), (width, height), interpolation=cv2.INTER_CUBIC)
         blended = np.empty_like(fused)
-        num_rows = max(1, _BAND // width)
-        for top in range(0, height, num_rows):
-            band = slice(top, top + num_rows)
-            own, share = vis[band].astype(np.float32), self.weights[band, :, None]
-            change = share * (fused[band] - own) + (self.tone_weights[band, :, None] - share) * tone[band]
+        for band in _bands(height, width):
+            own, share = vis[band].astype(np.float32), weights[band, :, None]
+            change = share * (fused[band] - own) + (tone_weights[band, :, None] - share) * tone[band]
             blended[band] = np.clip(np.rint(own + change), 0, 255)
         return blended
 
@@ -114,7 +131,9 @@ class Warp:
         step = max(1.0, min(height, width) / _COARSE_SIDE)
         size = max(1, round(width / step)), max(1, round(height / step))
         known = cv2.resize(self.coverage.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-        seen = cv2.copyTo(fused, self.coverage.astype(np.uint8), vis.copy())  # no difference where there was no infrared
+        seen = cv2.copyTo(
+            fused, self.coverage.astype(np.uint8), vis.copy()
+        )  # no difference where there was no infrared
         coarse = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.float32) for picture in (seen, vis)]
         difference = coarse[0] - coarse[1]
         sigma = _TONE * min(size)
@@ -137,7 +156,7 @@ class Warps:
         self._lock = threading.Lock()
 
     def of(self, rig: Rig) -> Warp:
-        """See `warp_of`. What is larger than all that may be kept is worked out each time."""
+        """See `warp_of`. The one that was used longest ago goes first."""
         with self._lock:
             if (warp := self._kept.get(rig)) is not None:
                 self._kept.move_to_end(rig)
@@ -153,16 +172,28 @@ class Warps:
 def warp_of(rig: Rig) -> Warp:
     """How to lay a rig's infrared frames on its visible ones."""
     width, height = rig.vis_size
-    shrunk, to_shrunk = _shrunk(rig)
-    columns, rows = np.empty((2, height, width), np.float32)
     coverage = np.empty((height, width), bool)
+    maps = np.empty((2, height, width), np.float32) if width * height <= MAX_KEPT_PIXELS else None
+    for band in _bands(height, width):
+        found, coverage[band] = _maps(rig, band)
+        if maps is not None:
+            maps[:, band] = found
+    return Warp(rig, _shrunk(rig)[0], coverage, maps)
+
+
+def _bands(height: int, width: int) -> Iterator[slice]:
+    """The rows of a frame, few at a time."""
     num_rows = max(1, _BAND // width)
     for top in range(0, height, num_rows):
-        band = slice(top, min(top + num_rows, height))
-        x, y, coverage[band] = _places(rig, band)
-        columns[band] = to_shrunk[0, 0] * x + to_shrunk[0, 2]
-        rows[band] = to_shrunk[1, 1] * y + to_shrunk[1, 2]
-    return Warp(rig, shrunk, columns, rows, coverage)
+        yield slice(top, min(top + num_rows, height))
+
+
+def _maps(rig: Rig, band: slice) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The maps of some rows, (2, H, W), and their coverage."""
+    x, y, coverage = _places(rig, band)
+    _, to_shrunk = _shrunk(rig)
+    columns, rows = to_shrunk[0, 0] * x + to_shrunk[0, 2], to_shrunk[1, 1] * y + to_shrunk[1, 2]
+    return np.stack([columns, rows]).astype(np.float32), coverage
 
 
 def _places(rig: Rig, band: slice) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:

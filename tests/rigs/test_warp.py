@@ -13,6 +13,7 @@ from recofuse_images.errors import BadImageError
 from recofuse_images.picture import Picture
 from recofuse_images.scale import ir_levels
 from recofuse_images.writer import png_bytes
+from recofuse_rigs import warp as warp_module
 from recofuse_rigs.errors import BadRigError
 from recofuse_rigs.pairs import read_aligned, warped_picture
 from recofuse_rigs.rig import Distortion, Rig
@@ -56,7 +57,8 @@ def test_a_lens_is_undone() -> None:
     lens = Distortion((60.0, 60.0), (31.5, 23.5), (-0.2, 0.0, 0.0, 0.0, 0.0))
     warp = warp_of(shifted(0, 0, distortion=lens))
     expected = lens.apply(np.array([[5.0, 40.0]]))[0]
-    assert np.allclose((warp.columns[40, 5], warp.rows[40, 5]), expected, atol=1e-4)
+    assert warp.maps is not None
+    assert np.allclose(warp.maps[:, 40, 5], expected, atol=1e-4)
 
 
 def test_other_sizes_are_refused() -> None:
@@ -128,8 +130,25 @@ def test_warps_are_kept_while_there_is_room() -> None:
 def test_maps_made_in_bands_have_no_seam_of_their_own() -> None:
     rig = Rig((4096, 150), (4096, 150), (1.0, 0.0, 0.25, 0.0, 1.0, 0.5, 0.0, 0.0, 1.0))
     warp = warp_of(rig)
-    np.testing.assert_allclose(warp.rows[1:], np.arange(1, 150)[:, None].repeat(4096, 1) - 0.5)
-    np.testing.assert_allclose(warp.columns[:, 1:], np.arange(1, 4096)[None].repeat(150, 0) - 0.25)
+    assert warp.maps is not None
+    np.testing.assert_allclose(warp.maps[1, 1:], np.arange(1, 150)[:, None].repeat(4096, 1) - 0.5)
+    np.testing.assert_allclose(warp.maps[0, :, 1:], np.arange(1, 4096)[None].repeat(150, 0) - 0.25)
+
+
+def test_a_large_frame_keeps_little_and_is_warped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    rig = Rig((640, 480), (320, 256), (1.7, 0.1, 30.0, -0.1, 1.6, 20.0, 1e-5, 0.0, 1.0))
+    infrared = rng.integers(0, 60000, (256, 320)).astype(np.uint16)
+    fused, vis = rng.integers(0, 256, (2, 480, 640, 3)).astype(np.uint8)
+    kept = warp_of(rig)
+    monkeypatch.setattr(warp_module, "MAX_KEPT_PIXELS", 640 * 480 - 1)
+    made = warp_of(rig)
+    assert made.maps is None
+    assert made.size_bytes == 640 * 480
+    assert not kept.is_whole
+    np.testing.assert_array_equal(made.apply(infrared), kept.apply(infrared))
+    np.testing.assert_array_equal(made.blended(fused, vis), kept.blended(fused, vis))
+    assert "_kept_weights" not in vars(made)
 
 
 def test_what_no_camera_saw_does_not_set_the_scale() -> None:
