@@ -82,9 +82,7 @@ def _seen_in_colour(values: NDArray[Any], nodata: float | None) -> NDArray[np.bo
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def ir_levels(
-    picture: Picture, ir_range: Range | None = None, within: NDArray[np.bool_] | None = None
-) -> Pixels:
+def ir_levels(picture: Picture, ir_range: Range | None = None, within: NDArray[np.bool_] | None = None) -> Pixels:
     """(H, W), uint8, of a grey picture; the rule is in the module's text. within: (H, W), what may set the scale."""
     values = picture.values
     if values.dtype == np.uint8 and ir_range is None and picture.nodata is None:

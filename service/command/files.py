@@ -74,14 +74,6 @@ def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[lis
         raise InvalidInputError(str(error)) from error
 
 
-def read_rig(path: Path) -> Rig:
-    """A rig file. Raises BadRigError for a file that is none, OSError for a path that cannot be read."""
-    from recofuse_rigs.rig import MAX_FILE_BYTES, from_json
-
-    with path.open("rb") as file:
-        return from_json(file.read(MAX_FILE_BYTES + 1))
-
-
 def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:
     """Where each picture goes: a single or the fused one to `output`, the others beside it with `_vis` or `_ir`.
 

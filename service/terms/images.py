@@ -5,19 +5,19 @@ A front end calls `check_request` alone, which reads headers. The codec of a wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recofuse_images import errors, reader
+from recofuse_images import errors, jpeg, reader
 from recofuse_images.limits import Limits
 from recofuse_images.reader import Pair, Role
 from recofuse_rigs.errors import RigError
-from recofuse_rigs.rig import Rig
+from recofuse_rigs.rig import Rig, Size
 from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
 from service.terms.jobs import FusionJob, ImageFormat, Part, RawLayout
 from service.terms.settings import CodecSettings, LimitSettings
@@ -36,7 +36,6 @@ class Decoded:
     warp: Warp | None = None
 
 
-
 def check_request(
     vis: bytes, ir: bytes, vis_layout: RawLayout | None, ir_layout: RawLayout | None, limits: LimitSettings
 ) -> tuple[int, int]:
@@ -45,16 +44,35 @@ def check_request(
     Raises UnsupportedMediaError, PayloadTooLargeError and InvalidInputError.
     """
     vis_size, ir_size = size_of(vis, "vis", vis_layout, limits), size_of(ir, "ir", ir_layout, limits)
-    with as_service_errors():
+    with _as_service_errors():
         if vis_layout is None and ir_layout is None:
             reader.check_sides(vis, ir)
         reader.check_sizes(vis_size, ir_size, limits_of(limits))
     return vis_size
 
 
+def check_rigged_request(
+    vis: bytes,
+    ir: bytes,
+    vis_layout: RawLayout | None,
+    ir_layout: RawLayout | None,
+    limits: LimitSettings,
+    find_rig: Callable[[Size, Size, bool], Rig],
+) -> tuple[tuple[int, int], Rig]:
+    """As `check_request`, for two cameras that are not registered; their sizes may be any. Returns their rig, too.
+
+    find_rig: takes the vis and the ir size, and whether the latter is sure.
+    """
+    vis_size, ir_size = size_of(vis, "vis", vis_layout, limits), size_of(ir, "ir", ir_layout, limits)
+    if vis_layout is None and ir_layout is None and vis == ir:
+        raise InvalidInputError("vis and ir are the same file; what holds both sides is registered, and needs no rig")
+    # A thermal camera's JPEG may hold its values in another size than the picture that it shows.
+    return vis_size, find_rig(vis_size, ir_size, ir_layout is not None or not ir.startswith(jpeg.MAGIC))
+
+
 def size_of(data: bytes, role: Role, layout: RawLayout | None, limits: LimitSettings) -> tuple[int, int]:
     """Check one side without decoding it; returns width and height. Raises like `check_request`."""
-    with as_service_errors():
+    with _as_service_errors():
         if layout is None:
             return reader.inspect(data, role, limits_of(limits)).upright_size
         reader.inspect_frame(data, layout, role, limits_of(limits))
@@ -72,7 +90,7 @@ def decode_pair(
     ir_layout: RawLayout | None = None,
 ) -> Pair:
     """Both images as 8 bits on the vis grid. Raises like `check_request`; never returns a partly decoded image."""
-    with as_service_errors():
+    with _as_service_errors():
         return reader.read_pair(
             vis,
             ir,
@@ -99,7 +117,7 @@ def decode_rigged(
     """A rig's images as 8 bits on the vis grid; infrared is warped at its own depth. Raises like `check_request`."""
     from recofuse_rigs.pairs import read_aligned  # not above: front ends warp nothing, and go without OpenCV
 
-    with as_service_errors():
+    with _as_service_errors():
         aligned = read_aligned(
             vis,
             ir,
@@ -131,7 +149,7 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
     """A picture, (H, W, 3) RGB or (H, W) grey, as a file; npy is the uint8 array itself. Raises InvalidInputError."""
     from recofuse_images import writer  # not above: front ends write no pictures, and go without OpenCV
 
-    with as_service_errors():
+    with _as_service_errors():
         match image_format:
             case ImageFormat.NPY:
                 return writer.npy_bytes(pixels)
@@ -146,8 +164,8 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
 class Codec(Protocol):
     """What a worker does between a job's bytes and pixels. Calls block, and come from several threads at once."""
 
-    def decode(self, job: FusionJob) -> Pair:
-        """A job's pair, as `decode_pair` has it. Raises like `check_request`."""
+    def decode(self, job: FusionJob) -> Decoded:
+        """A job's pair on the vis grid, laid there by its rig if it has one. Raises like `check_request`."""
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """One picture of the answer, in the job's format. Raises InvalidInputError."""
@@ -158,24 +176,36 @@ def build_codec(settings: CodecSettings, limits: LimitSettings) -> Codec:
     return ReadyBytes() if settings.kind == "ready" else FileCodec(settings, limits)
 
 
+class _Reading(TypedDict):
+    """How a job's images are to be read."""
+
+    vis_range: tuple[float, float] | None
+    ir_range: tuple[float, float] | None
+    vis_layout: RawLayout | None
+    ir_layout: RawLayout | None
+
+
 class FileCodec:
     """Reads and writes image files."""
 
     def __init__(self, settings: CodecSettings, limits: LimitSettings) -> None:
+        from recofuse_rigs.warp import Warps  # not above: front ends warp nothing, and go without OpenCV
+
         self._settings = settings
         self._limits = limits
+        self._warps = Warps()
 
-    def decode(self, job: FusionJob) -> Pair:
+    def decode(self, job: FusionJob) -> Decoded:
         """See Codec."""
-        return decode_pair(
-            job.vis,
-            job.ir,
-            self._limits,
-            vis_range=job.options.vis_range,
-            ir_range=job.options.ir_range,
-            vis_layout=job.vis_layout,
-            ir_layout=job.ir_layout,
-        )
+        reading: _Reading = {
+            "vis_range": job.options.vis_range,
+            "ir_range": job.options.ir_range,
+            "vis_layout": job.vis_layout,
+            "ir_layout": job.ir_layout,
+        }
+        if job.rig is None:
+            return Decoded(decode_pair(job.vis, job.ir, self._limits, **reading))
+        return decode_rigged(job.vis, job.ir, job.rig, self._warps, self._limits, **reading)
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""
@@ -188,9 +218,9 @@ class ReadyBytes:
     For measuring what the service costs without its codec. Headers are still checked at admission.
     """
 
-    def decode(self, job: FusionJob) -> Pair:
+    def decode(self, job: FusionJob) -> Decoded:
         """See Codec."""
-        return Pair(vis=np.zeros((1, 1, 3), np.uint8), ir=np.zeros((1, 1), np.uint8))
+        return Decoded(Pair(vis=np.zeros((1, 1, 3), np.uint8), ir=np.zeros((1, 1), np.uint8)))
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""
@@ -209,7 +239,7 @@ def limits_of(settings: LimitSettings) -> Limits:
 
 
 @contextmanager
-def as_service_errors() -> Iterator[None]:
+def _as_service_errors() -> Iterator[None]:
     """The errors of `recofuse_images` and `recofuse_rigs` as those of the tree that HTTP and gRPC know."""
     try:
         yield

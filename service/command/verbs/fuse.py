@@ -139,10 +139,10 @@ def fuse(
 
 
 def _rigged(path: Path) -> tuple[Rig, Warps]:
+    from recofuse_rigs.rig import from_file
     from recofuse_rigs.warp import Warps
-    from service.command.files import read_rig
 
-    return read_rig(path), Warps()
+    return from_file(path), Warps()
 
 
 def _valid_options(**values: object) -> FusionOptions:

@@ -111,9 +111,10 @@ def align(
     require("cv2")
     from recofuse_images.errors import ImageError
     from recofuse_rigs.errors import RigError
-    from service.command.files import match_pairs, read_rig
+    from recofuse_rigs.rig import from_file
+    from service.command.files import match_pairs
 
-    given = None if rig is None else read_rig(rig)
+    given = None if rig is None else from_file(rig)
     found, passed_over = match_pairs(vis, ir, leave_out=output)
     is_folder = vis.is_dir()
     targets = [output / f"{pair.name}.png" if is_folder else output for pair in found]
