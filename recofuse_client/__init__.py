@@ -49,6 +49,7 @@ from recofuse_client.values import (
     Options,
     Part,
     Picture,
+    Rig,
     StreamStats,
     Timings,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "RefusedError",
     "RequestError",
     "Retry",
+    "Rig",
     "RouteNotFoundError",
     "StreamStats",
     "TimedOutError",

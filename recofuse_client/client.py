@@ -29,6 +29,8 @@ from recofuse_client.values import (
     Options,
     Output,
     Priority,
+    Rig,
+    RigLike,
     Sampler,
 )
 
@@ -67,6 +69,7 @@ class FusionOptions(TypedDict, total=False):
     vis_range: tuple[float, float] | None
     ir_range: tuple[float, float] | None
     exposure: Exposure | None
+    rig: RigLike | None
     priority: Priority
 
 
@@ -198,6 +201,10 @@ class Client(_Base):
         """The models that are being served now; none while no worker is there. Raises RecofuseError."""
         return self._run(self._calls.models(timeout_s))
 
+    def rigs(self, *, timeout_s: float | None = None) -> list[Rig]:
+        """The rigs that the server keeps, and `rig` may name. Raises RecofuseError."""
+        return self._run(self._calls.rigs(timeout_s))
+
     def health(self, *, timeout_s: float | None = None) -> Health:
         """Whether new work is welcome; needs no API key. Raises TransportError if nobody answers."""
         return self._run(self._calls.health(timeout_s))
@@ -315,6 +322,10 @@ class AsyncClient(_Base):
     async def models(self, *, timeout_s: float | None = None) -> list[Model]:
         """See `Client.models`."""
         return await self._run(self._calls.models(timeout_s))
+
+    async def rigs(self, *, timeout_s: float | None = None) -> list[Rig]:
+        """See `Client.rigs`."""
+        return await self._run(self._calls.rigs(timeout_s))
 
     async def health(self, *, timeout_s: float | None = None) -> Health:
         """See `Client.health`."""

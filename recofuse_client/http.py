@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import unquote
 
 import httpx
@@ -36,7 +36,21 @@ from recofuse_client.errors import (
 from recofuse_client.pictures import ImageLike, file_of, npy_pixels
 from recofuse_client.protocols import CONNECT_TIMEOUT_S, Target
 from recofuse_client.retries import Deadline, Operation, Send
-from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings, ir_source_of
+from recofuse_client.values import (
+    Fusion,
+    Health,
+    Job,
+    JobStatus,
+    Model,
+    Options,
+    Part,
+    Picture,
+    Rig,
+    Timings,
+    ir_source_of,
+)
+
+Listed = TypeVar("Listed", Model, Rig)
 
 CHUNK_BYTES = 256 * 1024  # of a body, between two looks at the clock
 NPY = "application/x-npy"
@@ -108,19 +122,12 @@ class HttpProtocol:
     def models(self, timeout_s: float) -> Operation[HttpRequest, list[Model]]:
         """GET /v1/models."""
         document = _json(_checked((yield Send(HttpRequest("GET", "/v1/models"), timeout_s))))
-        known = [field.name for field in fields(Model)]  # a newer server may tell more, an older one less
+        return _listed(document, "models", Model)
 
-        def model_of(told: dict[str, Any]) -> Model:
-            known_values = ((name, told[name]) for name in known if name in told)
-            values: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in known_values
-            }
-            return Model(**values)
-
-        try:
-            return [model_of(told) for told in document["models"]]
-        except (KeyError, TypeError) as error:
-            raise BadAnswerError("the list of models cannot be understood") from error
+    def rigs(self, timeout_s: float) -> Operation[HttpRequest, list[Rig]]:
+        """GET /v1/rigs."""
+        document = _json(_checked((yield Send(HttpRequest("GET", "/v1/rigs"), timeout_s))))
+        return _listed(document, "rigs", Rig)
 
     def health(self, timeout_s: float) -> Operation[HttpRequest, Health]:
         """GET /health/ready, whose 503 is an answer and no failure."""
@@ -129,6 +136,21 @@ class HttpProtocol:
             return Health(False, str(_json(answer).get("reason", "")))
         document = _json(_checked(answer))
         return Health(document.get("status") == "ready", str(document.get("reason", "")))
+
+
+def _listed(document: dict[str, Any], name: str, kind: type[Listed]) -> list[Listed]:
+    """What a list of a document tells. Raises BadAnswerError."""
+    known = [field.name for field in fields(kind)]  # a newer server may tell more, an older one less
+
+    def entry_of(told: dict[str, Any]) -> Listed:
+        known_values = ((name, told[name]) for name in known if name in told)
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in known_values}
+        return kind(**values)
+
+    try:
+        return [entry_of(told) for told in document[name]]
+    except (KeyError, TypeError) as error:
+        raise BadAnswerError(f"the list of {name} cannot be understood") from error
 
 
 def _segment(job_id: str) -> str:
@@ -145,6 +167,7 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "steps": options.steps,
         "sampler": options.sampler,
         "exposure": options.exposure,
+        "rig": options.rig,
         "seed": options.seed,
         "vis_range": None if options.vis_range is None else "{:.17g},{:.17g}".format(*options.vis_range),
         "ir_range": None if options.ir_range is None else "{:.17g},{:.17g}".format(*options.ir_range),

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from recofuse_client.errors import NotFinishedError
 from recofuse_client.pictures import ImageLike
 from recofuse_client.retries import Deadline, Operation, Pause, Retry, poll_pauses_s, retried
-from recofuse_client.values import Fusion, Health, Job, Model, Options
+from recofuse_client.values import Fusion, Health, Job, Model, Options, Rig
 
 Request = TypeVar("Request")
 Prepared = TypeVar("Prepared")
@@ -102,6 +102,9 @@ class ApiProtocol(Protocol, Generic[Request, Prepared]):
     def models(self, timeout_s: float) -> Operation[Request, list[Model]]:
         """What is being served."""
 
+    def rigs(self, timeout_s: float) -> Operation[Request, list[Rig]]:
+        """The rigs that there are."""
+
     def health(self, timeout_s: float) -> Operation[Request, Health]:
         """Whether new work is welcome."""
 
@@ -182,6 +185,10 @@ class Calls(Generic[Request, Prepared]):
     def models(self, timeout_s: float | None) -> Operation[Request, list[Model]]:
         """What is being served."""
         return self._read(self._protocol.models, timeout_s)
+
+    def rigs(self, timeout_s: float | None) -> Operation[Request, list[Rig]]:
+        """The rigs that there are."""
+        return self._read(self._protocol.rigs, timeout_s)
 
     def health(self, timeout_s: float | None) -> Operation[Request, Health]:
         """Whether new work is welcome now; never tried again, because what it tells is the present."""

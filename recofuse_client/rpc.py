@@ -36,7 +36,20 @@ from recofuse_client.errors import (
 from recofuse_client.pictures import ImageLike, checked_array, file_of, npy_pixels, png_of
 from recofuse_client.protocols import Target
 from recofuse_client.retries import Operation, Send
-from recofuse_client.values import Fusion, Health, Job, JobStatus, Model, Options, Part, Picture, Timings, ir_source_of
+from recofuse_client.values import (
+    Fusion,
+    Health,
+    Job,
+    JobStatus,
+    Model,
+    Options,
+    Part,
+    Picture,
+    Rig,
+    Timings,
+    ir_source_of,
+    rig_text,
+)
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["FusionService"].full_name
@@ -50,6 +63,7 @@ _ANSWERS: dict[str, Any] = {  # of unary methods
     f"/{SERVICE}/GetJobResult": pb.FuseResponse,
     f"/{SERVICE}/CancelJob": pb.Job,
     f"/{SERVICE}/ListModels": pb.ListModelsResponse,
+    f"/{SERVICE}/ListRigs": pb.ListRigsResponse,
     HEALTH_CHECK: health_pb2.HealthCheckResponse,
 }
 _IR_SOURCES: dict[int, str] = {
@@ -140,6 +154,25 @@ class GrpcProtocol:
             for model in answer.models
         ]
 
+    def rigs(self, timeout_s: float) -> Operation[GrpcRequest, list[Rig]]:
+        """ListRigs."""
+        answer = yield Send(_request("ListRigs", pb.ListRigsRequest()), timeout_s)
+        return [
+            Rig(
+                name=rig.name,
+                vis_size=(rig.vis_width, rig.vis_height),
+                ir_size=(rig.ir_width, rig.ir_height),
+                overlap=rig.overlap,
+                is_sure=rig.is_sure,
+                spread_px=rig.spread_px,
+                residual_px=rig.residual_px,
+                num_pairs=rig.num_pairs,
+                method=rig.method,
+                date=rig.date,
+            )
+            for rig in answer.rigs
+        ]
+
     def health(self, timeout_s: float) -> Operation[GrpcRequest, Health]:
         """The standard health service, which gives no reasons."""
         answer = yield Send(GrpcRequest(HEALTH_CHECK, health_pb2.HealthCheckRequest(service=SERVICE)), timeout_s)
@@ -181,6 +214,7 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         exposure=pb.EXPOSURE_UNSPECIFIED
         if options.exposure is None
         else pb.Exposure.Value(f"EXPOSURE_{options.exposure.upper()}"),
+        rig="" if options.rig is None else rig_text(options.rig),
         seed=options.seed,
         priority=pb.Priority.Value(f"PRIORITY_{options.priority.upper()}"),
         timeout_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),

@@ -5,17 +5,23 @@ Arrays are NumPy's, uint8 or uint16, height first. Colour is RGB in both directi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal, cast, get_args
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.errors import BadAnswerError, RecofuseError
 from recofuse_client.pictures import ImageLike, decoded
+
+# How infrared lies in the visible frame: the name of one of the server's rigs, or the content of a rig file, as text; a
+# rig file as a Path; or the matrix itself, 3x3, from infrared pixels to visible ones.
+RigLike = str | PathLike[str] | Sequence[Sequence[float]] | NDArray[np.floating[Any]]
 
 Output = Literal["fused", "vis", "ir", "all"]
 Format = Literal["array", "png", "jpeg", "webp"]
@@ -29,6 +35,22 @@ IrSource = Literal["raw", "palette", "grey", ""]
 def ir_source_of(word: str) -> IrSource:
     """A server's word for what was read of an infrared file; empty for one that is not known here."""
     return cast("IrSource", word) if word in get_args(IrSource) else ""
+
+
+def rig_text(rig: RigLike) -> str:
+    """A rig as it is sent. Raises ValueError for what is none, OSError for a file that cannot be read."""
+    if isinstance(rig, str):
+        text = rig
+    elif isinstance(rig, PathLike):
+        text = Path(rig).read_text("utf-8")
+    else:
+        matrix = np.asarray(rig, np.float64)
+        if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+            raise ValueError("rig: accepted is a 3x3 matrix of finite numbers, from infrared pixels to visible ones")
+        text = ",".join(f"{value:.17g}" for value in matrix.ravel())
+    if not text.strip() or not text.isascii():
+        raise ValueError("rig: accepted are a name, a rig file's content, a Path to one, or a 3x3 matrix")
+    return text
 
 
 class Part(StrEnum):
@@ -63,7 +85,8 @@ class Options:
     exposure: None asks for the model's own. seed: below 2^63; equal seeds give equal pictures. vis_range, ir_range:
     source values (low, high) of either image that become black and white, in place of the server's automatic choice.
     exposure: "lit" makes a dark scene a well exposed photograph and lifts veils, lamps kept; "as_shot" leaves it as
-    dark as it came. `Model.exposures` tells what the served weights offer.
+    dark as it came. `Model.exposures` tells what the served weights offer. rig: of cameras that are not registered,
+    whose pictures may then differ in size and shape; see `RigLike`, and `Client.rigs` for the server's own.
     """
 
     output: Output = "fused"
@@ -74,10 +97,15 @@ class Options:
     vis_range: tuple[float, float] | None = None
     ir_range: tuple[float, float] | None = None
     exposure: Exposure | None = None
+    rig: RigLike | None = None
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
-        """Raises ValueError. What depends on the server's limits is the server's to refuse."""
+        """Raises ValueError, and OSError for a rig file that cannot be read.
+
+        What depends on the server's limits is the server's to refuse.
+        """
+        object.__setattr__(self, "rig", None if self.rig is None else rig_text(self.rig))
         kinds = {"output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "priority": Priority}
         for name, kind in kinds.items():
             value, accepted = getattr(self, name), get_args(kind)
@@ -192,6 +220,27 @@ class Model:
     num_workers: int
     default_exposure: str = "as_shot"
     exposures: tuple[str, ...] = ("as_shot",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rig:
+    """A rig that a server keeps. Sizes are (width, height); overlap: share of the visible frame that infrared covers.
+
+    is_sure: whether its calibration would swear to it. spread_px: how far corners move when that is repeated on parts
+    of its pairs; residual_px: what is left between the edges of both; visible pixels. date: such as 2026-01-31, or
+    empty.
+    """
+
+    name: str
+    vis_size: tuple[int, int]
+    ir_size: tuple[int, int]
+    overlap: float
+    is_sure: bool
+    spread_px: float
+    residual_px: float
+    num_pairs: int
+    method: str
+    date: str
 
 
 @dataclass(frozen=True, slots=True)

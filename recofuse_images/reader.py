@@ -102,12 +102,15 @@ def read_picture(data: bytes, role: Role, limits: Limits = DEFAULT_LIMITS) -> Pi
     return replace(picture, values=upright(picture.values, header.orientation), alpha=alpha)
 
 
-def read_infrared(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Infrared:
-    """An infrared file at its own depth, upright. Raises like `inspect`.
+def read_infrared(data: bytes, limits: Limits = DEFAULT_LIMITS, layout: Layout | None = None) -> Infrared:
+    """An infrared file, or a raw frame by its layout, at its own depth, upright. Raises like `inspect`.
 
     Of a radiometric JPEG the values that the camera measured, in degrees Celsius where the file tells how to compute
     them; of a false-colour picture its place in the palette, 0 to 255; of any other its grey values.
     """
+    if layout is not None:
+        with _speaking_of("ir"):
+            return Infrared(read_frame(data, layout, limits, as_grey=True))
     warnings: tuple[str, ...] = ()
     if data.startswith(jpeg.MAGIC):
         from recofuse_images import radiometric  # not above: front ends read headers alone, and go without OpenCV
@@ -124,9 +127,14 @@ def read_infrared(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Infrared:
     return _grey_behind(picture, warnings)
 
 
-def read_vis(data: bytes, limits: Limits = DEFAULT_LIMITS, vis_range: scale.Range | None = None) -> Pixels:
-    """A visible file as 8 bits: (H, W, 3) RGB. Raises like `inspect`."""
-    return scale.vis_levels(read_picture(data, "vis", limits), vis_range)
+def read_vis(
+    data: bytes,
+    limits: Limits = DEFAULT_LIMITS,
+    vis_range: scale.Range | None = None,
+    layout: Layout | None = None,
+) -> Pixels:
+    """A visible file, or a raw frame by its layout, as 8 bits: (H, W, 3) RGB. Raises like `inspect`."""
+    return scale.vis_levels(_read_or_frame(data, "vis", layout, limits), vis_range)
 
 
 def read_ir(data: bytes, limits: Limits = DEFAULT_LIMITS, ir_range: scale.Range | None = None) -> Pixels:
@@ -150,7 +158,7 @@ def read_pair(
         colours, infrared = _packed(vis, limits)
     else:
         colours = _read_or_frame(vis, "vis", vis_layout, limits)
-        infrared = _infrared_of(ir, ir_layout, limits)
+        infrared = read_infrared(ir, limits, ir_layout)
     visible = scale.vis_levels(colours, vis_range)
     height, width = visible.shape[:2]
     check_sizes((width, height), infrared.picture.values.shape[1::-1], limits)
@@ -181,13 +189,6 @@ def _read_or_frame(data: bytes, role: Role, layout: Layout | None, limits: Limit
         return read_picture(data, role, limits)
     with _speaking_of(role):
         return read_frame(data, layout, limits)
-
-
-def _infrared_of(data: bytes, layout: Layout | None, limits: Limits) -> Infrared:
-    if layout is None:
-        return read_infrared(data, limits)
-    with _speaking_of("ir"):
-        return Infrared(read_frame(data, layout, limits, as_grey=True))
 
 
 def _packed(data: bytes, limits: Limits) -> tuple[Picture, Infrared]:

@@ -82,15 +82,15 @@ def _seen_in_colour(values: NDArray[Any], nodata: float | None) -> NDArray[np.bo
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def ir_levels(picture: Picture, ir_range: Range | None = None) -> Pixels:
-    """(H, W), uint8, of a grey picture; the rule is in the module's text."""
+def ir_levels(picture: Picture, ir_range: Range | None = None, within: NDArray[np.bool_] | None = None) -> Pixels:
+    """(H, W), uint8, of a grey picture; the rule is in the module's text. within: (H, W), what may set the scale."""
     values = picture.values
     if values.dtype == np.uint8 and ir_range is None and picture.nodata is None:
         return values
     seen = _measured(values, picture.nodata)
     if values.dtype == np.uint8 and ir_range is None:
         return np.where(seen, values, np.uint8(0))
-    low, high = ir_range if ir_range is not None else _scene_range(values, seen)
+    low, high = ir_range or _scene_range(values, seen if within is None else seen & within)
     levels = _levels(values, low, high)
     if not seen.all():
         levels[~seen] = 0

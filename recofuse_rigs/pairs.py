@@ -6,17 +6,21 @@ it leaves sets the scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from recofuse_images import reader, scale
 from recofuse_images.errors import BadImageError
+from recofuse_images.frames import Layout
 from recofuse_images.limits import Limits
 from recofuse_images.picture import Picture
 from recofuse_images.reader import DEFAULT_LIMITS, Infrared, Pair
 from recofuse_rigs.rig import Rig
 from recofuse_rigs.warp import Warp, warp_of
+
+_UNSURE = "rig: its calibration was unsure; look whether the edges of both pictures meet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +40,31 @@ def read_aligned(
     *,
     vis_range: scale.Range | None = None,
     ir_range: scale.Range | None = None,
+    vis_layout: Layout | None = None,
+    ir_layout: Layout | None = None,
+    find_warp: Callable[[Rig], Warp] = warp_of,
 ) -> AlignedPair:
-    """Read both files and lay infrared on the visible grid.
+    """Read both files, or raw frames by their layouts, and lay infrared on the visible grid.
 
     Raises ImageError like `read_pair`, and BadRigError for pictures of other aspect ratios than the rig's.
     """
-    if vis == ir:
-        raise BadImageError("vis and ir are the same file; what holds both sides is registered, and needs no rig")
-    visible = reader.read_vis(vis, limits, vis_range)
-    infrared = reader.read_infrared(ir, limits)
+    check_two_sides(vis, ir)
+    visible = reader.read_vis(vis, limits, vis_range, vis_layout)
+    infrared = reader.read_infrared(ir, limits, ir_layout)
     height, width = visible.shape[:2]
     ir_height, ir_width = infrared.picture.values.shape[:2]
-    warp = warp_of(rig.resized((width, height), (ir_width, ir_height)))
+    warp = find_warp(rig.resized((width, height), (ir_width, ir_height)))
     warped = replace(infrared, picture=warped_picture(infrared.picture, warp))
-    grey = scale.ir_levels(warped.picture, ir_range)
-    pair = Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, infrared.warnings)
+    grey = scale.ir_levels(warped.picture, ir_range, warp.coverage)
+    warnings = infrared.warnings if rig.is_sure else (*infrared.warnings, _UNSURE)
+    pair = Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, warnings)
     return AlignedPair(pair, warped, warp)
+
+
+def check_two_sides(vis: bytes, ir: bytes) -> None:
+    """Raises BadImageError for one file as both sides."""
+    if vis == ir:
+        raise BadImageError("vis and ir are the same file; what holds both sides is registered, and needs no rig")
 
 
 def warped_picture(picture: Picture, warp: Warp) -> Picture:

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ MIN_OVERLAP = 0.01
 ASPECT_TOLERANCE = 0.02
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_MAX_MATRIX_CHARS = 1024
 _METHODS = ("scenes", "corners", "checkerboard", "matrix")
 
 
@@ -115,13 +117,14 @@ class Rig:
     def overlap(self) -> float:
         """Share of the visible frame that infrared covers, to about a hundredth; without the lens's distortion."""
         width, height = self.vis_size
-        columns, rows = np.meshgrid((np.arange(64) + 0.5) / 64 * width - 0.5, (np.arange(64) + 0.5) / 64 * height - 0.5)
+        columns, rows = (np.arange(64) + 0.5) / 64 * width - 0.5, (np.arange(64)[:, None] + 0.5) / 64 * height - 0.5
         back = np.linalg.inv(self.array)
-        homogeneous = np.stack([columns.ravel(), rows.ravel(), np.ones(columns.size)]).T @ back.T
+        # By elements: this is done for each request, and the start of a matrix product's threads would cost more.
+        x, y, depth = (row[0] * columns + row[1] * rows + row[2] for row in back)
         with np.errstate(all="ignore"):
-            x, y = (homogeneous[:, :2] / homogeneous[:, 2:]).T
+            x, y = x / depth, y / depth
         # The infrared centre has a positive denominator both ways; what has not lies behind the camera.
-        is_before = homogeneous[:, 2] * np.sign(np.linalg.det(self.array)) > 0
+        is_before = depth * np.sign(np.linalg.det(self.array)) > 0
         inside = is_before & (x >= -0.5) & (x <= self.ir_size[0] - 0.5) & (y >= -0.5) & (y <= self.ir_size[1] - 0.5)
         return float(inside.mean())
 
@@ -161,6 +164,18 @@ def check_name(name: str) -> None:
     """Raises BadRigError for what is no plain word: rigs are looked up by name in a folder."""
     if not _NAME.fullmatch(name):
         raise BadRigError("name: accepted are letters, digits, - and _, at most 64, the first a letter or digit")
+
+
+def matrix_of(text: str) -> Matrix:
+    """The (3, 3) matrix of nine numbers with commas, row by row. Raises BadRigError."""
+    words = text.split(",")
+    try:
+        values = [float(word) for word in words] if len(words) == 9 and len(text) <= _MAX_MATRIX_CHARS else []
+    except ValueError:
+        values = []
+    if len(values) != 9 or not all(math.isfinite(value) and abs(value) <= 1e9 for value in values):
+        raise BadRigError("matrix: accepted are nine finite numbers with commas, row by row")
+    return np.array(values, np.float64).reshape(3, 3)
 
 
 def flat(matrix: Matrix) -> tuple[float, ...]:
@@ -230,8 +245,8 @@ def _check_distortion(lens: Distortion, ir_size: Size) -> None:
 # the file
 
 
-def to_json(rig: Rig) -> str:
-    """A rig as its file."""
+def to_json(rig: Rig, indent: int | None = 2) -> str:
+    """A rig as its file. indent: None for one short line."""
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -249,7 +264,7 @@ def to_json(rig: Rig) -> str:
     }
     if rig.distortion is not None:
         document["distortion"] = {field.name: list(getattr(rig.distortion, field.name)) for field in fields(Distortion)}
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    return json.dumps(document, indent=indent, allow_nan=False) + "\n"
 
 
 def from_json(text: str | bytes) -> Rig:
@@ -287,6 +302,12 @@ def from_json(text: str | bytes) -> Rig:
     if document.get("distortion") is not None:
         values["distortion"] = _lens(document["distortion"])
     return Rig(**values)
+
+
+def from_file(path: Path) -> Rig:
+    """The rig of a file. Raises BadRigError for a file that is none, OSError for a path that cannot be read."""
+    with path.open("rb") as file:
+        return from_json(file.read(MAX_FILE_BYTES + 1))
 
 
 def _unrepeated(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,20 @@
 
 Values are interpolated linearly: between two measured values lies what was measured, never beyond them, so that a
 temperature stays one. A camera of more pixels than the visible one is averaged first. Where infrared does not reach,
-the value of its nearest edge goes on: no camera saw it, but a black border would be a thing to the model. `coverage`
-says where that is, and `blended` leaves the fused picture for the restored visible one before it comes.
+the value of its nearest edge goes on: no camera saw it, but a black border would be a thing to the model, and what is
+made up from the visible picture would change the tone of the whole frame. `coverage` says where that is.
+
+`blended` makes the fused picture the restored visible one there, in two bands: detail ends within a narrow feather
+inside of the border, and what the two pictures differ in as a whole (a night road is dark to one camera and bright to
+the other) fades out over a wide stretch outside of it. One feather for both would show the border as a step of tone.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +28,14 @@ from recofuse_rigs.rig import Matrix, Rig, Size, corners_of, mapped, resizing
 
 Weights = NDArray[np.float32]
 
-FEATHER = 0.08  # of the visible frame's shorter side: how far inside the border infrared counts in full
+FEATHER = 0.05  # of the visible frame's shorter side: how far inside the border infrared counts in full
+FADE = 0.3  # likewise: how far outside the tone of the fused picture goes on
+MAX_KEPT_BYTES = 96 << 20  # of `Warps`
+MAX_KEPT_PIXELS = 1 << 21  # of a warp whose maps are kept; those of larger frames would hold more than their pictures
+_COARSE_SIDE = 60  # pixels of the shorter side, at which tone is told from detail
+_TONE = 0.06  # of the shorter side: the sigma of what is tone
 _BY_AREA = 0.75  # infrared pixels smaller than this are averaged before they are interpolated
+_BAND = 1 << 18  # pixels that are worked on at once in double precision
 _REMAPPED = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
 
 
@@ -29,17 +43,51 @@ _REMAPPED = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
 class Warp:
     """What a rig does to each frame, worked out once. Safe to use from several threads.
 
-    shrunk: the size to which infrared is averaged before anything else. columns, rows: where each visible pixel lies in
-    that picture, (H, W). coverage: (H, W), where infrared was measured. weights: (H, W), how far infrared counts, from
-    0 at the border of the coverage to 1 inside; the frame's own edges are no border.
+    shrunk: the size to which infrared is averaged before anything else. coverage: (H, W), where infrared was measured.
+    maps: (2, H, W), the column and the row of each visible pixel in the averaged picture; None if they are made anew
+    each time, to save memory.
     """
 
     rig: Rig
     shrunk: Size
-    columns: NDArray[np.float32]
-    rows: NDArray[np.float32]
     coverage: NDArray[np.bool_]
-    weights: Weights
+    maps: NDArray[np.float32] | None
+
+    @functools.cached_property
+    def is_whole(self) -> bool:
+        """Whether infrared covers all of the visible frame."""
+        return bool(self.coverage.all())
+
+    @property
+    def weights(self) -> Weights:
+        """(H, W): how far infrared counts, from 0 at the border of the coverage to 1 inside.
+
+        The frame's own edges are no border.
+        """
+        return self._both_weights[0]
+
+    @property
+    def tone_weights(self) -> Weights:
+        """(H, W): how far the tone of the fused picture counts, from 1 at the border of the coverage to 0 outside."""
+        return self._both_weights[1]
+
+    @property
+    def _both_weights(self) -> tuple[Weights, Weights]:
+        return self._kept_weights if self.maps is not None else self._made_weights()
+
+    @functools.cached_property
+    def _kept_weights(self) -> tuple[Weights, Weights]:
+        return self._made_weights()
+
+    def _made_weights(self) -> tuple[Weights, Weights]:
+        side = min(self.coverage.shape)
+        inner = feathered(self.coverage, max(2.0, FEATHER * side))
+        return inner, 1 - feathered(~self.coverage, max(2.0, FADE * side))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all that is kept, weights included that are not made yet."""
+        return self.coverage.size * (1 if self.maps is None else 1 + 2 * 4 + 2 * 4)
 
     def apply(self, infrared: NDArray[Any]) -> NDArray[Any]:
         """(H, W) or (H, W, C) of the infrared camera, any depth, on the visible grid at the same depth.
@@ -54,23 +102,106 @@ class Warp:
             values = values.astype(np.float64)
         if self.shrunk != (width, height):
             values = cv2.resize(values, self.shrunk, interpolation=cv2.INTER_AREA)
-        warped = cv2.remap(values, self.columns, self.rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        return np.asarray(warped, values.dtype)
+        warped = np.empty((*self.coverage.shape, *values.shape[2:]), values.dtype)
+        for band in _bands(*self.coverage.shape):
+            columns, rows = _maps(self.rig, band)[0] if self.maps is None else self.maps[:, band]
+            warped[band] = cv2.remap(values, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return warped
 
     def blended(self, fused: NDArray[np.uint8], vis: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The fused picture where infrared counts, the restored visible one elsewhere: (H, W, 3)."""
-        if self.weights.min() == 1:
+        """The fused picture where infrared counts, the restored visible one far from it, no border between: (H, W, 3).
+
+        Inside of the feather it is `fused` to the bit, and beyond the fade `vis`.
+        """
+        if self.is_whole:
             return fused
-        share = self.weights[..., None]
-        return np.asarray(np.rint(fused * share + vis * (1 - share)), np.uint8)
+        height, width = self.coverage.shape
+        weights, tone_weights = self._both_weights
+        tone = cv2.resize(self._tone_of(fused, vis), (width, height), interpolation=cv2.INTER_CUBIC)
+        blended = np.empty_like(fused)
+        for band in _bands(height, width):
+            own, share = vis[band].astype(np.float32), weights[band, :, None]
+            change = share * (fused[band] - own) + (tone_weights[band, :, None] - share) * tone[band]
+            blended[band] = np.clip(np.rint(own + change), 0, 255)
+        return blended
+
+    def _tone_of(self, fused: NDArray[np.uint8], vis: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the fused picture differs from the visible one in, smoothed and carried on outwards: (h, w, 3)."""
+        height, width = self.coverage.shape
+        step = max(1.0, min(height, width) / _COARSE_SIDE)
+        size = max(1, round(width / step)), max(1, round(height / step))
+        known = cv2.resize(self.coverage.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+        seen = cv2.copyTo(
+            fused, self.coverage.astype(np.uint8), vis.copy()
+        )  # no difference where there was no infrared
+        coarse = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.float32) for picture in (seen, vis)]
+        difference = coarse[0] - coarse[1]
+        sigma = _TONE * min(size)
+
+        def smoothed(values: NDArray[Any], sigma: float) -> NDArray[Any]:
+            return np.asarray(cv2.GaussianBlur(values, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE))
+
+        # Far from all that is known the means of a wider neighbourhood take over.
+        wide = smoothed(difference, 4 * sigma) / np.maximum(smoothed(known, 4 * sigma), 1e-6)[..., None]
+        near, trust = smoothed(difference, sigma), smoothed(known, sigma)[..., None]
+        return np.asarray((near + 0.01 * wide) / (trust + 0.01), np.float32)
+
+
+class Warps:
+    """The warps that were used last, so that a stream's is worked out once. Safe to use from several threads."""
+
+    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Rig, Warp] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, rig: Rig) -> Warp:
+        """See `warp_of`. The one that was used longest ago goes first."""
+        with self._lock:
+            if (warp := self._kept.get(rig)) is not None:
+                self._kept.move_to_end(rig)
+                return warp
+        warp = warp_of(rig)  # outside of the lock: two threads may do it at once, and nobody waits
+        with self._lock:
+            self._kept[rig] = warp
+            while sum(kept.size_bytes for kept in self._kept.values()) > self._max_bytes:
+                self._kept.popitem(last=False)
+        return warp
 
 
 def warp_of(rig: Rig) -> Warp:
     """How to lay a rig's infrared frames on its visible ones."""
     width, height = rig.vis_size
-    shrunk, to_shrunk = _shrunk(rig)
+    coverage = np.empty((height, width), bool)
+    maps = np.empty((2, height, width), np.float32) if width * height <= MAX_KEPT_PIXELS else None
+    for band in _bands(height, width):
+        found, coverage[band] = _maps(rig, band)
+        if maps is not None:
+            maps[:, band] = found
+    return Warp(rig, _shrunk(rig)[0], coverage, maps)
+
+
+def _bands(height: int, width: int) -> Iterator[slice]:
+    """The rows of a frame, few at a time."""
+    num_rows = max(1, _BAND // width)
+    for top in range(0, height, num_rows):
+        yield slice(top, min(top + num_rows, height))
+
+
+def _maps(rig: Rig, band: slice) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The maps of some rows, (2, H, W), and their coverage."""
+    x, y, coverage = _places(rig, band)
+    _, to_shrunk = _shrunk(rig)
+    columns, rows = to_shrunk[0, 0] * x + to_shrunk[0, 2], to_shrunk[1, 1] * y + to_shrunk[1, 2]
+    return np.stack([columns, rows]).astype(np.float32), coverage
+
+
+def _places(rig: Rig, band: slice) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Where the visible pixels of some rows lie in the infrared picture, moved to its edge if beyond; which do not."""
     back = np.linalg.inv(rig.array)
-    columns, rows = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
+    columns, rows = np.meshgrid(
+        np.arange(rig.vis_size[0], dtype=np.float64), np.arange(band.start, band.stop, dtype=np.float64)
+    )
     depth = back[2, 0] * columns + back[2, 1] * rows + back[2, 2]
     is_before = depth > 1e-9  # a ray that both cameras can see; of the others, the edge that is nearest
     depth = np.where(is_before, depth, 1e-9)
@@ -84,16 +215,7 @@ def warp_of(rig: Rig) -> Warp:
     right, bottom = rig.ir_size[0] - 1, rig.ir_size[1] - 1
     slack = 1e-6
     coverage = is_before & (x >= -slack) & (x <= right + slack) & (y >= -slack) & (y <= bottom + slack)
-    x, y = np.clip(x, 0, right), np.clip(y, 0, bottom)
-    x, y = to_shrunk[0, 0] * x + to_shrunk[0, 2], to_shrunk[1, 1] * y + to_shrunk[1, 2]
-    return Warp(
-        rig,
-        shrunk,
-        np.ascontiguousarray(x, np.float32),
-        np.ascontiguousarray(y, np.float32),
-        coverage,
-        feathered(coverage, max(2.0, FEATHER * min(width, height))),
-    )
+    return np.clip(x, 0, right), np.clip(y, 0, bottom), coverage
 
 
 def feathered(coverage: NDArray[np.bool_], width: float) -> Weights:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from recofuse_images.reader import Pair
 from service.terms import images
 from service.terms.errors import OutOfMemoryError
 from service.terms.jobs import Exposure, FusionJob, FusionOptions, IrSource, Part, Priority, new_job_id
@@ -94,10 +93,11 @@ class TellingCodec(images.FileCodec):
 
         monkeypatch.setattr(images, "build_codec", build)
 
-    def decode(self, job: FusionJob) -> Pair:
-        pair = super().decode(job)
+    def decode(self, job: FusionJob) -> images.Decoded:
+        decoded = super().decode(job)
+        pair = decoded.pair
         source, warnings = self.told.get(job.ir, (pair.ir_source, pair.warnings))
-        return replace(pair, ir_source=source, warnings=warnings)
+        return replace(decoded, pair=replace(pair, ir_source=source, warnings=warnings))
 
 
 def picture(width: int = 64, height: int = 48, *, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:

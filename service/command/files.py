@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,10 @@ from service.terms.errors import InvalidInputError
 from service.terms.jobs import ImageFormat, Part, Stage
 from service.terms.settings import CodecSettings, LimitSettings
 from service.work.engine import Engine, PassOptions
+
+if TYPE_CHECKING:
+    from recofuse_rigs.rig import Rig
+    from recofuse_rigs.warp import Warps
 
 Pixels = NDArray[np.uint8]
 
@@ -96,16 +101,26 @@ def fuse_files(
     codec: CodecSettings,
     vis_range: tuple[float, float] | None = None,
     ir_range: tuple[float, float] | None = None,
+    rigged: tuple[Rig, Warps] | None = None,
 ) -> Fusion:
-    """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths."""
+    """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths.
+
+    rigged: how infrared lies in the visible frame, and where what follows from it is kept; None for registered pairs.
+    """
     costs: dict[Stage, Cost] = {}
     with _measured(costs, Stage.DECODE):
         vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
-        inputs = images.decode_pair(vis, ir, limits, vis_range=vis_range, ir_range=ir_range)
+        if rigged is None:
+            read = images.Decoded(images.decode_pair(vis, ir, limits, vis_range=vis_range, ir_range=ir_range))
+        else:
+            read = images.decode_rigged(vis, ir, *rigged, limits, vis_range=vis_range, ir_range=ir_range)
+    inputs = read.pair
     with _measured(costs, Stage.MODEL):
-        batch = engine.fuse(inputs.vis[None], inputs.ir[None], options, [seed])
-    pictures = {part: batch[part][0] for part in outputs}
+        needed = replace(options, parts=images.needed_parts(options.parts, read.warp))
+        batch = engine.fuse(inputs.vis[None], inputs.ir[None], needed, [seed])
     with _measured(costs, Stage.ENCODE):
+        made = {part: batch[part][0] for part in needed.parts}
+        pictures = images.finished(made, tuple(outputs), read.warp)
         for part, path in outputs.items():
             write_picture(path, pictures[part], codec)
     return Fusion(inputs, pictures, costs)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from recofuse_rigs.rig import Rig
 from service.access.guard import own_idempotency_key
 from service.access.held import Held
 from service.queue.contract import Clock, JobQueue
@@ -39,6 +40,7 @@ from service.terms.jobs import (
     WorkerInfo,
     new_job_id,
 )
+from service.terms.rigs import Rigs
 from service.terms.settings import Settings
 from service.watch.metrics import Metrics
 
@@ -55,6 +57,7 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
+    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair.
     """
 
     vis: bytes
@@ -68,6 +71,7 @@ class FusionRequest:
     traceparent: str | None = None
     vis_layout: RawLayout | None = None
     ir_layout: RawLayout | None = None
+    rig: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class ServedModel:
 
 
 class Gateway:
-    """One per front end process. Receives its queue opened.
+    """One per front end process. Receives its queue opened. Raises SettingsError for a folder of rigs that is none.
 
     held: in which faces count what their requests take, from the first byte until they are answered.
     """
@@ -104,6 +108,7 @@ class Gateway:
         self._metrics = metrics
         self._clock = clock
         self.held = Held(settings.limits.max_held_bytes, retry_after_s=settings.queue.retry_after_s)
+        self._rigs = Rigs(settings.rigs)
         self._draining = asyncio.Event()
         self._num_waiting = 0
         self._idle = asyncio.Event()
@@ -221,6 +226,10 @@ class Gateway:
             for (name, version), workers in by_model.items()
         ]
 
+    async def rigs(self) -> list[Rig]:
+        """The rigs that requests may name."""
+        return await asyncio.to_thread(self._rigs.listed)
+
     async def readiness(self) -> Readiness:
         """Whether this front end should be sent requests: not draining, queue there, a warm worker there."""
         if self.is_draining:
@@ -263,14 +272,7 @@ class Gateway:
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
         if self.is_draining:
             raise UnavailableError("this server is stopping; try again, another one may answer", retry_after_s=1.0)
-        width, height = await asyncio.to_thread(
-            images.check_request,
-            request.vis,
-            request.ir,
-            request.vis_layout,
-            request.ir_layout,
-            self._settings.limits,
-        )
+        (width, height), rig = await asyncio.to_thread(self._checked, request)
         now = self._clock()
         return FusionJob(
             id=new_job_id(),
@@ -287,7 +289,19 @@ class Gateway:
             keep_result=keep_result,
             vis_layout=request.vis_layout,
             ir_layout=request.ir_layout,
+            rig=rig,
         )
+
+    def _checked(self, request: FusionRequest) -> tuple[tuple[int, int], Rig | None]:
+        """The size of the answer, and the rig. Reads headers and, perhaps, a rig's file."""
+        sides = request.vis, request.ir, request.vis_layout, request.ir_layout, self._settings.limits
+        if not request.rig:
+            return images.check_request(*sides), None
+
+        def find_rig(vis_size: tuple[int, int], ir_size: tuple[int, int], is_ir_sure: bool) -> Rig:
+            return self._rigs.asked(request.rig, vis_size, ir_size, is_ir_sure=is_ir_sure)
+
+        return images.check_rigged_request(*sides, find_rig)
 
     async def _submit(self, job: FusionJob, request: FusionRequest) -> str:
         own_key = own_idempotency_key(request.idempotency_key)

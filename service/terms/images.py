@@ -5,21 +5,35 @@ A front end calls `check_request` alone, which reads headers. The codec of a wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recofuse_images import errors, reader
+from recofuse_images import errors, jpeg, reader
 from recofuse_images.limits import Limits
 from recofuse_images.reader import Pair, Role
+from recofuse_rigs.errors import RigError
+from recofuse_rigs.rig import Rig, Size
 from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
 from service.terms.jobs import FusionJob, ImageFormat, Part, RawLayout
 from service.terms.settings import CodecSettings, LimitSettings
 
+if TYPE_CHECKING:
+    from recofuse_rigs.warp import Warp, Warps
+
 Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A pair on the vis grid. warp: how infrared came there by a rig; None for a pair that was registered."""
+
+    pair: Pair
+    warp: Warp | None = None
 
 
 def check_request(
@@ -35,6 +49,25 @@ def check_request(
             reader.check_sides(vis, ir)
         reader.check_sizes(vis_size, ir_size, limits_of(limits))
     return vis_size
+
+
+def check_rigged_request(
+    vis: bytes,
+    ir: bytes,
+    vis_layout: RawLayout | None,
+    ir_layout: RawLayout | None,
+    limits: LimitSettings,
+    find_rig: Callable[[Size, Size, bool], Rig],
+) -> tuple[tuple[int, int], Rig]:
+    """As `check_request`, for two cameras that are not registered; their sizes may be any. Returns their rig, too.
+
+    find_rig: takes the vis and the ir size, and whether the latter is sure.
+    """
+    vis_size, ir_size = size_of(vis, "vis", vis_layout, limits), size_of(ir, "ir", ir_layout, limits)
+    if vis_layout is None and ir_layout is None and vis == ir:
+        raise InvalidInputError("vis and ir are the same file; what holds both sides is registered, and needs no rig")
+    # A thermal camera's JPEG may hold its values in another size than the picture that it shows.
+    return vis_size, find_rig(vis_size, ir_size, ir_layout is not None or not ir.startswith(jpeg.MAGIC))
 
 
 def size_of(data: bytes, role: Role, layout: RawLayout | None, limits: LimitSettings) -> tuple[int, int]:
@@ -69,6 +102,49 @@ def decode_pair(
         )
 
 
+def decode_rigged(
+    vis: bytes,
+    ir: bytes,
+    rig: Rig,
+    warps: Warps,
+    limits: LimitSettings,
+    *,
+    vis_range: tuple[float, float] | None = None,
+    ir_range: tuple[float, float] | None = None,
+    vis_layout: RawLayout | None = None,
+    ir_layout: RawLayout | None = None,
+) -> Decoded:
+    """A rig's images as 8 bits on the vis grid; infrared is warped at its own depth. Raises like `check_request`."""
+    from recofuse_rigs.pairs import read_aligned  # not above: front ends warp nothing, and go without OpenCV
+
+    with _as_service_errors():
+        aligned = read_aligned(
+            vis,
+            ir,
+            rig,
+            limits_of(limits),
+            vis_range=vis_range,
+            ir_range=ir_range,
+            vis_layout=vis_layout,
+            ir_layout=ir_layout,
+            find_warp=warps.of,
+        )
+    return Decoded(aligned.pair, aligned.warp)
+
+
+def needed_parts(parts: Sequence[Part], warp: Warp | None) -> tuple[Part, ...]:
+    """What the model must give for the wanted parts: where infrared ends, the fused picture takes the restored vis."""
+    is_blended = warp is not None and not warp.is_whole and Part.FUSED in parts
+    return tuple(part for part in Part if part in parts or (is_blended and part is Part.VIS))
+
+
+def finished(pictures: Mapping[Part, Pixels], parts: Sequence[Part], warp: Warp | None) -> dict[Part, Pixels]:
+    """The wanted parts of what the model gave, the fused picture without infrared where there was none."""
+    if warp is not None and not warp.is_whole and Part.FUSED in parts:
+        pictures = {**pictures, Part.FUSED: warp.blended(pictures[Part.FUSED], pictures[Part.VIS])}
+    return {part: pictures[part] for part in parts}
+
+
 def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> bytes:
     """A picture, (H, W, 3) RGB or (H, W) grey, as a file; npy is the uint8 array itself. Raises InvalidInputError."""
     from recofuse_images import writer  # not above: front ends write no pictures, and go without OpenCV
@@ -88,8 +164,8 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
 class Codec(Protocol):
     """What a worker does between a job's bytes and pixels. Calls block, and come from several threads at once."""
 
-    def decode(self, job: FusionJob) -> Pair:
-        """A job's pair, as `decode_pair` has it. Raises like `check_request`."""
+    def decode(self, job: FusionJob) -> Decoded:
+        """A job's pair on the vis grid, laid there by its rig if it has one. Raises like `check_request`."""
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """One picture of the answer, in the job's format. Raises InvalidInputError."""
@@ -100,24 +176,36 @@ def build_codec(settings: CodecSettings, limits: LimitSettings) -> Codec:
     return ReadyBytes() if settings.kind == "ready" else FileCodec(settings, limits)
 
 
+class _Reading(TypedDict):
+    """How a job's images are to be read."""
+
+    vis_range: tuple[float, float] | None
+    ir_range: tuple[float, float] | None
+    vis_layout: RawLayout | None
+    ir_layout: RawLayout | None
+
+
 class FileCodec:
     """Reads and writes image files."""
 
     def __init__(self, settings: CodecSettings, limits: LimitSettings) -> None:
+        from recofuse_rigs.warp import Warps  # not above: front ends warp nothing, and go without OpenCV
+
         self._settings = settings
         self._limits = limits
+        self._warps = Warps()
 
-    def decode(self, job: FusionJob) -> Pair:
+    def decode(self, job: FusionJob) -> Decoded:
         """See Codec."""
-        return decode_pair(
-            job.vis,
-            job.ir,
-            self._limits,
-            vis_range=job.options.vis_range,
-            ir_range=job.options.ir_range,
-            vis_layout=job.vis_layout,
-            ir_layout=job.ir_layout,
-        )
+        reading: _Reading = {
+            "vis_range": job.options.vis_range,
+            "ir_range": job.options.ir_range,
+            "vis_layout": job.vis_layout,
+            "ir_layout": job.ir_layout,
+        }
+        if job.rig is None:
+            return Decoded(decode_pair(job.vis, job.ir, self._limits, **reading))
+        return decode_rigged(job.vis, job.ir, job.rig, self._warps, self._limits, **reading)
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""
@@ -130,9 +218,9 @@ class ReadyBytes:
     For measuring what the service costs without its codec. Headers are still checked at admission.
     """
 
-    def decode(self, job: FusionJob) -> Pair:
+    def decode(self, job: FusionJob) -> Decoded:
         """See Codec."""
-        return Pair(vis=np.zeros((1, 1, 3), np.uint8), ir=np.zeros((1, 1), np.uint8))
+        return Decoded(Pair(vis=np.zeros((1, 1, 3), np.uint8), ir=np.zeros((1, 1), np.uint8)))
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""
@@ -152,12 +240,12 @@ def limits_of(settings: LimitSettings) -> Limits:
 
 @contextmanager
 def _as_service_errors() -> Iterator[None]:
-    """The errors of `recofuse_images` as those of the tree that HTTP and gRPC know."""
+    """The errors of `recofuse_images` and `recofuse_rigs` as those of the tree that HTTP and gRPC know."""
     try:
         yield
     except errors.UnsupportedImageError as error:
         raise UnsupportedMediaError(str(error)) from error
     except errors.ImageTooLargeError as error:
         raise PayloadTooLargeError(str(error)) from error
-    except errors.ImageError as error:
+    except (errors.ImageError, RigError) as error:
         raise InvalidInputError(str(error)) from error

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,7 +26,11 @@ from pydantic import (
     model_validator,
 )
 
+from recofuse_rigs.errors import BadRigError
 from service.terms.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
+
+if TYPE_CHECKING:
+    from recofuse_rigs.rig import Rig  # brings NumPy, which the command's help goes without
 
 JOB_MAGIC = b"RFJ1"
 RESULT_MAGIC = b"RFR1"
@@ -204,6 +208,14 @@ class _JobHeader(_Strict):
     vis_layout: RawLayout | None
     ir_layout: RawLayout | None
     sizes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]  # bytes of vis and ir
+    rig: str | None = None  # as its file
+
+    @model_serializer(mode="wrap")
+    def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know no rigs
+        if values["rig"] is None:
+            del values["rig"]
+        return values
 
 
 def new_job_id() -> str:
@@ -224,6 +236,7 @@ class FusionJob:
     created_s, deadline_s: Unix seconds; after the deadline nobody wants the result. None: no deadline.
     keep_result: whether the result stays readable after it has been delivered once (asynchronous and idempotent jobs).
     traceparent: W3C trace context of the request, if it is traced.
+    rig: how infrared lies in the visible frame, the content and not its name; None for a registered pair.
     """
 
     id: str
@@ -240,6 +253,7 @@ class FusionJob:
     keep_result: bool = False
     vis_layout: RawLayout | None = None
     ir_layout: RawLayout | None = None
+    rig: Rig | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -257,6 +271,8 @@ class FusionJob:
             digest.update(b"encoded" if layout is None else layout.model_dump_json().encode())
             digest.update(len(payload).to_bytes(8, "little"))
             digest.update(payload)
+        if self.rig is not None:
+            digest.update(_rig_text(self.rig).encode())
         return digest.hexdigest()
 
     def header_bytes(self) -> bytes:
@@ -275,6 +291,7 @@ class FusionJob:
             vis_layout=self.vis_layout,
             ir_layout=self.ir_layout,
             sizes=(len(self.vis), len(self.ir)),
+            rig=None if self.rig is None else _rig_text(self.rig),
         )
         return header.model_dump_json().encode()
 
@@ -284,8 +301,12 @@ class FusionJob:
         parsed = _parse(_JobHeader, header)
         if parsed.sizes != (len(vis), len(ir)):
             raise MalformedRequestError(f"payloads of {(len(vis), len(ir))} bytes where {parsed.sizes} were announced")
-        fields = {name: getattr(parsed, name) for name in _JobHeader.model_fields if name != "sizes"}
-        return cls(vis=vis, ir=ir, **fields)
+        fields = {name: getattr(parsed, name) for name in _JobHeader.model_fields if name not in ("sizes", "rig")}
+        try:
+            rig = None if parsed.rig is None else _rig_of(parsed.rig)
+        except BadRigError as error:
+            raise MalformedRequestError(f"a record's rig is not valid: {error}") from error
+        return cls(vis=vis, ir=ir, rig=rig, **fields)
 
     def to_bytes(self) -> bytes:
         """The whole job as one string of bytes."""
@@ -461,6 +482,19 @@ def _split(magic: bytes, raw: bytes) -> tuple[bytes, memoryview]:
     if bytes(view[:4]) != magic or len(view) < end:
         raise MalformedRequestError(f"not a {magic.decode()} record, or cut short at {len(raw)} bytes")
     return bytes(view[8:end]), view[end:]
+
+
+def _rig_text(rig: Rig) -> str:
+    from recofuse_rigs.rig import to_json
+
+    return to_json(rig, indent=None)
+
+
+def _rig_of(text: str) -> Rig:
+    """Raises BadRigError."""
+    from recofuse_rigs.rig import from_json
+
+    return from_json(text)
 
 
 def _parse(kind: type[_Header], header: bytes) -> _Header:

@@ -186,6 +186,16 @@ class CodecSettings(Group):
     webp_quality: int = Field(default=90, ge=1, le=101, description="WebP quality, percent; 101 is lossless")
 
 
+class RigSettings(Group):
+    """Rigs that requests may name."""
+
+    directory: str = Field(
+        default="",
+        description="folder of rig files, NAME.json as `recofuse calibrate` writes them, for front ends; a request's "
+        "rig=NAME means one of them; empty: there are none",
+    )
+
+
 class JobSettings(Group):
     """Admission and waiting, at the front end."""
 
@@ -345,6 +355,7 @@ class Settings(Group):
     auth: AuthSettings = AuthSettings()
     limits: LimitSettings = LimitSettings()
     codec: CodecSettings = CodecSettings()
+    rigs: RigSettings = RigSettings()
     jobs: JobSettings = JobSettings()
     queue: QueueSettings = QueueSettings()
     batch: BatchSettings = BatchSettings()

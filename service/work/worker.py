@@ -21,8 +21,8 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -40,13 +40,16 @@ from service.terms.errors import (
     TimedOutError,
     UnavailableError,
 )
-from service.terms.jobs import FusionResult, Part, Stage, WorkerInfo, printable
+from service.terms.jobs import FusionJob, FusionResult, Part, Stage, WorkerInfo, printable
 from service.terms.settings import Settings
 from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
 from service.work.batcher import Batcher, BatchPolicy, Waiting
 from service.work.engine import Engine, EngineBrokenError, PassOptions
+
+if TYPE_CHECKING:
+    from recofuse_rigs.warp import Warp
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class _Held:
 
     lease: Lease
     pair: Pair | None = None
+    warp: Warp | None = None  # by which infrared came into the visible frame, if its cameras are not registered
     ready_s: float = 0.0
     timings_s: dict[Stage, float] = field(default_factory=dict)
     is_running: bool = False  # in the model or beyond
@@ -263,8 +267,8 @@ class Worker:
                 return
             started = time.perf_counter()
             try:
-                options = self._pass_options(held)
-                held.pair = await asyncio.get_running_loop().run_in_executor(self._codecs, self._codec.decode, job)
+                self._pass_options(held)  # what cannot be given is refused before anything is read
+                decoded = await asyncio.get_running_loop().run_in_executor(self._codecs, self._codec.decode, job)
             except ServiceError as error:
                 await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
                 return
@@ -272,13 +276,14 @@ class Worker:
                 logger.exception("decoding failed", extra={"job_id": job.id, "request_id": job.request_id})
                 await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
                 return
+            held.pair, held.warp = decoded.pair, decoded.warp
             held.ir_source, held.warnings = held.pair.ir_source, printable(held.pair.warnings)
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
             held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
             held.ready_s = self._clock()
             deadline_s = math.inf if job.deadline_s is None else job.deadline_s
             # Both sizes are equal, unless a codec stands in for the pictures.
-            bucket = (job.width, job.height, held.pair.ir.shape, options)
+            bucket = (job.width, job.height, held.pair.ir.shape, self._pass_options(held))
             frame = self._frame(held)
             self._batcher.add(Waiting(job.id, held, bucket, job.priority, held.ready_s, deadline_s, frame))
         finally:
@@ -387,7 +392,7 @@ class Worker:
         try:
             encoded = await asyncio.get_running_loop().run_in_executor(
                 self._codecs,
-                lambda: {part: self._codec.encode(job, part, pixels) for part, pixels in pictures.items()},
+                lambda: self._encoded(job, pictures, held.warp),
             )
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
@@ -412,6 +417,10 @@ class Worker:
             warnings=held.warnings,
         )
         await self._finish(held, result)
+
+    def _encoded(self, job: FusionJob, pictures: dict[Part, images.Pixels], warp: Warp | None) -> dict[Part, bytes]:
+        wanted = images.finished(pictures, job.options.output.parts, warp)
+        return {part: self._codec.encode(job, part, pixels) for part, pixels in wanted.items()}
 
     async def _finish(self, held: _Held, result: FusionResult) -> None:
         is_visible = await self._patiently(lambda: self._queue.finish(held.lease, result))
@@ -481,12 +490,13 @@ class Worker:
         return BatchPolicy(batch.max_batch, batch.max_wait_s, batch.starvation_s, sizes)
 
     def _pass_options(self, held: _Held) -> PassOptions:
-        return PassOptions.of(held.lease.job.options, self._engine.info)
+        options = PassOptions.of(held.lease.job.options, self._engine.info)
+        return replace(options, parts=images.needed_parts(options.parts, held.warp))
 
     def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
         """What decides how much memory one job of a pass needs."""
         job = held.lease.job
-        return job.width, job.height, job.options.output.parts
+        return job.width, job.height, images.needed_parts(job.options.output.parts, held.warp)
 
     async def _in_model_thread(self, call: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._model, call)

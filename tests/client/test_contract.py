@@ -14,6 +14,8 @@ import pytest
 import trustme
 
 import recofuse_client as rc
+from recofuse_rigs.rig import Rig, to_json
+from recofuse_rigs.warp import warp_of
 from service.access.keys import FileKeys, Scope, new_key
 from service.work.engine import EngineInfo
 from tests.client.conftest import Served, served
@@ -125,6 +127,40 @@ async def test_options_reach_the_engine(running: Served, kind: str) -> None:
             await client.fuse(VIS, IR, **odd)
 
 
+async def test_a_rig_goes_as_name_file_text_or_matrix(serving: Serving, kind: str, tmp_path: Path) -> None:
+    rig = Rig((64, 48), (80, 80), (0.5, 0.0, 10.0, 0.0, 0.5, 4.0, 0.0, 0.0, 1.0), name="roof")
+    (tmp_path / "roof.json").write_text(to_json(rig))
+    counts = (picture(80, 80, channels=1, seed=3).astype(np.uint16) << 4) + 7000
+    expected = np.clip(np.rint((warp_of(rig).apply(counts) - 7000.0) / 4080 * 255), 0, 255)
+    async with served(serving, rigs={"directory": str(tmp_path)}) as running:
+        client = running.reach.client(kind)
+        asked: dict[str, Any] = {"output": "all", "ir_range": (7000.0, 11080.0)}
+        for given in ("roof", to_json(rig), tmp_path / "roof.json", rig.array, rig.array.tolist()):
+            fusion = await client.fuse(VIS, counts, rig=given, **asked)
+            np.testing.assert_array_equal(fusion.ir, expected)
+            assert fusion.fused.shape == VIS.shape
+        job = await client.submit(VIS, counts, rig="roof", **asked)
+        np.testing.assert_array_equal((await client.wait(job.id)).ir, expected)
+        if kind.startswith("grpc"):
+            results = await client.stream([(VIS, counts)] * 2, rig="roof", **asked)
+            for result in results:
+                np.testing.assert_array_equal(result.unwrap().ir, expected)
+        (told,) = await client.rigs()
+        assert told == rc.Rig(
+            name="roof", vis_size=(64, 48), ir_size=(80, 80), overlap=round(rig.overlap, 3), is_sure=True,
+            spread_px=0.0, residual_px=0.0, num_pairs=0, method="matrix", date="",
+        )  # fmt: skip
+        with pytest.raises(rc.InvalidInputError, match="rig: there is no rig cellar; there are roof"):
+            await client.fuse(VIS, counts, rig="cellar")
+        with pytest.raises(rc.InvalidInputError, match=r"64x48.*80x80"):
+            await client.fuse(VIS, counts)
+        for wrong in (np.eye(2), np.full((3, 3), np.nan), "", "   ", "dächer"):
+            with pytest.raises(ValueError, match="rig: accepted"):
+                await client.fuse(VIS, counts, rig=wrong)
+        with pytest.raises(FileNotFoundError):
+            await client.fuse(VIS, counts, rig=tmp_path / "none.json")
+
+
 # errors
 
 
@@ -176,7 +212,8 @@ async def test_workers_that_say_nothing_of_the_infrared_file(serving: Serving, k
 async def _told_by_a_worker_that_says(serving: Serving, kind: str, word: str) -> tuple[str, tuple[str, ...]]:
     class OtherWords(TellingCodec):
         def decode(self, job: Any) -> Any:
-            return replace(super().decode(job), ir_source=word)  # type: ignore[arg-type]
+            decoded = super().decode(job)
+            return replace(decoded, pair=replace(decoded.pair, ir_source=word))  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         OtherWords.serve(patch, {})

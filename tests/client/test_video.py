@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from recofuse_client import Frame, FrameResult, Fusion, Timings, live
 from recofuse_client.video import Recorder, VideoError, Viewer, is_live, read_pairs
+from recofuse_rigs.rig import Rig, to_json
 from tests.client.conftest import served
 from tests.client.reach import CommandServer
 from tests.fakes import TellingCodec, picture
@@ -256,6 +257,30 @@ def test_the_command_fixes_both_scales(null_server: CommandServer, tmp_path: Pat
         assert "infrared read" not in done.stdout
         expected = [(level(number) - low) / (high - low) * 255 for number in range(10)]
         assert np.abs(np.array(levels_of(out)) - expected).max() < 8
+
+
+def test_the_command_streams_by_a_rig(null_server: CommandServer, tmp_path: Path) -> None:
+    vis, ir = make_video(tmp_path / "vis.avi", 4), make_video(tmp_path / "ir.avi", 4, size=(80, 80))
+    rig = Rig((64, 48), (80, 80), (0.4, 0.0, 16.0, 0.0, 0.4, 8.0, 0.0, 0.0, 1.0), is_sure=False)
+    (tmp_path / "roof.json").write_text(to_json(rig))
+    (tmp_path / "broken.json").write_text("{}")
+
+    def streamed(given: object) -> tuple[int, str]:
+        words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "--rig", given]
+        done = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    status, told = streamed(tmp_path / "roof.json")
+    assert status == 0, told
+    assert "4 frames fused, 0 failed" in told
+    assert "rig: its calibration was unsure" in told
+    status, told = streamed("cellar")
+    assert status == 1
+    assert "there is no rig cellar" in told
+    status, told = streamed(tmp_path / "broken.json")
+    assert status == 2
+    assert "the file is no rig" in told
 
 
 async def test_a_live_stream_tells_each_warning_once(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -436,6 +436,7 @@ class FuseOptions(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     VIS_RANGE_FIELD_NUMBER: _builtins.int
     EXPOSURE_FIELD_NUMBER: _builtins.int
+    RIG_FIELD_NUMBER: _builtins.int
     output: Global___Output.ValueType
     format: Global___ImageFormat.ValueType
     steps: _builtins.int
@@ -450,6 +451,12 @@ class FuseOptions(_message.Message):
     """
     exposure: Global___Exposure.ValueType
     """ListModels tells which a model offers; one that it does not is refused with INVALID_ARGUMENT."""
+    rig: _builtins.str
+    """How infrared lies in the visible frame, for cameras that are not registered: a name of ListRigs; the content of a rig
+    file (docs/rigs.md); or nine numbers with commas, the matrix row by row, from infrared pixels to visible ones of the
+    pictures that come with it. Empty: the pair is registered. What cannot be a rig is refused with INVALID_ARGUMENT. A
+    stream looks a name up for each frame, so that a new calibration counts from the next frame on.
+    """
     @_builtins.property
     def ir_range(self) -> Global___IrRange: ...
     @_builtins.property
@@ -467,10 +474,11 @@ class FuseOptions(_message.Message):
         timeout_ms: _builtins.int | None = ...,
         vis_range: Global___VisRange | None = ...,
         exposure: Global___Exposure.ValueType = ...,
+        rig: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
@@ -485,7 +493,7 @@ Global___FuseOptions: _TypeAlias = FuseOptions  # noqa: Y015
 
 @_typing.final
 class FuseRequest(_message.Message):
-    """A pair to fuse: registered images of one aspect ratio. The answer has the resolution of vis."""
+    """A pair to fuse: registered images of one aspect ratio, or any two with a rig. The answer has the resolution of vis."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1104,3 +1112,103 @@ class ServedModel(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015
+
+@_typing.final
+class ListRigsRequest(_message.Message):
+    """Nothing can be chosen yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRigsRequest: _TypeAlias = ListRigsRequest  # noqa: Y015
+
+@_typing.final
+class ListRigsResponse(_message.Message):
+    """The rigs that requests may name; none where the operator keeps none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RIGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rigs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rig]: ...
+    def __init__(
+        self,
+        *,
+        rigs: _abc.Iterable[Global___Rig] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rigs", b"rigs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRigsResponse: _TypeAlias = ListRigsResponse  # noqa: Y015
+
+@_typing.final
+class Rig(_message.Message):
+    """How the infrared camera of a pair lies in the visible one's frame (docs/rigs.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VIS_WIDTH_FIELD_NUMBER: _builtins.int
+    VIS_HEIGHT_FIELD_NUMBER: _builtins.int
+    IR_WIDTH_FIELD_NUMBER: _builtins.int
+    IR_HEIGHT_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    IS_SURE_FIELD_NUMBER: _builtins.int
+    SPREAD_PX_FIELD_NUMBER: _builtins.int
+    RESIDUAL_PX_FIELD_NUMBER: _builtins.int
+    NUM_PAIRS_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    DATE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    vis_width: _builtins.int
+    """pixels that it was calibrated at; pictures of the same aspect ratio are accepted"""
+    vis_height: _builtins.int
+    ir_width: _builtins.int
+    ir_height: _builtins.int
+    overlap: _builtins.float
+    """share of the visible frame that infrared covers"""
+    is_sure: _builtins.bool
+    """whether its calibration would swear to it"""
+    spread_px: _builtins.float
+    """how far corners move when it is repeated on parts of its pairs, visible pixels"""
+    residual_px: _builtins.float
+    """what is left between the edges of both, visible pixels"""
+    num_pairs: _builtins.int
+    method: _builtins.str
+    """scenes, corners, checkerboard or matrix"""
+    date: _builtins.str
+    """such as 2026-01-31; may be empty"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        vis_width: _builtins.int = ...,
+        vis_height: _builtins.int = ...,
+        ir_width: _builtins.int = ...,
+        ir_height: _builtins.int = ...,
+        overlap: _builtins.float = ...,
+        is_sure: _builtins.bool = ...,
+        spread_px: _builtins.float = ...,
+        residual_px: _builtins.float = ...,
+        num_pairs: _builtins.int = ...,
+        method: _builtins.str = ...,
+        date: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "ir_height", b"ir_height", "ir_width", b"ir_width", "is_sure", b"is_sure", "method", b"method", "name", b"name", "num_pairs", b"num_pairs", "overlap", b"overlap", "residual_px", b"residual_px", "spread_px", b"spread_px", "vis_height", b"vis_height", "vis_width", b"vis_width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rig: _TypeAlias = Rig  # noqa: Y015

@@ -71,6 +71,11 @@ class FusionServiceStub:
                 request_serializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.ListRigs = channel.unary_unary(
+                '/recofuse.v1.FusionService/ListRigs',
+                request_serializer=recofuse_dot_v1_dot_fusion__pb2.ListRigsRequest.SerializeToString,
+                response_deserializer=recofuse_dot_v1_dot_fusion__pb2.ListRigsResponse.FromString,
+                _registered_method=True)
 
 
 class FusionServiceServicer:
@@ -140,6 +145,13 @@ class FusionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRigs(self, request, context):
+        """The rigs that requests may name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FusionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +189,11 @@ def add_FusionServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsRequest.FromString,
                     response_serializer=recofuse_dot_v1_dot_fusion__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ListRigs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRigs,
+                    request_deserializer=recofuse_dot_v1_dot_fusion__pb2.ListRigsRequest.FromString,
+                    response_serializer=recofuse_dot_v1_dot_fusion__pb2.ListRigsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -368,6 +385,33 @@ class FusionService:
             '/recofuse.v1.FusionService/ListModels',
             recofuse_dot_v1_dot_fusion__pb2.ListModelsRequest.SerializeToString,
             recofuse_dot_v1_dot_fusion__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRigs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recofuse.v1.FusionService/ListRigs',
+            recofuse_dot_v1_dot_fusion__pb2.ListRigsRequest.SerializeToString,
+            recofuse_dot_v1_dot_fusion__pb2.ListRigsResponse.FromString,
             options,
             channel_credentials,
             insecure,

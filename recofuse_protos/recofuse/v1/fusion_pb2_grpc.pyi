@@ -83,6 +83,8 @@ class FusionServiceStub:
     """Cancels a job. One that has ended stays as it is."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.ListModelsRequest, _fusion_pb2.ListModelsResponse]
     """The models that are being served now."""
+    ListRigs: _grpc.UnaryUnaryMultiCallable[_fusion_pb2.ListRigsRequest, _fusion_pb2.ListRigsResponse]
+    """The rigs that requests may name."""
 
 @_typing.type_check_only
 class FusionServiceAsyncStub(FusionServiceStub):
@@ -119,6 +121,8 @@ class FusionServiceAsyncStub(FusionServiceStub):
     """Cancels a job. One that has ended stays as it is."""
     ListModels: _aio.UnaryUnaryMultiCallable[_fusion_pb2.ListModelsRequest, _fusion_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models that are being served now."""
+    ListRigs: _aio.UnaryUnaryMultiCallable[_fusion_pb2.ListRigsRequest, _fusion_pb2.ListRigsResponse]  # type: ignore[assignment]
+    """The rigs that requests may name."""
 
 class FusionServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -194,5 +198,13 @@ class FusionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fusion_pb2.ListModelsResponse, _abc.Awaitable[_fusion_pb2.ListModelsResponse]]:
         """The models that are being served now."""
+
+    @_abc_1.abstractmethod
+    def ListRigs(
+        self,
+        request: _fusion_pb2.ListRigsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fusion_pb2.ListRigsResponse, _abc.Awaitable[_fusion_pb2.ListRigsResponse]]:
+        """The rigs that requests may name."""
 
 def add_FusionServiceServicer_to_server(servicer: FusionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

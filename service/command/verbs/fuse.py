@@ -17,6 +17,8 @@ from service.terms.errors import InvalidInputError, ServiceError
 
 if TYPE_CHECKING:
     from recofuse_images.pairs import FoundPair
+    from recofuse_rigs.rig import Rig
+    from recofuse_rigs.warp import Warps
     from service.command.files import Cost, Fusion, Pixels
     from service.terms.jobs import FusionOptions, Stage
 
@@ -43,6 +45,9 @@ def fuse(
         str | None, typer.Option(help="euler, posterior, ode1 or ode2; the model's own if unset.")
     ] = None,
     exposure: Exposure = None,
+    rig: Annotated[
+        Path | None, typer.Option(help="Rig file of the cameras; infrared is laid on the visible frame by it.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -82,6 +87,7 @@ def fuse(
         vis_range=vis_range,
         ir_range=ir_range,
     )
+    rigged = None if rig is None else _rigged(rig)
     if passed_over:
         complain(told(passed_over))
 
@@ -104,6 +110,7 @@ def fuse(
                     settings.codec,
                     asked.vis_range,
                     asked.ir_range,
+                    rigged,
                 )
             except ServiceError as error:
                 if not is_folder:
@@ -131,6 +138,13 @@ def fuse(
     if num_failed:
         complain(f"{num_failed} of {len(pairs)} pairs could not be fused")
         raise typer.Exit(2)
+
+
+def _rigged(path: Path) -> tuple[Rig, Warps]:
+    from recofuse_rigs.rig import from_file
+    from recofuse_rigs.warp import Warps
+
+    return from_file(path), Warps()
 
 
 def _valid_options(**values: object) -> FusionOptions:

@@ -111,9 +111,10 @@ def align(
     require("cv2")
     from recofuse_images.errors import ImageError
     from recofuse_rigs.errors import RigError
+    from recofuse_rigs.rig import from_file
     from service.command.files import match_pairs
 
-    given = None if rig is None else read_rig(rig)
+    given = None if rig is None else from_file(rig)
     found, passed_over = match_pairs(vis, ir, leave_out=output)
     is_folder = vis.is_dir()
     targets = [output / f"{pair.name}.png" if is_folder else output for pair in found]
@@ -140,14 +141,6 @@ def align(
         complain(f"{num_failed} of {len(found)} pairs could not be aligned")
         raise typer.Exit(2)
     out.print(f"wrote {output}", markup=False, soft_wrap=True)
-
-
-def read_rig(path: Path) -> Rig:
-    """A rig file. Raises BadRigError for a file that is none, OSError for a path that cannot be read."""
-    from recofuse_rigs.rig import MAX_FILE_BYTES, from_json
-
-    with path.open("rb") as file:
-        return from_json(file.read(MAX_FILE_BYTES + 1))
 
 
 def _require_sure(doubts: Sequence[str], force: bool) -> None:

@@ -116,6 +116,12 @@ def stream(
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
     exposure: Exposure = None,
+    rig: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Of cameras that are not registered: one of the server's rigs, or a rig file."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -149,6 +155,7 @@ def stream(
     ):
         if value not in known:
             raise InvalidInputError(f"{name}: {value} is none of {', '.join(filter(None, known))}")
+    chosen_rig = _rig_of(rig)
     is_fresh = realtime or video.is_live_pair(vis, ir)
     chosen = cast("Any", mode or ("latest" if is_fresh else "all"))
     with contextlib.ExitStack() as stack:
@@ -184,6 +191,7 @@ def stream(
                 "output": cast("Any", part),
                 "steps": steps,
                 "exposure": cast("Any", exposure),
+                "rig": chosen_rig,
                 "seed": seed,
                 "vis_range": vis_range,
                 "ir_range": ir_range,
@@ -202,3 +210,13 @@ def stream(
     out.print(f"{'stopped; ' if report.is_interrupted else ''}{report.line}{written}", markup=False, soft_wrap=True)
     if not report.stats.fused:
         raise typer.Exit(1)
+
+
+def _rig_of(given: str | None) -> str | Path | None:
+    """A name as it is, a file as a path. Raises BadRigError and OSError for a file that is no rig."""
+    if given is None or not (given.endswith(".json") or "/" in given):
+        return given
+    from recofuse_rigs.rig import from_file
+
+    from_file(Path(given))  # what is none is told before a server and cameras are opened
+    return Path(given)

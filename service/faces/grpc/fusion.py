@@ -13,7 +13,7 @@ from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.faces.gateway import FusionRequest, Gateway
 from service.faces.grpc.arriving import Messages
 from service.faces.grpc.envelope import Context, text_metadata
-from service.faces.grpc.messages import CheckedOptions, fusion_of, job_id_of, job_message
+from service.faces.grpc.messages import CheckedOptions, fusion_of, job_id_of, job_message, rig_message
 from service.faces.grpc.streams import Stream
 from service.terms.errors import InvalidInputError, TimedOutError
 from service.terms.settings import Settings
@@ -87,6 +87,10 @@ class FusionServicer(fusion_pb2_grpc.FusionServiceServicer):
         """See fusion.proto."""
         models = [pb.ServedModel(**asdict(model)) for model in await self._gateway.models()]
         return pb.ListModelsResponse(models=models)
+
+    async def ListRigs(self, request: pb.ListRigsRequest, _: Context) -> pb.ListRigsResponse:  # noqa: N802
+        """See fusion.proto."""
+        return pb.ListRigsResponse(rigs=[rig_message(rig) for rig in await self._gateway.rigs()])
 
     @staticmethod
     def _request(

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_rigs.rig import Rig
 from service.faces.gateway import FusionRequest
 from service.terms.errors import InvalidInputError, ServiceError, error_of
 from service.terms.jobs import (
@@ -37,12 +38,16 @@ _SOURCES = {source: pb.InfraredSource.Value(f"INFRARED_SOURCE_{source.upper()}")
 
 @dataclass(frozen=True, slots=True)
 class CheckedOptions:
-    """A FuseOptions message, checked. is_raw: the answer's pictures are wanted without a codec."""
+    """A FuseOptions message, checked. is_raw: the answer's pictures are wanted without a codec.
+
+    rig: as it was asked for; the gateway judges it, which knows the sizes.
+    """
 
     fusion: FusionOptions
     priority: Priority
     timeout_s: float | None
     is_raw: bool
+    rig: str
 
     @classmethod
     def of(cls, message: pb.FuseOptions) -> CheckedOptions:
@@ -69,6 +74,7 @@ class CheckedOptions:
             priority=Priority.NORMAL if priority is None else Priority(priority),
             timeout_s=message.timeout_ms / 1000 if message.HasField("timeout_ms") else None,
             is_raw=is_raw,
+            rig=message.rig,
         )
 
     def request(
@@ -97,6 +103,7 @@ class CheckedOptions:
             traceparent=traceparent,
             vis_layout=vis_layout,
             ir_layout=ir_layout,
+            rig=self.rig,
         )
 
 
@@ -190,6 +197,20 @@ def job_message(view: JobView) -> pb.Job:
         deadline_s=view.deadline_s,
         finished_s=view.finished_s,
         error=error,
+    )
+
+
+def rig_message(rig: Rig) -> pb.Rig:
+    """A rig as clients see it."""
+    told = ("name", "is_sure", "spread_px", "residual_px", "num_pairs", "method", "date")
+    (vis_width, vis_height), (ir_width, ir_height) = rig.vis_size, rig.ir_size
+    return pb.Rig(
+        vis_width=vis_width,
+        vis_height=vis_height,
+        ir_width=ir_width,
+        ir_height=ir_height,
+        overlap=round(rig.overlap, 3),
+        **{name: getattr(rig, name) for name in told},
     )
 
 

@@ -19,7 +19,15 @@ from starlette.exceptions import HTTPException
 from service.access.guard import Guard
 from service.faces.gateway import Gateway
 from service.faces.http import playground
-from service.faces.http.documents import Health, JobDocument, ModelDocument, ModelList, document_of
+from service.faces.http.documents import (
+    Health,
+    JobDocument,
+    ModelDocument,
+    ModelList,
+    RigDocument,
+    RigList,
+    document_of,
+)
 from service.faces.http.envelope import Envelope, Head
 from service.faces.http.forms import FORM, QUERY, read_form, request_of
 from service.faces.http.gate import Gate
@@ -159,6 +167,10 @@ def _add_operations(app: FastAPI, gateway: Gateway, metrics: Metrics) -> None:
     @app.get("/v1/models", summary="What is being served", responses=problems(ErrorCode.UNAVAILABLE))
     async def models() -> ModelList:
         return ModelList(models=[ModelDocument(**asdict(model)) for model in await gateway.models()])
+
+    @app.get("/v1/rigs", summary="The rigs that requests may name", responses=problems())
+    async def rigs() -> RigList:
+        return RigList(rigs=[RigDocument.of(rig) for rig in await gateway.rigs()])
 
     @app.get("/health/live", summary="Is the process there", responses=problems())
     async def live() -> Health:

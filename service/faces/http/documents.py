@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from recofuse_rigs.rig import Rig
 from service.faces.gateway import Gateway
 from service.terms.errors import ErrorCode
 from service.terms.jobs import JobStatus, JobView, Priority
@@ -51,6 +52,35 @@ class ModelList(BaseModel):
     """All models that are being served."""
 
     models: list[ModelDocument]
+
+
+class RigDocument(BaseModel):
+    """A rig that requests may name. overlap: share of the visible frame that infrared covers. Pixels: visible ones."""
+
+    name: str
+    vis_size: tuple[int, int]
+    ir_size: tuple[int, int]
+    overlap: float
+    is_sure: bool
+    spread_px: float
+    residual_px: float
+    num_pairs: int
+    method: str
+    date: str
+
+    @classmethod
+    def of(cls, rig: Rig) -> RigDocument:
+        """What is told of a rig."""
+        return cls(
+            **{name: getattr(rig, name) for name in cls.model_fields if name != "overlap"},
+            overlap=round(rig.overlap, 3),
+        )
+
+
+class RigList(BaseModel):
+    """All rigs that requests may name."""
+
+    rigs: list[RigDocument]
 
 
 class Health(BaseModel):

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from recofuse_rigs.rig import MAX_FILE_BYTES
 from service.access.held import Holding
 from service.faces.gateway import FusionRequest
 from service.faces.http.bodies import Body
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_OPTION_BYTES = 1024
+MAX_BYTES = {"rig": MAX_FILE_BYTES}  # of options that may have more
 OPTION_FIELDS = (
-    "output", "format", "steps", "sampler", "exposure", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
+    "output", "format", "steps", "sampler", "exposure", "rig", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
 )  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")
 
@@ -53,7 +55,7 @@ FORM: dict[str, Any] = {
         "ir": {
             "type": "string",
             "format": "binary",
-            "description": "infrared image, registered to vis; radiometric too",
+            "description": "infrared image, registered to vis unless a rig is given; radiometric too",
         },
         "output": {"type": "string", "enum": list(Output), "default": "fused", "description": "all: a zip of three"},
         "format": {"type": "string", "enum": list(ImageFormat), "default": "png"},
@@ -64,6 +66,13 @@ FORM: dict[str, Any] = {
             "enum": list(get_args(Exposure)),
             "description": "lit: a dark scene as a well exposed photograph, veils lifted, lamps kept; as_shot: as dark "
             "as it came. Default: the model's own; GET /v1/models tells which a model offers",
+        },
+        "rig": {
+            "type": "string",
+            "maxLength": MAX_FILE_BYTES,
+            "description": "how infrared lies in the visible frame, for cameras that are not registered: a name of GET "
+            "/v1/rigs, the content of a rig file, or nine numbers with commas: the matrix, row by row, from infrared "
+            "pixels to visible ones of these pictures",
         },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
         "vis_range": {
@@ -130,8 +139,8 @@ def _options_in_query(request: Request) -> dict[str, bytes]:
         if name in values:
             raise InvalidInputError(f"the query parameter {name} is there more than once")
         values[name] = text.encode()
-        if len(values[name]) > MAX_OPTION_BYTES:
-            most = MAX_OPTION_BYTES
+        most = MAX_BYTES.get(name, MAX_OPTION_BYTES)
+        if len(values[name]) > most:
             raise PayloadTooLargeError(f"the query parameter {name} has more than the accepted {most} bytes")
     return {name: value for name, value in values.items() if value}
 
@@ -220,7 +229,8 @@ class _Form:
         if start < end and self._field in self._query:
             raise InvalidInputError(f"the field {self._field} is in the query string as well; keep one")
         value = self._fields[self._field]
-        limit = self._max_image_bytes if self._field in IMAGE_FIELDS else MAX_OPTION_BYTES
+        own = MAX_BYTES.get(self._field, MAX_OPTION_BYTES)
+        limit = self._max_image_bytes if self._field in IMAGE_FIELDS else own
         if len(value) + end - start > limit:
             raise PayloadTooLargeError(f"the field {self._field} has more than the accepted {limit} bytes")
         value += memoryview(chunk)[start:end]
@@ -243,6 +253,7 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
             values[name] = tuple(values[name].split(","))
     priority = values.pop("priority", Priority.NORMAL)
     timeout_ms = values.pop("timeout_ms", None)
+    rig = values.pop("rig", "")
     if priority not in list(Priority):
         raise InvalidInputError(f"priority: accepted are {', '.join(Priority)}")
     if timeout_ms is not None and not re.fullmatch(r"[0-9]{1,12}", timeout_ms):
@@ -260,4 +271,5 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
         idempotency_key=idempotency_key,
         request_id=request_id.get(),
         traceparent=parent or None,
+        rig=rig,
     )

@@ -111,6 +111,7 @@ class Inference:
         if workers:
             first = workers[0]
             texts |= {"default_steps": str(first.default_steps), "default_sampler": first.default_sampler}
+            texts |= {"rigs": ",".join(rig.name for rig in await self._gateway.rigs())}
             texts |= {"default_exposure": first.default_exposure, "exposures": ",".join(first.exposures)}
         return {
             "name": name,

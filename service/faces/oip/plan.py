@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from recofuse_rigs.rig import MAX_FILE_BYTES
 from service.faces.gateway import FusionRequest
 from service.faces.oip.tensors import (
     INPUTS,
@@ -78,6 +79,7 @@ def plan_of(request: InferRequest, limits: LimitSettings) -> Plan:
         raise InvalidInputError(f"vis holds {len(vis.payloads)} images and ir {len(ir.payloads)}; accepted are pairs")
     outputs = tuple(request.outputs or OUTPUTS)
     options, priority, timeout_s, are_files = _options_of(request.parameters, outputs)
+    rig = _rig_of(request.parameters)
     current, num_pairs = request_id.get(), len(vis.payloads)
     requests = [
         FusionRequest(
@@ -90,6 +92,7 @@ def plan_of(request: InferRequest, limits: LimitSettings) -> Plan:
             traceparent=traceparent.get() or None,
             vis_layout=vis.layout,
             ir_layout=ir.layout,
+            rig=rig,
         )
         for index, (vis_bytes, ir_bytes) in enumerate(zip(vis.payloads, ir.payloads, strict=True))
     ]
@@ -171,6 +174,19 @@ def _options_of(
             raise InvalidInputError(f"{name}: accepted are whole numbers above 0; timeout is in µs, timeout_ms in ms")
         timeouts_s.append(value * unit_s)
     return options, Priority(priority), min(timeouts_s, default=None), "format" in parameters
+
+
+def _rig_of(parameters: Mapping[str, Parameter]) -> str:
+    """What `rig` asks for; the gateway judges it, which knows the sizes.
+
+    Raises InvalidInputError for what is no text, and PayloadTooLargeError.
+    """
+    rig = parameters.get("rig", "")
+    if not isinstance(rig, str):
+        raise InvalidInputError("rig: accepted are a name, a rig file's content, or nine numbers as text")
+    if len(rig) > MAX_FILE_BYTES:
+        raise PayloadTooLargeError(f"rig: {len(rig)} characters; accepted are at most {MAX_FILE_BYTES}")
+    return rig
 
 
 # results to tensors

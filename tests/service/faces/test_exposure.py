@@ -24,36 +24,14 @@ from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from service.terms.errors import ErrorCode
 from service.terms.jobs import DEFAULT_EXPOSURE, Exposure, FusionOptions, Output, Part
-from service.terms.settings import EngineSettings
-from service.work.engine import EngineInfo, PassOptions, Pixels
-from service.work.torch_engine import TorchEngine
-from tests.fakes import FakeEngine, file_of
+from service.work.engine import PassOptions, Pixels
+from tests.fakes import file_of
 from tests.service.command.calls import TINY
 from tests.service.conftest import Server, Serving
 from tests.service.faces.grpc.face import detail_of, one_by_one, pixels_of
 from tests.service.faces.http.asking import problem
 from tests.service.faces.oip.messages import grpc_message, outputs_of, post, refusal, tensor
-
-
-class RealEngine(FakeEngine):
-    """The model itself, where the servers of these tests expect a fake."""
-
-    def __init__(self, weights: str) -> None:
-        super().__init__()
-        self.core = TorchEngine(EngineSettings(model=weights, device="cpu", num_threads=1, warm_up_sizes=("96x64",)))
-
-    @property
-    def info(self) -> EngineInfo:
-        return self.core.info
-
-    def load(self) -> None:
-        self.core.load()
-
-    def warm_up(self) -> None:
-        self.core.warm_up()
-
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
-        return self.core.fuse(vis, ir, options, seeds)
+from tests.service.faces.real import RealEngine
 
 
 def dark_pair() -> tuple[Pixels, Pixels]:

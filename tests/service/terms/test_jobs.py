@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recofuse_rigs.rig import Distortion, Rig
 from service.terms.errors import ErrorCode, MalformedRequestError, TimedOutError
 from service.terms.jobs import (
     MAX_WARNING_CHARS,
@@ -49,6 +50,13 @@ LAYOUTS = st.none() | st.builds(
     height=st.integers(1, 99),
     stride=st.integers(1, 999),
 )
+RIGS = st.none() | st.builds(
+    lambda x, y, name, lens: Rig((640, 480), (320, 256), (2.0, 0.1, x, -0.1, 1.9, y, 1e-5, 0.0, 1.0), name, lens),
+    st.floats(-100, 100),
+    st.floats(-100, 100),
+    st.sampled_from(["", "roof"]),
+    st.none() | st.just(Distortion((400.0, 410.0), (160.0, 128.0), (-0.1, 0.01, 0.0, 0.001, 0.0))),
+)
 JOBS = st.builds(
     FusionJob,
     id=st.builds(new_job_id),
@@ -65,6 +73,7 @@ JOBS = st.builds(
     keep_result=st.booleans(),
     vis_layout=LAYOUTS,
     ir_layout=LAYOUTS,
+    rig=RIGS,
 )
 RESULTS = st.builds(
     FusionResult,
@@ -123,10 +132,10 @@ def test_garbage_is_refused(raw: bytes) -> None:
 def test_a_fingerprint_is_of_the_request_alone(one: FusionJob, other: FusionJob) -> None:
     same = FusionJob(
         id=new_job_id(), vis=one.vis, ir=one.ir, options=one.options, width=1, height=1, created_s=0.0,
-        vis_layout=one.vis_layout, ir_layout=one.ir_layout,
+        vis_layout=one.vis_layout, ir_layout=one.ir_layout, rig=one.rig,
     )  # fmt: skip
     assert same.fingerprint() == one.fingerprint()
-    asked = [(job.vis, job.ir, job.options, job.vis_layout, job.ir_layout) for job in (one, other)]
+    asked = [(job.vis, job.ir, job.options, job.vis_layout, job.ir_layout, job.rig) for job in (one, other)]
     assert (one.fingerprint() == other.fingerprint()) == (asked[0] == asked[1])
 
 
@@ -213,6 +222,24 @@ def test_a_job_that_names_no_exposure_has_the_bytes_of_the_older_format() -> Non
     assert job.header_bytes() == older
     assert FusionJob.from_parts(older, b"v", b"ir") == job
     assert FusionJob.from_parts(older, b"v", b"ir").options.exposure is None
+
+
+def test_a_record_whose_rig_is_none_is_refused() -> None:
+    rig = Rig((640, 480), (320, 256), (2.0, 0.0, 0.5, 0.0, 1.9, 0.4, 0.0, 0.0, 1.0))
+    job = FusionJob(id="j", vis=b"v", ir=b"ir", width=3, height=2, created_s=1.5, rig=rig)
+    header = json.loads(job.header_bytes())
+    assert FusionJob.from_parts(json.dumps(header).encode(), b"v", b"ir") == job
+    for wrong in (header["rig"].replace("2.0", "0.0", 1), "{}", "roof"):
+        with pytest.raises(MalformedRequestError, match="rig"):
+            FusionJob.from_parts(json.dumps({**header, "rig": wrong}).encode(), b"v", b"ir")
+
+
+def test_an_idempotency_key_tells_rigs_apart() -> None:
+    def asking(x: float | None) -> str:
+        rig = None if x is None else Rig((64, 48), (64, 48), (1.0, 0.0, x, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+        return FusionJob(id="j", vis=b"v", ir=b"i", width=3, height=2, created_s=1.5, rig=rig).fingerprint()
+
+    assert len({asking(x) for x in (None, 0.0, 1.0)}) == 3
 
 
 def test_an_idempotency_key_tells_exposures_apart() -> None:

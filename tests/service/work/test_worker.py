@@ -10,6 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from recofuse_images import reader
+from recofuse_rigs.rig import Rig
+from recofuse_rigs.warp import Warps
 from service.command.processes import new_metrics
 from service.queue.contract import Lease
 from service.queue.memory import MemoryQueue
@@ -18,7 +21,7 @@ from service.terms.errors import ErrorCode, UnavailableError
 from service.terms.jobs import Exposure, FusionOptions, FusionResult, Output, Part, Priority, Stage
 from service.terms.settings import Settings
 from service.work.worker import Worker
-from tests.fakes import FakeEngine, job
+from tests.fakes import FakeEngine, file_of, job, picture
 from tests.service.work.workers import SETTINGS, fresh, held_back, results, until, working
 
 
@@ -99,6 +102,56 @@ async def test_an_exposure_that_the_weights_cannot_give_is_refused_and_fails_alo
     assert sorted(seed for batch in engine.batches for seed in batch) == [0, 1, 3]
     assert {options.exposure for options in engine.options} == {"as_shot"}
     assert [(info.default_exposure, info.exposures) for info in told] == [("as_shot", ("as_shot",))]
+
+
+async def test_a_job_with_a_rig_needs_nothing_of_the_workers_own_folder() -> None:
+    """Infrared of another size comes into the visible frame; where it ends, the fused picture needs restored vis."""
+    engine = FakeEngine()
+    part, whole = (
+        Rig((64, 48), (80, 80), (scale, 0.0, x, 0.0, scale, 0.0, 0.0, 0.0, 1.0))
+        for scale, x in ((0.5, 10.0), (1.0, 0.0))
+    )
+    async with working(engine) as (queue, worker):
+        first, *others = fresh(6, options=FusionOptions())
+        ir = file_of(picture(80, 80, channels=1))
+        jobs = [
+            replace(each, ir=each.ir if rig is None else ir, rig=rig, options=FusionOptions(seed=seed, output=output))
+            for seed, (each, rig, output) in enumerate(
+                zip(
+                    others,
+                    (part, part, whole, None, part),
+                    (Output.FUSED, Output.FUSED, Output.FUSED, Output.FUSED, Output.IR),
+                    strict=True,
+                ),
+                start=1,
+            )
+        ]
+        await held_back(engine, queue, worker, [first, *jobs])
+        engine.gate.set()
+        found = await results(queue, [first, *jobs])
+    assert all(result.error_code is None for result in found), [result.error_message for result in found]
+    assert [list(result.images) for result in found] == [[Part.FUSED]] * 5 + [[Part.IR]]
+    passes = {
+        tuple(sorted(seeds)): options.parts for seeds, options in zip(engine.batches, engine.options, strict=True)
+    }
+    assert passes == {
+        (0,): (Part.FUSED,), (1, 2): (Part.FUSED, Part.VIS), (3, 4): (Part.FUSED,), (5,): (Part.IR,)
+    }  # fmt: skip
+    expected = images.decode_rigged(jobs[4].vis, ir, part, Warps(), SETTINGS.limits).pair.ir
+    np.testing.assert_array_equal(reader.read_ir(found[5].images[Part.IR]), expected)
+
+
+async def test_a_rig_that_does_not_fit_its_pictures_fails_alone() -> None:
+    async with working(FakeEngine()) as (queue, _):
+        jobs = fresh(2)
+        rig = Rig((64, 48), (80, 60), (0.8, 0.0, 0.0, 0.0, 0.8, 0.0, 0.0, 0.0, 1.0))
+        jobs[1] = replace(jobs[1], rig=rig, ir=file_of(picture(80, 80, channels=1)))
+        for each in jobs:
+            await queue.submit(each)
+        sound, refused = await results(queue, jobs)
+    assert sound.error_code is None
+    assert refused.error_code is ErrorCode.INVALID_INPUT
+    assert "the rig is for 80x60" in refused.error_message
 
 
 async def test_batches_are_filled_up_to_the_engines_sizes() -> None:

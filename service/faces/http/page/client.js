@@ -1,4 +1,4 @@
-// Talks to the server: the model list, and one fusion from upload to pictures. Addresses are relative to the page.
+// Talks to the server: the lists of models and rigs, and one fusion from upload to pictures. Addresses are relative to the page.
 
 // What a problem document (RFC 9457) says, or what took its place.
 export class Problem extends Error {
@@ -19,6 +19,12 @@ export class Client {
   async models(signal) {
     const answer = await this.#fetch("v1/models", { signal });
     return (await answer.json()).models;
+  }
+
+  // The rigs that a fusion may name.
+  async rigs(signal) {
+    const answer = await this.#fetch("v1/rigs", { signal });
+    return (await answer.json()).rigs;
   }
 
   // Fuses a pair and returns { blob, type, timing, model, irSource, warnings, isZip }. onPhase({ phase, ... }) is told

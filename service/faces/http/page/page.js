@@ -238,7 +238,7 @@ const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(
 // The options that differ from what the server takes by itself.
 function chosenOptions() {
   const options = [];
-  for (const name of ["output", "format", "steps", "sampler", "exposure", "seed", "vis_range", "ir_range"]) {
+  for (const name of ["output", "format", "steps", "sampler", "exposure", "rig", "seed", "vis_range", "ir_range"]) {
     const value = form.elements[name].value.trim();
     if (value && value !== { output: "fused", format: "png" }[name]) options.push([name, value]);
   }
@@ -344,8 +344,9 @@ function askForKey() {
 
 async function showModel() {
   try {
-    const [model] = await client.models();
+    const [[model], rigs] = await Promise.all([client.models(), client.rigs()]);
     canRead = true;
+    showRigs(rigs);
     $("model").textContent = model ? `${model.name} ${model.version}, on ${model.devices.join(", ")}` : "no worker is there";
     if (!model) return;
     form.elements.steps.placeholder = String(model.default_steps);
@@ -358,6 +359,17 @@ async function showModel() {
     if (error.status === 401) askForKey();
     else canRead = error.status !== 403;
   }
+}
+
+// The choice of rigs, if there are any; what was chosen stays so.
+function showRigs(rigs) {
+  const select = form.elements.rig, chosen = select.value;
+  select.replaceChildren(select.options[0]);
+  for (const rig of rigs)
+    select.append(new Option(`${rig.name}, covers ${Math.round(100 * rig.overlap)} %${rig.is_sure ? "" : ", unsure"}`, rig.name));
+  select.value = rigs.some(rig => rig.name === chosen) ? chosen : "";
+  $("rig-field").hidden = !rigs.length;
+  showCommand();
 }
 
 // the command

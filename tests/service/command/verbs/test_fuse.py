@@ -14,7 +14,11 @@ import torch
 
 from recofuse_core.data import read_vis
 from recofuse_images.reader import Pair
+from recofuse_rigs.rig import Rig, to_json
+from recofuse_rigs.warp import warp_of
 from service.terms import images
+from tests.fakes import file_of
+from tests.rigs.streets import COUNTS, street
 from tests.service.command.calls import assert_one_line, run
 
 
@@ -62,6 +66,47 @@ def test_pictures_are_lit_or_as_dark_as_they_came(pairs: Path) -> None:
         means[exposure] = [np.asarray(cv2.imread(str(pairs / f"{exposure}{part}.png"))).mean() for part in ("", "_vis")]
     for as_shot, lit in zip(means["as_shot"], means["lit"], strict=True):
         assert lit > 1.2 * as_shot
+
+
+def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:
+    """Cameras of other sizes and shapes: with their rig they fuse like the registered pair."""
+    for folder in ("vis", "ir"):
+        (tmp_path / folder).mkdir()
+    scenes = {"a": street(3, cover=0.5), "b": street(8, cover=1.3)}
+    for name, seen in scenes.items():
+        (tmp_path / f"vis/{name}.png").write_bytes(file_of(seen.vis))
+        (tmp_path / f"ir/{name}.png").write_bytes(file_of(seen.moved))
+        (tmp_path / f"{name}.json").write_text(to_json(seen.rig))
+        (tmp_path / f"{name}-registered.png").write_bytes(file_of(seen.ir))
+    seen, low_high = scenes["a"], ("--ir-range", *COUNTS)
+    single = ("--vis", tmp_path / "vis/a.png", "--ir", tmp_path / "ir/a.png", *low_high)
+    done = run("fuse", *single, "-o", tmp_path / "a.png", "--rig", tmp_path / "a.json", "--all")
+    assert done.exit_code == 0, done.output
+    plain = ("--vis", tmp_path / "vis/a.png", "--ir", tmp_path / "a-registered.png")
+    assert run("fuse", *plain, "-o", tmp_path / "registered.png").exit_code == 0
+    fused, registered, vis = (
+        read_vis(tmp_path / f"{name}.png").numpy().astype(float) for name in ("a", "registered", "a_vis")
+    )
+    warp = warp_of(seen.rig)
+    inside, outside = warp.weights == 1, warp.tone_weights == 0
+    assert inside.mean() > 0.1
+    assert outside.any()
+    assert np.abs(fused - registered)[:, inside].mean() < 5
+    np.testing.assert_array_equal(fused[:, outside], vis[:, outside])
+    # along the border the picture is no rougher than the two that meet there
+    border = (warp.weights < 0.5) & (warp.tone_weights > 0.9)
+    steps = [
+        np.abs(np.diff(picture, axis=2)).mean(axis=0)[border[:, 1:]].mean() for picture in (fused, registered, vis)
+    ]
+    assert steps[0] < 1.15 * max(steps[1:])
+
+    one_rig = ("--vis", tmp_path / "vis", "--ir", tmp_path / "ir", "-o", tmp_path / "out", *low_high)
+    done = run("fuse", *one_rig, "--rig", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out/b.png").exists()
+    done_alone = run("fuse", *single, "-o", tmp_path / "again.png", "--rig", tmp_path / "a.json")
+    assert done_alone.exit_code == 0
+    assert (tmp_path / "out/a.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
 def test_a_range_of_visible_values_reaches_the_model(pairs: Path, weights: Path) -> None:
@@ -192,6 +237,9 @@ BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
     "sheet without suffix": ({"--sheet": "sheet"}, ".png"),
     "overwriting an input": ({"-o": "ir/a.png"}, "destroy"),
     "unknown sampler": ({"--sampler": "magic"}, "sampler"),
+    "no rig": ({"--rig": "vis/a.png"}, "not sound JSON"),
+    "missing rig": ({"--rig": "none.json"}, "none.json"),
+    "rig of other cameras": ({"--rig": "wide.json"}, "the rig is for 64x36"),
     "unknown exposure": ({"--exposure": "bright"}, "exposure"),
     "exposure of other weights": ({"--exposure": "lit"}, "the weights tiny 3 have no exposure estimator"),
     "upside-down vis range": ({"--vis-range": "9 3"}, "vis_range takes two numbers, the lower one first"),
@@ -206,6 +254,7 @@ def test_bad_input_is_one_line(case: str, pairs: Path, weights: Path, monkeypatc
     monkeypatch.chdir(pairs)
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     cv2.imwrite("wide.png", np.zeros((48, 200), np.uint8))
+    Path("wide.json").write_text(to_json(Rig((64, 36), (64, 48), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))))
     changes, word = BAD_CALLS[case]
     options = {"--vis": "vis/a.png", "--ir": "ir/a.png", "-o": "out.png", "--weights": str(weights)} | changes
     before = Path("ir/a.png").read_bytes()

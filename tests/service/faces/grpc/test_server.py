@@ -40,6 +40,7 @@ async def test_reflection_lists_and_describes_the_services(face: Face) -> None:
     assert file.name == "recofuse/v1/fusion.proto"
     assert {method.name for method in file.service[0].method} == {
             "Fuse", "FuseStream", "SubmitFuse", "GetJob", "GetJobResult", "CancelJob", "ListModels",
+            "ListRigs",
         }  # fmt: skip
 
 

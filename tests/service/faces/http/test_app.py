@@ -157,7 +157,7 @@ async def test_ready_means_warm(serving: Serving) -> None:
 async def test_the_description_is_complete(server: Server) -> None:
     document = (await server.client.get("/openapi.json")).json()
     operations = [operation for path in document["paths"].values() for operation in path.values()]
-    assert len(operations) == 22
+    assert len(operations) == 23
     for operation in operations:
         for status, answer in operation["responses"].items():
             if int(status) >= 400 and operation["summary"] not in ("Is new work welcome", "Prometheus metrics"):

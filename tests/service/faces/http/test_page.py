@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.processes import all_in_one
+from recofuse_rigs.rig import Rig, to_json
 from service.command.environment import API_KEY_VARIABLE
 from service.command.processes import serve_all_in_one
 from service.terms.settings import Settings
@@ -450,6 +451,25 @@ def test_what_was_read_of_the_infrared_file_is_shown(opened: Opener) -> None:
                 expect(facts).not_to_contain_text("Infrared read")
             else:
                 expect(facts).to_contain_text(f"Infrared read: {read}")
+
+
+def test_a_rig_is_chosen_where_there_are_any(opened: Opener, address: str, tmp_path: Path) -> None:
+    page = opened(address)
+    expect(page.locator("#model")).not_to_be_empty()
+    expect(page.locator("#rig-field")).to_be_hidden()
+    rig = Rig((128, 96), (80, 80), (0.8, 0.0, 30.0, 0.0, 0.8, 10.0, 0.0, 0.0, 1.0), is_sure=False)
+    (tmp_path / "roof.json").write_text(to_json(rig))
+    with all_in_one({**QUIET, "engine": {"kind": "null"}, "rigs": {"directory": str(tmp_path)}}) as stack:
+        page = opened("http://{}:{}".format(*stack.address))
+        expect(page.locator("#rig-field")).to_be_visible()
+        assert page.locator("[name=rig] option").all_inner_texts() == ["none", "roof, covers 33 %, unsure"]
+        give(page, ("street.png", VIS), ("ir.png", file_of(picture(80, 80, channels=1))))
+        page.select_option("[name=rig]", "roof")
+        expect(page.locator("#command")).to_contain_text("rig=roof")
+        fuse(page)
+        (warning,) = page.locator("#warnings li").all_inner_texts()
+        assert "unsure" in warning
+        assert pixels(downloaded(page, "street-fused.png")).shape == (96, 128, 3)
 
 
 @pytest.mark.parametrize("kind", ["npy", "webp"])
