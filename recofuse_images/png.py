@@ -1,4 +1,8 @@
-"""PNG: every chunk there with its checksum, up to the closing one; one picture of 1 to 16 bits a sample."""
+"""PNG: every chunk there, up to the closing one; one picture of 1 to 16 bits a sample.
+
+Checksums of the pixels' chunks are the decoder's to check: they cover nearly all of the file, in pieces of some 8 kB,
+and Python gives its lock away and wants it back for each.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ class PngHeader(Header):
 
 
 def read_header(data: bytes, limits: Limits) -> PngHeader:
-    """Check all chunks. Raises ImageError."""
+    """Check all chunks but what is in those of the pixels. Raises ImageError."""
     if len(data) < 33 or data[8:16] != b"\0\0\0\x0dIHDR":
         raise cut_short("PNG")
     width, height, bits, colour_type = struct.unpack_from(">IIBB", data, 16)
@@ -130,9 +134,11 @@ def _check_chunks(data: bytes) -> tuple[bytes, int]:
             raise too_many("PNG", MAX_CHUNKS, "chunks")
         length = int.from_bytes(view[at : at + 4], "big")
         end = at + 12 + length
-        if end > len(data) or zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if end > len(data):
             break
         kind = data[at + 4 : at + 8]
+        if kind != b"IDAT" and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            break
         if kind == b"IEND":
             return exif, significant_bits
         if kind == b"eXIf":
