@@ -22,6 +22,7 @@ from recofuse_images.picture import Header, Picture
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNK_BYTES = 1 << 31
+_CHUNK_HEAD = struct.Struct(">I4s")  # length and kind; a checksum of four bytes ends it
 
 _COLOUR_TYPES: dict[int, tuple[formats.Pixels, int]] = {  # pixels of the table, samples a pixel
     0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey", 2), 6: ("RGB", 4),
@@ -132,21 +133,22 @@ def _check_chunks(data: bytes) -> tuple[bytes, int]:
     while at + 12 <= len(data):
         if (num_chunks := num_chunks + 1) > MAX_CHUNKS:
             raise too_many("PNG", MAX_CHUNKS, "chunks")
-        length = int.from_bytes(view[at : at + 4], "big")
-        end = at + 12 + length
-        if end > len(data):
+        length, kind = _CHUNK_HEAD.unpack_from(data, at)
+        start, at = at + 4, at + 12 + length
+        if at > len(data):
             break
-        kind = data[at + 4 : at + 8]
-        if kind != b"IDAT" and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if kind == b"IDAT":
+            continue
+        content = view[start + 4 : at - 4]
+        if zlib.crc32(view[start : at - 4]) != int.from_bytes(view[at - 4 : at], "big"):
             break
         if kind == b"IEND":
             return exif, significant_bits
         if kind == b"eXIf":
             check_exif(length)
-            exif = data[at + 8 : end - 4]
+            exif = bytes(content)
         elif kind == b"sBIT" and length:
-            significant_bits = max(data[at + 8 : end - 4][:3])
-        elif kind == b"acTL" and int.from_bytes(view[at + 8 : at + 12], "big") > 1:
+            significant_bits = max(content[:3])
+        elif kind == b"acTL" and int.from_bytes(content[:4], "big") > 1:
             raise ImageTooLargeError("the file holds several images; one is accepted")
-        at = end
     raise cut_short("PNG")
