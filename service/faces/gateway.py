@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from recofuse_host.threads import Threads
 from service.access.guard import own_idempotency_key
 from service.access.held import Held
 from service.queue.contract import Clock, JobQueue
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+CHECKING_THREADS = 4  # that read files' headers; one with many parts must not hold up the others
 PATIENCE_S = 5.0  # how long a call goes on trying to reach a queue that does not answer
 GRACE_S = 2.0  # after a deadline, for the queue's own verdict to arrive
 
@@ -104,6 +106,7 @@ class Gateway:
         self._metrics = metrics
         self._clock = clock
         self.held = Held(settings.limits.max_held_bytes, retry_after_s=settings.queue.retry_after_s)
+        self._checking = Threads(CHECKING_THREADS, "check", is_daemon=True)
         self._draining = asyncio.Event()
         self._num_waiting = 0
         self._idle = asyncio.Event()
@@ -263,13 +266,9 @@ class Gateway:
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
         if self.is_draining:
             raise UnavailableError("this server is stopping; try again, another one may answer", retry_after_s=1.0)
-        width, height = await asyncio.to_thread(
-            images.check_request,
-            request.vis,
-            request.ir,
-            request.vis_layout,
-            request.ir_layout,
-            self._settings.limits,
+        limits = self._settings.limits
+        width, height = await self._checking.run(
+            lambda: images.check_request(request.vis, request.ir, request.vis_layout, request.ir_layout, limits)
         )
         now = self._clock()
         return FusionJob(
