@@ -210,6 +210,26 @@ def all_in_one(values: Mapping[str, Mapping[str, Any]], *, port: int = 0) -> Ite
 
 
 @contextlib.contextmanager
+def bare(*, over_redis: bool = False) -> Iterator[Stack]:
+    """The server of `benchmarks/bare.py`, ready: one process, or a front end, a worker and a Redis server."""
+    with _work_folder() as folder, _ending() as started:
+
+        def run(name: str, *arguments: str | int) -> Process:
+            command = [sys.executable, "-m", "benchmarks.bare", *map(str, arguments)]
+            return started.start(Process(name, command, clean_environ({}), folder / f"{name}.log"))
+
+        port, redis_port = free_port(), free_port()
+        if over_redis:
+            redis = started.start(redis_process(folder, redis_port))
+            _wait_listening(redis, redis_port)
+            processes = [run("front", "front", port, redis_port), run("worker", "worker", redis_port), redis]
+        else:
+            processes = [run("bare", "serve", port)]
+        wait_ready(processes[0], port)
+        yield Stack([("127.0.0.1", port)], {process.name: process for process in processes})
+
+
+@contextlib.contextmanager
 def split(
     values: Mapping[str, Mapping[str, Any]], *, num_apis: int = 1, num_workers: int = 1, is_durable: bool = False
 ) -> Iterator[Stack]:

@@ -7,15 +7,20 @@ files, or ready bytes in their place), everything in one process or split over R
 Processor time is that of all server processes (Redis included) divided by the answers of the same window; the load
 generator's own is stated apart, because on a small machine it competes with the servers. Memory is resident memory of
 all server processes together, at its highest.
+
+The baseline is a bare FastAPI batcher (`benchmarks/bare.py`) that parses the same body and answers with the same file,
+in one process and over Redis. It and the service with the null engine and ready bytes take turns in short windows, so
+that whatever else the machine does meets both; a ratio is the median over the rounds of a round's ratio.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +28,12 @@ from typing import Any, Literal
 import uvloop
 
 from benchmarks.load import Load, Tally, fuse_request, picture_pair
-from benchmarks.processes import Stack, all_in_one, can_split, machine, split
+from benchmarks.processes import Stack, all_in_one, bare, can_split, machine, split
 
 Engine = Literal["null", "fixed"]
 Codec = Literal["files", "ready"]
 Topology = Literal["all-in-one", "split"]
+Baseline = Literal["bare", "bare over Redis"]
 
 CONCURRENCIES = (1, 8, 16, 32)
 MAX_BATCH, MAX_WAIT_S = 8, 0.005
@@ -38,6 +44,13 @@ LONE_WAIT_S = 0.5  # far above a lone request's latency, so that waiting for it 
 MAX_CPU_MS: dict[Topology, float] = {"all-in-one": 3.0, "split": 6.0}  # codec off, null engine, best concurrency
 MIN_IMAGES_S = {16: 180.0, 32: 200.0}  # fixed engine, all in one, codec off
 MAX_RSS_MIB = 450.0
+# Processor time to that of a bare server: one process to one process, over Redis to either.
+MAX_TO_BARE: dict[tuple[Topology, Baseline], float] = {
+    ("all-in-one", "bare"): 1.3,
+    ("split", "bare over Redis"): 2.0,
+    ("split", "bare"): 2.0,
+}
+TO_BARE_CLIENTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +112,13 @@ def run(
     engines: Sequence[Engine] = ("null", "fixed"),
     codecs: Sequence[Codec] = ("ready", "files"),
     topologies: Sequence[Topology] = ("all-in-one", "split"),
+    num_rounds: int = 20,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Measure; say one row at a time, and a summary as the last line. json_path: where all figures go."""
+    """Measure; say one row at a time, and a summary as the last line.
+
+    num_rounds: of windows in which the bare server and the service take turns. json_path: where all figures go.
+    """
     where = machine()
     vis, ir = picture_pair()
     request = fuse_request(vis, ir)
@@ -124,13 +141,20 @@ def run(
                         rows.append(_measurement(topology, engine, codec, concurrency, window))
                         say(rows[-1].row())
     lone_ms = _lone_latency_ms(request, warm_up_s, window_s)
-    checks = judge(rows, lone_ms)
+    beside = [topology for topology in topologies if topology != "split" or not why_not]
+    compared = _beside_bare(request, beside, num_rounds)
+    for comparison in compared:
+        say(comparison.text())
+    checks = judge(rows, lone_ms, compared)
     document = {
         "machine": where,
         "window_s": window_s,
         "request_bytes": len(request),
         "rows": [asdict(row) for row in rows],
         "lone_request_p99_ms": lone_ms,
+        "to_bare": [
+            {"name": comparison.name, **asdict(comparison), "ratio": comparison.ratio} for comparison in compared
+        ],
         "split_skipped": why_not,
         "targets": [asdict(check) for check in checks],
     }
@@ -157,9 +181,40 @@ class Check:
         return f"{self.name} {self.value:.4g}{self.unit} ({sign}{self.target:g}, x{self.ratio:.2f})"
 
 
-def judge(rows: Sequence[Measurement], lone_ms: float) -> list[Check]:
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The service beside a bare server: processor ms of a request in each round."""
+
+    topology: Topology
+    baseline: Baseline
+    cpu_ms: list[float]
+    baseline_ms: list[float]
+
+    @property
+    def name(self) -> str:
+        """What is compared."""
+        return f"{self.topology} to {self.baseline}"
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds, whose windows met the same neighbours."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.cpu_ms, self.baseline_ms, strict=True))
+
+    def text(self) -> str:
+        """A line of its own."""
+        ours, theirs = statistics.median(self.cpu_ms), statistics.median(self.baseline_ms)
+        return (
+            f"{self.name}, {TO_BARE_CLIENTS} clients, {len(self.cpu_ms)} rounds: {ours:.2f} ms to {theirs:.2f} ms of "
+            f"processor time, ratio {self.ratio:.2f}"
+        )
+
+
+def judge(rows: Sequence[Measurement], lone_ms: float, compared: Sequence[Comparison] = ()) -> list[Check]:
     """Every target for which there is a figure."""
     checks = []
+    for comparison in compared:
+        most, ratio = MAX_TO_BARE[comparison.topology, comparison.baseline], comparison.ratio
+        checks.append(Check(comparison.name, ratio, most, "", most / ratio))
     for topology, most in MAX_CPU_MS.items():
         costs = [r.cpu_ms for r in rows if (r.topology, r.engine, r.codec) == (topology, "null", "ready")]
         if costs:  # the most expensive concurrency counts
@@ -254,6 +309,37 @@ def measure(stack: Stack, request: bytes, concurrency: int, warm_up_s: float, wi
     return uvloop.run(load())
 
 
+def _beside_bare(request: bytes, topologies: Sequence[Topology], num_rounds: int) -> list[Comparison]:
+    """The bare servers and these stacks, all running, in alternating windows of a second."""
+    with ExitStack() as running:
+        stacks: dict[str, Stack] = {"bare": running.enter_context(bare())}
+        if "split" in topologies:
+            stacks["bare over Redis"] = running.enter_context(bare(over_redis=True))
+        for topology in topologies:
+            stacks[topology] = running.enter_context(_stack(topology, "null", "ready", MAX_WAIT_S))
+        for stack in stacks.values():
+            measure(stack, request, TO_BARE_CLIENTS, 0.0, 1.0)  # the first requests pay for what is made once
+        rounds = [
+            {name: _cpu_ms(measure(stack, request, TO_BARE_CLIENTS, 0.3, 1.0)) for name, stack in stacks.items()}
+            for _ in range(num_rounds)
+        ]
+    return comparisons(rounds)
+
+
+def comparisons(rounds: Sequence[Mapping[str, float]]) -> list[Comparison]:
+    """What the rounds tell. rounds: processor ms of a request by stack; those that were not measured are left out."""
+    measured = set.intersection(*map(set, rounds)) if rounds else set()
+    return [
+        Comparison(topology, baseline, [costs[topology] for costs in rounds], [costs[baseline] for costs in rounds])
+        for topology, baseline in MAX_TO_BARE
+        if {topology, baseline} <= measured
+    ]
+
+
+def _cpu_ms(window: Window) -> float:
+    return 1e3 * sum(window.cpu_s.values()) / max(1, window.tally.num_answers)
+
+
 def _measurement(topology: Topology, engine: Engine, codec: Codec, concurrency: int, window: Window) -> Measurement:
     tally, answers = window.tally, max(1, window.tally.num_answers)
     return Measurement(
@@ -265,7 +351,7 @@ def _measurement(topology: Topology, engine: Engine, codec: Codec, concurrency: 
         p50_ms=tally.percentile_ms(0.50),
         p95_ms=tally.percentile_ms(0.95),
         p99_ms=tally.percentile_ms(0.99),
-        cpu_ms=1e3 * sum(window.cpu_s.values()) / answers,
+        cpu_ms=_cpu_ms(window),
         cpu_ms_by_process={name: 1e3 * seconds / answers for name, seconds in window.cpu_s.items()},
         client_cpu_ms=1e3 * window.client_cpu_s / answers,
         rss_mib=window.rss_bytes / 2**20,

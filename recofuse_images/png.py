@@ -1,4 +1,8 @@
-"""PNG: every chunk there with its checksum, up to the closing one; one picture of 1 to 16 bits a sample."""
+"""PNG: every chunk there, up to the closing one; one picture of 1 to 16 bits a sample.
+
+Checksums of the pixels' chunks are the decoder's to check: they cover nearly all of the file, in pieces of some 8 kB,
+and Python gives its lock away and wants it back for each.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from recofuse_images.picture import Header, Picture
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNK_BYTES = 1 << 31
+_CHUNK_HEAD = struct.Struct(">I4s")  # length and kind; a checksum of four bytes ends it
 
 _COLOUR_TYPES: dict[int, tuple[formats.Pixels, int]] = {  # pixels of the table, samples a pixel
     0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey", 2), 6: ("RGB", 4),
@@ -34,7 +39,7 @@ class PngHeader(Header):
 
 
 def read_header(data: bytes, limits: Limits) -> PngHeader:
-    """Check all chunks. Raises ImageError."""
+    """Check all chunks but what is in those of the pixels. Raises ImageError."""
     if len(data) < 33 or data[8:16] != b"\0\0\0\x0dIHDR":
         raise cut_short("PNG")
     width, height, bits, colour_type = struct.unpack_from(">IIBB", data, 16)
@@ -128,19 +133,22 @@ def _check_chunks(data: bytes) -> tuple[bytes, int]:
     while at + 12 <= len(data):
         if (num_chunks := num_chunks + 1) > MAX_CHUNKS:
             raise too_many("PNG", MAX_CHUNKS, "chunks")
-        length = int.from_bytes(view[at : at + 4], "big")
-        end = at + 12 + length
-        if end > len(data) or zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        length, kind = _CHUNK_HEAD.unpack_from(data, at)
+        start, at = at + 4, at + 12 + length
+        if at > len(data):
             break
-        kind = data[at + 4 : at + 8]
+        if kind == b"IDAT":
+            continue
+        content = view[start + 4 : at - 4]
+        if zlib.crc32(view[start : at - 4]) != int.from_bytes(view[at - 4 : at], "big"):
+            break
         if kind == b"IEND":
             return exif, significant_bits
         if kind == b"eXIf":
             check_exif(length)
-            exif = data[at + 8 : end - 4]
+            exif = bytes(content)
         elif kind == b"sBIT" and length:
-            significant_bits = max(data[at + 8 : end - 4][:3])
-        elif kind == b"acTL" and int.from_bytes(view[at + 8 : at + 12], "big") > 1:
+            significant_bits = max(content[:3])
+        elif kind == b"acTL" and int.from_bytes(content[:4], "big") > 1:
             raise ImageTooLargeError("the file holds several images; one is accepted")
-        at = end
     raise cut_short("PNG")

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from recofuse_host.threads import Threads
 from recofuse_rigs.rig import Rig
 from service.access.guard import own_idempotency_key
 from service.access.held import Held
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+CHECKING_THREADS = 4  # that read files' headers; one with many parts must not hold up the others
 PATIENCE_S = 5.0  # how long a call goes on trying to reach a queue that does not answer
 GRACE_S = 2.0  # after a deadline, for the queue's own verdict to arrive
 
@@ -109,6 +111,7 @@ class Gateway:
         self._clock = clock
         self.held = Held(settings.limits.max_held_bytes, retry_after_s=settings.queue.retry_after_s)
         self._rigs = Rigs(settings.rigs)
+        self._checking = Threads(CHECKING_THREADS, "check", is_daemon=True)
         self._draining = asyncio.Event()
         self._num_waiting = 0
         self._idle = asyncio.Event()
@@ -272,7 +275,7 @@ class Gateway:
     async def _job_of(self, request: FusionRequest, timeout_s: float, *, keep_result: bool) -> FusionJob:
         if self.is_draining:
             raise UnavailableError("this server is stopping; try again, another one may answer", retry_after_s=1.0)
-        (width, height), rig = await asyncio.to_thread(self._checked, request)
+        (width, height), rig = await self._checking.run(lambda: self._checked(request))
         now = self._clock()
         return FusionJob(
             id=new_job_id(),

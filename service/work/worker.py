@@ -20,13 +20,13 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from recofuse_host.processors import read_processors
+from recofuse_host.threads import Threads
 from recofuse_images.reader import Pair
 from service.queue.contract import Clock, JobQueue, Lease
 from service.terms import images
@@ -112,8 +112,8 @@ class Worker:
         self._codec = images.build_codec(settings.codec, settings.limits)
         self._processors = read_processors()
         self._num_codec_threads = settings.worker.codec_threads or self._processors.share(settings.worker.per_host)
-        self._codecs = ThreadPoolExecutor(self._num_codec_threads, thread_name_prefix="codec")
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._codecs = Threads(self._num_codec_threads, "codec")
+        self._model = Threads(1, "model")
 
     @property
     def is_warm(self) -> bool:
@@ -135,10 +135,10 @@ class Worker:
         """Load, warm up, serve until `stop`. Raises what loading raises, or EngineBrokenError; nothing else ends it."""
         started_s = self._clock()
         try:
-            await self._in_model_thread(self._engine.load)
+            await self._model.run(self._engine.load)
             threads = {"threads": self._num_codec_threads, "processors": self._processors.told()}
             logger.info("threads that decode and encode", extra=threads)
-            await self._in_model_thread(self._engine.warm_up)
+            await self._model.run(self._engine.warm_up)
             engine = self._engine.info
             sizes = engine.batch_sizes or self._settings.batch.sizes
             self._batcher = Batcher(self._policy(sizes))
@@ -164,8 +164,8 @@ class Worker:
             )
             await self._serve(self._info)
         finally:
-            self._codecs.shutdown(wait=False, cancel_futures=True)
-            self._model.shutdown(wait=False, cancel_futures=True)
+            self._codecs.shutdown()
+            self._model.shutdown()
 
     async def _serve(self, info: WorkerInfo) -> None:
         loops = [asyncio.create_task(loop()) for loop in (self._heartbeat_loop, self._model_loop)]
@@ -268,7 +268,7 @@ class Worker:
             started = time.perf_counter()
             try:
                 self._pass_options(held)  # what cannot be given is refused before anything is read
-                decoded = await asyncio.get_running_loop().run_in_executor(self._codecs, self._codec.decode, job)
+                decoded = await self._codecs.run(lambda: self._codec.decode(job))
             except ServiceError as error:
                 await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
                 return
@@ -319,7 +319,7 @@ class Worker:
 
     async def _prepare(self) -> None:
         try:
-            await self._in_model_thread(self._engine.prepare)
+            await self._model.run(self._engine.prepare)
         except EngineBrokenError:
             raise
         except Exception:  # passes work without
@@ -334,7 +334,7 @@ class Worker:
         options = self._pass_options(batch[0])
         started = time.perf_counter()
         try:
-            parts = await self._in_model_thread(lambda: self._forward(batch, options))
+            parts = await self._model.run(lambda: self._forward(batch, options))
         except EngineBrokenError:
             raise  # ends the worker, not the jobs
         except Exception as error:  # noqa: BLE001 - one job's failure must not reach its neighbours, whatever it is
@@ -390,10 +390,7 @@ class Worker:
         job, info = held.lease.job, self._info
         started = time.perf_counter()
         try:
-            encoded = await asyncio.get_running_loop().run_in_executor(
-                self._codecs,
-                lambda: self._encoded(job, pictures, held.warp),
-            )
+            encoded = await self._codecs.run(lambda: self._encoded(job, pictures, held.warp))
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
             return
@@ -497,9 +494,6 @@ class Worker:
         """What decides how much memory one job of a pass needs."""
         job = held.lease.job
         return job.width, job.height, images.needed_parts(job.options.output.parts, held.warp)
-
-    async def _in_model_thread(self, call: Callable[[], Answer]) -> Answer:
-        return await asyncio.get_running_loop().run_in_executor(self._model, call)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(_guarded(work))

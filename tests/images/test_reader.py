@@ -259,6 +259,30 @@ def test_no_part_of_a_file_passes_for_the_whole(suffix: str, share: float) -> No
         read_pair(cut, IR_FILE, LIMITS)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(8, len(VIS_FILE) - 13), st.integers(0, 7))
+def test_no_flipped_bit_of_a_png_goes_unnoticed(at: int, bit: int) -> None:
+    """`inspect` leaves the checksums of pixels to the decoder, which must see to them; chunks behind it are checked."""
+    flipped = bytearray(VIS_FILE)
+    flipped[at] ^= 1 << bit
+    with pytest.raises(ImageError):
+        read_pair(bytes(flipped), IR_FILE, LIMITS)
+
+
+def test_a_png_with_another_checksum_is_refused_at_once_but_for_its_pixels() -> None:
+    for kind, is_refused in ((b"IHDR", True), (b"IDAT", False), (b"IEND", True)):
+        changed = bytearray(VIS_FILE)
+        at = VIS_FILE.index(kind)
+        changed[at + 4 + int.from_bytes(VIS_FILE[at - 4 : at], "big")] ^= 1
+        if is_refused:
+            with pytest.raises(BadImageError, match="damaged"):
+                inspect(bytes(changed), "vis", LIMITS)
+        else:
+            inspect(bytes(changed), "vis", LIMITS)
+        with pytest.raises(BadImageError, match="damaged"):
+            read_pair(bytes(changed), IR_FILE, LIMITS)
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from([".png", ".jpg", ".webp", ".tiff"]), st.data())
 def test_damaged_files_are_decoded_or_refused_but_never_worse(suffix: str, data: st.DataObject) -> None:

@@ -6,6 +6,7 @@ A form is parsed while it arrives, and stops at the first field that is not want
 from __future__ import annotations
 
 import functools
+import io
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
@@ -166,13 +167,14 @@ def _parse(parser: MultipartParser, chunk: bytes) -> None:
 class _Form:
     """Collects multipart fields and stops at the first that is not wanted or too large.
 
-    query: the options that came outside the form.
+    query: the options that came outside the form. A field is written into a stream of its own, which hands over the
+    bytes that it has become without copying them.
     """
 
     def __init__(self, max_image_bytes: int, query: Mapping[str, bytes]) -> None:
         self._max_image_bytes = max_image_bytes
         self._query = query
-        self._fields: dict[str, bytearray] = {}
+        self._fields: dict[str, io.BytesIO] = {}
         self._headers: dict[bytes, bytes] = {}
         self._name = b""
         self._value = b""
@@ -199,8 +201,8 @@ class _Form:
         missing = [name for name in IMAGE_FIELDS if name not in self._fields]
         if missing:
             raise InvalidInputError(f"the field {' and '.join(missing)} is missing; vis and ir are required")
-        filled = {name: bytes(value) for name, value in self._fields.items() if value or name in IMAGE_FIELDS}
-        return {**self._query, **filled}
+        filled = {name: value.getvalue() for name, value in self._fields.items()}
+        return {**self._query, **{name: value for name, value in filled.items() if value or name in IMAGE_FIELDS}}
 
     def _on_header_begin(self) -> None:
         self._name = self._value = b""
@@ -223,7 +225,7 @@ class _Form:
         if name in self._fields:
             raise InvalidInputError(f"the field {name} is there more than once")
         self._field = name
-        self._fields[name] = bytearray()
+        self._fields[name] = io.BytesIO()
 
     def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
         if start < end and self._field in self._query:
@@ -231,9 +233,9 @@ class _Form:
         value = self._fields[self._field]
         own = MAX_BYTES.get(self._field, MAX_OPTION_BYTES)
         limit = self._max_image_bytes if self._field in IMAGE_FIELDS else own
-        if len(value) + end - start > limit:
+        if value.tell() + end - start > limit:
             raise PayloadTooLargeError(f"the field {self._field} has more than the accepted {limit} bytes")
-        value += memoryview(chunk)[start:end]
+        value.write(memoryview(chunk)[start:end])
 
     def _on_end(self) -> None:
         self._is_closed = True

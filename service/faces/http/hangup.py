@@ -15,17 +15,22 @@ CLIENT_CLOSED = 499  # nobody hears it; it only tells the metrics what became of
 
 async def unless_hung_up(request: Request, work: Awaitable[Answer]) -> Answer | None:
     """The work's result, or None, with the work cancelled, if the client hangs up first."""
+    caller, has_left = asyncio.current_task(), False
 
-    async def hung_up() -> None:
+    async def watch() -> None:
+        nonlocal has_left
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        has_left = True
+        if caller is not None:
+            caller.cancel()
 
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(hung_up())
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
+        return await work
+    except asyncio.CancelledError:
+        if has_left and caller is not None and not caller.uncancel():  # by the watcher alone
+            return None
+        raise
     finally:
-        for unfinished in (task, watcher):
-            unfinished.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        watcher.cancel()

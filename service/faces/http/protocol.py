@@ -99,6 +99,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """The next bytes of a body."""
         self._idle_bytes = 0
+        if not self.cycle.body:
+            self.cycle.body = b""  # type: ignore[assignment]  # else it is copied into uvicorn's buffer and out again
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -40,7 +40,7 @@ async def test_codec_threads(
         await asyncio.wait_for(worker.warm.wait(), 5)
         worker.stop()
         await asyncio.wait_for(running, 10)
-    assert worker._codecs._max_workers == expected
+    assert worker._codecs.num == expected
     (said,) = [record for record in caplog.records if record.message == "threads that decode and encode"]
     assert said.__dict__["threads"] == expected
     assert said.__dict__["processors"] == "64 allowed, cgroup quota 6.5"

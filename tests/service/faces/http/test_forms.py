@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
-from service.faces.http.forms import OPTION_FIELDS
+from benchmarks.load import BOUNDARY, fuse_request
+from service.access.held import Held
+from service.faces.http.forms import OPTION_FIELDS, read_form
 from service.terms.errors import ErrorCode
+from service.terms.settings import Settings
 from tests.fakes import file_of, picture
 from tests.images.files import BAD_FILES
 from tests.service.conftest import Server
@@ -173,3 +178,25 @@ async def test_an_empty_option_is_an_absent_one(server: Server) -> None:
         assert answer.content == plain.content
     filled = await server.client.post("/v1/fuse?output=ir&seed=", files=FILES, data={**empty, "seed": "8"})
     assert (filled.headers["x-picture"], server.engine.batches[-1]) == ("ir", [8])
+
+
+async def test_no_more_than_one_copy_of_an_upload_is_held_while_it_is_read() -> None:
+    body = fuse_request(bytes(8 << 20), bytes(2 << 20)).partition(b"\r\n\r\n")[2]
+    content_type = b"multipart/form-data; boundary=" + BOUNDARY
+    scope = {"type": "http", "method": "POST", "query_string": b"", "headers": [(b"content-type", content_type)]}
+    pieces = iter(range(0, len(body), 1 << 16))
+
+    async def receive() -> dict[str, Any]:
+        at = next(pieces)
+        piece = bytes(memoryview(body)[at : at + (1 << 16)])  # fresh memory, as from a socket
+        return {"type": "http.request", "body": piece, "more_body": at + len(piece) < len(body)}
+
+    with Held(1 << 30, retry_after_s=1.0).holding() as holding:
+        tracemalloc.start()
+        try:
+            form = await read_form(Request(scope, receive), Settings(), holding)
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert {name: len(value) for name, value in form.items()} == {"vis": 8 << 20, "ir": 2 << 20}
+    assert peak_bytes < 1.3 * len(body)
