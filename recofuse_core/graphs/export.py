@@ -1,8 +1,8 @@
 """The model as ONNX graphs: its parts, from which a runtime puts a picture together as `picture.run` does.
 
 A graph holds no weights. They lie in the checkpoint beside it, where ONNX's external data points: a safetensors file
-keeps every tensor as plain bytes at a known place. What is made of them (portable.py) is in the graph, and computed once
-when a runtime loads it. `embedded` is the other form: all of that computed here, and one file that needs no other.
+keeps every tensor as plain bytes at a known place. What is made of them (portable.py) is in the graph, computed once
+when a runtime loads it.
 
 Sizes are free: batch, height and width of every image and latent. Latents are an eighth of an image's sides.
 """
@@ -142,7 +142,7 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     any_size = {0: any_batch, 2: sides[0], 3: sides[1]}
     pair = {"vis": frame(3), "ir": frame(1)}
     pair_shapes = {"vis": any_size, "ir": any_size}
-    latents = {name: latent for name in ("vis", "ir", "vis_mu", "ir_mu")}
+    latents = dict.fromkeys(("vis", "ir", "vis_mu", "ir_mu"), latent)
     both = {f"{mode}_{name}": skip for mode in ("vis", "ir") for name, skip in zip(numbered, skips, strict=True)}
     both_shapes = [scaled(factor) for _ in range(2) for factor in factors]
     predicted = ("vis_output", "ir_output", "start") if _gives_start(model) else ("vis_output", "ir_output")
@@ -154,12 +154,12 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     parts["predict"] = Part(
         _Predict(stepwise),
         latents | {"timestep": torch.ones(1, dtype=torch.int64)},
-        {name: latent_sides for name in latents} | {"timestep": {}},
+        dict.fromkeys(latents, latent_sides) | {"timestep": {}},
         predicted,
     )
     parts["fuse"] = Part(
         _Fuse(stepwise),
-        {name: latent for name in ("vis", "ir")},
+        dict.fromkeys(("vis", "ir"), latent),
         {"vis": latent_sides, "ir": latent_sides},
         ("latent",),
     )

@@ -12,7 +12,6 @@ when it loads the graph, and the weights stay those of the checkpoint.
 
 import copy
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
