@@ -1,8 +1,8 @@
 """The model as ONNX graphs: its parts, from which a runtime puts a picture together as `picture.run` does.
 
 A graph holds no weights. They lie in the checkpoint beside it, where ONNX's external data points: a safetensors file
-keeps every tensor as plain bytes at a known place. What is made of them (portable.py) is in the graph, and computed once
-when a runtime loads it. `embedded` is the other form: all of that computed here, and one file that needs no other.
+keeps every tensor as plain bytes at a known place. What is made of them (portable.py) is in the graph, computed once
+when a runtime loads it.
 
 Sizes are free: batch, height and width of every image and latent. Latents are an eighth of an image's sides.
 """
@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, read_header
+from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.graphs.portable import portable_copy
-from recofuse_core.model import ReCoFuse, widen_range
-from recofuse_core.picture import LATENT_FACTOR, MIN_SIDE, PADDING
+from recofuse_core.model import ReCoFuse, TorchNetworks, widen_range
+from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
+from recofuse_core.tiling import TilingConfig
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -174,8 +175,64 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     return parts
 
 
-def to_graph(part: Part) -> ModelProto:
-    """A part as a graph whose weights are in float32, named as in the checkpoint; nothing of them is computed."""
+class _Picture(_Of):
+    """A whole picture at fixed steps."""
+
+    def __init__(self, model: ReCoFuse, plan: FusionPlan) -> None:
+        super().__init__(model)
+        self.plan = plan
+
+    def forward(self, vis: Tensor, ir: Tensor, noise_vis: Tensor, noise_ir: Tensor) -> tuple[Tensor, ...]:
+        model, frames = self.model, Pair(vis, ir)
+        images = model.normalise(model.light(frames) if self.plan.exposure == "lit" else frames)
+        prepared = Pair(images.vis, images.ir.expand(-1, 3, -1, -1))
+
+        def finish(name: OutputName, decoded: Tensor) -> Tensor:
+            image = decoded.clamp(0.0, 1.0)
+            if name == "fused":
+                return widen_range(image, model.config.widening)
+            return image.mean(dim=1, keepdim=True) if name == "ir" else image
+
+        networks = TorchNetworks(model, model.condition)
+        size: Any = tuple(vis.shape[-2:])
+        noise = Pair(noise_vis, noise_ir)
+        pictures, _ = run(networks, model.sde, self.plan, prepared, size, lambda: noise, finish)
+        return tuple(pictures[name] for name in ALL_OUTPUTS if name in pictures)
+
+
+def picture_of(model: ReCoFuse, plan: FusionPlan) -> Part:
+    """All that makes a plan's pictures, for frames whose sides are multiples of 16.
+
+    vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1], standard normal noise_vis and noise_ir like the latents, to the
+    plan's outputs, fused before vis before ir, in [0, 1]. Raises ConfigError for a sampler that draws at every step.
+    """
+    if plan.num_draws > 1:
+        raise ConfigError(f"the sampler {plan.sampler} draws noise at every step; a graph takes one draw")
+    plan = dataclasses.replace(plan, tiling=TilingConfig(max_pixels=MAX_SIDE**2))
+    batch, height, width = SAMPLE
+    any_batch = torch.export.Dim("batch", min=1, max=4096)
+    rows, columns = (torch.export.Dim(name, min=2, max=MAX_SIDE // PADDING) for name in ("rows", "columns"))
+    sides = {0: any_batch, 2: PADDING * rows, 3: PADDING * columns}
+    halves = {0: any_batch, 2: 2 * rows, 3: 2 * columns}
+    noise = torch.zeros(model.latent_shape(batch, height, width))
+    return Part(
+        _Picture(portable_copy(model, is_step_fixed=True), plan),
+        {
+            "vis": torch.zeros(batch, 3, height, width),
+            "ir": torch.zeros(batch, 1, height, width),
+            "noise_vis": noise,
+            "noise_ir": noise,
+        },
+        {"vis": sides, "ir": sides, "noise_vis": halves, "noise_ir": halves},
+        tuple(name for name in ALL_OUTPUTS if name in plan.outputs),
+    )
+
+
+def to_graph(part: Part, *, folded: bool = False) -> ModelProto:
+    """A part as a graph with its weights inside, in float32.
+
+    They are named as in the checkpoint, and what is computed of them is in the graph; `folded` computes it here.
+    """
     _require_onnx()
     from onnxscript.optimizer import optimize
 
@@ -197,7 +254,11 @@ def to_graph(part: Part) -> ModelProto:
         )
         assert program is not None
         # Small things alone are folded, such as the arithmetic of shapes: weights stay what the checkpoint holds.
-        optimize(program.model, input_size_limit=64, output_size_limit=1024)
+        optimize(
+            program.model,
+            input_size_limit=1 << 30 if folded else 64,
+            output_size_limit=1 << 30 if folded else 1024,
+        )
     graph: ModelProto = program.model_proto
     return _cleaned(graph)
 
@@ -284,12 +345,40 @@ def write_parts(checkpoint: Path) -> list[Path]:
     return paths
 
 
+def write_picture(weights: str | Path, output: Path, **wishes: Any) -> ModelProto:
+    """Write one graph that makes a whole picture, weights inside. wishes: as of `ReCoFuse.plan`.
+
+    Raises CheckpointError for weights that do not load, ConfigError for wishes that cannot be had, or without onnx.
+    """
+    _require_onnx()
+    model, header = load_pretrained(weights), pretrained_header(weights)
+    plan = model.plan(**wishes)
+    graph = to_graph(picture_of(model, plan), folded=True)
+    describe(
+        graph,
+        header,
+        part="picture",
+        exposure=plan.exposure,
+        sampler=plan.sampler,
+        timesteps=json.dumps(plan.timesteps),
+    )
+    try:
+        output.write_bytes(graph.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error}") from error
+    return graph
+
+
 def _cleaned(graph: ModelProto) -> ModelProto:
-    """Without where in the sources everything came from, which is most of a graph's bytes."""
+    """Without where in the sources everything came from, which is most of a graph's bytes.
+
+    Shapes between the nodes stay: ONNX Runtime adds in blocks only what it knows to be of one shape.
+    """
     graph.doc_string, graph.producer_name, graph.producer_version = "", "recofuse", ""
-    del graph.metadata_props[:], graph.graph.value_info[:], graph.graph.metadata_props[:]
+    del graph.metadata_props[:], graph.graph.metadata_props[:]
     graph.graph.doc_string = ""
-    for item in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+    inner = graph.graph
+    for item in (*inner.node, *inner.input, *inner.output, *inner.initializer, *inner.value_info):
         item.doc_string = ""
         del item.metadata_props[:]
     return graph

@@ -1,0 +1,154 @@
+"""What the graphs compute, in ONNX Runtime, against torch."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoint
+from recofuse_core.exposure import ExposureConfig
+from recofuse_core.graphs import export
+from recofuse_core.model import ReCoFuse
+from recofuse_core.networks import ToneConfig
+from recofuse_core.sampler import Pair
+from tests.core.tiny import GATED, images_of, pairs, tiny_model
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+
+WEIGHTS = Path(export.__file__).parents[1] / "weights"
+SIZES = [(256, 320), (480, 640), (608, 800)]
+
+
+def session(graph: Any) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    content = str(graph) if isinstance(graph, Path) else graph.SerializeToString()
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def results(runner: Any, *values: Tensor) -> list[np.ndarray]:
+    names = [item.name for item in runner.get_inputs()]
+    return runner.run(None, {name: value.contiguous().numpy() for name, value in zip(names, values, strict=True)})  # type: ignore[no-any-return]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def complete() -> ReCoFuse:
+    config = replace(
+        GATED,
+        tone=ToneConfig(grid=16, num_quantiles=8, width=16),
+        exposure=ExposureConfig(cells=16, num_quantiles=8, width=16, channels=(8, 8, 8)),
+        widening=0.4,
+        steps=2,
+    )
+    model = tiny_model(config)
+    # Fresh random heads would burn out every frame, and differences with it.
+    for name, parameter in model.named_parameters():
+        if name.startswith(("tone.layers.4", "exposure.curve_head", "exposure.grid_head")):
+            parameter.data *= 0.1
+    return model
+
+
+def assert_levels(actual: np.ndarray, expected: Tensor) -> None:
+    """One level of 255 at most, in less than a thousandth of the values."""
+    levels = np.abs((actual * 255).round() - (expected.numpy() * 255).round())
+    assert actual.shape == tuple(expected.shape)
+    assert levels.max() <= 1
+    assert (levels > 0).mean() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exposure", ["as_shot", "lit"])
+def test_a_picture_is_that_of_torch(exposure: str) -> None:
+    model = complete()
+    plan = model.plan(exposure=exposure)  # type: ignore[arg-type]
+    runner = session(export.to_graph(export.picture_of(model, plan), folded=True))
+    for (height, width), batch in zip(SIZES, (3, 1, 1), strict=True):
+        vis, ir = pairs(batch, height, width)
+        shape = model.latent_shape(batch, height, width)
+        draw = Pair(noise(*shape), noise(*shape, seed=1))
+        with torch.inference_mode():
+            expected, _ = model.run(vis, ir, plan, lambda draw=draw: draw)  # type: ignore[misc]
+        actual = results(runner, vis, ir, *draw)
+        for picture, image in zip(actual, images_of(expected), strict=True):
+            assert_levels(picture, image)
+
+
+def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
+    model = tiny_model()
+    with pytest.raises(export.ConfigError, match="draws noise at every step"):
+        export.picture_of(model, model.plan(sampler="euler"))
+
+
+SHIPPED = ("tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    entries = onnx.load(path, load_external_data=False).metadata_props
+    return {entry.key: entry.value for entry in entries}
+
+
+@pytest.mark.parametrize("part", SHIPPED)
+def test_shipped_graphs_belong_to_the_shipped_weights(part: str) -> None:
+    header = read_header(WEIGHTS / "compact.safetensors")
+    known = metadata(WEIGHTS / f"compact.{part}.onnx")
+    assert known["recofuse.checksum"] == header.checksum
+    assert known["recofuse.version"] == header.info.version
+    assert known["recofuse.part"] == part
+
+
+def test_the_graph_of_a_step_says_what_a_runtime_has_to_know() -> None:
+    about = json.loads(metadata(WEIGHTS / "compact.predict.onnx")["recofuse.about"])
+    model = load_pretrained("compact")
+    assert (about["sampler"], about["steps"]) == (model.config.sampler, model.config.steps)
+    assert about["can_light"] == (model.exposure is not None)
+    assert set(about["parts"]) == set(SHIPPED)
+
+
+@pytest.mark.slow
+def test_shipped_graphs_compute_what_torch_does() -> None:
+    model = load_pretrained("compact").requires_grad_(False)
+    runners = {part: session(WEIGHTS / f"compact.{part}.onnx") for part in SHIPPED}
+    vis, ir = pairs(2, 91, 133)  # any size
+    for part, frames in (("tone", Pair(vis, ir)), ("light", model.light(Pair(vis, ir)))):
+        for actual, expected in zip(results(runners[part], vis, ir), model.normalise(frames), strict=True):
+            np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+    image = pairs(2, 96, 64, seed=1)[0]
+    latent, skips = model.autoencoder.encode(image)
+    other, other_skips = model.autoencoder.encode(image.flip(0))
+    prediction = model.predict(Pair(latent, other), Pair(other, latent), 38)
+    step = torch.tensor([38])
+    expectations = {
+        "encode": ((image,), (latent, *skips)),
+        "predict": ((latent, other, other, latent, step), tuple(prediction.output)),
+        "fuse": ((latent, other), (model.final_fusion(Pair(latent, other)),)),
+        "fuse_skips": ((*skips, *other_skips), model.autoencoder.fuse_skips(skips, other_skips)),
+        "decode": ((latent, *skips), (model.autoencoder.decode(latent, skips, (96, 64)),)),
+        "widen": ((image,), (export.widen_range(image, model.config.widening),)),
+    }
+    for part, (values, outputs) in expectations.items():
+        for actual, expected in zip(results(runners[part], *values), outputs, strict=True):
+            np.testing.assert_allclose(actual, expected.numpy(), atol=2e-5, rtol=1e-5, err_msg=part)
+
+
+@pytest.mark.slow
+def test_a_graph_that_points_to_weights_reads_them_there(tmp_path: Path) -> None:
+    model = tiny_model()
+    checkpoint = tmp_path / "tiny.safetensors"
+    save_checkpoint(checkpoint, model.state_dict(), model.config, name="tiny", version="1")
+    stored = load_pretrained(checkpoint).requires_grad_(False)
+    graph = export.point_to(export.to_graph(export.parts_of(stored)["fuse"]), checkpoint)
+    path = tmp_path / "tiny.fuse.onnx"
+    path.write_bytes(graph.SerializeToString(deterministic=True))
+    vis, ir = noise(1, 4, 6, 8), noise(1, 4, 6, 8, seed=1)
+    (actual,) = results(session(path), vis, ir)
+    np.testing.assert_allclose(actual, stored.final_fusion(Pair(vis, ir)).numpy(), atol=1e-5)
