@@ -40,9 +40,15 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "constant
     """Pad right and below until both sides are multiples. Raises ShapeError where reflection needs more pixels."""
     height, width = x.shape[-2:]
     pad_h, pad_w = -height % multiple, -width % multiple
-    if mode == "reflect" and (pad_h >= height or pad_w >= width):
+    if mode == "reflect" and not torch.compiler.is_compiling() and (pad_h >= height or pad_w >= width):
         raise ShapeError(f"a {width}x{height} image is too small to be padded to multiples of {multiple} by reflection")
-    return F.pad(x, (0, pad_w, 0, pad_h), mode) if pad_h or pad_w else x
+    if torch.compiler.is_compiling():  # sizes are free there, and so is what is missing
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        is_whole = statically_known_true(pad_h == 0) and statically_known_true(pad_w == 0)
+    else:
+        is_whole = pad_h == pad_w == 0
+    return x if is_whole else F.pad(x, (0, pad_w, 0, pad_h), mode)
 
 
 # --- autoencoders -----------------------------------------------------------------------------------------------------
