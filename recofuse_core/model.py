@@ -39,6 +39,7 @@ from recofuse_core.picture import (
     FusionPlan,
     ModelInfo,
     OutputName,
+    cannot_light,
     latent_size,
     make_plan,
     require_finite,
@@ -196,7 +197,7 @@ class ReCoFuse(nn.Module):
         Raises ConfigError for a model without an exposure estimator.
         """
         if self.exposure is None:
-            raise ConfigError(f"the weights {self.info.name} {self.info.version} have no exposure estimator")
+            raise cannot_light(self.info)
         return Pair(self.exposure(frames.vis, frames.ir)(frames.vis), frames.ir)
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:

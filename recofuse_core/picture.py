@@ -116,10 +116,7 @@ def make_plan(
     """
     require_exposure(exposure)
     if exposure == "lit" and not defaults.can_light:
-        raise ConfigError(
-            f"the weights {info.name} {info.version} have no exposure estimator and cannot give exposure 'lit'; "
-            "take other weights, or 'as_shot'"
-        )
+        raise cannot_light(info)
     sampler = sampler or defaults.sampler
     count = defaults.steps if steps is None else steps
     if start is None and sampler != "euler" and defaults.prediction == "noise":
@@ -308,6 +305,14 @@ def require_exposure(exposure: str) -> None:
     """Raise ConfigError for a rendition that does not exist."""
     if exposure not in get_args(Exposure):
         raise ConfigError(f"exposure must be one of {', '.join(get_args(Exposure))}, got {exposure!r}")
+
+
+def cannot_light(info: ModelInfo) -> ConfigError:
+    """What to raise where weights cannot give the rendition "lit"."""
+    return ConfigError(
+        f"the weights {info.name} {info.version} have no exposure estimator and cannot give exposure 'lit'; "
+        "take other weights, or 'as_shot'"
+    )
 
 
 def _require_outputs(outputs: Collection[OutputName]) -> frozenset[OutputName]:

@@ -378,7 +378,8 @@ def _cleaned(graph: ModelProto) -> ModelProto:
     del graph.metadata_props[:], graph.graph.metadata_props[:]
     graph.graph.doc_string = ""
     inner = graph.graph
-    for item in (*inner.node, *inner.input, *inner.output, *inner.initializer, *inner.value_info):
+    items: tuple[Any, ...] = (*inner.node, *inner.input, *inner.output, *inner.initializer, *inner.value_info)
+    for item in items:
         item.doc_string = ""
         del item.metadata_props[:]
     return graph

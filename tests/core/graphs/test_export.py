@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoint
+from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import ExposureConfig
 from recofuse_core.graphs import export
-from recofuse_core.model import ReCoFuse
+from recofuse_core.model import ReCoFuse, widen_range
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
 from tests.core.tiny import GATED, images_of, pairs, tiny_model
@@ -85,7 +86,7 @@ def test_a_picture_is_that_of_torch(exposure: str) -> None:
 
 def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
     model = tiny_model()
-    with pytest.raises(export.ConfigError, match="draws noise at every step"):
+    with pytest.raises(ConfigError, match="draws noise at every step"):
         export.picture_of(model, model.plan(sampler="euler"))
 
 
@@ -133,7 +134,7 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
         "fuse": ((latent, other), (model.final_fusion(Pair(latent, other)),)),
         "fuse_skips": ((*skips, *other_skips), model.autoencoder.fuse_skips(skips, other_skips)),
         "decode": ((latent, *skips), (model.autoencoder.decode(latent, skips, (96, 64)),)),
-        "widen": ((image,), (export.widen_range(image, model.config.widening),)),
+        "widen": ((image,), (widen_range(image, model.config.widening),)),
     }
     for part, (values, outputs) in expectations.items():
         for actual, expected in zip(results(runners[part], *values), outputs, strict=True):
