@@ -142,6 +142,11 @@ def test_the_probes_can_fail() -> None:
         imports_of("from . import b")
 
 
+def test_the_model_as_graphs_needs_no_torch() -> None:
+    modules = ["recofuse_core.graphs.runtime", "recofuse_core.picture", "service.work.engines"]
+    assert pulled_in(modules, ("torch",)) == []
+
+
 def test_every_module_is_in_a_room() -> None:
     """But for the door of the service, which opens onto the command."""
     homeless = {module for package in PACKAGES for module in modules_of(package) if not room_of(module)}

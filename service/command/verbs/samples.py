@@ -24,20 +24,28 @@ def sample(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "640x480",
 ) -> None:
     """Write a generated, degraded pair: something to try the other commands on."""
-    from recofuse_core.degradations.recipes import IrKind, VisKind
-    from service.command.demo import SampleRecipe, write_sample
+    from service.command.demo import SampleRecipe, copy_sample, write_sample
 
-    kinds = []
-    for name, given, known in (("vis", vis, tuple(VisKind)), ("ir", ir, tuple(IrKind))):
-        chosen = tuple(filter(None, given.split(",")))
-        if unknown := set(chosen) - set(known):
-            raise InvalidInputError(f"{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
-        kinds.append(chosen)
+    settings = read_settings()
     width, height = sides_of(size)
-    recipe = SampleRecipe(seed, degradation_seed, kinds[0], kinds[1], width, height)
+    recipe = SampleRecipe(seed, degradation_seed, _kinds(vis), _kinds(ir), width, height)
+    if recipe == SampleRecipe():  # which needs no torch
+        output.mkdir(parents=True, exist_ok=True)
+        vis_path, ir_path, _ = copy_sample(output, settings.limits)
+        out.print(f"wrote {vis_path} and {ir_path}", soft_wrap=True)
+        return
+    from recofuse_core.degradations.recipes import IrKind, VisKind
+
+    for name, given, known in (("vis", vis, tuple(VisKind)), ("ir", ir, tuple(IrKind))):
+        if unknown := set(_kinds(given)) - set(known):
+            raise InvalidInputError(f"{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     output.mkdir(parents=True, exist_ok=True)
-    vis_path, ir_path, _ = write_sample(output, recipe, read_settings().codec)
+    vis_path, ir_path, _ = write_sample(output, recipe, settings.codec)
     out.print(f"wrote {vis_path} and {ir_path}", soft_wrap=True)
+
+
+def _kinds(given: str) -> tuple[str, ...]:
+    return tuple(filter(None, given.split(",")))
 
 
 def demo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.command.environment import WEIGHTS_VARIABLE, read_settings
-from service.command.options import DEFAULT_WEIGHTS
+from service.command.options import DEFAULT_WEIGHTS, Exposure, Weights
 from service.command.terminal import out
 from service.terms.errors import InvalidInputError
 from service.terms.settings import Settings
@@ -99,10 +100,28 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+class Form(StrEnum):
+    """What `convert` writes."""
+
+    CHECKPOINT = "checkpoint"
+    GRAPHS = "graphs"
+    ONNX = "onnx"
+
+
 def convert(
-    fusion: Annotated[Path, typer.Option(help="The published fusion network, ReCoFuse_F.pth.")],
-    autoencoder: Annotated[Path, typer.Option(help="The published autoencoder, latent-AE-XY.pth.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint to write, such as paper.safetensors.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write, such as paper.safetensors or compact.onnx."),
+    ] = None,
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="checkpoint: one of the published files; graphs: of weights, beside them, what runs them without torch; "
+            "onnx: of weights, one graph that makes a picture (docs/onnx.md)."
+        ),
+    ] = Form.CHECKPOINT,
+    fusion: Annotated[Path | None, typer.Option(help="The published fusion network, ReCoFuse_F.pth.")] = None,
+    autoencoder: Annotated[Path | None, typer.Option(help="The published autoencoder, latent-AE-XY.pth.")] = None,
     generator: Annotated[Path | None, typer.Option(help="The published branches, ReCoFuse_G.pth.")] = None,
     branches: Annotated[
         tuple[Path, Path] | None,
@@ -110,10 +129,32 @@ def convert(
     ] = None,
     name: Annotated[str, typer.Option(help="What the model is called in answers and logs.")] = "paper",
     half: Annotated[bool, typer.Option("--half", help="Store float16: half the size, slightly rounded.")] = False,
+    weights: Weights = DEFAULT_WEIGHTS,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="For onnx: sampling steps; the model's own if unset.")
+    ] = None,
+    exposure: Exposure = None,
+    outputs: Annotated[str, typer.Option(help="For onnx: some of fused, vis and ir, comma-separated.")] = "fused",
 ) -> None:
-    """Turn the authors' published .pth files into one checkpoint; no code in them is run."""
-    if (generator is None) == (branches is None):
-        raise InvalidInputError("give either --generator or --branches")
+    """Turn the authors' published .pth files into one checkpoint, or weights into ONNX graphs; no code in them is run."""
+    if to is Form.GRAPHS:
+        from recofuse_core.graphs.export import write_parts
+        from recofuse_core.weights_file import resolve
+
+        for path in write_parts(resolve(weights)):
+            out.print(f"wrote {path}", soft_wrap=True)
+        return
+    if output is None:
+        raise InvalidInputError("give --output, the file to write")
+    if to is Form.ONNX:
+        from recofuse_core.graphs.export import write_picture
+
+        wishes = {"steps": steps, "exposure": exposure or "as_shot", "outputs": outputs.split(",")}
+        write_picture(weights, output, **wishes)
+        out.print(f"wrote {output}: {output.stat().st_size:,} bytes", soft_wrap=True)
+        return
+    if fusion is None or autoencoder is None or (generator is None) == (branches is None):
+        raise InvalidInputError("give --fusion, --autoencoder, and either --generator or --branches")
     import torch
 
     from recofuse_core import convert_official

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from recofuse_core.data import read_vis
-from service.command.demo import copy_sample
-from service.terms.settings import LimitSettings
+from service.command.demo import SampleRecipe, copy_sample, write_sample
+from service.terms.settings import CodecSettings, LimitSettings
 from tests.fakes import file_of, picture
 from tests.service.command.calls import assert_one_line, run
 
@@ -36,8 +36,10 @@ def test_a_sample_is_a_degraded_pair_that_its_options_decide(tmp_path: Path) -> 
 def test_the_shipped_sample_is_what_sample_writes(tmp_path: Path) -> None:
     own = tmp_path / "shipped"
     own.mkdir()
-    assert run("sample", tmp_path).exit_code == 0
+    write_sample(tmp_path, SampleRecipe(), CodecSettings())
     shipped, _, clean = copy_sample(own, LimitSettings())
+    assert run("sample", tmp_path / "plain").exit_code == 0
+    assert (tmp_path / "plain/ir.png").read_bytes() == (own / "ir.png").read_bytes()
     for name in ("vis", "ir"):
         assert torch.equal(read_vis(shipped.with_name(f"{name}.png")), read_vis(tmp_path / f"{name}.png"))
     assert [picture.shape for _, picture in clean] == [(480, 640, 3), (480, 640)]
