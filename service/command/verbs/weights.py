@@ -116,7 +116,7 @@ def convert(
     to: Annotated[
         Form,
         typer.Option(
-            help="checkpoint: one of the published files; graphs: of weights, beside them, what runs them without torch; "
+            help="checkpoint: of the published files; graphs: of weights, beside them, what runs them without torch; "
             "onnx: of weights, one graph that makes a picture (docs/onnx.md)."
         ),
     ] = Form.CHECKPOINT,
@@ -136,7 +136,7 @@ def convert(
     exposure: Exposure = None,
     outputs: Annotated[str, typer.Option(help="For onnx: some of fused, vis and ir, comma-separated.")] = "fused",
 ) -> None:
-    """Turn the authors' published .pth files into one checkpoint, or weights into ONNX graphs; no code in them is run."""
+    """Turn the authors' published .pth files into a checkpoint, or weights into ONNX graphs; no code in them is run."""
     if to is Form.GRAPHS:
         from recofuse_core.graphs.export import write_parts
         from recofuse_core.weights_file import resolve
