@@ -234,7 +234,7 @@ def to_graph(part: Part, *, folded: bool = False) -> ModelProto:
     They are named as in the checkpoint, and what is computed of them is in the graph; `folded` computes it here.
     """
     _require_onnx()
-    from onnxscript.optimizer import optimize
+    from onnxscript.optimizer import fold_constants, optimize, remove_unused_nodes
 
     with torch.no_grad(), _quietly(), contextlib.redirect_stdout(io.StringIO()):
         exported = torch.export.export(
@@ -253,12 +253,11 @@ def to_graph(part: Part, *, folded: bool = False) -> ModelProto:
             output_names=list(part.outputs),
         )
         assert program is not None
-        # Small things alone are folded, such as the arithmetic of shapes: weights stay what the checkpoint holds.
-        optimize(
-            program.model,
-            input_size_limit=1 << 30 if folded else 64,
-            output_size_limit=1 << 30 if folded else 1024,
-        )
+        if folded:
+            fold_constants(program.model, input_size_limit=1 << 30, output_size_limit=1 << 30)
+            remove_unused_nodes(program.model)
+        else:  # small things alone, such as the arithmetic of shapes: weights stay what the checkpoint holds
+            optimize(program.model, input_size_limit=64, output_size_limit=1024)
     graph: ModelProto = program.model_proto
     return _cleaned(graph)
 

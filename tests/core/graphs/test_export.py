@@ -12,7 +12,6 @@ from torch import Tensor
 
 from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoint
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import ExposureConfig
 from recofuse_core.graphs import export
 from recofuse_core.model import ReCoFuse, widen_range
 from recofuse_core.networks import ToneConfig
@@ -44,17 +43,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def complete() -> ReCoFuse:
-    config = replace(
-        GATED,
-        tone=ToneConfig(grid=16, num_quantiles=8, width=16),
-        exposure=ExposureConfig(cells=16, num_quantiles=8, width=16, channels=(8, 8, 8)),
-        widening=0.4,
-        steps=2,
-    )
-    model = tiny_model(config)
-    # Fresh random heads would burn out every frame, and differences with it.
+    """All but the lighting, which is most of what there is to export."""
+    tone = ToneConfig(grid=16, num_quantiles=8, width=16)
+    model = tiny_model(replace(GATED, tone=tone, widening=0.4, steps=1))
+    # A fresh random head would burn out every frame, and differences with it.
     for name, parameter in model.named_parameters():
-        if name.startswith(("tone.layers.4", "exposure.curve_head", "exposure.grid_head")):
+        if name.startswith("tone.layers.4"):
             parameter.data *= 0.1
     return model
 
@@ -68,10 +62,10 @@ def assert_levels(actual: np.ndarray, expected: Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exposure", ["as_shot", "lit"])
-def test_a_picture_is_that_of_torch(exposure: str) -> None:
+@pytest.mark.timeout(600)
+def test_a_picture_is_that_of_torch() -> None:
     model = complete()
-    plan = model.plan(exposure=exposure)  # type: ignore[arg-type]
+    plan = model.plan()
     runner = session(export.to_graph(export.picture_of(model, plan), folded=True))
     for (height, width), batch in zip(SIZES, (3, 1, 1), strict=True):
         vis, ir = pairs(batch, height, width)
