@@ -145,12 +145,21 @@ def bench_weights(
     new: Annotated[str, typer.Argument(help="Name or path of those that are asked about.")] = DEFAULT_WEIGHTS,
     exposure: Annotated[str, typer.Option(help="as_shot or lit.")] = "as_shot",
     windows: Annotated[int, typer.Option(min=1, help="Times that either is run at each size.")] = 5,
+    runtime: Annotated[str, typer.Option(help="What runs the latter: torch, or onnx, their graphs.")] = "torch",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """What a pair costs with either of two sets of weights, from 320x256 to 4K, in alternating windows."""
     from benchmarks import weights
 
-    weights.run(old, new, exposure=cast("Any", exposure), windows=windows, json_path=json_path, say=typer.echo)
+    weights.run(
+        old,
+        new,
+        exposure=cast("Any", exposure),
+        windows=windows,
+        runtime=cast("Any", runtime),
+        json_path=json_path,
+        say=typer.echo,
+    )
 
 
 @bench.command(name="kept")

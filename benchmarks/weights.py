@@ -1,5 +1,6 @@
 """`recofuse bench weights OLD NEW`: what a pair costs with either set of weights, and how that grows with the pixels.
 
+OLD is run by torch, NEW by torch or, with --runtime onnx, as graphs; so `compact compact --runtime onnx` compares runtimes.
 Both are run in turn, window by window, in one process with the same settings, so that what else the machine does meets
 both alike; what counts is processor time, the least of the windows. The last line has the ratio at 640x480 and how much
 dearer a pixel of the largest size is.
@@ -12,15 +13,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from recofuse_core.checkpoint import load_pretrained
+from recofuse_core.graphs.runtime import GraphRuntime
 from recofuse_core.picture import Exposure, OutputName
 from recofuse_core.runtime import Runtime
 
 SIZES = ((320, 256), (640, 480), (1280, 1024), (3840, 2160))  # width, height; the last is tiled
 REFERENCE = (640, 480)
+Runner = Literal["torch", "onnx"]
 FUSED: tuple[OutputName, ...] = ("fused",)
 
 
@@ -54,16 +58,20 @@ def run(
     *,
     exposure: Exposure,
     windows: int,
+    runtime: Runner = "torch",
     sizes: tuple[tuple[int, int], ...] = SIZES,
     json_path: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Measure both and say what was found; one thread. Raises CheckpointError for weights that cannot be read."""
     torch.set_num_threads(1)
-    runtimes: dict[str, Runtime] = {}
-    for role, weights in (("old", old), ("new", new)):
-        model = load_pretrained(weights)
-        runtimes[f"{role}: {model.info.name} {model.info.version}"] = Runtime(model, precision="float32")
+    runtimes: dict[str, Runtime | GraphRuntime] = {"old": Runtime(load_pretrained(old), precision="float32")}
+    if runtime == "onnx":
+        runtimes["new"] = GraphRuntime(new, num_threads=1)
+    else:
+        runtimes["new"] = Runtime(load_pretrained(new), precision="float32")
+    runners = {"old": "", "new": " as graphs" if runtime == "onnx" else ""}
+    runtimes = {f"{role}: {used.info.name} {used.info.version}{runners[role]}": used for role, used in runtimes.items()}
     old_name, new_name = runtimes
     costs: list[Cost] = []
     for width, height in sizes:
@@ -72,10 +80,13 @@ def run(
         ir = torch.randint(256, (1, 1, height, width), generator=generator, dtype=torch.uint8)
         spent: dict[str, list[float]] = {name: [] for name in runtimes}
         for window in range(windows + 1):  # the first warms up
-            for name, runtime in runtimes.items():
-                offered = exposure if runtime.model.exposure is not None else "as_shot"
+            for name, used in runtimes.items():
+                offered = exposure if used.can_light else "as_shot"
                 started = time.process_time()
-                runtime.fuse(vis, ir, outputs=FUSED, exposure=offered)
+                if isinstance(used, Runtime):
+                    used.fuse(vis, ir, outputs=FUSED, exposure=offered)
+                else:
+                    used.fuse(vis.numpy(), ir.numpy(), outputs=FUSED, exposure=offered)
                 if window:
                     spent[name].append(time.process_time() - started)
         for name, seconds in spent.items():

@@ -35,3 +35,13 @@ def test_both_are_measured_and_the_ratio_follows(tmp_path: Path) -> None:
     )
     assert said[-1].startswith(f"new: tiny 2.0.0 takes {outcome.ratio:.2f} of the processor time of old: tiny 1.0.0")
     assert json.loads((tmp_path / "out.json").read_text())["ratio"] == outcome.ratio
+
+
+def test_the_runtimes_of_one_set_of_weights_are_compared() -> None:
+    said: list[str] = []
+    sizes = ((64, 48), (96, 64))
+    outcome = weights.run(
+        "compact", "compact", exposure="as_shot", windows=1, runtime="onnx", sizes=sizes, say=said.append
+    )
+    assert len({cost.name for cost in outcome.costs}) == 2
+    assert " as graphs takes " in said[-1]
