@@ -1,6 +1,6 @@
 """`recofuse bench weights OLD NEW`: what a pair costs with either set of weights, and how that grows with the pixels.
 
-OLD is run by torch, NEW by torch or, with --runtime onnx, as graphs; so `compact compact --runtime onnx` compares runtimes.
+OLD is run by torch, NEW by torch or, with --runtime onnx, as graphs: `compact compact --runtime onnx` compares both.
 Both are run in turn, window by window, in one process with the same settings, so that what else the machine does meets
 both alike; what counts is processor time, the least of the windows. The last line has the ratio at 640x480 and how much
 dearer a pixel of the largest size is.
