@@ -344,7 +344,8 @@ function askForKey() {
 
 async function showModel() {
   try {
-    const [[model], rigs] = await Promise.all([client.models(), client.rigs()]);
+    const [model] = await client.models();
+    const rigs = await client.rigs(); // after it: who is not let in is told so once
     canRead = true;
     showRigs(rigs);
     $("model").textContent = model ? `${model.name} ${model.version}, on ${model.devices.join(", ")}` : "no worker is there";
