@@ -147,10 +147,10 @@ def test_the_command_answers(light: Environment, elsewhere: Path) -> None:
     assert settings.stdout == (ROOT / "docs" / "settings.md").read_text("utf-8")
 
 
-def test_a_verb_that_lacks_torch_names_the_extra(light: Environment, elsewhere: Path) -> None:
+def test_a_verb_that_lacks_what_runs_the_model_names_the_extra(light: Environment, elsewhere: Path) -> None:
     done = light.run("recofuse", "info", cwd=elsewhere)
     assert done.returncode == 2
-    assert "recofuse[torch]" in re.sub(r"\s", "", done.stderr)  # a narrow terminal breaks lines
+    assert "recofuse[cpu]" in re.sub(r"\s", "", done.stderr)  # a narrow terminal breaks lines
 
 
 @pytest.fixture
