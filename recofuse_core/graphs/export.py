@@ -15,7 +15,6 @@ import inspect
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -425,8 +424,3 @@ def _require_onnx() -> Any:
             f"writing ONNX needs {error.name}, which is not installed: pip install 'recofuse[export]'"
         ) from error
     return onnx
-
-
-if __name__ == "__main__":
-    for written in write_parts(Path(sys.argv[1])):
-        print(f"{written}: {written.stat().st_size:,} bytes")  # noqa: T201
