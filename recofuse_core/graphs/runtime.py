@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,8 +44,6 @@ from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
 from recofuse_core.weights_file import StrPath, read_verified, resolve
 from recofuse_host.processors import Threads, decide_threads, read_processors
-
-logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
@@ -88,8 +85,6 @@ class GraphRuntime:
     num_threads: 0 for as many as the process may use, divided by `num_sharing` processes that share them.
     Raises CheckpointError if the weights or their graphs are missing, damaged, or do not belong together.
     """
-
-    batch_sizes: tuple[int, ...] = ()
 
     def __init__(self, name_or_path: StrPath = "compact", *, num_threads: int = 0, num_sharing: int = 1) -> None:
         weights = resolve(name_or_path)
