@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from service.access.held import Held, Holding
+from service.faces.grpc.weighing import admit
 from service.terms.errors import (
     InvalidInputError,
     MalformedRequestError,
@@ -69,7 +70,7 @@ class Arrivals:
         if raw is None:
             await asyncio.sleep(HANG_UP_S)  # in which a caller that hung up ends this task
             raise MalformedRequestError("the call came without a message")
-        return _parsed(parse, raw)
+        return _parsed(parse, raw, self.most)
 
     async def small(self, context: Context, holding: Holding) -> bytes | None:
         """The next message where none carries pictures; None after the last one. Raises as `only` does."""
@@ -151,7 +152,7 @@ class Messages:
             self._holding.release()
             raise StopAsyncIteration
         self._num_bytes = len(raw)
-        return _parsed(self._parse, raw)
+        return _parsed(self._parse, raw, self._arrivals.most)
 
     def keep(self) -> Holding:
         """What the message that came last holds; the caller releases it. The next are expected to be about as large."""
@@ -208,7 +209,9 @@ async def _read(context: Context, holding: Holding, within_s: float | None) -> b
     return None if raw is grpc.aio.EOF else raw
 
 
-def _parsed(parse: Parse, raw: bytes) -> Any:
+def _parsed(parse: Parse, raw: bytes, most: int) -> Any:
+    """What a message says. parse: `FromString` of its class. Raises as `admit` does, and MalformedRequestError."""
+    admit(raw, parse.__self__.DESCRIPTOR, most)  # type: ignore[attr-defined]
     try:
         return parse(raw)
     except DecodeError as error:

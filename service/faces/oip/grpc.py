@@ -142,7 +142,7 @@ def _contents(entry: pb.ModelInferRequest.InferInputTensor) -> bytes:
     contents = entry.contents
     if entry.datatype == "BYTES":
         return join_elements(contents.bytes_contents)
-    return join_numbers(list(contents.uint_contents), entry.datatype, entry.name)
+    return join_numbers(contents.uint_contents, entry.datatype, entry.name)
 
 
 def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter]:
