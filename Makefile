@@ -1,6 +1,7 @@
 # Every target needs only python3 >= 3.11; what it uses beyond that is installed into .venv from constraints.txt.
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.recofuse-installed
 RUNNABLE := $(VENV)/.recofuse-runnable
@@ -33,8 +34,8 @@ demo: $(RUNNABLE) ## serve, fuse one pair over HTTP (IR=... VIS=... for your own
 serve: $(RUNNABLE) ## keep a server running
 	@$(BIN)/recofuse serve
 
-test: $(INSTALLED) ## run the tests that need no GPU, but for those of deploy/
-	@$(BIN)/python -m pytest -m 'not gpu and not stack and not package and not image' --ignore=tests/deploy
+test: $(INSTALLED) ## run the tests that need no GPU, but for those of deploy/, in two processes (JOBS=N for more)
+	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile -m 'not gpu and not stack and not package and not image' --ignore=tests/deploy
 
 check: $(INSTALLED) ## formatting, lint and types, changing nothing
 	@$(BIN)/ruff format --check .

@@ -25,7 +25,7 @@ from tests.image.build import python_tag
 from tests.image.podman import Podman
 
 TOOLS_IMAGE = "localhost/tools:latest"
-TIMEOUT_S = 900.0
+TIMEOUT_S = 420.0
 # As in Debian's slim images.
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/man/*")
 
