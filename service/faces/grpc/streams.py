@@ -246,6 +246,8 @@ class Stream:
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)
         except ServiceError as error:
+            if isinstance(error, UnavailableError) and self._gateway.is_draining:
+                raise  # never accepted, so it ends the stream: whoever opens it again sends the frame again
             self._metrics.errors.labels(error.code).inc()
             answer.error.CopyFrom(error_detail(error))
             if isinstance(error, UnauthenticatedError):

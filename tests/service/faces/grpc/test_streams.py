@@ -342,6 +342,23 @@ async def test_stopping_answers_a_streams_frames_and_ends_it(face: Face) -> None
     await asyncio.wait_for(face.server.running, 8)
 
 
+async def test_stopping_leaves_frames_that_were_never_queued_to_the_next_server(face: Face) -> None:
+    face.engine.gate.clear()
+    call = face.stub.FuseStream()
+    await call.write(pb.FuseStreamRequest(options=pb.StreamOptions(max_in_flight=1)))
+    for number in range(3):
+        await call.write(frame(number))
+    await asyncio.to_thread(face.engine.started.wait, 10)
+    await asyncio.sleep(0.2)  # in which the next frame is read, and waits
+    face.server.stop.set()
+    await detail_of(face.stub.Fuse(request()), ErrorCode.UNAVAILABLE)
+    face.engine.gate.set()
+    answer = await call.read()
+    assert isinstance(answer, pb.FuseStreamResponse)
+    assert (answer.sequence, answer.WhichOneof("outcome")) == (0, "fusion")
+    await detail_of(call.read(), ErrorCode.UNAVAILABLE)
+
+
 async def test_a_stream_resumes_where_its_answers_ended(face: Face) -> None:
     first = face.stub.FuseStream()
     for number in range(6):
