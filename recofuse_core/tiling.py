@@ -22,8 +22,8 @@ class TilingConfig:
     """When and how to tile. Lengths in image pixels, multiples of 16 where they are used."""
 
     max_pixels: int = 1280 * 1024  # larger frames are tiled
-    tile: int = 640
-    overlap: int = 96
+    tile: int = 640  # side of a tile at most; they are no larger than what covers a frame with this overlap
+    overlap: int = 64
 
     def __post_init__(self) -> None:
         if self.tile % 16 or self.overlap % 16 or not 0 < self.overlap <= self.tile // 2:
@@ -45,7 +45,9 @@ class Tile:
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int) -> tuple[Tile, ...]:
-    """Tiles that cover a latent grid, in latent positions; evenly spread, neighbours share `overlap` or more."""
+    """Tiles of one size that cover a latent grid, in latent positions: as few as tiles of at most `tile` positions a side
+    can be, and no larger than needed. Neighbours share `overlap`, or little more. All lengths are even.
+    """
     rows, columns = _spread(height, tile, overlap), _spread(width, tile, overlap)
     return tuple(Tile(top, bottom, left, right) for top, bottom in rows for left, right in columns)
 
@@ -55,8 +57,9 @@ def _spread(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     if length <= tile:
         return [(0, length)]
     count = -(-(length - overlap) // (tile - overlap))
-    starts = [2 * round((length - tile) * i / (2 * (count - 1))) for i in range(count)]
-    return [(start, min(start + tile, length)) for start in starts]
+    side = 2 * -(-(length + (count - 1) * overlap) // (2 * count))
+    starts = [2 * round((length - side) * i / (2 * (count - 1))) for i in range(count)]
+    return [(start, start + side) for start in starts]
 
 
 Spans = tuple[tuple[int, int], ...]
