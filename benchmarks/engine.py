@@ -459,12 +459,13 @@ def files_to_file_s(folder: Path, repeats: int = 3) -> float:
         path.write_bytes(content)
     engine = TorchEngine(EngineSettings(device="cpu", num_threads=1))
     engine.load()
-    options = PassOptions.of(FusionOptions(), engine.info)
+    asked, limits, codec = FusionOptions(), LimitSettings(), CodecSettings()
+    options = PassOptions.of(asked, engine.info)
     pair = FoundPair("pair", vis, ir)
     spent = []
     for _ in range(repeats + 1):
         started = time.process_time()
-        fuse_files(engine, pair, {Part.FUSED: folder / "fused.png"}, options, 0, LimitSettings(), CodecSettings())
+        fuse_files(engine, pair, {Part.FUSED: folder / "fused.png"}, options, asked, limits, codec)
         spent.append(time.process_time() - started)
     return statistics.median(spent[1:])
 

@@ -19,6 +19,7 @@ from recofuse_client.pictures import ImageLike
 from recofuse_client.protocols import Calls, Target
 from recofuse_client.retries import Operation, Retry, run, run_async
 from recofuse_client.values import (
+    Colour,
     Exposure,
     Format,
     Fusion,
@@ -70,6 +71,8 @@ class FusionOptions(TypedDict, total=False):
     ir_range: tuple[float, float] | None
     exposure: Exposure | None
     rig: RigLike | None
+    colour: Colour
+    colour_range: tuple[float, float] | None
     priority: Priority
 
 

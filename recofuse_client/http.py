@@ -168,14 +168,20 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "sampler": options.sampler,
         "exposure": options.exposure,
         "rig": options.rig,
+        "colour": None if options.colour == "natural" else options.colour,  # older servers know no colours
+        "colour_range": _range_text(options.colour_range),
         "seed": options.seed,
-        "vis_range": None if options.vis_range is None else "{:.17g},{:.17g}".format(*options.vis_range),
-        "ir_range": None if options.ir_range is None else "{:.17g},{:.17g}".format(*options.ir_range),
+        "vis_range": _range_text(options.vis_range),
+        "ir_range": _range_text(options.ir_range),
         "priority": options.priority,
         "timeout_ms": None if timeout_s is None else max(1, round(timeout_s * 1000)),
     }
     texts = {name: str(value) for name, value in values.items() if value is not None}
     return HttpRequest("POST", "/v1/fuse", headers, {"vis": pair[0], "ir": pair[1]}, texts)
+
+
+def _range_text(given: tuple[float, float] | None) -> str | None:
+    return None if given is None else "{:.17g},{:.17g}".format(*given)
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

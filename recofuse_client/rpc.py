@@ -215,6 +215,7 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         if options.exposure is None
         else pb.Exposure.Value(f"EXPOSURE_{options.exposure.upper()}"),
         rig="" if options.rig is None else rig_text(options.rig),
+        colour=pb.Colour.Value(f"COLOUR_{options.colour.upper()}"),
         seed=options.seed,
         priority=pb.Priority.Value(f"PRIORITY_{options.priority.upper()}"),
         timeout_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
@@ -223,6 +224,8 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         message.vis_range.low, message.vis_range.high = options.vis_range
     if options.ir_range is not None:
         message.ir_range.low, message.ir_range.high = options.ir_range
+    if options.colour_range is not None:
+        message.colour_range.low, message.colour_range.high = options.colour_range
     return message
 
 

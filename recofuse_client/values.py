@@ -27,6 +27,7 @@ Output = Literal["fused", "vis", "ir", "all"]
 Format = Literal["array", "png", "jpeg", "webp"]
 Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 Exposure = Literal["as_shot", "lit"]
+Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
 Priority = Literal["high", "normal", "low"]
 Mode = Literal["all", "latest"]
 IrSource = Literal["raw", "palette", "grey", ""]
@@ -86,7 +87,9 @@ class Options:
     source values (low, high) of either image that become black and white, in place of the server's automatic choice.
     exposure: "lit" makes a dark scene a well exposed photograph and lifts veils, lamps kept; "as_shot" leaves it as
     dark as it came. `Model.exposures` tells what the served weights offer. rig: of cameras that are not registered,
-    whose pictures may then differ in size and shape; see `RigLike`, and `Client.rigs` for the server's own.
+    whose pictures may then differ in size and shape; see `RigLike`, and `Client.rigs` for the server's own. colour: of
+    the fused picture; "white_hot", "iron" and "rainbow" lay infrared in a palette over the visible picture in grey,
+    from nothing to full between the infrared values of colour_range, in the upper half of the scale if None.
     """
 
     output: Output = "fused"
@@ -98,6 +101,8 @@ class Options:
     ir_range: tuple[float, float] | None = None
     exposure: Exposure | None = None
     rig: RigLike | None = None
+    colour: Colour = "natural"
+    colour_range: tuple[float, float] | None = None
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
@@ -106,7 +111,10 @@ class Options:
         What depends on the server's limits is the server's to refuse.
         """
         object.__setattr__(self, "rig", None if self.rig is None else rig_text(self.rig))
-        kinds = {"output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "priority": Priority}
+        kinds = {
+            "output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "colour": Colour,
+            "priority": Priority,
+        }  # fmt: skip
         for name, kind in kinds.items():
             value, accepted = getattr(self, name), get_args(kind)
             if value not in accepted and not (name in ("sampler", "exposure") and value is None):

@@ -37,13 +37,15 @@ class Pair:
     """A decoded pair on one grid: vis (H, W, 3) RGB and ir (H, W), both uint8.
 
     ir_source: what of the infrared file was read: the radiometric values within it, the intensity behind its false
-    colours, or its grey values. warnings: sentences for people, about what may not be what was meant.
+    colours, or its grey values. warnings: sentences for people, about what may not be what was meant. ir_scale: the
+    values of the infrared file that became black and white; equal ones for a frame without contrast.
     """
 
     vis: Pixels
     ir: Pixels
     ir_source: IrSource = "grey"
     warnings: tuple[str, ...] = ()
+    ir_scale: scale.Range = scale.FULL_RANGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +164,10 @@ def read_pair(
     visible = scale.vis_levels(colours, vis_range)
     height, width = visible.shape[:2]
     check_sizes((width, height), infrared.picture.values.shape[1::-1], limits)
-    grey = scale.ir_levels(infrared.picture, ir_range)
+    grey, ir_scale = scale.ir_scaled(infrared.picture, ir_range)
     if grey.shape != (height, width):
         grey = _resampled(grey, width, height)
-    return Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, infrared.warnings)
+    return Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, infrared.warnings, ir_scale)
 
 
 def _container_of(data: bytes) -> _Container:

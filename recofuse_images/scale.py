@@ -25,6 +25,7 @@ Pixels = NDArray[np.uint8]
 Range = tuple[float, float]
 
 PERCENTILES = (0.5, 99.5)
+FULL_RANGE: Range = (0.0, 255.0)  # of what is 8 bits already
 
 _DEPTHS = (8, 10, 12, 14, 16)
 _MAX_SORTED = 1 << 22  # values that percentiles are taken of; of larger pictures, every nth
@@ -81,20 +82,27 @@ def _seen_in_colour(values: NDArray[Any], nodata: float | None) -> NDArray[np.bo
     return seen & np.isfinite(values) if values.dtype.kind == "f" else seen
 
 
-@np.errstate(invalid="ignore", over="ignore")
 def ir_levels(picture: Picture, ir_range: Range | None = None, within: NDArray[np.bool_] | None = None) -> Pixels:
     """(H, W), uint8, of a grey picture; the rule is in the module's text. within: (H, W), what may set the scale."""
+    return ir_scaled(picture, ir_range, within)[0]
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def ir_scaled(
+    picture: Picture, ir_range: Range | None = None, within: NDArray[np.bool_] | None = None
+) -> tuple[Pixels, Range]:
+    """As `ir_levels`, with the values that became black and white; equal ones for a frame without contrast."""
     values = picture.values
     if values.dtype == np.uint8 and ir_range is None and picture.nodata is None:
-        return values
+        return values, FULL_RANGE
     seen = _measured(values, picture.nodata)
     if values.dtype == np.uint8 and ir_range is None:
-        return np.where(seen, values, np.uint8(0))
+        return np.where(seen, values, np.uint8(0)), FULL_RANGE
     low, high = ir_range or _scene_range(values, seen if within is None else seen & within)
     levels = _levels(values, low, high)
     if not seen.all():
         levels[~seen] = 0
-    return levels
+    return levels, (low, high)
 
 
 def _levels(values: NDArray[Any], low: float, high: float) -> Pixels:

@@ -55,9 +55,9 @@ def read_aligned(
     ir_height, ir_width = infrared.picture.values.shape[:2]
     warp = find_warp(rig.resized((width, height), (ir_width, ir_height)))
     warped = replace(infrared, picture=warped_picture(infrared.picture, warp))
-    grey = scale.ir_levels(warped.picture, ir_range, warp.coverage)
+    grey, ir_scale = scale.ir_scaled(warped.picture, ir_range, warp.coverage)
     warnings = infrared.warnings if rig.is_sure else (*infrared.warnings, _UNSURE)
-    pair = Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, warnings)
+    pair = Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, warnings, ir_scale)
     return AlignedPair(pair, warped, warp)
 
 

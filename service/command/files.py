@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from recofuse_images.pairs import FoundPair, PassedOver, pair_paths
 from recofuse_images.reader import Pair
 from service.terms import images
 from service.terms.errors import InvalidInputError
-from service.terms.jobs import ImageFormat, Part, Stage
+from service.terms.jobs import FusionOptions, ImageFormat, Part, Stage
 from service.terms.settings import CodecSettings, LimitSettings
 from service.work.engine import Engine, PassOptions
 
@@ -42,6 +42,13 @@ FORMAT_OF_SUFFIX = {
 
 _MARGIN, _LABEL_HEIGHT = 8, 28  # pixels of a sheet
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
+
+
+class _Ranges(TypedDict):
+    """What becomes black and white."""
+
+    vis_range: tuple[float, float] | None
+    ir_range: tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +103,31 @@ def fuse_files(
     pair: FoundPair,
     outputs: Mapping[Part, Path],
     options: PassOptions,
-    seed: int,
+    asked: FusionOptions,
     limits: LimitSettings,
     codec: CodecSettings,
-    vis_range: tuple[float, float] | None = None,
-    ir_range: tuple[float, float] | None = None,
     rigged: tuple[Rig, Warps] | None = None,
 ) -> Fusion:
     """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths.
 
+    outputs: where each picture of asked.output goes. options: what `asked` comes to with this engine.
     rigged: how infrared lies in the visible frame, and where what follows from it is kept; None for registered pairs.
     """
     costs: dict[Stage, Cost] = {}
     with _measured(costs, Stage.DECODE):
         vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
+        ranges: _Ranges = {"vis_range": asked.vis_range, "ir_range": asked.ir_range}
         if rigged is None:
-            read = images.Decoded(images.decode_pair(vis, ir, limits, vis_range=vis_range, ir_range=ir_range))
+            read = images.Decoded(images.decode_pair(vis, ir, limits, **ranges))
         else:
-            read = images.decode_rigged(vis, ir, *rigged, limits, vis_range=vis_range, ir_range=ir_range)
+            read = images.decode_rigged(vis, ir, *rigged, limits, **ranges)
     inputs = read.pair
     with _measured(costs, Stage.MODEL):
-        needed = replace(options, parts=images.needed_parts(options.parts, read.warp))
-        batch = engine.fuse(inputs.vis[None], inputs.ir[None], needed, [seed])
+        needed = replace(options, parts=images.needed_parts(options.parts, read.warp, asked.colour))
+        batch = engine.fuse(inputs.vis[None], inputs.ir[None], needed, [asked.seed])
     with _measured(costs, Stage.ENCODE):
         made = {part: batch[part][0] for part in needed.parts}
-        pictures = images.finished(made, tuple(outputs), read.warp)
+        pictures = images.finished(made, asked, read.warp, inputs.ir_scale)
         for part, path in outputs.items():
             write_picture(path, pictures[part], codec)
     return Fusion(inputs, pictures, costs)

@@ -27,6 +27,21 @@ Exposure = Annotated[
         "the model's own if unset.",
     ),
 ]
+Colour = Annotated[
+    str,
+    typer.Option(
+        metavar="natural|grey|white_hot|iron|rainbow",
+        help="Of the fused picture. The last three lay infrared in a palette over the visible picture in grey.",
+    ),
+]
+ColourRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Infrared values between which those colours go from nothing to full; the upper half of the scale if "
+        "unset.",
+    ),
+]
 VisRange = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; by the depth if unset."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,11 @@ from recofuse_images.reader import Pair, Role
 from recofuse_rigs.errors import RigError
 from recofuse_rigs.rig import Rig, Size
 from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
-from service.terms.jobs import FusionJob, ImageFormat, Part, RawLayout
+from service.terms.jobs import OVERLAYS, Colour, FusionJob, FusionOptions, ImageFormat, Part, RawLayout
 from service.terms.settings import CodecSettings, LimitSettings
 
 if TYPE_CHECKING:
+    from recofuse_images.colours import Overlay
     from recofuse_rigs.warp import Warp, Warps
 
 Pixels = NDArray[np.uint8]
@@ -132,17 +133,51 @@ def decode_rigged(
     return Decoded(aligned.pair, aligned.warp)
 
 
-def needed_parts(parts: Sequence[Part], warp: Warp | None) -> tuple[Part, ...]:
-    """What the model must give for the wanted parts: where infrared ends, the fused picture takes the restored vis."""
-    is_blended = warp is not None and not warp.is_whole and Part.FUSED in parts
-    return tuple(part for part in Part if part in parts or (is_blended and part is Part.VIS))
+def needed_parts(parts: Sequence[Part], warp: Warp | None, colour: Colour = "natural") -> tuple[Part, ...]:
+    """What the model must give for the wanted parts.
+
+    Where infrared ends, the fused picture takes the restored vis; an overlay is made of both restored ones alone.
+    """
+    needed = set(parts)
+    if Part.FUSED in parts and colour in OVERLAYS:
+        needed = needed - {Part.FUSED} | {Part.VIS, Part.IR}
+    elif Part.FUSED in parts and warp is not None and not warp.is_whole:
+        needed |= {Part.VIS}
+    return tuple(part for part in Part if part in needed)
 
 
-def finished(pictures: Mapping[Part, Pixels], parts: Sequence[Part], warp: Warp | None) -> dict[Part, Pixels]:
-    """The wanted parts of what the model gave, the fused picture without infrared where there was none."""
-    if warp is not None and not warp.is_whole and Part.FUSED in parts:
-        pictures = {**pictures, Part.FUSED: warp.blended(pictures[Part.FUSED], pictures[Part.VIS])}
+def finished(
+    pictures: Mapping[Part, Pixels], options: FusionOptions, warp: Warp | None, ir_scale: tuple[float, float]
+) -> dict[Part, Pixels]:
+    """The wanted parts of what the model gave, the fused picture in the wanted colours.
+
+    It is without infrared where there was none. ir_scale: the source values that are black and white in ir.
+    """
+    parts = options.output.parts
+    if Part.FUSED in parts and (fused := _fused(pictures, options, warp, ir_scale)) is not None:
+        pictures = {**pictures, Part.FUSED: fused}
     return {part: pictures[part] for part in parts}
+
+
+def _fused(
+    pictures: Mapping[Part, Pixels], options: FusionOptions, warp: Warp | None, ir_scale: tuple[float, float]
+) -> Pixels | None:
+    """None where it is the model's own."""
+    is_partial = warp is not None and not warp.is_whole
+    if options.colour in OVERLAYS:
+        from recofuse_images.colours import overlaid  # not above: front ends draw nothing, and go without OpenCV
+
+        weights = warp.weights if warp is not None and is_partial else None
+        overlay = cast("Overlay", options.colour)
+        return overlaid(pictures[Part.VIS], pictures[Part.IR], overlay, ir_scale, options.colour_range, weights)
+    fused = None
+    if warp is not None and is_partial:
+        fused = warp.blended(pictures[Part.FUSED], pictures[Part.VIS])
+    if options.colour == "grey":
+        from recofuse_images.colours import greyed
+
+        fused = greyed(pictures[Part.FUSED] if fused is None else fused)
+    return fused
 
 
 def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> bytes:

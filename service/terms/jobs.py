@@ -134,6 +134,10 @@ Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 # (docs/decisions/0015). Weights without an exposure estimator offer the first alone.
 Exposure = Literal["as_shot", "lit"]
 
+# The colours of the fused picture: its own, grey, or infrared in a palette over the visible luma.
+Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
+OVERLAYS: tuple[Colour, ...] = ("white_hot", "iron", "rainbow")
+
 # What requests that name none get, of weights that offer it. To change it, change it here alone.
 DEFAULT_EXPOSURE: Exposure = "as_shot"
 
@@ -151,6 +155,7 @@ class FusionOptions(_Strict):
 
     steps, sampler, exposure: None asks for the model's own default. vis_range, ir_range: the source values (lowest,
     highest) that become black and white in the visible and in the infrared image, in place of the automatic choice.
+    colour: of the fused picture. colour_range: the infrared values between which an overlay goes from nothing to full.
     """
 
     output: Output = Output.FUSED
@@ -161,23 +166,28 @@ class FusionOptions(_Strict):
     vis_range: tuple[float, float] | None = None
     ir_range: tuple[float, float] | None = None
     exposure: Exposure | None = None
+    colour: Colour = "natural"
+    colour_range: tuple[float, float] | None = None
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> Self:
         for name, given, example in (
             ("vis_range", self.vis_range, "0,4095"),
             ("ir_range", self.ir_range, "7000,9500"),
+            ("colour_range", self.colour_range, "8200,9500"),
         ):
             if given is not None and not given[0] < given[1]:
                 raise ValueError(f"{name} takes two numbers, the lower one first, such as {example}")
+        if self.colour_range is not None and self.colour not in OVERLAYS:
+            raise ValueError(f"colour_range goes with colour={', '.join(OVERLAYS)}, not with {self.colour}")
         return self
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
         values: dict[str, Any] = serialise(self)
-        for name in ("vis_range", "exposure"):
-            if values[name] is None:
+        for name, nothing in (("vis_range", None), ("exposure", None), ("colour", "natural"), ("colour_range", None)):
+            if values[name] == nothing:
                 del values[name]
         return values
 

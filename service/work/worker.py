@@ -40,7 +40,7 @@ from service.terms.errors import (
     TimedOutError,
     UnavailableError,
 )
-from service.terms.jobs import FusionJob, FusionResult, Part, Stage, WorkerInfo, printable
+from service.terms.jobs import FusionResult, Part, Stage, WorkerInfo, printable
 from service.terms.settings import Settings
 from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
@@ -67,6 +67,7 @@ class _Held:
     lease: Lease
     pair: Pair | None = None
     warp: Warp | None = None  # by which infrared came into the visible frame, if its cameras are not registered
+    ir_scale: tuple[float, float] = (0.0, 0.0)  # what is black and white in the pair's infrared
     ready_s: float = 0.0
     timings_s: dict[Stage, float] = field(default_factory=dict)
     is_running: bool = False  # in the model or beyond
@@ -277,6 +278,7 @@ class Worker:
                 await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
                 return
             held.pair, held.warp = decoded.pair, decoded.warp
+            held.ir_scale = held.pair.ir_scale
             held.ir_source, held.warnings = held.pair.ir_source, printable(held.pair.warnings)
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
             held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
@@ -390,7 +392,7 @@ class Worker:
         job, info = held.lease.job, self._info
         started = time.perf_counter()
         try:
-            encoded = await self._codecs.run(lambda: self._encoded(job, pictures, held.warp))
+            encoded = await self._codecs.run(lambda: self._encoded(held, pictures))
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
             return
@@ -415,8 +417,9 @@ class Worker:
         )
         await self._finish(held, result)
 
-    def _encoded(self, job: FusionJob, pictures: dict[Part, images.Pixels], warp: Warp | None) -> dict[Part, bytes]:
-        wanted = images.finished(pictures, job.options.output.parts, warp)
+    def _encoded(self, held: _Held, pictures: dict[Part, images.Pixels]) -> dict[Part, bytes]:
+        job = held.lease.job
+        wanted = images.finished(pictures, job.options, held.warp, held.ir_scale)
         return {part: self._codec.encode(job, part, pixels) for part, pixels in wanted.items()}
 
     async def _finish(self, held: _Held, result: FusionResult) -> None:
@@ -487,13 +490,14 @@ class Worker:
         return BatchPolicy(batch.max_batch, batch.max_wait_s, batch.starvation_s, sizes)
 
     def _pass_options(self, held: _Held) -> PassOptions:
-        options = PassOptions.of(held.lease.job.options, self._engine.info)
-        return replace(options, parts=images.needed_parts(options.parts, held.warp))
+        asked = held.lease.job.options
+        options = PassOptions.of(asked, self._engine.info)
+        return replace(options, parts=images.needed_parts(options.parts, held.warp, asked.colour))
 
     def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
         """What decides how much memory one job of a pass needs."""
-        job = held.lease.job
-        return job.width, job.height, images.needed_parts(job.options.output.parts, held.warp)
+        job, asked = held.lease.job, held.lease.job.options
+        return job.width, job.height, images.needed_parts(asked.output.parts, held.warp, asked.colour)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(_guarded(work))

@@ -259,6 +259,21 @@ def test_the_command_fixes_both_scales(null_server: CommandServer, tmp_path: Pat
         assert np.abs(np.array(levels_of(out)) - expected).max() < 8
 
 
+def test_the_command_streams_in_colours(null_server: CommandServer, tmp_path: Path) -> None:
+    vis, ir, out = make_video(tmp_path / "vis.avi", 4), make_video(tmp_path / "ir.avi", 4), tmp_path / "out.avi"
+    words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "-o", out, "--colour", "iron"]
+    done = subprocess.run(
+        command(*words, "--colour-range", 0, 1), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert min(levels_of(out)) > 250  # all is hotter than that, and iron ends in white
+    done = subprocess.run(
+        command(*words[:-1], "purple"), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "colour: purple is none of natural, grey" in done.stderr
+
+
 def test_the_command_streams_by_a_rig(null_server: CommandServer, tmp_path: Path) -> None:
     vis, ir = make_video(tmp_path / "vis.avi", 4), make_video(tmp_path / "ir.avi", 4, size=(80, 80))
     rig = Rig((64, 48), (80, 80), (0.4, 0.0, 16.0, 0.0, 0.4, 8.0, 0.0, 0.0, 1.0), is_sure=False)

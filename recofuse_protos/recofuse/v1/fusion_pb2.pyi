@@ -205,6 +205,38 @@ EXPOSURE_LIT: Exposure.ValueType  # 2
 """a well exposed photograph: a dark scene is lit, veils are lifted, lamps kept"""
 Global___Exposure: _TypeAlias = Exposure  # noqa: Y015
 
+class _Colour:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ColourEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Colour.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COLOUR_UNSPECIFIED: _Colour.ValueType  # 0
+    """natural"""
+    COLOUR_NATURAL: _Colour.ValueType  # 1
+    """those of the fusion"""
+    COLOUR_GREY: _Colour.ValueType  # 2
+    """none"""
+    COLOUR_WHITE_HOT: _Colour.ValueType  # 3
+    """The restored infrared in a palette over the restored visible picture in grey."""
+    COLOUR_IRON: _Colour.ValueType  # 4
+    COLOUR_RAINBOW: _Colour.ValueType  # 5
+
+class Colour(_Colour, metaclass=_ColourEnumTypeWrapper):
+    """The colours of the fused picture."""
+
+COLOUR_UNSPECIFIED: Colour.ValueType  # 0
+"""natural"""
+COLOUR_NATURAL: Colour.ValueType  # 1
+"""those of the fusion"""
+COLOUR_GREY: Colour.ValueType  # 2
+"""none"""
+COLOUR_WHITE_HOT: Colour.ValueType  # 3
+"""The restored infrared in a palette over the restored visible picture in grey."""
+COLOUR_IRON: Colour.ValueType  # 4
+COLOUR_RAINBOW: Colour.ValueType  # 5
+Global___Colour: _TypeAlias = Colour  # noqa: Y015
+
 class _InfraredSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -421,6 +453,30 @@ class VisRange(_message.Message):
 Global___VisRange: _TypeAlias = VisRange  # noqa: Y015
 
 @_typing.final
+class ColourRange(_message.Message):
+    """Infrared values, as those of IrRange, between which a palette goes from nothing to full. Low is less than high."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColourRange: _TypeAlias = ColourRange  # noqa: Y015
+
+@_typing.final
 class FuseOptions(_message.Message):
     """What may be chosen about the computation and its answer."""
 
@@ -437,6 +493,8 @@ class FuseOptions(_message.Message):
     VIS_RANGE_FIELD_NUMBER: _builtins.int
     EXPOSURE_FIELD_NUMBER: _builtins.int
     RIG_FIELD_NUMBER: _builtins.int
+    COLOUR_FIELD_NUMBER: _builtins.int
+    COLOUR_RANGE_FIELD_NUMBER: _builtins.int
     output: Global___Output.ValueType
     format: Global___ImageFormat.ValueType
     steps: _builtins.int
@@ -457,10 +515,15 @@ class FuseOptions(_message.Message):
     pictures that come with it. Empty: the pair is registered. What cannot be a rig is refused with INVALID_ARGUMENT. A
     stream looks a name up for each frame, so that a new calibration counts from the next frame on.
     """
+    colour: Global___Colour.ValueType
     @_builtins.property
     def ir_range(self) -> Global___IrRange: ...
     @_builtins.property
     def vis_range(self) -> Global___VisRange: ...
+    @_builtins.property
+    def colour_range(self) -> Global___ColourRange:
+        """With white_hot, iron and rainbow alone. Unset: the upper half of the scale."""
+
     def __init__(
         self,
         *,
@@ -475,10 +538,12 @@ class FuseOptions(_message.Message):
         vis_range: Global___VisRange | None = ...,
         exposure: Global___Exposure.ValueType = ...,
         rig: _builtins.str = ...,
+        colour: Global___Colour.ValueType = ...,
+        colour_range: Global___ColourRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour_range", b"colour_range", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour", b"colour", "colour_range", b"colour_range", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015

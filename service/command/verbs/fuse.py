@@ -11,7 +11,17 @@ import typer
 from rich.table import Table
 
 from service.command.environment import read_settings
-from service.command.options import DEFAULT_WEIGHTS, Device, Exposure, IrRange, Threads, VisRange, Weights
+from service.command.options import (
+    DEFAULT_WEIGHTS,
+    Colour,
+    ColourRange,
+    Device,
+    Exposure,
+    IrRange,
+    Threads,
+    VisRange,
+    Weights,
+)
 from service.command.terminal import SOURCES, complain, out, progress_bar
 from service.terms.errors import InvalidInputError, ServiceError
 
@@ -48,6 +58,8 @@ def fuse(
     rig: Annotated[
         Path | None, typer.Option(help="Rig file of the cameras; infrared is laid on the visible frame by it.")
     ] = None,
+    colour: Colour = "natural",
+    colour_range: ColourRange = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -83,6 +95,8 @@ def fuse(
         steps=steps,
         sampler=sampler,
         exposure=exposure,
+        colour=colour,
+        colour_range=colour_range,
         seed=seed,
         vis_range=vis_range,
         ir_range=ir_range,
@@ -105,11 +119,9 @@ def fuse(
                     pair,
                     paths,
                     options,
-                    seed,
+                    asked,
                     settings.limits,
                     settings.codec,
-                    asked.vis_range,
-                    asked.ir_range,
                     rigged,
                 )
             except ServiceError as error:

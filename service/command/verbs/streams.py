@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
 from service.command.environment import API_KEY_VARIABLE
-from service.command.options import DEFAULT_WEIGHTS, Exposure, IrRange, VisRange, Weights, sides_of
+from service.command.options import DEFAULT_WEIGHTS, Colour, ColourRange, Exposure, IrRange, VisRange, Weights, sides_of
 from service.command.terminal import SOURCES, complain, err, out
 from service.terms.errors import InvalidInputError
 
@@ -122,6 +122,8 @@ def stream(
             metavar="NAME|FILE", help="Of cameras that are not registered: one of the server's rigs, or a rig file."
         ),
     ] = None,
+    colour: Colour = "natural",
+    colour_range: ColourRange = None,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -147,11 +149,13 @@ def stream(
     import tempfile
 
     from recofuse_client import Client, live, video
+    from recofuse_client.values import Colour as Colours
 
     for name, value, known in (
         ("mode", mode, ("all", "latest", None)),
         ("part", part, ("fused", "vis", "ir")),
         ("exposure", exposure, ("lit", "as_shot", None)),
+        ("colour", colour, get_args(Colours)),
     ):
         if value not in known:
             raise InvalidInputError(f"{name}: {value} is none of {', '.join(filter(None, known))}")
@@ -192,6 +196,8 @@ def stream(
                 "steps": steps,
                 "exposure": cast("Any", exposure),
                 "rig": chosen_rig,
+                "colour": cast("Any", colour),
+                "colour_range": colour_range,
                 "seed": seed,
                 "vis_range": vis_range,
                 "ir_range": ir_range,

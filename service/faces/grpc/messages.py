@@ -6,7 +6,7 @@ import io
 import re
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import grpc
 import numpy as np
@@ -28,6 +28,8 @@ from service.terms.jobs import (
     problems_of,
 )
 from service.watch import logs
+
+Range = tuple[float, float]
 
 _JOB_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _SOURCES = {source: pb.InfraredSource.Value(f"INFRARED_SOURCE_{source.upper()}") for source in get_args(IrSource)}
@@ -59,9 +61,11 @@ class CheckedOptions:
             "format": "npy" if is_raw else image_format,
             "sampler": name_of(pb.Sampler, message.sampler, "sampler"),
             "exposure": name_of(pb.Exposure, message.exposure, "exposure"),
+            "colour": name_of(pb.Colour, message.colour, "colour"),
+            "colour_range": _range_of(message, "colour_range"),
             "steps": message.steps if message.HasField("steps") else None,
-            "vis_range": (message.vis_range.low, message.vis_range.high) if message.HasField("vis_range") else None,
-            "ir_range": (message.ir_range.low, message.ir_range.high) if message.HasField("ir_range") else None,
+            "vis_range": _range_of(message, "vis_range"),
+            "ir_range": _range_of(message, "ir_range"),
         }
         values = {name: value for name, value in named.items() if value is not None}
         try:
@@ -105,6 +109,13 @@ class CheckedOptions:
             ir_layout=ir_layout,
             rig=self.rig,
         )
+
+
+def _range_of(message: pb.FuseOptions, name: Literal["vis_range", "ir_range", "colour_range"]) -> Range | None:
+    if not message.HasField(name):
+        return None
+    given = getattr(message, name)
+    return given.low, given.high
 
 
 class _Enum(Protocol):

@@ -28,7 +28,7 @@ from service.terms.errors import (
     ServiceError,
     UnsupportedMediaError,
 )
-from service.terms.jobs import Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
+from service.terms.jobs import Colour, Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
 from service.terms.settings import Settings
 from service.watch.logs import request_id
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 MAX_OPTION_BYTES = 1024
 MAX_BYTES = {"rig": MAX_FILE_BYTES}  # of options that may have more
 OPTION_FIELDS = (
-    "output", "format", "steps", "sampler", "exposure", "rig", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
+    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "seed", "vis_range",
+    "ir_range", "priority", "timeout_ms"
 )  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")
 
@@ -74,6 +75,19 @@ FORM: dict[str, Any] = {
             "description": "how infrared lies in the visible frame, for cameras that are not registered: a name of GET "
             "/v1/rigs, the content of a rig file, or nine numbers with commas: the matrix, row by row, from infrared "
             "pixels to visible ones of these pictures",
+        },
+        "colour": {
+            "type": "string",
+            "enum": list(get_args(Colour)),
+            "default": "natural",
+            "description": "of the fused picture; white_hot, iron and rainbow lay the restored infrared in a palette "
+            "over the restored visible picture in grey",
+        },
+        "colour_range": {
+            "type": "string",
+            "pattern": _RANGE,
+            "description": "infrared values, as those of ir_range, between which white_hot, iron and rainbow go from "
+            "nothing to full, such as 8200,9500; default: the upper half of the scale",
         },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
         "vis_range": {
@@ -250,7 +264,7 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
                 values[name] = raw.decode("ascii")
             except UnicodeDecodeError as error:
                 raise InvalidInputError(f"the field {name} is not plain text") from error
-    for name in ("vis_range", "ir_range"):
+    for name in ("vis_range", "ir_range", "colour_range"):
         if name in values:
             values[name] = tuple(values[name].split(","))
     priority = values.pop("priority", Priority.NORMAL)

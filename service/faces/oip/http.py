@@ -23,7 +23,7 @@ from service.faces.oip.bodies import answer_body, split_body
 from service.faces.oip.inference import Inference
 from service.faces.oip.tensors import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, InferRequest
 from service.terms.errors import ErrorCode, UnavailableError
-from service.terms.jobs import Exposure
+from service.terms.jobs import Colour, Exposure
 from service.terms.settings import LimitSettings, Settings
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -55,6 +55,7 @@ _REQUEST: dict[str, Any] = {
                 "steps": {"type": ["integer", "null"]},
                 "sampler": {"type": ["string", "null"]},
                 "exposure": {"type": ["string", "null"], "enum": [*get_args(Exposure), None]},
+                "colour": {"type": ["string", "null"], "enum": [*get_args(Colour), None]},
             },
         },
         "inputs": {

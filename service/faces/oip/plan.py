@@ -149,9 +149,9 @@ def _options_of(
     parameters: Mapping[str, Parameter], outputs: Sequence[str]
 ) -> tuple[FusionOptions, Priority, float | None, bool]:
     """Options, priority, timeout in seconds, and whether files are wanted. Raises InvalidInputError."""
-    plain = ("seed", "steps", "sampler", "exposure")
+    plain = ("seed", "steps", "sampler", "exposure", "colour")
     values: dict[str, Any] = {name: parameters[name] for name in plain if name in parameters}
-    for name in ("vis_range", "ir_range"):
+    for name in ("vis_range", "ir_range", "colour_range"):
         if name in parameters:
             values[name] = tuple(str(parameters[name]).split(","))
     values["format"] = parameters.get("format", ImageFormat.NPY)

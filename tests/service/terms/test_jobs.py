@@ -14,6 +14,7 @@ from service.terms.errors import ErrorCode, MalformedRequestError, TimedOutError
 from service.terms.jobs import (
     MAX_WARNING_CHARS,
     MAX_WARNINGS,
+    OVERLAYS,
     Exposure,
     FusionJob,
     FusionOptions,
@@ -42,6 +43,8 @@ OPTIONS = st.builds(
     vis_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
     ir_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
     exposure=st.none() | st.sampled_from(get_args(Exposure)),
+    colour=st.sampled_from(OVERLAYS),
+    colour_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
 )
 LAYOUTS = st.none() | st.builds(
     RawLayout,
@@ -232,6 +235,14 @@ def test_a_record_whose_rig_is_none_is_refused() -> None:
     for wrong in (header["rig"].replace("2.0", "0.0", 1), "{}", "roof"):
         with pytest.raises(MalformedRequestError, match="rig"):
             FusionJob.from_parts(json.dumps({**header, "rig": wrong}).encode(), b"v", b"ir")
+
+
+def test_an_idempotency_key_tells_colours_apart() -> None:
+    def asking(options: FusionOptions) -> str:
+        return FusionJob(id="j", vis=b"v", ir=b"i", width=3, height=2, created_s=1.5, options=options).fingerprint()
+
+    asked = (FusionOptions(), FusionOptions(colour="iron"), FusionOptions(colour="iron", colour_range=(1, 2)))
+    assert len({asking(options) for options in asked}) == 3
 
 
 def test_an_idempotency_key_tells_rigs_apart() -> None:

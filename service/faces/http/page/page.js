@@ -235,12 +235,18 @@ const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(
 
 // fusing
 
+const isOverlay = () => !["natural", "grey"].includes(form.elements.colour.value);
+
 // The options that differ from what the server takes by itself.
 function chosenOptions() {
   const options = [];
-  for (const name of ["output", "format", "steps", "sampler", "exposure", "rig", "seed", "vis_range", "ir_range"]) {
+  const names = [
+    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "seed", "vis_range", "ir_range",
+  ];
+  for (const name of names) {
     const value = form.elements[name].value.trim();
-    if (value && value !== { output: "fused", format: "png" }[name]) options.push([name, value]);
+    if (name === "colour_range" && !isOverlay()) continue;
+    if (value && value !== { output: "fused", format: "png", colour: "natural" }[name]) options.push([name, value]);
   }
   return options;
 }
@@ -416,7 +422,10 @@ for (const role of ROLES)
   $(role).addEventListener("change", event => { if (event.target.files[0]) chooseFiles({ [role]: event.target.files[0] }); });
 $("swap").addEventListener("click", () => { [pair.vis, pair.ir] = [pair.ir, pair.vis]; showPair(); });
 form.addEventListener("submit", event => { event.preventDefault(); fuse(); });
-form.addEventListener("input", showCommand);
+form.addEventListener("input", () => {
+  $("colour-range-field").hidden = !isOverlay();
+  showCommand();
+});
 $("cancel").addEventListener("click", () => running?.abort());
 addEventListener("pagehide", () => running?.abort());
 $("key").addEventListener("input", event => { client.key = event.target.value.trim(); });

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from recofuse_core.data import read_vis
+from recofuse_images.colours import overlaid
 from recofuse_images.reader import Pair
 from recofuse_rigs.rig import Rig, to_json
 from recofuse_rigs.warp import warp_of
@@ -66,6 +67,16 @@ def test_pictures_are_lit_or_as_dark_as_they_came(pairs: Path) -> None:
         means[exposure] = [np.asarray(cv2.imread(str(pairs / f"{exposure}{part}.png"))).mean() for part in ("", "_vis")]
     for as_shot, lit in zip(means["as_shot"], means["lit"], strict=True):
         assert lit > 1.2 * as_shot
+
+
+def test_heat_is_shown_in_colours_between_the_values_that_are_asked_for(pairs: Path, weights: Path) -> None:
+    pair = ("--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "--weights", weights, "--all")
+    result = run("fuse", *pair, "-o", pairs / "out.png", "--colour", "iron", "--colour-range", 60, 200)
+    assert result.exit_code == 0, result.output
+    vis = np.ascontiguousarray(np.asarray(cv2.imread(str(pairs / "out_vis.png")))[..., ::-1])
+    ir = np.asarray(cv2.imread(str(pairs / "out_ir.png"), cv2.IMREAD_UNCHANGED))
+    fused = np.asarray(cv2.imread(str(pairs / "out.png")))[..., ::-1]
+    np.testing.assert_array_equal(fused, overlaid(vis, ir, "iron", (0.0, 255.0), (60.0, 200.0)))
 
 
 def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:
@@ -240,6 +251,8 @@ BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
     "no rig": ({"--rig": "vis/a.png"}, "not sound JSON"),
     "missing rig": ({"--rig": "none.json"}, "none.json"),
     "rig of other cameras": ({"--rig": "wide.json"}, "the rig is for 64x36"),
+    "unknown colour": ({"--colour": "purple"}, "colour"),
+    "range without an overlay": ({"--colour-range": "1 9"}, "colour_range goes with"),
     "unknown exposure": ({"--exposure": "bright"}, "exposure"),
     "exposure of other weights": ({"--exposure": "lit"}, "the weights tiny 3 have no exposure estimator"),
     "upside-down vis range": ({"--vis-range": "9 3"}, "vis_range takes two numbers, the lower one first"),

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.processes import all_in_one
+from recofuse_images.colours import greyed, overlaid
 from recofuse_rigs.rig import Rig, to_json
 from service.command.environment import API_KEY_VARIABLE
 from service.command.processes import serve_all_in_one
@@ -470,6 +471,25 @@ def test_a_rig_is_chosen_where_there_are_any(opened: Opener, address: str, tmp_p
         (warning,) = page.locator("#warnings li").all_inner_texts()
         assert "unsure" in warning
         assert pixels(downloaded(page, "street-fused.png")).shape == (96, 128, 3)
+
+
+def test_colours_are_chosen_with_their_range(opened: Opener, address: str) -> None:
+    page = opened(address)
+    give(page, ("street.png", VIS), ("ir.png", IR))
+    expect(page.locator("#colour-range-field")).to_be_hidden()
+    page.select_option("[name=colour]", "rainbow")
+    page.fill("[name=colour_range]", "40,200")
+    expect(page.locator("#command")).to_contain_text("colour_range=40,200")
+    fuse(page)
+    vis = np.ascontiguousarray(pixels(VIS)[..., ::-1])
+    shown = overlaid(vis, pixels(IR), "rainbow", (0.0, 255.0), (40.0, 200.0))
+    np.testing.assert_array_equal(pixels(downloaded(page, "street-fused.png"))[..., ::-1], shown)
+    page.select_option("[name=colour]", "grey")
+    expect(page.locator("#colour-range-field")).to_be_hidden()
+    expect(page.locator("#command")).not_to_contain_text("colour_range")
+    give(page, ("street.png", VIS), ("ir.png", IR))
+    fuse(page)
+    np.testing.assert_array_equal(pixels(downloaded(page, "street-fused.png")), greyed(vis))
 
 
 @pytest.mark.parametrize("kind", ["npy", "webp"])
