@@ -6,6 +6,7 @@ imported with every call of the command, so each verb imports what it measures w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -67,6 +68,9 @@ def bench_engine(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write one line a measurement.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Write a chart (SVG).")] = None,
+    model_gpu: Annotated[
+        str | None, typer.Option(help="Measure nothing; model a card that is not there: H200, H100, 4090 or T4.")
+    ] = None,
 ) -> None:
     """The model against the straightforward implementation, one improvement after the other."""
     from benchmarks import engine as measured
@@ -74,6 +78,9 @@ def bench_engine(
 
     if unknown := set(preset or ()) - set(PRESETS):
         raise InvalidInputError(f"preset: {', '.join(sorted(unknown))} is none of {', '.join(PRESETS)}")
+    if model_gpu is not None:
+        _model_gpu(model_gpu, presets=preset or ("compact", "paper"), quick=quick, json_path=json_path)
+        return
     outcome = measured.run(
         is_quick=quick,
         device=device,
@@ -85,6 +92,15 @@ def bench_engine(
         say=typer.echo,
     )
     if not outcome.all_met:
+        raise typer.Exit(1)
+
+
+def _model_gpu(card: str, *, presets: Sequence[str], quick: bool, json_path: Path | None) -> None:
+    from benchmarks import simulated_gpu
+
+    if card not in simulated_gpu.CARDS:
+        raise InvalidInputError(f"model-gpu: {card} is none of {', '.join(simulated_gpu.CARDS)}")
+    if simulated_gpu.run(card, presets=presets, is_quick=quick, json_path=json_path, say=typer.echo).flags:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,166 @@
+"""Whatever may be recorded as a CUDA graph can be, and asks for no more than the committed table says.
+
+The models lie on the meta device, so this needs no GPU and hardly any memory. It cannot show what happens within cuDNN,
+cuBLAS and the driver. `recofuse bench engine --model-gpu` tries every combination; here are some of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from benchmarks import simulated_gpu
+from benchmarks.simulated_gpu import (
+    CARDS,
+    DEVICE,
+    FUSED,
+    LAUNCH_S,
+    SMALL_SIZE,
+    SMALL_TILES,
+    Capture,
+    Demand,
+    captured,
+    count,
+    on_device,
+    run_operations,
+    small,
+    table,
+)
+from recofuse_core.model import PRESETS, ReCoFuse
+from recofuse_core.picture import Exposure, OutputName
+from recofuse_core.runtime import Precision
+from recofuse_core.sampler import SAMPLERS, SamplerName
+from service.command.cli import app
+
+SERVED: tuple[Precision, bool] = ("bfloat16", True)
+OTHERS: tuple[tuple[Precision, bool], ...] = (("bfloat16", False), ("float32", True))
+
+
+@cache
+def small_model(preset: str, precision: Precision, stacked: bool) -> ReCoFuse:
+    return on_device(small(preset), precision, stacked=stacked)
+
+
+@pytest.mark.parametrize(
+    ("preset", "way", "sampler"),
+    [
+        *(("compact", SERVED, sampler) for sampler in SAMPLERS),
+        *(("compact", way, "ode2") for way in OTHERS),
+        *(("paper", SERVED, sampler) for sampler in ("euler", "ode1")),  # it predicts noise, and is read otherwise
+    ],
+    ids=str,
+)
+def test_every_sampler_can_be_captured(preset: str, way: tuple[Precision, bool], sampler: SamplerName) -> None:
+    found = captured(small_model(preset, *way), 2, *SMALL_SIZE, sampler=sampler, steps=2)
+    assert found.flags == []
+    assert found.demand.kernels > 200
+
+
+@pytest.mark.parametrize(("outputs", "levels"), [(("fused",), True), (("vis",), False), (("ir",), True)], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_output_can_be_captured(preset: str, outputs: tuple[OutputName, ...], levels: bool) -> None:
+    found = captured(small_model(preset, *SERVED), 2, *SMALL_SIZE, steps=1, outputs=outputs, levels=levels)
+    assert found.flags == []
+
+
+@pytest.mark.parametrize(("preset", "way"), [("compact", SERVED), ("compact", OTHERS[1]), ("paper", SERVED)], ids=str)
+def test_tiled_frames_can_be_captured(preset: str, way: tuple[Precision, bool]) -> None:
+    model = small_model(preset, *way)
+    found = captured(model, 1, 64, 96, steps=1, tiling=SMALL_TILES)
+    assert found.flags == []
+    assert found.demand.kernels > 1.5 * captured(model, 1, 64, 96, steps=1).demand.kernels  # two tiles
+
+
+@pytest.mark.parametrize("exposure", ["as_shot", "lit"])
+def test_every_rendition_can_be_captured(exposure: Exposure) -> None:
+    assert captured(small_model("compact", *SERVED), 2, *SMALL_SIZE, steps=1, exposure=exposure).flags == []
+
+
+@pytest.mark.parametrize(("preset", "batch"), [("compact", 1), ("compact", 8), ("paper", 1)])
+def test_a_run_asks_for_no_more_than_the_table_says(preset: str, batch: int) -> None:
+    """Whoever saves some writes it down, too: python -m benchmarks.simulated_gpu."""
+    (known,) = [row for row in table() if (row.preset, row.batch) == (preset, batch)]
+    now = count(preset, batch)
+    assert known.kernels * 0.97 <= now.kernels <= known.kernels
+    assert known.gigabytes * 0.97 <= now.gigabytes <= known.gigabytes + 0.01
+
+
+def test_a_run_of_many_steps_is_put_together_from_short_ones() -> None:
+    config = replace(small("compact"), steps=5)
+    whole = captured(small_model("compact", *SERVED), steps=5, outputs=FUSED).demand
+    assert Demand.of(run_operations(config, 1, outputs=FUSED)) == whole
+
+
+@pytest.mark.parametrize(
+    ("run", "flag"),
+    [
+        (lambda x: x.cpu(), "_to_copy"),
+        (lambda x: x + torch.ones(3).to(x.device), "ones"),
+        (lambda x: x.copy_(torch.ones(3)), "copy_"),
+        (lambda x: x * torch.tensor([1.0, 2.0, 3.0], device=x.device), "tensor: numbers"),
+        (lambda x: torch.arange(3), "arange"),
+        (lambda x: float(x.sum()), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+    ],
+)
+@torch.inference_mode()
+def test_what_a_capture_may_not_hold_is_seen(run: Callable[[Tensor], object], flag: str) -> None:
+    x = torch.zeros(3, device=DEVICE)
+    with Capture() as found:
+        run(x)
+    assert any(flag in line for line in found.flags), found.flags
+
+
+@torch.inference_mode()
+def test_what_is_counted() -> None:
+    x, weight, bias = torch.zeros(8, 4, device=DEVICE), torch.zeros(4, 4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    number = torch.tensor(2.0)  # goes along with the kernel
+    with Capture() as found:
+        y = (x * number).view(4, 8).t()
+        torch.addmm(bias, x, weight)
+    assert (found.demand.kernels, found.flags, y.shape) == (2, [], (8, 4))
+    assert found.demand.num_bytes == 2 * 8 * 4 * 4 + (4 + 2 * 8 * 4 + 4 * 4) * 4
+    assert found.demand.flops == 2 * 8 * 4 * 4
+    biases = torch.zeros(2, 1, 4, device=DEVICE)
+    with Capture() as found:
+        torch.baddbmm(biases, x.expand(2, 8, 4), weight.expand(2, 4, 4))
+    assert found.demand.kernels == 2
+
+
+@pytest.mark.parametrize("card", CARDS)
+@torch.inference_mode()
+def test_a_small_operation_takes_its_launch_and_a_large_one_its_bytes(card: str) -> None:
+    small, large = torch.zeros(8, device=DEVICE), torch.zeros(1 << 30, device=DEVICE)
+    with Capture() as found:
+        _ = small + 1
+        _ = large + 1
+    seconds = [CARDS[card].seconds(operation) for operation in found.operations]
+    assert seconds == pytest.approx([LAUNCH_S, 2 * 4 * (1 << 30) / (CARDS[card].bytes_s / 2)])
+
+
+def test_the_command_models_a_card(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    arguments = ["bench", "engine", "--model-gpu", "T4", "--preset", "compact", "--quick", "--json", str(path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    document = json.loads(path.read_text())
+    assert [(row["preset"], row["batch"]) for row in document["rows"]] == [("compact", 1), ("compact", 8)]
+    for row in document["rows"]:
+        assert 0 < row["floor_ms"] < row["modelled_ms"]
+        assert row["launch_ms"] == pytest.approx(1e3 * LAUNCH_S * row["kernels"])
+    assert done.output.strip().splitlines()[-1] == document["line"]
+
+
+def test_an_unknown_card_is_refused() -> None:
+    done = CliRunner().invoke(app, ["bench", "engine", "--model-gpu", "V100"])
+    assert done.exit_code != 0
+    assert simulated_gpu.CARDS.keys().isdisjoint({"V100"})
