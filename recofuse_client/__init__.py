@@ -39,6 +39,7 @@ from recofuse_client.errors import (
 )
 from recofuse_client.retries import Retry
 from recofuse_client.values import (
+    Alarm,
     Frame,
     FrameResult,
     Fusion,
@@ -49,9 +50,11 @@ from recofuse_client.values import (
     Options,
     Part,
     Picture,
+    Region,
     Rig,
     StreamStats,
     Timings,
+    Values,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ else:
 
 
 __all__ = [
+    "Alarm",
     "AsyncClient",
     "AsyncFrameStream",
     "AttemptsExhaustedError",
@@ -103,6 +107,7 @@ __all__ = [
     "RateLimitedError",
     "RecofuseError",
     "RefusedError",
+    "Region",
     "RequestError",
     "Retry",
     "Rig",
@@ -114,4 +119,5 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnsupportedMediaError",
+    "Values",
 ]

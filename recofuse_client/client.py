@@ -33,6 +33,7 @@ from recofuse_client.values import (
     Rig,
     RigLike,
     Sampler,
+    ValuesFormat,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class FusionOptions(TypedDict, total=False):
     rig: RigLike | None
     colour: Colour
     colour_range: tuple[float, float] | None
+    values: ValuesFormat | None
+    degrees: tuple[float, float] | None
+    alarm: str | float | None
+    outline: bool
     priority: Priority
 
 

@@ -37,6 +37,7 @@ from recofuse_client.pictures import ImageLike, file_of, npy_pixels
 from recofuse_client.protocols import CONNECT_TIMEOUT_S, Target
 from recofuse_client.retries import Deadline, Operation, Send
 from recofuse_client.values import (
+    Alarm,
     Fusion,
     Health,
     Job,
@@ -45,9 +46,12 @@ from recofuse_client.values import (
     Options,
     Part,
     Picture,
+    Region,
     Rig,
     Timings,
+    Values,
     ir_source_of,
+    unit_of,
 )
 
 Listed = TypeVar("Listed", Model, Rig)
@@ -170,6 +174,10 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "rig": options.rig,
         "colour": None if options.colour == "natural" else options.colour,  # older servers know no colours
         "colour_range": _range_text(options.colour_range),
+        "values": options.values,
+        "degrees": _range_text(options.degrees),
+        "alarm": options.alarm,
+        "outline": "true" if options.outline else None,
         "seed": options.seed,
         "vis_range": _range_text(options.vis_range),
         "ir_range": _range_text(options.ir_range),
@@ -245,9 +253,9 @@ def _job(answer: httpx.Response) -> Job:
 
 
 def _fusion(answer: httpx.Response) -> Fusion:
-    media_type = answer.headers.get("content-type", "")
+    media_type, values, alarm = answer.headers.get("content-type", ""), None, None
     if media_type == "application/zip":
-        pictures = _unzipped(answer.content)
+        pictures, values, alarm = _unzipped(answer.content)
     elif media_type == NPY or media_type.startswith("image/"):
         try:
             part = Part(answer.headers.get("x-picture", Part.FUSED))
@@ -265,6 +273,8 @@ def _fusion(answer: httpx.Response) -> Fusion:
         request_id=answer.headers.get("x-request-id", ""),
         ir_source=ir_source_of(answer.headers.get("x-infrared-source", "")),
         warnings=tuple(unquote(line) for line in answer.headers.get_list("x-warning", split_commas=True) if line),
+        values=values,
+        alarm=alarm,
     )
 
 
@@ -272,14 +282,28 @@ def _picture(part: Part, media_type: str, content: bytes) -> Picture:
     return Picture(part, "", npy_pixels(content)) if media_type == NPY else Picture(part, media_type, content)
 
 
-def _unzipped(content: bytes) -> dict[Part, Picture]:
+def _unzipped(content: bytes) -> tuple[dict[Part, Picture], Values | None, Alarm | None]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             description = json.loads(archive.read("result.json"))
             files = {Part(part): archive.read(name) for part, name in description["files"].items()}
-        return {part: _picture(part, description["media_type"], file) for part, file in files.items()}
+            values = None
+            if (told := description.get("values")) is not None:
+                values = Values(told["media_type"], unit_of(told["unit"]), archive.read(told["file"]))
+        pictures = {part: _picture(part, description["media_type"], file) for part, file in files.items()}
+        return pictures, values, None if description.get("alarm") is None else _alarm(description["alarm"])
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise BadAnswerError("the archive of pictures cannot be read") from error
+
+
+def _alarm(told: dict[str, Any]) -> Alarm:
+    """Raises KeyError, TypeError and ValueError for what is none."""
+    regions = [
+        Region(tuple(each["box"]), each["area"], each["hottest"], tuple(each["centroid"])) for each in told["regions"]
+    ]
+    return Alarm(
+        told["threshold"], unit_of(told["unit"]), told["num_regions"], told["area"], told["hottest"], tuple(regions)
+    )
 
 
 def _timings(header: str) -> Timings:

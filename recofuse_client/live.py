@@ -36,7 +36,8 @@ class Sink(Protocol):
 class LiveReport:
     """What came of a stream. seconds: from the first result to the last.
 
-    ir_source: what was read of the last infrared frame that was fused. warnings: each once, the first MAX_WARNINGS.
+    num_alarms: frames with a region at or above the alarm. ir_source: what was read of the last infrared frame that was
+    fused. warnings: each once, the first MAX_WARNINGS.
     """
 
     stats: StreamStats = field(default_factory=StreamStats)
@@ -47,6 +48,7 @@ class LiveReport:
     is_interrupted: bool = False
     ir_source: IrSource = ""
     warnings: list[str] = field(default_factory=list)
+    num_alarms: int = 0
 
     @property
     def fps(self) -> float:
@@ -69,6 +71,7 @@ class LiveReport:
             "last_error": self.last_error,
             "ir_source": self.ir_source,
             "warnings": self.warnings,
+            "num_alarms": self.num_alarms,
             **asdict(self.stats),
         }
 
@@ -81,6 +84,7 @@ class LiveReport:
             f"{self.fps:.1f} a second; latency p50 {self.latency_s(50) * 1000:.0f} ms, "
             f"p99 {self.latency_s(99) * 1000:.0f} ms"
         )
+        words = f"{words}; {self.num_alarms} with an alarm" if self.num_alarms else words
         return f"{words}; {stats.reconnects} reconnections" if stats.reconnects else words
 
     def add(self, result: FrameResult, started_s: float) -> None:
@@ -93,6 +97,7 @@ class LiveReport:
             self.last_error = str(result.error)
         if result.fusion is not None:
             self.ir_source = result.fusion.ir_source
+            self.num_alarms += result.fusion.alarm is not None and result.fusion.alarm.num_regions > 0
             new = [warning for warning in dict.fromkeys(result.fusion.warnings) if warning not in self.warnings]
             self.warnings += new[: MAX_WARNINGS - len(self.warnings)]
 

@@ -80,6 +80,22 @@ def decoded(data: bytes, media_type: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
+def decoded_values(data: bytes, media_type: str) -> NDArray[Any]:
+    """The infrared values of an answer's file, (H, W). Raises like `decoded`."""
+    if media_type == "application/x-npy":
+        try:
+            values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise BadAnswerError(f"values of {len(data)} bytes cannot be read as npy") from error
+        return values
+    from recofuse_images.reader import read_picture  # as above
+
+    try:
+        return read_picture(data, "ir", OWN_FILES).values
+    except ImageError as error:
+        raise BadAnswerError(f"values of {len(data)} bytes cannot be read as {media_type}") from error
+
+
 def npy_pixels(data: bytes) -> NDArray[np.uint8]:
     """The pixels of a file of NumPy's format. Raises BadAnswerError."""
     try:

@@ -37,6 +37,7 @@ from recofuse_client.pictures import ImageLike, checked_array, file_of, npy_pixe
 from recofuse_client.protocols import Target
 from recofuse_client.retries import Operation, Send
 from recofuse_client.values import (
+    Alarm,
     Fusion,
     Health,
     Job,
@@ -45,10 +46,14 @@ from recofuse_client.values import (
     Options,
     Part,
     Picture,
+    Region,
     Rig,
     Timings,
+    Unit,
+    Values,
     ir_source_of,
     rig_text,
+    unit_of,
 )
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 
@@ -216,6 +221,9 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         else pb.Exposure.Value(f"EXPOSURE_{options.exposure.upper()}"),
         rig="" if options.rig is None else rig_text(options.rig),
         colour=pb.Colour.Value(f"COLOUR_{options.colour.upper()}"),
+        values=pb.ValuesFormat.Value(f"VALUES_FORMAT_{(options.values or 'unspecified').upper()}"),
+        alarm="" if options.alarm is None else str(options.alarm),
+        outline=options.outline,
         seed=options.seed,
         priority=pb.Priority.Value(f"PRIORITY_{options.priority.upper()}"),
         timeout_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),
@@ -226,6 +234,8 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         message.ir_range.low, message.ir_range.high = options.ir_range
     if options.colour_range is not None:
         message.colour_range.low, message.colour_range.high = options.colour_range
+    if options.degrees is not None:
+        message.degrees.gain, message.degrees.offset = options.degrees
     return message
 
 
@@ -248,7 +258,37 @@ def fusion_of(message: pb.Fusion, request_id: str) -> Fusion:
         request_id=request_id,
         ir_source=ir_source_of(_IR_SOURCES.get(message.infrared_source, "")),
         warnings=tuple(message.warnings),
+        values=Values(message.values_type, _unit(message.values_unit), message.values) if message.values else None,
+        alarm=_alarm(message.alarm) if message.HasField("alarm") else None,
     )
+
+
+def _alarm(message: pb.Alarm) -> Alarm:
+    regions = [
+        Region(
+            box=(region.left, region.top, region.width, region.height),
+            area=region.area,
+            hottest=region.hottest,
+            centroid=(region.centroid_x, region.centroid_y),
+        )
+        for region in message.regions
+    ]
+    return Alarm(
+        threshold=message.threshold,
+        unit=_unit(message.unit),
+        num_regions=message.num_regions,
+        area=message.area,
+        hottest=message.hottest if message.HasField("hottest") else None,
+        regions=tuple(regions),
+    )
+
+
+def _unit(number: pb.Unit.ValueType) -> Unit:
+    """Raises BadAnswerError."""
+    try:
+        return unit_of(pb.Unit.Name(number).removeprefix("UNIT_").lower())
+    except ValueError as error:
+        raise BadAnswerError(f"the answer has values in an unknown unit {number}") from error
 
 
 def _picture(part: Part, picture: pb.Picture) -> Picture:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.errors import BadAnswerError, RecofuseError
-from recofuse_client.pictures import ImageLike, decoded
+from recofuse_client.pictures import ImageLike, decoded, decoded_values
 
 # How infrared lies in the visible frame: the name of one of the server's rigs, or the content of a rig file, as text; a
 # rig file as a Path; or the matrix itself, 3x3, from infrared pixels to visible ones.
@@ -27,6 +27,8 @@ Output = Literal["fused", "vis", "ir", "all"]
 Format = Literal["array", "png", "jpeg", "webp"]
 Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 Exposure = Literal["as_shot", "lit"]
+ValuesFormat = Literal["npy", "tiff", "png"]
+Unit = Literal["counts", "celsius"]
 Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
 Priority = Literal["high", "normal", "low"]
 Mode = Literal["all", "latest"]
@@ -36,6 +38,13 @@ IrSource = Literal["raw", "palette", "grey", ""]
 def ir_source_of(word: str) -> IrSource:
     """A server's word for what was read of an infrared file; empty for one that is not known here."""
     return cast("IrSource", word) if word in get_args(IrSource) else ""
+
+
+def unit_of(word: str) -> Unit:
+    """A server's word for what values are in. Raises ValueError for one that is not known here."""
+    if word not in get_args(Unit):
+        raise ValueError(f"values in {word!r}")
+    return cast("Unit", word)
 
 
 def rig_text(rig: RigLike) -> str:
@@ -90,6 +99,10 @@ class Options:
     whose pictures may then differ in size and shape; see `RigLike`, and `Client.rigs` for the server's own. colour: of
     the fused picture; "white_hot", "iron" and "rainbow" lay infrared in a palette over the visible picture in grey,
     from nothing to full between the infrared values of colour_range, in the upper half of the scale if None.
+
+    values: also the restored infrared in the values of its source (`Fusion.values`). degrees: (gain, offset), by which
+    degrees Celsius are gain * value + offset of those values. alarm: "60C", or a number in the source's values; what is
+    at least so hot is told (`Fusion.alarm`), and with `outline` drawn into the fused picture.
     """
 
     output: Output = "fused"
@@ -103,6 +116,10 @@ class Options:
     rig: RigLike | None = None
     colour: Colour = "natural"
     colour_range: tuple[float, float] | None = None
+    values: ValuesFormat | None = None
+    degrees: tuple[float, float] | None = None
+    alarm: str | float | None = None
+    outline: bool = False
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
@@ -110,6 +127,10 @@ class Options:
 
         What depends on the server's limits is the server's to refuse.
         """
+        if self.alarm is not None and not isinstance(self.alarm, str):
+            object.__setattr__(self, "alarm", f"{self.alarm:.9f}".rstrip("0").rstrip("."))
+        if self.values is not None and self.values not in get_args(ValuesFormat):
+            raise ValueError(f"values: accepted are {', '.join(get_args(ValuesFormat))}, not {self.values!r}")
         object.__setattr__(self, "rig", None if self.rig is None else rig_text(self.rig))
         kinds = {
             "output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "colour": Colour,
@@ -153,6 +174,48 @@ class Picture:
         return self.content
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Values:
+    """The restored infrared in the values of its source: a file of media_type. unit: of the values."""
+
+    media_type: str
+    unit: Unit
+    encoded: bytes
+
+    @property
+    def pixels(self) -> NDArray[Any]:
+        """(H, W): float32, NaN where nothing was measured, or uint16 of a file of 16 bits.
+
+        Raises BadAnswerError, and ModuleNotFoundError for all but npy without the extra `images`.
+        """
+        return decoded_values(self.encoded, self.media_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A connected region of an alarm, in pixels of the answer. box: left, top, width, height."""
+
+    box: tuple[int, int, int, int]
+    area: int
+    hottest: float
+    centroid: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """What is at or above an alarm, in `unit`. regions: the largest first, not all of num_regions if there are many.
+
+    area: pixels of all of them. hottest: the highest value; None without a region.
+    """
+
+    threshold: float
+    unit: Unit
+    num_regions: int
+    area: int
+    hottest: float | None
+    regions: tuple[Region, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Where the time went at the server, in seconds. A stage that was not reached is 0."""
@@ -170,7 +233,7 @@ class Fusion:
 
     ir_source: what was read of the infrared file: "raw", the counts or temperatures that a thermal camera's JPEG holds;
     "palette", a false-colour picture turned back into intensity; "grey", its grey values; "" if the server did not say.
-    warnings: sentences for people about what looks wrong with the pair.
+    warnings: sentences for people about what looks wrong with the pair. values, alarm: if they were asked for.
     """
 
     pictures: Mapping[Part, Picture]
@@ -181,6 +244,8 @@ class Fusion:
     request_id: str
     ir_source: IrSource = ""
     warnings: tuple[str, ...] = ()
+    values: Values | None = None
+    alarm: Alarm | None = None
 
     def __getitem__(self, part: Part | Literal["fused", "vis", "ir"]) -> Picture:
         """A picture by the name of its part. Raises KeyError for one that was not asked for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from recofuse_images.errors import BadImageError, ImageError, UnsupportedImageEr
 from recofuse_images.frames import Layout, check_frame, read_frame
 from recofuse_images.limits import Limits
 from recofuse_images.picture import Header, Picture, grey_of, upright
+
+if TYPE_CHECKING:
+    from recofuse_images.measures import Measured
 
 Role = Literal["vis", "ir"]
 IrSource = Literal["raw", "palette", "grey"]
@@ -38,7 +41,8 @@ class Pair:
 
     ir_source: what of the infrared file was read: the radiometric values within it, the intensity behind its false
     colours, or its grey values. warnings: sentences for people, about what may not be what was meant. ir_scale: the
-    values of the infrared file that became black and white; equal ones for a frame without contrast.
+    values of the infrared file that became black and white; equal ones for a frame without contrast. measured: the
+    values themselves, if they were asked for.
     """
 
     vis: Pixels
@@ -46,15 +50,29 @@ class Pair:
     ir_source: IrSource = "grey"
     warnings: tuple[str, ...] = ()
     ir_scale: scale.Range = scale.FULL_RANGE
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Infrared:
-    """One infrared image at its own depth: a grey picture, what was read of the file, and what people should know."""
+    """One infrared image at its own depth: a grey picture, what was read of the file, and what people should know.
+
+    is_celsius: the values are degrees, rather than counts or levels.
+    """
 
     picture: Picture
     source: IrSource = "grey"
     warnings: tuple[str, ...] = ()
+    is_celsius: bool = False
+
+    def measured(
+        self, size: tuple[int, int], ir_scale: scale.Range, coverage: NDArray[np.bool_] | None = None
+    ) -> Measured:
+        """Its values on a grid of (width, height); coverage: where they are measurements at all."""
+        from recofuse_images import measures  # not above: front ends read headers alone, and go without OpenCV
+
+        is_whole = self.picture.values.dtype in (np.uint8, np.uint16)
+        return measures.Measured(measures.on_grid(self.picture, size, coverage), ir_scale, self.is_celsius, is_whole)
 
 
 class _Container(NamedTuple):
@@ -120,7 +138,8 @@ def read_infrared(data: bytes, limits: Limits = DEFAULT_LIMITS, layout: Layout |
         header = inspect(data, "ir", limits)
         found = radiometric.radiometric_of(data, max_pixels=limits.max_pixels, max_side=limits.max_side)
         if isinstance(found, radiometric.Radiometric):
-            return Infrared(Picture(upright(found.values, header.orientation)), "raw")
+            values = upright(found.values, header.orientation)
+            return Infrared(Picture(values), "raw", is_celsius=found.unit == "celsius")
         if found is not None:
             warnings = (f"ir: {found.reason}",)
     picture = read_picture(data, "ir", limits)
@@ -153,8 +172,12 @@ def read_pair(
     ir_range: scale.Range | None = None,
     vis_layout: Layout | None = None,
     ir_layout: Layout | None = None,
+    is_measured: bool = False,
 ) -> Pair:
-    """Both images as 8 bits on the vis grid; a layout says how to read a raw frame. Raises like `inspect`."""
+    """Both images as 8 bits on the vis grid; a layout says how to read a raw frame. Raises like `inspect`.
+
+    is_measured: whether the infrared values are wanted too.
+    """
     if vis_layout is None and ir_layout is None and vis == ir:
         check_sides(vis, ir)
         colours, infrared = _packed(vis, limits)
@@ -167,7 +190,14 @@ def read_pair(
     grey, ir_scale = scale.ir_scaled(infrared.picture, ir_range)
     if grey.shape != (height, width):
         grey = _resampled(grey, width, height)
-    return Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, infrared.warnings, ir_scale)
+    return Pair(
+        np.ascontiguousarray(visible),
+        np.ascontiguousarray(grey),
+        infrared.source,
+        infrared.warnings,
+        ir_scale,
+        infrared.measured((width, height), ir_scale) if is_measured else None,
+    )
 
 
 def _container_of(data: bytes) -> _Container:

@@ -88,6 +88,12 @@ def ir_levels(picture: Picture, ir_range: Range | None = None, within: NDArray[n
 
 
 @np.errstate(invalid="ignore", over="ignore")
+def measured(picture: Picture) -> NDArray[np.bool_]:
+    """Which pixels of a grey picture are measurements: (H, W)."""
+    return _measured(picture.values, picture.nodata)
+
+
+@np.errstate(invalid="ignore", over="ignore")
 def ir_scaled(
     picture: Picture, ir_range: Range | None = None, within: NDArray[np.bool_] | None = None
 ) -> tuple[Pixels, Range]:

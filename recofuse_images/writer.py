@@ -42,11 +42,11 @@ def bmp_bytes(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def tiff_bytes(pixels: NDArray[Any]) -> bytes:
-    """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as TIFF. Raises BadImageError."""
+    """(H, W) grey or (H, W, 3) RGB, uint8, uint16 or float32, as TIFF. Raises BadImageError."""
     return _encoded(pixels, "tiff", [])
 
 
-def npy_bytes(pixels: NDArray[np.uint8]) -> bytes:
+def npy_bytes(pixels: NDArray[Any]) -> bytes:
     """An array as a file of NumPy's format."""
     stream = io.BytesIO()
     np.save(stream, pixels, allow_pickle=False)

@@ -43,8 +43,11 @@ def read_aligned(
     vis_layout: Layout | None = None,
     ir_layout: Layout | None = None,
     find_warp: Callable[[Rig], Warp] = warp_of,
+    is_measured: bool = False,
 ) -> AlignedPair:
     """Read both files, or raw frames by their layouts, and lay infrared on the visible grid.
+
+    is_measured: whether the infrared values are wanted too.
 
     Raises ImageError like `read_pair`, and BadRigError for pictures of other aspect ratios than the rig's.
     """
@@ -57,7 +60,10 @@ def read_aligned(
     warped = replace(infrared, picture=warped_picture(infrared.picture, warp))
     grey, ir_scale = scale.ir_scaled(warped.picture, ir_range, warp.coverage)
     warnings = infrared.warnings if rig.is_sure else (*infrared.warnings, _UNSURE)
-    pair = Pair(np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, warnings, ir_scale)
+    measured = warped.measured((width, height), ir_scale, warp.coverage) if is_measured else None
+    pair = Pair(
+        np.ascontiguousarray(visible), np.ascontiguousarray(grey), infrared.source, warnings, ir_scale, measured
+    )
     return AlignedPair(pair, warped, warp)
 
 

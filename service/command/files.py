@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from recofuse_images.reader import Pair
 from service.terms import images
 from service.terms.errors import InvalidInputError
 from service.terms.jobs import FusionOptions, ImageFormat, Part, Stage
+from service.terms.measures import Alarm
 from service.terms.settings import CodecSettings, LimitSettings
 from service.work.engine import Engine, PassOptions
 
@@ -44,13 +45,6 @@ _MARGIN, _LABEL_HEIGHT = 8, 28  # pixels of a sheet
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 
-class _Ranges(TypedDict):
-    """What becomes black and white."""
-
-    vis_range: tuple[float, float] | None
-    ir_range: tuple[float, float] | None
-
-
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a stage took: seconds on the clock, and seconds of processor time over all threads."""
@@ -66,6 +60,8 @@ class Fusion:
     inputs: Pair
     pictures: Mapping[Part, Pixels]
     costs: Mapping[Stage, Cost]
+    alarm: Alarm | None = None
+    warnings: tuple[str, ...] = ()  # of the answer, beside those of the inputs
 
 
 def match_pairs(vis: Path, ir: Path, leave_out: Path | None = None) -> tuple[list[FoundPair], list[PassedOver]]:
@@ -98,6 +94,20 @@ def paths_of_parts(output: Path, parts: Sequence[Part]) -> dict[Part, Path]:
     }
 
 
+def beside_of(outputs: Mapping[Part, Path], asked: FusionOptions) -> dict[str, Path]:
+    """Where the values and the alarm go, if they are asked for: beside the first picture."""
+    main = next(iter(outputs.values()))
+    wanted = {"values": asked.values and f"_values.{asked.values}", "alarm": asked.alarm and "_alarm.json"}
+    return {name: main.with_name(f"{main.stem}{end}") for name, end in wanted.items() if end}
+
+
+def told_alarm(alarm: Alarm) -> str:
+    """An alarm in words."""
+    unit = " °C" if alarm.unit == "celsius" else ""
+    regions = "one region" if alarm.num_regions == 1 else f"{alarm.num_regions} regions"
+    return f"{regions} of {alarm.area} px at {alarm.threshold:g}{unit} or more, the hottest {alarm.hottest:.1f}{unit}"
+
+
 def fuse_files(
     engine: Engine,
     pair: FoundPair,
@@ -110,27 +120,29 @@ def fuse_files(
 ) -> Fusion:
     """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths.
 
-    outputs: where each picture of asked.output goes. options: what `asked` comes to with this engine.
+    outputs: where each picture of asked.output goes; values and alarms are written beside the first. options:
+    what `asked` comes to with this engine.
     rigged: how infrared lies in the visible frame, and where what follows from it is kept; None for registered pairs.
     """
     costs: dict[Stage, Cost] = {}
     with _measured(costs, Stage.DECODE):
         vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
-        ranges: _Ranges = {"vis_range": asked.vis_range, "ir_range": asked.ir_range}
-        if rigged is None:
-            read = images.Decoded(images.decode_pair(vis, ir, limits, **ranges))
-        else:
-            read = images.decode_rigged(vis, ir, *rigged, limits, **ranges)
+        read = images.decode_asked(vis, ir, asked, limits, rigged)
     inputs = read.pair
     with _measured(costs, Stage.MODEL):
-        needed = replace(options, parts=images.needed_parts(options.parts, read.warp, asked.colour))
+        needed = replace(options, parts=images.needed_parts(asked, read.warp))
         batch = engine.fuse(inputs.vis[None], inputs.ir[None], needed, [asked.seed])
     with _measured(costs, Stage.ENCODE):
         made = {part: batch[part][0] for part in needed.parts}
-        pictures = images.finished(made, asked, read.warp, inputs.ir_scale)
+        answer = images.finished(made, asked, read.warp, inputs.ir_scale, inputs.measured)
         for part, path in outputs.items():
-            write_picture(path, pictures[part], codec)
-    return Fusion(inputs, pictures, costs)
+            write_picture(path, answer.pictures[part], codec)
+        beside = beside_of(outputs, asked)
+        if "values" in beside:
+            beside["values"].write_bytes(answer.values_file)
+        if answer.alarm is not None:
+            beside["alarm"].write_text(answer.alarm.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return Fusion(inputs, answer.pictures, costs, answer.alarm, answer.warnings)
 
 
 def write_picture(path: Path, pixels: Pixels, codec: CodecSettings) -> None:

@@ -42,6 +42,17 @@ ColourRange = Annotated[
         "unset.",
     ),
 ]
+Degrees = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="GAIN OFFSET", help="Degrees Celsius are GAIN * value + OFFSET of the infrared values."),
+]
+AlarmAt = Annotated[
+    str | None,
+    typer.Option(
+        "--alarm", metavar="60C|8200", help="Tell the regions that are at least so hot: degrees, or infrared values."
+    ),
+]
+Outline = Annotated[bool, typer.Option("--outline", help="Draw the regions of the alarm into the fused picture.")]
 VisRange = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Visible values that become black and white; by the depth if unset."),

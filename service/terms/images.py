@@ -5,7 +5,7 @@ A front end calls `check_request` alone, which reads headers. The codec of a wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypedDict, cast
@@ -19,14 +19,31 @@ from recofuse_images.reader import Pair, Role
 from recofuse_rigs.errors import RigError
 from recofuse_rigs.rig import Rig, Size
 from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
-from service.terms.jobs import OVERLAYS, Colour, FusionJob, FusionOptions, ImageFormat, Part, RawLayout
+from service.terms.jobs import OVERLAYS, FusionJob, FusionOptions, ImageFormat, Part, RawLayout
+from service.terms.measures import Alarm, Region, Unit, ValuesFormat, alarm_at
 from service.terms.settings import CodecSettings, LimitSettings
 
 if TYPE_CHECKING:
     from recofuse_images.colours import Overlay
+    from recofuse_images.measures import Measured
     from recofuse_rigs.warp import Warp, Warps
 
 Pixels = NDArray[np.uint8]
+
+_DOUBT = (
+    "ir: the restored picture follows the measured values so little that they cannot be told from it, nor colours by a "
+    "range; measure in the original file"
+)
+
+
+class _Reading(TypedDict):
+    """How a job's images are to be read."""
+
+    vis_range: tuple[float, float] | None
+    ir_range: tuple[float, float] | None
+    vis_layout: RawLayout | None
+    ir_layout: RawLayout | None
+    is_measured: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +106,7 @@ def decode_pair(
     ir_range: tuple[float, float] | None = None,
     vis_layout: RawLayout | None = None,
     ir_layout: RawLayout | None = None,
+    is_measured: bool = False,
 ) -> Pair:
     """Both images as 8 bits on the vis grid. Raises like `check_request`; never returns a partly decoded image."""
     with _as_service_errors():
@@ -100,6 +118,7 @@ def decode_pair(
             ir_range=ir_range,
             vis_layout=vis_layout,
             ir_layout=ir_layout,
+            is_measured=is_measured,
         )
 
 
@@ -114,6 +133,7 @@ def decode_rigged(
     ir_range: tuple[float, float] | None = None,
     vis_layout: RawLayout | None = None,
     ir_layout: RawLayout | None = None,
+    is_measured: bool = False,
 ) -> Decoded:
     """A rig's images as 8 bits on the vis grid; infrared is warped at its own depth. Raises like `check_request`."""
     from recofuse_rigs.pairs import read_aligned  # not above: front ends warp nothing, and go without OpenCV
@@ -129,16 +149,62 @@ def decode_rigged(
             vis_layout=vis_layout,
             ir_layout=ir_layout,
             find_warp=warps.of,
+            is_measured=is_measured,
         )
     return Decoded(aligned.pair, aligned.warp)
 
 
-def needed_parts(parts: Sequence[Part], warp: Warp | None, colour: Colour = "natural") -> tuple[Part, ...]:
-    """What the model must give for the wanted parts.
+def decode_asked(
+    vis: bytes,
+    ir: bytes,
+    options: FusionOptions,
+    limits: LimitSettings,
+    rigged: tuple[Rig, Warps] | None = None,
+    *,
+    vis_layout: RawLayout | None = None,
+    ir_layout: RawLayout | None = None,
+) -> Decoded:
+    """A pair with what these options need of it. Raises like `check_request`, also for units that it does not have."""
+    reading: _Reading = {
+        "vis_range": options.vis_range,
+        "ir_range": options.ir_range,
+        "vis_layout": vis_layout,
+        "ir_layout": ir_layout,
+        "is_measured": options.is_measured,
+    }
+    if rigged is None:
+        decoded = Decoded(decode_pair(vis, ir, limits, **reading))
+    else:
+        decoded = decode_rigged(vis, ir, *rigged, limits, **reading)
+    if decoded.pair.measured is not None:
+        _check_units(options, decoded.pair.measured)
+    return decoded
 
-    Where infrared ends, the fused picture takes the restored vis; an overlay is made of both restored ones alone.
+
+def _check_units(options: FusionOptions, measured: Measured) -> None:
+    """Raises InvalidInputError for what these values cannot be told in."""
+    is_celsius = measured.is_celsius or options.degrees is not None
+    if options.alarm is not None and alarm_at(options.alarm)[1] and not is_celsius:
+        raise InvalidInputError(
+            f"alarm: {options.alarm} is in degrees, and the infrared file holds counts; send degrees as well, the gain "
+            "and the offset that make degrees of them, or the alarm in counts"
+        )
+    if options.degrees is not None and measured.is_celsius:
+        raise InvalidInputError("degrees: the infrared file holds degrees Celsius already; leave it out")
+    if options.values == "png" and not measured.is_whole:
+        raise InvalidInputError(
+            "values: png holds whole counts, which this infrared file does not; accepted are npy and tiff"
+        )
+
+
+def needed_parts(options: FusionOptions, warp: Warp | None) -> tuple[Part, ...]:
+    """What the model must give for what these options ask for.
+
+    Where infrared ends, the fused picture takes the restored vis; an overlay is made of both restored ones alone, and
+    values of the restored ir.
     """
-    needed = set(parts)
+    parts, colour, is_measured = options.output.parts, options.colour, options.is_measured
+    needed = {*parts, Part.IR} if is_measured else set(parts)
     if Part.FUSED in parts and colour in OVERLAYS:
         needed = needed - {Part.FUSED} | {Part.VIS, Part.IR}
     elif Part.FUSED in parts and warp is not None and not warp.is_whole:
@@ -146,17 +212,113 @@ def needed_parts(parts: Sequence[Part], warp: Warp | None, colour: Colour = "nat
     return tuple(part for part in Part if part in needed)
 
 
-def finished(
-    pictures: Mapping[Part, Pixels], options: FusionOptions, warp: Warp | None, ir_scale: tuple[float, float]
-) -> dict[Part, Pixels]:
-    """The wanted parts of what the model gave, the fused picture in the wanted colours.
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What an answer shows and tells. values_file: the restored infrared in `unit`, if it was asked for."""
 
-    It is without infrared where there was none. ir_scale: the source values that are black and white in ir.
+    pictures: dict[Part, Pixels]
+    values_file: bytes = b""
+    unit: Unit | None = None
+    alarm: Alarm | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def finished(
+    pictures: Mapping[Part, Pixels],
+    options: FusionOptions,
+    warp: Warp | None,
+    ir_scale: tuple[float, float],
+    measured: Measured | None = None,
+) -> Finished:
+    """The wanted parts of what the model gave, the fused picture in the wanted colours, and what is told of values.
+
+    It is without infrared where there was none. ir_scale: the source values that are black and white in ir. measured:
+    those values, if options ask for something that needs them.
     """
     parts = options.output.parts
+    is_doubtful = False
+    if measured is not None:
+        from recofuse_images import measures  # not above: front ends measure nothing, and go without OpenCV
+
+        ir_scale, is_doubtful = measures.fitted_scale(measured, pictures[Part.IR])
     if Part.FUSED in parts and (fused := _fused(pictures, options, warp, ir_scale)) is not None:
         pictures = {**pictures, Part.FUSED: fused}
-    return {part: pictures[part] for part in parts}
+    warnings = (_DOUBT,) if is_doubtful else ()
+    if measured is None or (options.values is None and options.alarm is None):
+        return Finished({part: pictures[part] for part in parts}, warnings=warnings)
+    values = measures.restored_values(measured, pictures[Part.IR], ir_scale)
+    alarm = None
+    if options.alarm is not None:
+        alarm, mask = _alarm_in(values, options, measured)
+        if options.outline and Part.FUSED in parts:
+            pictures = {**pictures, Part.FUSED: measures.outlined(pictures[Part.FUSED], mask)}
+    return Finished(
+        {part: pictures[part] for part in parts},
+        b"" if options.values is None else _values_file(values, options.values, options.degrees, measured),
+        None if options.values is None else _unit_of(options, measured),
+        alarm,
+        warnings,
+    )
+
+
+def _unit_of(options: FusionOptions, measured: Measured) -> Unit:
+    return "celsius" if measured.is_celsius or options.degrees is not None else "counts"
+
+
+def _alarm_in(
+    values: NDArray[np.float32], options: FusionOptions, measured: Measured
+) -> tuple[Alarm, NDArray[np.bool_]]:
+    """What is hotter than the alarm, told in the unit that the alarm is in, and where that is."""
+    from recofuse_images import measures
+
+    threshold, is_celsius = alarm_at(options.alarm or "")
+    if is_celsius and options.degrees is not None:
+        values = _degrees(values, options.degrees)
+    found = measures.regions_above(values, threshold)
+    regions = [
+        Region(
+            box=(region.left, region.top, region.width, region.height),
+            area=region.area,
+            hottest=region.hottest,
+            centroid=region.centroid,
+        )
+        for region in found.regions
+    ]
+    alarm = Alarm(
+        threshold=threshold,
+        unit="celsius" if is_celsius or measured.is_celsius else "counts",
+        num_regions=found.num_regions,
+        area=found.area,
+        hottest=found.hottest,
+        regions=tuple(regions),
+    )
+    return alarm, found.mask
+
+
+def _degrees(values: NDArray[np.float32], degrees: tuple[float, float]) -> NDArray[np.float32]:
+    gain, offset = degrees
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = (gain * values.astype(np.float64) + offset).astype(np.float32)
+    found[~np.isfinite(found)] = np.nan  # gain and offset may be any numbers
+    return found
+
+
+def _values_file(
+    values: NDArray[np.float32], values_format: ValuesFormat, degrees: tuple[float, float] | None, measured: Measured
+) -> bytes:
+    from recofuse_images import measures, writer
+
+    if degrees is not None:
+        values = _degrees(values, degrees)
+    is_whole = measured.is_whole and degrees is None
+    with _as_service_errors():
+        match values_format:
+            case "npy":
+                return writer.npy_bytes(values)
+            case "tiff":
+                return writer.tiff_bytes(measures.counts_of(values) if is_whole else values)
+            case "png":
+                return writer.png_bytes(measures.counts_of(values))
 
 
 def _fused(
@@ -211,15 +373,6 @@ def build_codec(settings: CodecSettings, limits: LimitSettings) -> Codec:
     return ReadyBytes() if settings.kind == "ready" else FileCodec(settings, limits)
 
 
-class _Reading(TypedDict):
-    """How a job's images are to be read."""
-
-    vis_range: tuple[float, float] | None
-    ir_range: tuple[float, float] | None
-    vis_layout: RawLayout | None
-    ir_layout: RawLayout | None
-
-
 class FileCodec:
     """Reads and writes image files."""
 
@@ -232,15 +385,9 @@ class FileCodec:
 
     def decode(self, job: FusionJob) -> Decoded:
         """See Codec."""
-        reading: _Reading = {
-            "vis_range": job.options.vis_range,
-            "ir_range": job.options.ir_range,
-            "vis_layout": job.vis_layout,
-            "ir_layout": job.ir_layout,
-        }
-        if job.rig is None:
-            return Decoded(decode_pair(job.vis, job.ir, self._limits, **reading))
-        return decode_rigged(job.vis, job.ir, job.rig, self._warps, self._limits, **reading)
+        rigged = None if job.rig is None else (job.rig, self._warps)
+        layouts = {"vis_layout": job.vis_layout, "ir_layout": job.ir_layout}
+        return decode_asked(job.vis, job.ir, job.options, self._limits, rigged, **layouts)
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""

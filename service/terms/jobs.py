@@ -28,6 +28,7 @@ from pydantic import (
 
 from recofuse_rigs.errors import BadRigError
 from service.terms.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
+from service.terms.measures import Alarm, AlarmText, Unit, ValuesFormat
 
 if TYPE_CHECKING:
     from recofuse_rigs.rig import Rig  # brings NumPy, which the command's help goes without
@@ -156,6 +157,9 @@ class FusionOptions(_Strict):
     steps, sampler, exposure: None asks for the model's own default. vis_range, ir_range: the source values (lowest,
     highest) that become black and white in the visible and in the infrared image, in place of the automatic choice.
     colour: of the fused picture. colour_range: the infrared values between which an overlay goes from nothing to full.
+    values: the restored infrared in the values of its source, as a file beside the pictures. degrees: (gain, offset),
+    by which degrees Celsius are gain * value + offset of the source's values. alarm: 60C, or 8200 in the source's
+    values; what is hotter is told. outline: whether that is drawn into the fused picture, too.
     """
 
     output: Output = Output.FUSED
@@ -168,6 +172,16 @@ class FusionOptions(_Strict):
     exposure: Exposure | None = None
     colour: Colour = "natural"
     colour_range: tuple[float, float] | None = None
+    values: ValuesFormat | None = None
+    degrees: tuple[float, float] | None = None
+    alarm: AlarmText | None = None
+    outline: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the values of the infrared image are needed: for a file, an alarm, or colours by a range of them."""
+        is_coloured = self.colour_range is not None and Part.FUSED in self.output.parts
+        return self.values is not None or self.alarm is not None or is_coloured
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> Self:
@@ -180,14 +194,20 @@ class FusionOptions(_Strict):
                 raise ValueError(f"{name} takes two numbers, the lower one first, such as {example}")
         if self.colour_range is not None and self.colour not in OVERLAYS:
             raise ValueError(f"colour_range goes with colour={', '.join(OVERLAYS)}, not with {self.colour}")
+        if self.degrees is not None and not self.degrees[0]:
+            raise ValueError("degrees takes a gain that is not 0, and an offset, such as 0.04,-273.15")
+        if self.degrees is not None and self.values == "png":
+            raise ValueError("values: png holds whole counts; with degrees, accepted are npy and tiff")
+        if self.outline and self.alarm is None:
+            raise ValueError("outline goes with an alarm, such as alarm=60C")
         return self
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
         values: dict[str, Any] = serialise(self)
-        for name, nothing in (("vis_range", None), ("exposure", None), ("colour", "natural"), ("colour_range", None)):
-            if values[name] == nothing:
+        for name in ("vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline"):
+            if values[name] == type(self).model_fields[name].default:
                 del values[name]
         return values
 
@@ -348,6 +368,10 @@ class _ResultHeader(_Strict):
     error_message: str
     ir_source: str = ""  # older workers tell neither
     warnings: tuple[str, ...] = ()
+    values_bytes: Annotated[int, Field(ge=0)] = 0  # behind the pictures
+    values_type: str = ""
+    values_unit: Unit | None = None
+    alarm: Alarm | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,7 +381,8 @@ class FusionResult:
     images: encoded pictures by part, each of media_type, all of width x height. timings_s: seconds per stage.
     batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
     the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
-    for people, as `printable` has them.
+    for people, as `printable` has them. values: a file of values_type with the restored infrared in values_unit, empty
+    if nobody asked; alarm: what is hot, if somebody did.
     """
 
     job_id: str
@@ -373,6 +398,10 @@ class FusionResult:
     error_message: str = ""
     ir_source: str = ""
     warnings: tuple[str, ...] = ()
+    values: bytes = b""
+    values_type: str = ""
+    values_unit: Unit | None = None
+    alarm: Alarm | None = None
 
     @classmethod
     def failed(cls, job_id: str, error: ServiceError, timings_s: Mapping[Stage, float] | None = None) -> Self:
@@ -389,8 +418,8 @@ class FusionResult:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the pictures."""
-        return sum(len(image) for image in self.images.values())
+        """Bytes of the pictures and values."""
+        return sum(len(image) for image in self.images.values()) + len(self.values)
 
     def raise_for_error(self) -> None:
         """Raises the ServiceError that the job ended with, if it did."""
@@ -413,22 +442,27 @@ class FusionResult:
             error_message=self.error_message,
             ir_source=self.ir_source,
             warnings=self.warnings,
+            values_bytes=len(self.values),
+            values_type=self.values_type,
+            values_unit=self.values_unit,
+            alarm=self.alarm,
         )
-        return _join(RESULT_MAGIC, header.model_dump_json().encode(), tuple(self.images.values()))
+        return _join(RESULT_MAGIC, header.model_dump_json().encode(), (*self.images.values(), self.values))
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
         header, body = _split(RESULT_MAGIC, raw)
         parsed = _parse(_ResultHeader, header)
-        if len(body) != sum(parsed.parts.values()):
-            raise MalformedRequestError(f"a result of {sum(parsed.parts.values())} picture bytes came with {len(body)}")
+        size = sum(parsed.parts.values()) + parsed.values_bytes
+        if len(body) != size:
+            raise MalformedRequestError(f"a result of {size} picture bytes came with {len(body)}")
         images, start = {}, 0
         for part, size in parsed.parts.items():
             images[part] = bytes(body[start : start + size])
             start += size
-        fields = {name: getattr(parsed, name) for name in _ResultHeader.model_fields if name != "parts"}
-        return cls(images=images, **fields)
+        names = [name for name in _ResultHeader.model_fields if name not in ("parts", "values_bytes")]
+        return cls(images=images, values=bytes(body[start:]), **{name: getattr(parsed, name) for name in names})
 
 
 class WorkerInfo(_Strict):

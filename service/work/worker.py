@@ -41,6 +41,7 @@ from service.terms.errors import (
     UnavailableError,
 )
 from service.terms.jobs import FusionResult, Part, Stage, WorkerInfo, printable
+from service.terms.measures import MEDIA_TYPES
 from service.terms.settings import Settings
 from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
@@ -49,6 +50,7 @@ from service.work.batcher import Batcher, BatchPolicy, Waiting
 from service.work.engine import Engine, EngineBrokenError, PassOptions
 
 if TYPE_CHECKING:
+    from recofuse_images.measures import Measured
     from recofuse_rigs.warp import Warp
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class _Held:
     pair: Pair | None = None
     warp: Warp | None = None  # by which infrared came into the visible frame, if its cameras are not registered
     ir_scale: tuple[float, float] = (0.0, 0.0)  # what is black and white in the pair's infrared
+    measured: Measured | None = None  # the values of that, if the job asks for some
     ready_s: float = 0.0
     timings_s: dict[Stage, float] = field(default_factory=dict)
     is_running: bool = False  # in the model or beyond
@@ -278,7 +281,7 @@ class Worker:
                 await self._finish(held, FusionResult.failed(job.id, InternalError(INTERNAL_MESSAGE), held.timings_s))
                 return
             held.pair, held.warp = decoded.pair, decoded.warp
-            held.ir_scale = held.pair.ir_scale
+            held.ir_scale, held.measured = held.pair.ir_scale, held.pair.measured
             held.ir_source, held.warnings = held.pair.ir_source, printable(held.pair.warnings)
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
             held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
@@ -392,7 +395,7 @@ class Worker:
         job, info = held.lease.job, self._info
         started = time.perf_counter()
         try:
-            encoded = await self._codecs.run(lambda: self._encoded(held, pictures))
+            finished, encoded = await self._codecs.run(lambda: self._encoded(held, pictures))
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
             return
@@ -413,14 +416,18 @@ class Worker:
             width=job.width,
             height=job.height,
             ir_source=held.ir_source,
-            warnings=held.warnings,
+            warnings=printable((*held.warnings, *finished.warnings)),
+            values=finished.values_file,
+            values_type=MEDIA_TYPES[job.options.values] if job.options.values and finished.values_file else "",
+            values_unit=finished.unit,
+            alarm=finished.alarm,
         )
         await self._finish(held, result)
 
-    def _encoded(self, held: _Held, pictures: dict[Part, images.Pixels]) -> dict[Part, bytes]:
+    def _encoded(self, held: _Held, pictures: dict[Part, images.Pixels]) -> tuple[images.Finished, dict[Part, bytes]]:
         job = held.lease.job
-        wanted = images.finished(pictures, job.options, held.warp, held.ir_scale)
-        return {part: self._codec.encode(job, part, pixels) for part, pixels in wanted.items()}
+        finished = images.finished(pictures, job.options, held.warp, held.ir_scale, held.measured)
+        return finished, {part: self._codec.encode(job, part, pixels) for part, pixels in finished.pictures.items()}
 
     async def _finish(self, held: _Held, result: FusionResult) -> None:
         is_visible = await self._patiently(lambda: self._queue.finish(held.lease, result))
@@ -491,13 +498,12 @@ class Worker:
 
     def _pass_options(self, held: _Held) -> PassOptions:
         asked = held.lease.job.options
-        options = PassOptions.of(asked, self._engine.info)
-        return replace(options, parts=images.needed_parts(options.parts, held.warp, asked.colour))
+        return replace(PassOptions.of(asked, self._engine.info), parts=images.needed_parts(asked, held.warp))
 
     def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
         """What decides how much memory one job of a pass needs."""
-        job, asked = held.lease.job, held.lease.job.options
-        return job.width, job.height, images.needed_parts(asked.output.parts, held.warp, asked.colour)
+        job = held.lease.job
+        return job.width, job.height, images.needed_parts(job.options, held.warp)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(_guarded(work))

@@ -274,6 +274,20 @@ def test_the_command_streams_in_colours(null_server: CommandServer, tmp_path: Pa
     assert "colour: purple is none of natural, grey" in done.stderr
 
 
+def test_the_command_counts_the_frames_with_an_alarm(null_server: CommandServer, tmp_path: Path) -> None:
+    vis, ir, told = make_video(tmp_path / "vis.avi", 4), make_video(tmp_path / "ir.avi", 4), tmp_path / "told.json"
+    threshold = (level(1) + level(2)) / 2
+    words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "--json", told, "--outline", "--alarm"]
+    done = subprocess.run(
+        command(*words, f"{threshold}"), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    num_hot = sum(level(number) > threshold for number in range(4))
+    assert 0 < num_hot < 4
+    assert json.loads(told.read_text("utf-8"))["num_alarms"] == num_hot
+    assert f"{num_hot} with an alarm" in done.stdout
+
+
 def test_the_command_streams_by_a_rig(null_server: CommandServer, tmp_path: Path) -> None:
     vis, ir = make_video(tmp_path / "vis.avi", 4), make_video(tmp_path / "ir.avi", 4, size=(80, 80))
     rig = Rig((64, 48), (80, 80), (0.4, 0.0, 16.0, 0.0, 0.4, 8.0, 0.0, 0.0, 1.0), is_sure=False)

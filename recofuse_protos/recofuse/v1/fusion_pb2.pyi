@@ -237,6 +237,56 @@ COLOUR_IRON: Colour.ValueType  # 4
 COLOUR_RAINBOW: Colour.ValueType  # 5
 Global___Colour: _TypeAlias = Colour  # noqa: Y015
 
+class _ValuesFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ValuesFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ValuesFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VALUES_FORMAT_UNSPECIFIED: _ValuesFormat.ValueType  # 0
+    """not at all"""
+    VALUES_FORMAT_NPY: _ValuesFormat.ValueType  # 1
+    """NumPy's file format, float32; NaN where nothing was measured"""
+    VALUES_FORMAT_TIFF: _ValuesFormat.ValueType  # 2
+    """16 bits of whole counts, else float32"""
+    VALUES_FORMAT_PNG: _ValuesFormat.ValueType  # 3
+    """16 bits; for whole counts alone"""
+
+class ValuesFormat(_ValuesFormat, metaclass=_ValuesFormatEnumTypeWrapper):
+    """How the restored infrared comes in the values of its source."""
+
+VALUES_FORMAT_UNSPECIFIED: ValuesFormat.ValueType  # 0
+"""not at all"""
+VALUES_FORMAT_NPY: ValuesFormat.ValueType  # 1
+"""NumPy's file format, float32; NaN where nothing was measured"""
+VALUES_FORMAT_TIFF: ValuesFormat.ValueType  # 2
+"""16 bits of whole counts, else float32"""
+VALUES_FORMAT_PNG: ValuesFormat.ValueType  # 3
+"""16 bits; for whole counts alone"""
+Global___ValuesFormat: _TypeAlias = ValuesFormat  # noqa: Y015
+
+class _Unit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UNIT_UNSPECIFIED: _Unit.ValueType  # 0
+    UNIT_COUNTS: _Unit.ValueType  # 1
+    """the file's own values"""
+    UNIT_CELSIUS: _Unit.ValueType  # 2
+    """degrees Celsius"""
+
+class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
+    """What infrared values are in."""
+
+UNIT_UNSPECIFIED: Unit.ValueType  # 0
+UNIT_COUNTS: Unit.ValueType  # 1
+"""the file's own values"""
+UNIT_CELSIUS: Unit.ValueType  # 2
+"""degrees Celsius"""
+Global___Unit: _TypeAlias = Unit  # noqa: Y015
+
 class _InfraredSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -477,6 +527,30 @@ class ColourRange(_message.Message):
 Global___ColourRange: _TypeAlias = ColourRange  # noqa: Y015
 
 @_typing.final
+class Degrees(_message.Message):
+    """Degrees Celsius are gain * value + offset of an infrared file's values. The gain is not 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GAIN_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    gain: _builtins.float
+    offset: _builtins.float
+    def __init__(
+        self,
+        *,
+        gain: _builtins.float = ...,
+        offset: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gain", b"gain", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Degrees: _TypeAlias = Degrees  # noqa: Y015
+
+@_typing.final
 class FuseOptions(_message.Message):
     """What may be chosen about the computation and its answer."""
 
@@ -495,6 +569,10 @@ class FuseOptions(_message.Message):
     RIG_FIELD_NUMBER: _builtins.int
     COLOUR_FIELD_NUMBER: _builtins.int
     COLOUR_RANGE_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    DEGREES_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    OUTLINE_FIELD_NUMBER: _builtins.int
     output: Global___Output.ValueType
     format: Global___ImageFormat.ValueType
     steps: _builtins.int
@@ -516,6 +594,12 @@ class FuseOptions(_message.Message):
     stream looks a name up for each frame, so that a new calibration counts from the next frame on.
     """
     colour: Global___Colour.ValueType
+    values: Global___ValuesFormat.ValueType
+    """also the restored infrared in the values of its source"""
+    alarm: _builtins.str
+    """"60C", or "8200" in the infrared file's values: what is at least so hot is listed"""
+    outline: _builtins.bool
+    """draw that into the fused picture, too"""
     @_builtins.property
     def ir_range(self) -> Global___IrRange: ...
     @_builtins.property
@@ -523,6 +607,10 @@ class FuseOptions(_message.Message):
     @_builtins.property
     def colour_range(self) -> Global___ColourRange:
         """With white_hot, iron and rainbow alone. Unset: the upper half of the scale."""
+
+    @_builtins.property
+    def degrees(self) -> Global___Degrees:
+        """for `values` and `alarm`; not for files that hold degrees"""
 
     def __init__(
         self,
@@ -540,10 +628,14 @@ class FuseOptions(_message.Message):
         rig: _builtins.str = ...,
         colour: Global___Colour.ValueType = ...,
         colour_range: Global___ColourRange | None = ...,
+        values: Global___ValuesFormat.ValueType = ...,
+        degrees: Global___Degrees | None = ...,
+        alarm: _builtins.str = ...,
+        outline: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour_range", b"colour_range", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour_range", b"colour_range", "degrees", b"degrees", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour", b"colour", "colour_range", b"colour_range", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "alarm", b"alarm", "colour", b"colour", "colour_range", b"colour_range", "degrees", b"degrees", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "outline", b"outline", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "values", b"values", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
@@ -626,6 +718,10 @@ class Fusion(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     INFRARED_SOURCE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    VALUES_TYPE_FIELD_NUMBER: _builtins.int
+    VALUES_UNIT_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """of every picture, pixels"""
     height: _builtins.int
@@ -633,6 +729,11 @@ class Fusion(_message.Message):
     """how many pairs shared the forward pass"""
     job_id: _builtins.str
     infrared_source: Global___InfraredSource.ValueType
+    values: _builtins.bytes
+    """a file, if `values` asked for one"""
+    values_type: _builtins.str
+    """such as image/tiff"""
+    values_unit: Global___Unit.ValueType
     @_builtins.property
     def pictures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Picture]:
         """what `output` asked for"""
@@ -644,6 +745,10 @@ class Fusion(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """sentences for people, such as that a colour photograph came as infrared"""
+
+    @_builtins.property
+    def alarm(self) -> Global___Alarm:
+        """if `alarm` asked for it"""
 
     def __init__(
         self,
@@ -657,14 +762,103 @@ class Fusion(_message.Message):
         job_id: _builtins.str = ...,
         infrared_source: Global___InfraredSource.ValueType = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        values: _builtins.bytes = ...,
+        values_type: _builtins.str = ...,
+        values_unit: Global___Unit.ValueType = ...,
+        alarm: Global___Alarm | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "model", b"model", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "height", b"height", "infrared_source", b"infrared_source", "job_id", b"job_id", "model", b"model", "pictures", b"pictures", "timings", b"timings", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "batch_size", b"batch_size", "height", b"height", "infrared_source", b"infrared_source", "job_id", b"job_id", "model", b"model", "pictures", b"pictures", "timings", b"timings", "values", b"values", "values_type", b"values_type", "values_unit", b"values_unit", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
+
+@_typing.final
+class Alarm(_message.Message):
+    """What is at or above an alarm. Values are in `unit`, places in pixels of the answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    NUM_REGIONS_FIELD_NUMBER: _builtins.int
+    AREA_FIELD_NUMBER: _builtins.int
+    HOTTEST_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
+    threshold: _builtins.float
+    unit: Global___Unit.ValueType
+    num_regions: _builtins.int
+    area: _builtins.int
+    """pixels of all regions"""
+    hottest: _builtins.float
+    """of all regions; unset if there is none"""
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
+        """the largest first; not all if there are very many"""
+
+    def __init__(
+        self,
+        *,
+        threshold: _builtins.float = ...,
+        unit: Global___Unit.ValueType = ...,
+        num_regions: _builtins.int = ...,
+        area: _builtins.int = ...,
+        hottest: _builtins.float | None = ...,
+        regions: _abc.Iterable[Global___Region] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hottest", b"_hottest", "hottest", b"hottest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hottest", b"_hottest", "area", b"area", "hottest", b"hottest", "num_regions", b"num_regions", "regions", b"regions", "threshold", b"threshold", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__hottest: _TypeAlias = _typing.Literal["hottest"]  # noqa: Y015
+    _WhichOneofArgType__hottest: _TypeAlias = _typing.Literal["_hottest", b"_hottest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hottest) -> _WhichOneofReturnType__hottest | None: ...
+
+Global___Alarm: _TypeAlias = Alarm  # noqa: Y015
+
+@_typing.final
+class Region(_message.Message):
+    """A connected region of an alarm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    AREA_FIELD_NUMBER: _builtins.int
+    HOTTEST_FIELD_NUMBER: _builtins.int
+    CENTROID_X_FIELD_NUMBER: _builtins.int
+    CENTROID_Y_FIELD_NUMBER: _builtins.int
+    left: _builtins.int
+    top: _builtins.int
+    width: _builtins.int
+    height: _builtins.int
+    area: _builtins.int
+    hottest: _builtins.float
+    centroid_x: _builtins.float
+    centroid_y: _builtins.float
+    def __init__(
+        self,
+        *,
+        left: _builtins.int = ...,
+        top: _builtins.int = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        area: _builtins.int = ...,
+        hottest: _builtins.float = ...,
+        centroid_x: _builtins.float = ...,
+        centroid_y: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["area", b"area", "centroid_x", b"centroid_x", "centroid_y", b"centroid_y", "height", b"height", "hottest", b"hottest", "left", b"left", "top", b"top", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Region: _TypeAlias = Region  # noqa: Y015
 
 @_typing.final
 class Picture(_message.Message):

@@ -13,11 +13,14 @@ from rich.table import Table
 from service.command.environment import read_settings
 from service.command.options import (
     DEFAULT_WEIGHTS,
+    AlarmAt,
     Colour,
     ColourRange,
+    Degrees,
     Device,
     Exposure,
     IrRange,
+    Outline,
     Threads,
     VisRange,
     Weights,
@@ -60,6 +63,16 @@ def fuse(
     ] = None,
     colour: Colour = "natural",
     colour_range: ColourRange = None,
+    values: Annotated[
+        str | None,
+        typer.Option(
+            metavar="npy|tiff|png",
+            help="Also write the restored infrared in the values of its source, as NAME_values.",
+        ),
+    ] = None,
+    degrees: Degrees = None,
+    alarm: AlarmAt = None,
+    outline: Outline = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -77,7 +90,15 @@ def fuse(
     asked_engine = {"model": weights, "device": device, "num_threads": threads}
     engine = model_engine(settings.engine.model_copy(update=asked_engine))
     from recofuse_images.pairs import told
-    from service.command.files import contact_sheet, fuse_files, match_pairs, paths_of_parts, write_picture
+    from service.command.files import (
+        beside_of,
+        contact_sheet,
+        fuse_files,
+        match_pairs,
+        paths_of_parts,
+        told_alarm,
+        write_picture,
+    )
     from service.terms.jobs import Output, printable
 
     pairs, passed_over = match_pairs(vis, ir, leave_out=output)
@@ -89,7 +110,6 @@ def fuse(
     if sheet is not None:
         paths_of_parts(sheet, Output.FUSED.parts)  # an impossible suffix is told before the work, not after it
     given = [path for pair in pairs for path in (pair.vis, pair.ir)] + [item.path for item in passed_over]
-    _refuse_to_overwrite(given, [path for paths in targets for path in paths.values()] + ([sheet] if sheet else []))
     asked = _valid_options(
         output=Output.ALL if all_ else Output.FUSED,
         steps=steps,
@@ -97,10 +117,17 @@ def fuse(
         exposure=exposure,
         colour=colour,
         colour_range=colour_range,
+        values=values,
+        degrees=degrees,
+        alarm=alarm,
+        outline=outline,
         seed=seed,
         vis_range=vis_range,
         ir_range=ir_range,
     )
+    beside = [path for paths in targets for path in beside_of(paths, asked).values()]
+    written = [path for paths in targets for path in paths.values()] + beside + ([sheet] if sheet else [])
+    _refuse_to_overwrite(given, written)
     rigged = None if rig is None else _rigged(rig)
     if passed_over:
         complain(told(passed_over))
@@ -132,8 +159,10 @@ def fuse(
                 continue
             costs.append(fusion.costs)
             sources[fusion.inputs.ir_source] += 1
-            for warning in printable(fusion.inputs.warnings):
+            for warning in printable((*fusion.inputs.warnings, *fusion.warnings)):
                 complain(f"{pair.name}: {warning}")
+            if fusion.alarm is not None and fusion.alarm.num_regions:
+                out.print(f"{pair.name}: {told_alarm(fusion.alarm)}", markup=False, soft_wrap=True)
             if sheet is not None and len(rows) < MAX_SHEET_ROWS:
                 rows.append(_sheet_row(pair, fusion))
     if costs:

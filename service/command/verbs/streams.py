@@ -8,7 +8,19 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from service.command.environment import API_KEY_VARIABLE
-from service.command.options import DEFAULT_WEIGHTS, Colour, ColourRange, Exposure, IrRange, VisRange, Weights, sides_of
+from service.command.options import (
+    DEFAULT_WEIGHTS,
+    AlarmAt,
+    Colour,
+    ColourRange,
+    Degrees,
+    Exposure,
+    IrRange,
+    Outline,
+    VisRange,
+    Weights,
+    sides_of,
+)
 from service.command.terminal import SOURCES, complain, err, out
 from service.terms.errors import InvalidInputError
 
@@ -124,6 +136,9 @@ def stream(
     ] = None,
     colour: Colour = "natural",
     colour_range: ColourRange = None,
+    degrees: Degrees = None,
+    alarm: AlarmAt = None,
+    outline: Outline = False,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -198,6 +213,9 @@ def stream(
                 "rig": chosen_rig,
                 "colour": cast("Any", colour),
                 "colour_range": colour_range,
+                "degrees": degrees,
+                "alarm": alarm,
+                "outline": outline,
                 "seed": seed,
                 "vis_range": vis_range,
                 "ir_range": ir_range,

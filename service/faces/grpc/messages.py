@@ -27,12 +27,15 @@ from service.terms.jobs import (
     RawLayout,
     problems_of,
 )
+from service.terms.measures import Alarm, Unit
 from service.watch import logs
 
 Range = tuple[float, float]
 
 _JOB_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _SOURCES = {source: pb.InfraredSource.Value(f"INFRARED_SOURCE_{source.upper()}") for source in get_args(IrSource)}
+
+_UNITS: dict[Unit | None, pb.Unit.ValueType] = {"counts": pb.UNIT_COUNTS, "celsius": pb.UNIT_CELSIUS}
 
 
 # what comes
@@ -63,6 +66,10 @@ class CheckedOptions:
             "exposure": name_of(pb.Exposure, message.exposure, "exposure"),
             "colour": name_of(pb.Colour, message.colour, "colour"),
             "colour_range": _range_of(message, "colour_range"),
+            "values": name_of(pb.ValuesFormat, message.values, "values"),
+            "degrees": (message.degrees.gain, message.degrees.offset) if message.HasField("degrees") else None,
+            "alarm": message.alarm or None,
+            "outline": message.outline,
             "steps": message.steps if message.HasField("steps") else None,
             "vis_range": _range_of(message, "vis_range"),
             "ir_range": _range_of(message, "ir_range"),
@@ -191,6 +198,37 @@ def fusion_of(result: FusionResult, *, is_raw: bool, started_s: float) -> pb.Fus
         job_id=result.job_id,
         infrared_source=_SOURCES.get(result.ir_source, pb.INFRARED_SOURCE_UNSPECIFIED),
         warnings=result.warnings,
+        values=result.values,
+        values_type=result.values_type,
+        values_unit=_UNITS.get(result.values_unit, pb.UNIT_UNSPECIFIED),
+        alarm=None if result.alarm is None else _alarm_message(result.alarm),
+    )
+
+
+def _alarm_message(alarm: Alarm) -> pb.Alarm:
+    regions = []
+    for region in alarm.regions:
+        left, top, width, height = region.box
+        x, y = region.centroid
+        regions.append(
+            pb.Region(
+                left=left,
+                top=top,
+                width=width,
+                height=height,
+                area=region.area,
+                hottest=region.hottest,
+                centroid_x=x,
+                centroid_y=y,
+            )
+        )
+    return pb.Alarm(
+        threshold=alarm.threshold,
+        unit=_UNITS[alarm.unit],
+        num_regions=alarm.num_regions,
+        area=alarm.area,
+        hottest=alarm.hottest,
+        regions=regions,
     )
 
 

@@ -29,6 +29,7 @@ from service.terms.errors import (
     UnsupportedMediaError,
 )
 from service.terms.jobs import Colour, Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
+from service.terms.measures import ALARM, ValuesFormat
 from service.terms.settings import Settings
 from service.watch.logs import request_id
 
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 MAX_OPTION_BYTES = 1024
 MAX_BYTES = {"rig": MAX_FILE_BYTES}  # of options that may have more
 OPTION_FIELDS = (
-    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "seed", "vis_range",
-    "ir_range", "priority", "timeout_ms"
+    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
+    "alarm", "outline", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
 )  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")
 
@@ -88,6 +89,29 @@ FORM: dict[str, Any] = {
             "pattern": _RANGE,
             "description": "infrared values, as those of ir_range, between which white_hot, iron and rainbow go from "
             "nothing to full, such as 8200,9500; default: the upper half of the scale",
+        },
+        "values": {
+            "type": "string",
+            "enum": list(get_args(ValuesFormat)),
+            "description": "also the restored infrared in the values of its source, in a zip with the pictures: npy is "
+            "float32, tiff 16 bits or float32, png 16 bits",
+        },
+        "degrees": {
+            "type": "string",
+            "pattern": _RANGE,
+            "description": "gain,offset: degrees Celsius are gain * value + offset of the infrared file's values, such "
+            "as 0.04,-273.15",
+        },
+        "alarm": {
+            "type": "string",
+            "pattern": ALARM,
+            "description": "60C, or 8200 in the infrared file's values: the regions that are at least so hot are "
+            "listed in result.json, in a zip with the pictures",
+        },
+        "outline": {
+            "type": "boolean",
+            "default": False,
+            "description": "whether the regions of an alarm are outlined in the fused picture",
         },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
         "vis_range": {
@@ -264,7 +288,7 @@ def request_of(form: Mapping[str, bytes], idempotency_key: str | None, parent: s
                 values[name] = raw.decode("ascii")
             except UnicodeDecodeError as error:
                 raise InvalidInputError(f"the field {name} is not plain text") from error
-    for name in ("vis_range", "ir_range", "colour_range"):
+    for name in ("vis_range", "ir_range", "colour_range", "degrees"):
         if name in values:
             values[name] = tuple(values[name].split(","))
     priority = values.pop("priority", Priority.NORMAL)

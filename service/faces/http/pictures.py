@@ -1,4 +1,4 @@
-"""A result as an answer: one picture or a zip of all three, and headers that tell how they were made."""
+"""A result as an answer: one picture, or a zip of all that was asked for, and headers that tell how it was made."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from urllib.parse import quote
 from fastapi import Response
 
 from service.terms.jobs import MAX_WARNINGS, FusionResult, ImageFormat, IrSource, Part
+from service.terms.measures import MEDIA_TYPES
 
 MAX_WARNING_BYTES = 400  # of a header line, percent-encoded
 
@@ -19,6 +20,8 @@ PICTURES: dict[str, Any] = {
     **{image_format.media_type: {"schema": {"type": "string", "format": "binary"}} for image_format in ImageFormat},
     "application/zip": {"schema": {"type": "string", "format": "binary"}},
 }
+
+_SUFFIXES = {media_type: name for name, media_type in MEDIA_TYPES.items()}  # of files of values
 
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what a header may carry as it is
 _LISTED = _PLAIN.replace(",", "")  # or one of several lines of a header, which whoever reads them may join with commas
@@ -52,7 +55,7 @@ async def answer_of(result: FusionResult) -> Response:
     }
     if result.ir_source in get_args(IrSource):
         headers["X-Infrared-Source"] = result.ir_source
-    if len(result.images) == 1:
+    if len(result.images) == 1 and not result.values and result.alarm is None:
         ((part, image),) = result.images.items()
         headers["X-Picture"] = part
         answer = Response(image, media_type=result.media_type, headers=headers)
@@ -76,9 +79,9 @@ def _warning_line(warning: str) -> str:
 
 
 def _zip(result: FusionResult) -> bytes:
-    """All pictures and a small description; stored, because they are compressed already."""
+    """All pictures, the values, and a description with what an alarm found; stored, as they are compressed already."""
     suffix = "npy" if result.media_type.endswith("npy") else result.media_type.removeprefix("image/")
-    description = {
+    description: dict[str, Any] = {
         "model": {"name": result.model_name, "version": result.model_version},
         "width": result.width,
         "height": result.height,
@@ -88,10 +91,17 @@ def _zip(result: FusionResult) -> bytes:
         "warnings": result.warnings,
         "files": {part: f"{part}.{suffix}" for part in result.images},
     }
+    values_name = f"values.{_SUFFIXES.get(result.values_type, 'bin')}"
+    if result.values:
+        description["values"] = {"file": values_name, "media_type": result.values_type, "unit": result.values_unit}
+    if result.alarm is not None:
+        description["alarm"] = result.alarm.model_dump()
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for part in Part:
             if part in result.images:
                 archive.writestr(f"{part}.{suffix}", result.images[part])
+        if result.values:
+            archive.writestr(values_name, result.values)
         archive.writestr("result.json", json.dumps(description, indent=2))
     return stream.getvalue()

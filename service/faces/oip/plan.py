@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,9 +150,9 @@ def _options_of(
     parameters: Mapping[str, Parameter], outputs: Sequence[str]
 ) -> tuple[FusionOptions, Priority, float | None, bool]:
     """Options, priority, timeout in seconds, and whether files are wanted. Raises InvalidInputError."""
-    plain = ("seed", "steps", "sampler", "exposure", "colour")
+    plain = ("seed", "steps", "sampler", "exposure", "colour", "alarm", "outline")
     values: dict[str, Any] = {name: parameters[name] for name in plain if name in parameters}
-    for name in ("vis_range", "ir_range", "colour_range"):
+    for name in ("vis_range", "ir_range", "colour_range", "degrees"):
         if name in parameters:
             values[name] = tuple(str(parameters[name]).split(","))
     values["format"] = parameters.get("format", ImageFormat.NPY)
@@ -211,7 +212,7 @@ def tensors_of(results: Sequence[FusionResult], plan: Plan) -> tuple[Tensor, ...
 
 
 def told_of(results: Sequence[FusionResult]) -> dict[str, str]:
-    """What was read of each pair's infrared file, and what looks wrong with them, as the answer's parameters."""
+    """What was read of each pair's infrared file, what looks wrong, and what is hot, as the answer's parameters."""
     told = {}
     if any(result.ir_source for result in results):
         told["infrared_source"] = ",".join(result.ir_source for result in results)
@@ -222,4 +223,7 @@ def told_of(results: Sequence[FusionResult]) -> dict[str, str]:
     ]
     if lines:
         told["warnings"] = "\n".join(lines)
+    if any(result.alarm is not None for result in results):
+        alarms = [None if result.alarm is None else result.alarm.model_dump() for result in results]
+        told["alarms"] = json.dumps(alarms)
     return told

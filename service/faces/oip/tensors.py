@@ -23,8 +23,8 @@ from service.terms.jobs import Part
 INPUTS: dict[str, tuple[str, ...]] = {"vis": ("UINT8", "BYTES"), "ir": ("UINT8", "UINT16", "BYTES")}  # and datatypes
 OUTPUTS: dict[str, Part] = {"fused": Part.FUSED, "vis_restored": Part.VIS, "ir_restored": Part.IR}
 PARAMETERS = (
-    "seed", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "vis_range", "ir_range", "format",
-    "priority", "timeout", "timeout_ms"
+    "seed", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "degrees", "alarm", "outline",
+    "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
 )  # fmt: skip
 MAX_MESSAGE_CHARS = 1000
 MAX_NAME_CHARS = 64
@@ -61,7 +61,7 @@ class InferRequest:
 class InferAnswer:
     """model_name, model_version: of the model that made the first pair's pictures.
 
-    parameters: infrared_source and warnings, as docs/oip.md has them; empty if there is nothing to tell.
+    parameters: infrared_source, warnings and alarms, as docs/oip.md has them; empty if there is nothing to tell.
     """
 
     model_name: str

@@ -31,6 +31,7 @@ from service.terms.jobs import (
     new_job_id,
     printable,
 )
+from service.terms.measures import Alarm, Region
 
 TIMES = st.floats(0, 4e9)
 OPTIONS = st.builds(
@@ -45,6 +46,10 @@ OPTIONS = st.builds(
     exposure=st.none() | st.sampled_from(get_args(Exposure)),
     colour=st.sampled_from(OVERLAYS),
     colour_range=st.none() | st.tuples(st.floats(-1e6, 0, exclude_max=True), st.floats(0, 1e6)),
+    values=st.none() | st.sampled_from(["npy", "tiff"]),
+    degrees=st.none() | st.tuples(st.floats(0.01, 9), st.floats(-1e6, 1e6)),
+    alarm=st.sampled_from(["60C", "-7.5", "8200"]),
+    outline=st.booleans(),
 )
 LAYOUTS = st.none() | st.builds(
     RawLayout,
@@ -78,6 +83,11 @@ JOBS = st.builds(
     ir_layout=LAYOUTS,
     rig=RIGS,
 )
+VALUES = st.floats(-1e6, 1e6)
+REGIONS = st.builds(Region, box=st.just((1, 2, 3, 4)), hottest=VALUES, centroid=st.just((1.5, 2.5)))
+ALARMS = st.builds(
+    Alarm, threshold=VALUES, hottest=st.none() | VALUES, regions=st.lists(REGIONS, max_size=2).map(tuple)
+)
 RESULTS = st.builds(
     FusionResult,
     job_id=st.builds(new_job_id),
@@ -91,6 +101,10 @@ RESULTS = st.builds(
     error_message=st.text(max_size=50),
     ir_source=st.sampled_from(["", "raw", "palette", "grey", "not known yet"]),
     warnings=st.lists(st.text(max_size=20), max_size=3).map(tuple),
+    values=st.binary(max_size=50),
+    values_type=st.sampled_from(["", "image/tiff"]),
+    values_unit=st.sampled_from([None, "counts", "celsius"]),
+    alarm=st.none() | ALARMS,
 )
 
 

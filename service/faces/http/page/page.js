@@ -170,12 +170,16 @@ function dropResult() {
 async function showResult(answer, wanted, tookMs) {
   const suffix = wanted.format, base = pair.vis.file.name.replace(/([-_. ](vis|visible|rgb))?\.[^.]*$/i, "");
   const blobs = new Map();
+  let alarm, values;
   const files = [];
   const offer = (name, blob) => files.push([name, URL.createObjectURL(blob), blob.size]);
   if (answer.isZip) {
     const entries = await unzip(answer.blob);
-    for (const part of Object.keys(PARTS)) blobs.set(part, entries.get(`${part}.${suffix}`));
+    for (const part of Object.keys(PARTS))
+      if (entries.has(`${part}.${suffix}`)) blobs.set(part, entries.get(`${part}.${suffix}`));
     offer(`${base}-recofuse.zip`, answer.blob);
+    ({ alarm, values } = JSON.parse(await entries.get("result.json").text()));
+    if (values) offer(`${base}-${values.file}`, entries.get(values.file));
   } else {
     blobs.set(wanted.output, answer.blob);
   }
@@ -194,6 +198,7 @@ async function showResult(answer, wanted, tookMs) {
   const shown = layers.find(layer => layer.id === "fused") ?? layers[0];
   showPictures([shown.id === "ir" ? "ir-in" : "vis-in", shown.id]);
   showTimes(answer, tookMs);
+  if (alarm) $("facts").textContent += ` ${wordsOf(alarm)}`;
   $("warnings").replaceChildren();
   for (const warning of answer.warnings) make("li", warning, $("warnings"));
   $("warnings").hidden = !answer.warnings.length;
@@ -230,6 +235,12 @@ function showTimes(answer, tookMs) {
   $("facts").textContent = `${answer.model}, ${size.join(" × ")}.${read} “In all” is this browser’s clock, from the click to the picture.`;
 }
 
+function wordsOf({ threshold, unit, num_regions, area, hottest }) {
+  const degrees = unit === "celsius" ? " °C" : "";
+  const found = num_regions ? `${num_regions} of ${area} pixels, the hottest ${hottest.toFixed(1)}${degrees}` : "none";
+  return `Regions of ${threshold}${degrees} or more: ${found}.`;
+}
+
 const bytesOf = count => (count < 1e6 ? `${Math.max(1, Math.round(count / 1000))} kB` : `${(count / 1e6).toFixed(1)} MB`);
 const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
@@ -241,11 +252,13 @@ const isOverlay = () => !["natural", "grey"].includes(form.elements.colour.value
 function chosenOptions() {
   const options = [];
   const names = [
-    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "seed", "vis_range", "ir_range",
+    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
+    "alarm", "outline", "seed", "vis_range", "ir_range",
   ];
   for (const name of names) {
     const value = form.elements[name].value.trim();
     if (name === "colour_range" && !isOverlay()) continue;
+    if (name === "outline" && !form.elements.alarm.value.trim()) continue;
     if (value && value !== { output: "fused", format: "png", colour: "natural" }[name]) options.push([name, value]);
   }
   return options;
@@ -382,7 +395,9 @@ function showRigs(rigs) {
 // the command
 
 function showCommand() {
-  const output = form.elements.output.value === "all" ? "recofuse.zip" : `${form.elements.output.value}.${form.elements.format.value}`;
+  const { output: wanted, values, alarm } = form.elements;
+  const isZip = wanted.value === "all" || values.value || alarm.value.trim();
+  const output = isZip ? "recofuse.zip" : `${form.elements.output.value}.${form.elements.format.value}`;
   const [vis, ir] = ROLES.map(role => ({ name: pair[role]?.file.name ?? `${role}.png`, href: pair[role]?.href }));
   $("command").textContent = curlOf({
     vis, ir, output, needsKey, options: chosenOptions(), address: new URL("v1/fuse", document.baseURI).href,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,36 @@ def test_pictures_are_lit_or_as_dark_as_they_came(pairs: Path) -> None:
         assert lit > 1.2 * as_shot
 
 
-def test_heat_is_shown_in_colours_between_the_values_that_are_asked_for(pairs: Path, weights: Path) -> None:
+def test_heat_is_shown_in_colours(pairs: Path, weights: Path) -> None:
     pair = ("--vis", pairs / "vis/a.png", "--ir", pairs / "ir/a.png", "--weights", weights, "--all")
-    result = run("fuse", *pair, "-o", pairs / "out.png", "--colour", "iron", "--colour-range", 60, 200)
+    result = run("fuse", *pair, "-o", pairs / "out.png", "--colour", "iron")
     assert result.exit_code == 0, result.output
     vis = np.ascontiguousarray(np.asarray(cv2.imread(str(pairs / "out_vis.png")))[..., ::-1])
     ir = np.asarray(cv2.imread(str(pairs / "out_ir.png"), cv2.IMREAD_UNCHANGED))
     fused = np.asarray(cv2.imread(str(pairs / "out.png")))[..., ::-1]
-    np.testing.assert_array_equal(fused, overlaid(vis, ir, "iron", (0.0, 255.0), (60.0, 200.0)))
+    np.testing.assert_array_equal(fused, overlaid(vis, ir, "iron", (0.0, 255.0)))
+
+
+def test_values_and_alarms_are_written_beside_the_picture(pairs: Path, weights: Path) -> None:
+    counts = np.full((48, 64), 8000, np.uint16) + np.arange(64, dtype=np.uint16)
+    counts[10:14, 20:26] = 9000
+    (pairs / "counts.png").write_bytes(file_of(counts))
+    pair = ("--vis", pairs / "vis/a.png", "--ir", pairs / "counts.png", "--weights", weights)
+    asked = ("--values", "npy", "--degrees", 0.04, -273.15, "--alarm", "80C", "--outline", "--ir-range", 8000, 8500)
+    result = run("fuse", *pair, "-o", pairs / "out.jpg", *asked)
+    assert result.exit_code == 0, result.output
+    assert "one region of 24 px at 80 °C or more, the hottest 86.8 °C" in result.stdout
+    alarm = json.loads((pairs / "out_alarm.json").read_text("utf-8"))
+    assert [region["box"] for region in alarm["regions"]] == [[20, 10, 6, 4]]
+    values = np.load(pairs / "out_values.npy")
+    assert values[11, 21] == pytest.approx(86.85, abs=1e-3)
+    both = run(
+        "fuse", "--vis", pairs / "vis", "--ir", pairs / "ir", "-o", pairs / "all", "--weights", weights, *asked[:2]
+    )
+    assert both.exit_code == 0, both.output
+    assert {path.name for path in (pairs / "all").glob("*.npy")} == {
+        f"{path.stem}_values.npy" for path in (pairs / "vis").iterdir()
+    }
 
 
 def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:
@@ -253,6 +276,9 @@ BAD_CALLS: dict[str, tuple[dict[str, str], str]] = {
     "rig of other cameras": ({"--rig": "wide.json"}, "the rig is for 64x36"),
     "unknown colour": ({"--colour": "purple"}, "colour"),
     "range without an overlay": ({"--colour-range": "1 9"}, "colour_range goes with"),
+    "unknown format of values": ({"--values": "bmp"}, "values"),
+    "alarm in degrees of counts": ({"--alarm": "60C"}, "send degrees as well"),
+    "values over an input": ({"--ir": "a_values.png", "-o": "a.png", "--values": "png"}, "destroy"),
     "unknown exposure": ({"--exposure": "bright"}, "exposure"),
     "exposure of other weights": ({"--exposure": "lit"}, "the weights tiny 3 have no exposure estimator"),
     "upside-down vis range": ({"--vis-range": "9 3"}, "vis_range takes two numbers, the lower one first"),
@@ -271,6 +297,7 @@ def test_bad_input_is_one_line(case: str, pairs: Path, weights: Path, monkeypatc
     changes, word = BAD_CALLS[case]
     options = {"--vis": "vis/a.png", "--ir": "ir/a.png", "-o": "out.png", "--weights": str(weights)} | changes
     before = Path("ir/a.png").read_bytes()
+    Path("a_values.png").write_bytes(before)
     result = run("fuse", *itertools.chain.from_iterable((name, *value.split()) for name, value in options.items()))
     assert_one_line(result, word)
     assert not Path("out.png").exists()

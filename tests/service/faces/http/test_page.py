@@ -27,6 +27,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.processes import all_in_one
 from recofuse_images.colours import greyed, overlaid
+from recofuse_images.measures import outlined
 from recofuse_rigs.rig import Rig, to_json
 from service.command.environment import API_KEY_VARIABLE
 from service.command.processes import serve_all_in_one
@@ -490,6 +491,26 @@ def test_colours_are_chosen_with_their_range(opened: Opener, address: str) -> No
     give(page, ("street.png", VIS), ("ir.png", IR))
     fuse(page)
     np.testing.assert_array_equal(pixels(downloaded(page, "street-fused.png")), greyed(vis))
+
+
+def test_an_alarm_is_told_and_values_are_saved(opened: Opener, address: str) -> None:
+    page = opened(address)
+    counts = np.full((96, 128), 8000, np.uint16)
+    counts[40:50, 60:80] = 9000
+    give(page, ("street.png", VIS), ("ir.png", file_of(counts)))
+    page.fill("[name=alarm]", "80C")
+    page.fill("[name=degrees]", "0.04,-273.15")
+    page.select_option("[name=outline]", "true")
+    page.select_option("[name=values]", "npy")
+    page.check("[name=output][value=fused]")
+    expect(page.locator("#command")).to_contain_text("recofuse.zip")
+    fuse(page)
+    expect(page.locator("#facts")).to_contain_text("Regions of 80 °C or more: 1 of 200 pixels, the hottest 86.8 °C.")
+    assert np.load(io.BytesIO(downloaded(page, "street-values.npy")))[45, 70] == pytest.approx(86.85, abs=1e-3)
+    vis = np.ascontiguousarray(pixels(VIS)[..., ::-1])
+    np.testing.assert_array_equal(
+        pixels(downloaded(page, "street-fused.png"))[..., ::-1], outlined(vis, counts == 9000)
+    )
 
 
 @pytest.mark.parametrize("kind", ["npy", "webp"])
