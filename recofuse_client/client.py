@@ -25,6 +25,7 @@ from recofuse_client.values import (
     Fusion,
     Health,
     Job,
+    Metadata,
     Mode,
     Model,
     Options,
@@ -78,6 +79,7 @@ class FusionOptions(TypedDict, total=False):
     degrees: tuple[float, float] | None
     alarm: str | float | None
     outline: bool
+    metadata: Metadata
     priority: Priority
 
 

@@ -178,6 +178,7 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "degrees": _range_text(options.degrees),
         "alarm": options.alarm,
         "outline": "true" if options.outline else None,
+        "metadata": None if options.metadata == "drop" else options.metadata,
         "seed": options.seed,
         "vis_range": _range_text(options.vis_range),
         "ir_range": _range_text(options.ir_range),

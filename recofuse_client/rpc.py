@@ -224,6 +224,7 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         values=pb.ValuesFormat.Value(f"VALUES_FORMAT_{(options.values or 'unspecified').upper()}"),
         alarm="" if options.alarm is None else str(options.alarm),
         outline=options.outline,
+        keep_metadata=options.metadata == "keep",
         seed=options.seed,
         priority=pb.Priority.Value(f"PRIORITY_{options.priority.upper()}"),
         timeout_ms=None if timeout_s is None else max(1, round(timeout_s * 1000)),

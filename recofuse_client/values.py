@@ -29,6 +29,7 @@ Sampler = Literal["euler", "posterior", "ode1", "ode2"]
 Exposure = Literal["as_shot", "lit"]
 ValuesFormat = Literal["npy", "tiff", "png"]
 Unit = Literal["counts", "celsius"]
+Metadata = Literal["drop", "keep"]
 Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
 Priority = Literal["high", "normal", "low"]
 Mode = Literal["all", "latest"]
@@ -103,6 +104,9 @@ class Options:
     values: also the restored infrared in the values of its source (`Fusion.values`). degrees: (gain, offset), by which
     degrees Celsius are gain * value + offset of those values. alarm: "60C", or a number in the source's values; what is
     at least so hot is told (`Fusion.alarm`), and with `outline` drawn into the fused picture.
+
+    metadata: "keep" copies what the files say of themselves (camera, time, place) into the files of the answer, for a
+    format other than "array".
     """
 
     output: Output = "fused"
@@ -120,6 +124,7 @@ class Options:
     degrees: tuple[float, float] | None = None
     alarm: str | float | None = None
     outline: bool = False
+    metadata: Metadata = "drop"
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
@@ -134,6 +139,7 @@ class Options:
         object.__setattr__(self, "rig", None if self.rig is None else rig_text(self.rig))
         kinds = {
             "output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "colour": Colour,
+            "metadata": Metadata,
             "priority": Priority,
         }  # fmt: skip
         for name, kind in kinds.items():

@@ -137,6 +137,9 @@ def fuse_files(
         answer = images.finished(made, asked, read.warp, inputs.ir_scale, inputs.measured)
         for part, path in outputs.items():
             write_picture(path, answer.pictures[part], codec)
+            if asked.metadata == "keep":
+                source = ir if part is Part.IR else vis
+                path.write_bytes(images.with_metadata(path.read_bytes(), source, asked))
         beside = beside_of(outputs, asked)
         if "values" in beside:
             beside["values"].write_bytes(answer.values_file)

@@ -358,6 +358,15 @@ def encode(pixels: Pixels, image_format: ImageFormat, codec: CodecSettings) -> b
                 return writer.webp_bytes(pixels, codec.webp_quality)
 
 
+def with_metadata(picture: bytes, source: bytes, options: FusionOptions) -> bytes:
+    """A picture's file, with what its source says of itself if these options ask for that."""
+    if options.metadata != "keep":
+        return picture
+    from recofuse_images import metadata  # not above: few ask for it
+
+    return metadata.with_metadata(picture, metadata.metadata_of(source))
+
+
 class Codec(Protocol):
     """What a worker does between a job's bytes and pixels. Calls block, and come from several threads at once."""
 
@@ -391,7 +400,9 @@ class FileCodec:
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""
-        return encode(pixels, job.options.format, self._settings)
+        data = encode(pixels, job.options.format, self._settings)
+        source, layout = (job.ir, job.ir_layout) if part is Part.IR else (job.vis, job.vis_layout)
+        return data if layout is not None else with_metadata(data, source, job.options)
 
 
 class ReadyBytes:

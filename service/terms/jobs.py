@@ -160,6 +160,7 @@ class FusionOptions(_Strict):
     values: the restored infrared in the values of its source, as a file beside the pictures. degrees: (gain, offset),
     by which degrees Celsius are gain * value + offset of the source's values. alarm: 60C, or 8200 in the source's
     values; what is hotter is told. outline: whether that is drawn into the fused picture, too.
+    metadata: whether what the files say of themselves (camera, time, place) goes into the pictures of the answer.
     """
 
     output: Output = Output.FUSED
@@ -176,6 +177,7 @@ class FusionOptions(_Strict):
     degrees: tuple[float, float] | None = None
     alarm: AlarmText | None = None
     outline: bool = False
+    metadata: Literal["drop", "keep"] = "drop"
 
     @property
     def is_measured(self) -> bool:
@@ -200,13 +202,17 @@ class FusionOptions(_Strict):
             raise ValueError("values: png holds whole counts; with degrees, accepted are npy and tiff")
         if self.outline and self.alarm is None:
             raise ValueError("outline goes with an alarm, such as alarm=60C")
+        if self.metadata == "keep" and self.format is ImageFormat.NPY:
+            raise ValueError("metadata: pixels without a file keep none; accepted are png, jpeg and webp")
         return self
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
         values: dict[str, Any] = serialise(self)
-        for name in ("vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline"):
+        for name in (
+            "vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline", "metadata"
+        ):  # fmt: skip
             if values[name] == type(self).model_fields[name].default:
                 del values[name]
         return values

@@ -573,6 +573,7 @@ class FuseOptions(_message.Message):
     DEGREES_FIELD_NUMBER: _builtins.int
     ALARM_FIELD_NUMBER: _builtins.int
     OUTLINE_FIELD_NUMBER: _builtins.int
+    KEEP_METADATA_FIELD_NUMBER: _builtins.int
     output: Global___Output.ValueType
     format: Global___ImageFormat.ValueType
     steps: _builtins.int
@@ -600,6 +601,8 @@ class FuseOptions(_message.Message):
     """"60C", or "8200" in the infrared file's values: what is at least so hot is listed"""
     outline: _builtins.bool
     """draw that into the fused picture, too"""
+    keep_metadata: _builtins.bool
+    """Copy what the files say of themselves (camera, time, place; EXIF and XMP) into the answer's; PNG, JPEG and WebP alone."""
     @_builtins.property
     def ir_range(self) -> Global___IrRange: ...
     @_builtins.property
@@ -632,10 +635,11 @@ class FuseOptions(_message.Message):
         degrees: Global___Degrees | None = ...,
         alarm: _builtins.str = ...,
         outline: _builtins.bool = ...,
+        keep_metadata: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour_range", b"colour_range", "degrees", b"degrees", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "alarm", b"alarm", "colour", b"colour", "colour_range", b"colour_range", "degrees", b"degrees", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "outline", b"outline", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "values", b"values", "vis_range", b"vis_range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "alarm", b"alarm", "colour", b"colour", "colour_range", b"colour_range", "degrees", b"degrees", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "keep_metadata", b"keep_metadata", "outline", b"outline", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "values", b"values", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015

@@ -73,6 +73,10 @@ def fuse(
     degrees: Degrees = None,
     alarm: AlarmAt = None,
     outline: Outline = False,
+    keep_metadata: Annotated[
+        bool,
+        typer.Option("--keep-metadata", help="Copy what the files say of themselves: camera, time, place (EXIF, XMP)."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal pictures.")] = 0,
     vis_range: VisRange = None,
     ir_range: IrRange = None,
@@ -121,6 +125,7 @@ def fuse(
         degrees=degrees,
         alarm=alarm,
         outline=outline,
+        metadata="keep" if keep_metadata else "drop",
         seed=seed,
         vis_range=vis_range,
         ir_range=ir_range,

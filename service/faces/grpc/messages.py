@@ -70,6 +70,7 @@ class CheckedOptions:
             "degrees": (message.degrees.gain, message.degrees.offset) if message.HasField("degrees") else None,
             "alarm": message.alarm or None,
             "outline": message.outline,
+            "metadata": "keep" if message.keep_metadata else "drop",
             "steps": message.steps if message.HasField("steps") else None,
             "vis_range": _range_of(message, "vis_range"),
             "ir_range": _range_of(message, "ir_range"),

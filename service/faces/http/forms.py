@@ -40,7 +40,7 @@ MAX_OPTION_BYTES = 1024
 MAX_BYTES = {"rig": MAX_FILE_BYTES}  # of options that may have more
 OPTION_FIELDS = (
     "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
-    "alarm", "outline", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
+    "alarm", "outline", "metadata", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
 )  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")
 
@@ -112,6 +112,13 @@ FORM: dict[str, Any] = {
             "type": "boolean",
             "default": False,
             "description": "whether the regions of an alarm are outlined in the fused picture",
+        },
+        "metadata": {
+            "type": "string",
+            "enum": ["drop", "keep"],
+            "default": "drop",
+            "description": "keep: what the files say of themselves (camera, time, place; EXIF and XMP) goes into the "
+            "pictures of the answer",
         },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
         "vis_range": {

@@ -150,7 +150,7 @@ def _options_of(
     parameters: Mapping[str, Parameter], outputs: Sequence[str]
 ) -> tuple[FusionOptions, Priority, float | None, bool]:
     """Options, priority, timeout in seconds, and whether files are wanted. Raises InvalidInputError."""
-    plain = ("seed", "steps", "sampler", "exposure", "colour", "alarm", "outline")
+    plain = ("seed", "steps", "sampler", "exposure", "colour", "alarm", "outline", "metadata")
     values: dict[str, Any] = {name: parameters[name] for name in plain if name in parameters}
     for name in ("vis_range", "ir_range", "colour_range", "degrees"):
         if name in parameters:

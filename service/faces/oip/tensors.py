@@ -23,7 +23,7 @@ from service.terms.jobs import Part
 INPUTS: dict[str, tuple[str, ...]] = {"vis": ("UINT8", "BYTES"), "ir": ("UINT8", "UINT16", "BYTES")}  # and datatypes
 OUTPUTS: dict[str, Part] = {"fused": Part.FUSED, "vis_restored": Part.VIS, "ir_restored": Part.IR}
 PARAMETERS = (
-    "seed", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "degrees", "alarm", "outline",
+    "seed", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "degrees", "alarm", "outline", "metadata",
     "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
 )  # fmt: skip
 MAX_MESSAGE_CHARS = 1000

@@ -37,7 +37,8 @@ TIMES = st.floats(0, 4e9)
 OPTIONS = st.builds(
     FusionOptions,
     output=st.sampled_from(Output),
-    format=st.sampled_from(ImageFormat),
+    format=st.sampled_from([kind for kind in ImageFormat if kind is not ImageFormat.NPY]),
+    metadata=st.sampled_from(["drop", "keep"]),
     steps=st.none() | st.integers(1, 1000),
     sampler=st.none() | st.sampled_from(["euler", "posterior", "ode1", "ode2"]),
     seed=st.integers(0, 2**63 - 1),

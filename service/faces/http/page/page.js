@@ -246,6 +246,7 @@ const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(
 
 // fusing
 
+const OWN = { output: "fused", format: "png", colour: "natural", metadata: "drop" };
 const isOverlay = () => !["natural", "grey"].includes(form.elements.colour.value);
 
 // The options that differ from what the server takes by itself.
@@ -253,13 +254,13 @@ function chosenOptions() {
   const options = [];
   const names = [
     "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
-    "alarm", "outline", "seed", "vis_range", "ir_range",
+    "alarm", "outline", "metadata", "seed", "vis_range", "ir_range",
   ];
   for (const name of names) {
     const value = form.elements[name].value.trim();
     if (name === "colour_range" && !isOverlay()) continue;
     if (name === "outline" && !form.elements.alarm.value.trim()) continue;
-    if (value && value !== { output: "fused", format: "png", colour: "natural" }[name]) options.push([name, value]);
+    if (value && value !== OWN[name]) options.push([name, value]);
   }
   return options;
 }

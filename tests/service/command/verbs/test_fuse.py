@@ -20,6 +20,7 @@ from recofuse_rigs.rig import Rig, to_json
 from recofuse_rigs.warp import warp_of
 from service.terms import images
 from tests.fakes import file_of
+from tests.images.test_metadata import FILES as TELLING
 from tests.rigs.streets import COUNTS, street
 from tests.service.command.calls import assert_one_line, run
 
@@ -100,6 +101,16 @@ def test_values_and_alarms_are_written_beside_the_picture(pairs: Path, weights: 
     assert {path.name for path in (pairs / "all").glob("*.npy")} == {
         f"{path.stem}_values.npy" for path in (pairs / "vis").iterdir()
     }
+
+
+def test_what_the_files_say_of_themselves_is_kept_when_asked_for(pairs: Path, weights: Path) -> None:
+    (pairs / "street.jpg").write_bytes(TELLING["jpeg"])
+    pair = ("--vis", pairs / "street.jpg", "--ir", pairs / "ir/a.png", "--weights", weights)
+    for name, words in (("plain", ()), ("told", ("--keep-metadata",))):
+        result = run("fuse", *pair, "-o", pairs / f"{name}.jpg", *words)
+        assert result.exit_code == 0, result.output
+    assert b"Camera & Sons" in (pairs / "told.jpg").read_bytes()
+    assert b"Exif" not in (pairs / "plain.jpg").read_bytes()
 
 
 def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:
