@@ -17,7 +17,8 @@ class StackedDenoiser(nn.Module):
     """Both branches of a `DualDenoiser` at once, on tensors (2, B, h, w, C): pointwise layers as batched products.
 
     It takes `dual` over: what is stacked is released there, so the branches can no longer be run one by one. Half the
-    kernels, twice the work in each: it wins where launching or reading weights binds (a GPU), not on a CPU.
+    kernels, twice the work in each: it wins where launching or reading weights binds (a GPU), not on a CPU. For inference
+    alone: nothing is differentiated.
     """
 
     def __init__(self, dual: DualDenoiser) -> None:
@@ -113,27 +114,55 @@ class StackedBlock(nn.Module):
         biases = [block.depthwise.bias for block in pair]
         self.register_buffer("depthwise_bias", torch.cat([bias for bias in biases if bias is not None]))
 
+    @torch.no_grad()
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """x: (2, B, h, w, C). modulation: scale1, shift1, scale2, shift2, each (2, 1, 1, 1, C)."""
+        """x: (2, B, h, w, C). modulation: scale1, shift1, scale2, shift2, each (2, 1, 1, 1, C).
+
+        Written for few kernels that move few bytes (benchmarks/kernels.json): biases ride on products, layouts change
+        where something is written anyway, sums go into the result of an addition.
+        """
         scale1, shift1, scale2, shift2 = modulation
         _, batch, height, width, channels = x.shape
-        u = torch.addcmul(shift1, F.layer_norm(x, (channels,), eps=NORM_EPS), scale1)
-        wide = self._product(u.view(2, -1, channels), "expand1").view(2, batch, height, width, 2 * channels)
-        planes = wide.permute(1, 0, 4, 2, 3).reshape(batch, 4 * channels, height, width)
+        # The branches lie side by side at every position now, as one depthwise convolution over both wants them.
+        beside = torch.cat(self._expanded(x, "expand1", scale1, shift1), dim=1)
+        planes = beside.view(batch, height, width, 4 * channels).permute(0, 3, 1, 2)  # channels last
         weight, bias = self.get_buffer("depthwise_weight"), self.get_buffer("depthwise_bias")
         mixed = F.conv2d(planes, weight, bias, padding=1, groups=4 * channels)
-        halves = mixed.view(batch, 2, 2, channels, height, width)
-        gated = halves[:, :, 0] * halves[:, :, 1]  # (B, 2, C, h, w)
-        pooled = gated.mean(dim=(3, 4)).transpose(0, 1)  # (2, B, C)
-        attention = self._product(pooled, "attention")[:, :, None, None]
-        rows = (gated.permute(1, 0, 3, 4, 2) * attention).reshape(2, -1, channels)
-        y = x + self._product(rows, "project1").view_as(x)
-        v = torch.addcmul(shift2, F.layer_norm(y, (channels,), eps=NORM_EPS), scale2)
-        left, right = self._product(v.view(2, -1, channels), "expand2").chunk(2, dim=-1)
-        return y + self._product(left * right, "project2").view_as(y)
+        halves = mixed.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels)).permute(4, 3, 0, 1, 2, 5)
+        gated = x.new_empty(x.shape)
+        torch.mul(halves[0], halves[1], out=gated)
+        pooled = gated.mean(dim=(2, 3))  # (2, B, C)
+        attention = torch.baddbmm(self.get_buffer("attention_bias"), pooled, self.get_buffer("attention_weight"))
+        y = x + self.get_buffer("project1_bias")[:, :, None, None]
+        self._add_attended(y, gated, attention)
+        sides = [rows.chunk(2, dim=1) for rows in self._expanded(y, "expand2", scale2, shift2)]
+        rows = x.new_empty(2, y[0].numel() // channels, channels)
+        for branch, (left, right) in enumerate(sides):
+            torch.mul(left, right, out=rows[branch])
+        out = y + self.get_buffer("project2_bias")[:, :, None, None]
+        out.view(2, -1, channels).baddbmm_(rows, self.get_buffer("project2_weight"))
+        return out
 
-    def _product(self, rows: Tensor, name: str) -> Tensor:
-        return torch.baddbmm(self.get_buffer(f"{name}_bias"), rows, self.get_buffer(f"{name}_weight"))
+    def _expanded(self, x: Tensor, name: str, scale: Tensor, shift: Tensor) -> list[Tensor]:
+        """Rows (B h w, 2C) of either branch: norm, modulation and product. Apart, since a norm has one gain a call."""
+        shape = x.shape[-1:]
+        made = []
+        for branch, part in enumerate(x):
+            rows = F.layer_norm(part, shape, scale[branch].flatten(), shift[branch].flatten(), NORM_EPS).flatten(0, 2)
+            bias, weight = self.get_buffer(f"{name}_bias")[branch, 0], self.get_buffer(f"{name}_weight")[branch]
+            made.append(torch.addmm(bias, rows, weight))
+        return made
+
+    def _add_attended(self, y: Tensor, gated: Tensor, attention: Tensor) -> None:
+        """Add the product of (gated x attention) to y in place; both (2, B, h, w, C), attention (2, B, C)."""
+        _, batch, height, width, channels = y.shape
+        weight = self.get_buffer("project1_weight")
+        if height * width > channels:  # every item's attention goes to the smaller side: here the weights
+            weights = (attention[..., None] * weight[:, None]).flatten(0, 1)  # (2 B, C, C)
+            y.view(2 * batch, -1, channels).baddbmm_(gated.view(2 * batch, -1, channels), weights)
+        else:
+            rows = (gated * attention[:, :, None, None]).view(2, -1, channels)
+            y.view(2, -1, channels).baddbmm_(rows, weight)
 
 
 def _through(blocks: nn.Module, x: Tensor, modulations: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:

@@ -28,12 +28,14 @@ def test_stacked_branches_are_the_two_branches(batch: int, height: int) -> None:
     assert not torch.allclose(*expected)
 
 
-def test_a_stacked_block_is_both_blocks() -> None:
+@pytest.mark.parametrize("size", [(5, 6), (1, 2)])  # attention goes to weights, or to positions where those are fewer
+def test_a_stacked_block_is_both_blocks(size: tuple[int, int]) -> None:
     dual = tiny_model(PUBLISHED).denoiser
     vis, ir = next(dual.vis.blocks()), next(dual.ir.blocks())
     assert isinstance(vis, GatedConvBlock)
     block = StackedBlock(vis, ir)
-    x = torch.randn(2, 2, 5, 6, vis.expand1.in_channels)
+    x = torch.randn(2, 2, *size, vis.expand1.in_channels)
+    before = x.clone()
     plain = torch.stack([one(part.permute(0, 3, 1, 2)) for one, part in zip((vis, ir), x, strict=True)])
     gains = [
         torch.stack([getattr(b, norm).gain for b in (vis, ir)])[:, None, None, None] for norm in ("norm1", "norm2")
@@ -41,6 +43,7 @@ def test_a_stacked_block_is_both_blocks() -> None:
     zero = torch.zeros_like(gains[0])
     actual = block(x, (gains[0], zero, gains[1], zero))
     torch.testing.assert_close(actual.permute(0, 1, 4, 2, 3), plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
 
 
 def test_stacked_branches_give_the_same_picture_and_give_memory_back() -> None:
