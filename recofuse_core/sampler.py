@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_core.errors import ConfigError
-from recofuse_core.sde import MeanRevertingSDE
+from recofuse_core.sde import MeanRevertingSDE, plus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,26 +95,59 @@ def num_draws(sampler: SamplerName, steps: int) -> int:
     return 1 if sampler in ("ode1", "ode2") else steps + 1
 
 
-def clean_latents(sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu: Pair, t: Tensor | int) -> Pair:
-    """Estimates of both clean latents from one coupled evaluation at step t, or at (B,) steps."""
+def clean_latents(
+    sde: MeanRevertingSDE, prediction: Prediction, state: Pair, mu: Pair, t: Tensor | int, reach: Reach | None = None
+) -> Pair:
+    """Estimates of both clean latents from one coupled evaluation at step t, or at (B,) steps.
+
+    reach: of mu, if it is known already.
+    """
     if prediction.kind == "clean":
         return Pair(mu.vis + prediction.output.vis, mu.ir + prediction.output.ir)
-    return Pair(
-        *(
-            _within_range(sde.clean_from_optimum(sde.reverse_mean(start, m, noise, t), x, m, t), m)
-            for start, noise, x, m in zip(prediction.start, prediction.output, state, mu, strict=True)
-        )
-    )
+    estimates = []
+    limits = reach or reach_of(mu)
+    for start, noise, x, m, (low, high) in zip(prediction.start, prediction.output, state, mu, limits, strict=True):
+        if isinstance(t, int):
+            clean = sde.clean_from_step(start, noise, x, m, t)
+        else:
+            clean = sde.clean_from_optimum(sde.reverse_mean(start, m, noise, t), x, m, t)
+        estimates.append(clean.clip(low, high))
+    return Pair(*estimates)
 
 
-def _within_range(clean: Any, mu: Any) -> Any:
-    """Clamp to the range of mu, widened by half its span: early estimates magnify errors up to 1000 times."""
+Reach = tuple[tuple[Any, Any], tuple[Any, Any]]
+
+
+def reach_of(mu: Pair) -> Reach:
+    """The least and the most that estimates may be, either (B, 1, 1, 1): mu's range, widened by half its span.
+
+    Early estimates magnify errors up to 1000 times.
+    """
+    vis, ir = (_widened_range(m) for m in mu)
+    return vis, ir
+
+
+def _widened_range(mu: Any) -> tuple[Any, Any]:
     axes = (1, 2, 3)
     is_numpy = isinstance(mu, np.ndarray)
     low = mu.min(axes, keepdims=True) if is_numpy else mu.amin(axes, keepdim=True)
     high = mu.max(axes, keepdims=True) if is_numpy else mu.amax(axes, keepdim=True)
     margin = (high - low) / 2
-    return clean.clip(low - margin, high + margin)
+    return low - margin, high + margin
+
+
+class _Estimates:
+    """Both clean latents at any step of one run; what limits them is found once."""
+
+    def __init__(self, predict: Predictor, sde: MeanRevertingSDE, mu: Pair) -> None:
+        self._predict, self._sde, self._mu = predict, sde, mu
+        self._reach: Reach | None = None
+
+    def __call__(self, state: Pair, t: int) -> Pair:
+        prediction = self._predict(state, self._mu, t)
+        if self._reach is None and prediction.kind == "noise":
+            self._reach = reach_of(self._mu)
+        return clean_latents(self._sde, prediction, state, self._mu, t, self._reach)
 
 
 def euler(
@@ -153,8 +186,9 @@ def posterior(
     on_step: OnStep | None = None,
 ) -> Pair:
     """Ancestral sampling: each jump draws x_end given x_t and the estimated x_0."""
+    estimate = _Estimates(predict, sde, mu)
     for t, end in _jumps(timesteps):
-        clean = clean_latents(sde, predict(state, mu, t), state, mu, t)
+        clean = estimate(state, t)
         draws = draw()
         state = Pair(
             *(sde.ancestral_jump(x, x0, m, t, end, n) for x, x0, m, n in zip(state, clean, mu, draws, strict=True))
@@ -201,13 +235,14 @@ def _solve_ode(
 ) -> Pair:
     previous: Pair | None = None
     previous_span = 0.0
+    estimate = _Estimates(predict, sde, mu)
     for t, end in _jumps(timesteps):
-        clean = clean_latents(sde, predict(state, mu, t), state, mu, t)
+        clean = estimate(state, t)
         span = float(sde.log_snr[end] - sde.log_snr[t])  # infinite for the last jump, which ends at the estimate itself
         target = clean
         if second_order and previous is not None and end > 0:
             weight = span / (2 * previous_span)
-            target = Pair(*(x0 + weight * (x0 - old) for x0, old in zip(clean, previous, strict=True)))
+            target = Pair(*(plus((1 + weight) * x0, old, -weight) for x0, old in zip(clean, previous, strict=True)))
         state = Pair(*(sde.ode_jump(x, x0, m, t, end) for x, x0, m in zip(state, target, mu, strict=True)))
         previous, previous_span = clean, span
         if on_step is not None:

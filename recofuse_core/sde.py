@@ -180,6 +180,17 @@ class MeanRevertingSDE:
         k1, k2 = self.optimum_weights(timesteps, x)
         return mu + (optimum - mu - k1 * (x - mu)) / k2
 
+    def clean_from_step(self, start: State, noise: State, x: State, mu: State, step: int) -> State:
+        """`clean_from_optimum` of the `reverse_mean` from `start`: all of it in three numbers for one step.
+
+        x_0 = mu + a (start - mu) + b noise + c (x - mu).
+        """
+        k1, k2 = self.optimum_weights(step, x)
+        pull = float(self.theta[step]) * self.dt
+        push = float(self.sigma[step]) ** 2 * self.dt / float(self.sigma_bar[step])
+        clean = plus(mu, start - mu, (1 + pull) / k2)
+        return plus(plus(clean, noise, -push / k2), x - mu, -k1 / k2)
+
     def posterior_step(self, x: State, x0: State, mu: State, timesteps: Tensor | int, draw: State) -> State:
         """Sample of x_{t-1} given x_t and x_0; `draw` is standard normal."""
         return self.optimum_step(x, x0, mu, timesteps) + self._at(self.posterior_std, timesteps, x) * draw
@@ -208,7 +219,7 @@ class MeanRevertingSDE:
         """
         ratio = float(self.sigma_bar[end] / self.sigma_bar[start])
         gained = float(self.alpha[end] - self.alpha[start] * ratio)
-        return mu + ratio * (x - mu) + gained * (x0 - mu)
+        return plus(plus(ratio * x, x0, gained), mu, 1 - ratio - gained)
 
     def spaced_timesteps(self, num_evaluations: int, start: int | None = None) -> tuple[int, ...]:
         """Decreasing steps, `start` (default T) first and 1 or more last, close to uniform in log-SNR.
@@ -228,6 +239,11 @@ class MeanRevertingSDE:
             ceiling = chosen[-1] - 1 if chosen else first
             chosen.append(max(min(nearest, ceiling), num_evaluations - index))
         return tuple(chosen)
+
+
+def plus(total: State, part: State, weight: float) -> State:
+    """Return total + weight * part, in one pass where the library has one."""
+    return total.add(part, alpha=weight) if hasattr(total, "add") else total + weight * part
 
 
 def _beside(entries: Any, like: State) -> Any:

@@ -17,8 +17,8 @@ class StackedDenoiser(nn.Module):
     """Both branches of a `DualDenoiser` at once, on tensors (2, B, h, w, C): pointwise layers as batched products.
 
     It takes `dual` over: what is stacked is released there, so the branches can no longer be run one by one. Half the
-    kernels, twice the work in each: it wins where launching or reading weights binds (a GPU), not on a CPU. For inference
-    alone: nothing is differentiated.
+    kernels, twice the work in each: it wins where launching or reading weights binds (a GPU), not on a CPU. Nothing is
+    differentiated here.
     """
 
     def __init__(self, dual: DualDenoiser) -> None:

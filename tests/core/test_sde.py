@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -327,3 +328,13 @@ def test_all_steps_are_the_whole_schedule() -> None:
         SDE.spaced_timesteps(0)
     with pytest.raises(ConfigError, match="cannot place"):
         SDE.spaced_timesteps(5, start=101)
+
+
+@pytest.mark.parametrize("t", [1, 30, 60])
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_three_numbers_are_the_inverse_of_the_optimum_step_from_the_reverse_mean(t: int, library: str) -> None:
+    generator = torch.Generator().manual_seed(t)
+    arrays: list[Any] = list(torch.randn(4, 2, 3, 4, 5, generator=generator, dtype=torch.float64))
+    start, noise, x, mu = arrays if library == "torch" else [array.numpy() for array in arrays]
+    expected = SDE.clean_from_optimum(SDE.reverse_mean(start, mu, noise, t), x, mu, t)
+    np.testing.assert_allclose(SDE.clean_from_step(start, noise, x, mu, t), expected, rtol=1e-9, atol=1e-9)
