@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from recofuse_images.picture import Header, Picture
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNK_BYTES = 1 << 31
+Pack = Callable[[NDArray[np.uint8]], bytes]
+Checksum = Callable[[bytes, int], int]  # of bytes, going on from that of what came before them
 _CHUNK_HEAD = struct.Struct(">I4s")  # length and kind; a checksum of four bytes ends it
 
 _COLOUR_TYPES: dict[int, tuple[formats.Pixels, int]] = {  # pixels of the table, samples a pixel
@@ -91,25 +94,41 @@ def write_pixels(pixels: NDArray[Any]) -> bytes:
 
     Raises BadImageError.
     """
-    # As `writer.png_bytes` by OpenCV does: Up and run lengths. Of 640x480 both make equal files within 1 %; grey takes
-    # 3.7 ms here and 5.8 there, RGB 14.5 and 11.2, grey of 16 bits 7.8 in either.
+    return packed_file(pixels, _packed_by_runs)
+
+
+def packed_file(
+    pixels: NDArray[Any], pack: Pack, *, is_filtered: bool = True, checksum: Checksum = zlib.crc32
+) -> bytes:
+    """The file of `write_pixels`; pack makes a stream of zlib's format of the rows, filtered by Up or not at all.
+
+    Raises BadImageError.
+    """
     height, width = pixels.shape[:2]
     if pixels.nbytes >= _MAX_CHUNK_BYTES:
         raise BadImageError(f"{width}x{height} is too large for one PNG")
     bits, colour_type = pixels.dtype.itemsize * 8, 2 if pixels.ndim == 3 else 0
     rows = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(height, -1)
-    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
-    filtered[:, 0] = 2  # Up: what a row differs in from the one above
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    packer = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
-    packed = packer.compress(filtered.data) + packer.flush()
+    named = np.empty((height, 1 + rows.shape[1]), np.uint8)  # every row behind the name of its filter
+    if is_filtered:
+        named[:, 0] = 2  # Up: what a row differs in from the one above
+        named[0, 1:] = rows[0]
+        np.subtract(rows[1:], rows[:-1], out=named[1:, 1:])
+    else:
+        named[:, 0] = 0
+        named[:, 1:] = rows
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+    chunks = (b"IHDR", header), (b"IDAT", pack(named)), (b"IEND", b"")
+    return b"".join((MAGIC, *(part for chunk in chunks for part in _chunk(*chunk, checksum))))
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
+def _packed_by_runs(rows: NDArray[np.uint8]) -> bytes:
+    packer = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+    return packer.compress(rows.data) + packer.flush()
+
+
+def _chunk(kind: bytes, content: bytes, checksum: Checksum) -> tuple[bytes, bytes, bytes, bytes]:
+    return struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum(content, checksum(kind, 0)))
 
 
 def _bare(data: bytes) -> bytes:

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recofuse_images.codecs import cv2
+from recofuse_images.codecs import cv2, imagecodecs
 from recofuse_images.errors import BadImageError
+from recofuse_images.png import packed_file
 
 
 def png_bytes(pixels: NDArray[Any], compression: int = 1) -> bytes:
-    """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as PNG of zlib's level 0 to 9. Raises BadImageError."""
-    # Measured on 640x480 photographs: run-length matching after the Up filter takes 7 ms for 430 kB where the default
-    # matching takes 14 ms for 392 kB (Up) or 49 ms for 370 kB (level 6, adaptive); stored, 0.6 ms for 954 kB.
-    flags = [cv2.IMWRITE_PNG_COMPRESSION, compression]
-    if compression == 0:
-        flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    else:
-        flags += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE] if compression == 1 else []
-        flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    return _encoded(pixels, "png", flags)
+    """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as PNG of a level from 0, stored, to 9. Raises BadImageError."""
+    # docs/decisions/0006: what the Up filter leaves, by libdeflate, in half the time that zlib's run lengths take.
+    return packed_file(
+        pixels,
+        lambda rows: imagecodecs.deflate_encode(rows, compression, raw=False),
+        is_filtered=compression > 0,
+        checksum=imagecodecs.deflate_crc32,
+    )
 
 
 def jpeg_bytes(pixels: NDArray[np.uint8], quality: int = 92) -> bytes:

@@ -179,9 +179,7 @@ class CodecSettings(Group):
         description="files: decode and encode; ready: answer the uploaded file unread, to measure the service without "
         "its codec (stand-in engines only)",
     )
-    png_compression: int = Field(
-        default=1, ge=0, le=9, description="zlib level of PNG answers; 0 stores, 9 is smallest"
-    )
+    png_compression: int = Field(default=1, ge=0, le=9, description="level of PNG answers; 0 stores, 9 is smallest")
     jpeg_quality: int = Field(default=92, ge=1, le=100, description="JPEG quality, percent")
     webp_quality: int = Field(default=90, ge=1, le=101, description="WebP quality, percent; 101 is lossless")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from recofuse_images.errors import BadImageError
 from recofuse_images.limits import Limits
 from recofuse_images.png import read_header, write_pixels
+from recofuse_images.writer import png_bytes
 
 sides = st.tuples(st.integers(1, 40), st.integers(1, 40))
 shapes = sides | sides.map(lambda side: (*side, 3))
@@ -51,10 +54,15 @@ def pixels_of(data: bytes) -> NDArray[Any]:
     return values.reshape((height, width, 3) if channels == 3 else (height, width))
 
 
-@given(shapes.flatmap(lambda shape: hnp.arrays(st.sampled_from([np.uint8, np.uint16]), shape)), views)
-def test_what_is_written_is_read_back(pixels: NDArray[Any], view: Any) -> None:
+writers = st.sampled_from([write_pixels, png_bytes, partial(png_bytes, compression=9)])
+
+
+@given(shapes.flatmap(lambda shape: hnp.arrays(st.sampled_from([np.uint8, np.uint16]), shape)), views, writers)
+def test_what_is_written_is_read_back(
+    pixels: NDArray[Any], view: Any, written: Callable[[NDArray[Any]], bytes]
+) -> None:
     shown = pixels[view]
-    data = write_pixels(shown)
+    data = written(shown)
     np.testing.assert_array_equal(pixels_of(data), shown)
     header = read_header(data, Limits(min_side=1))
     assert (header.height, header.width) == shown.shape[:2]
@@ -62,7 +70,9 @@ def test_what_is_written_is_read_back(pixels: NDArray[Any], view: Any) -> None:
 
 
 def test_even_pictures_become_small() -> None:
-    assert len(write_pixels(np.full((480, 640, 3), 77, np.uint8))) < 12_000
+    pixels = np.full((480, 640, 3), 77, np.uint8)
+    assert len(write_pixels(pixels)) < 12_000
+    assert len(png_bytes(pixels)) < 12_000
 
 
 def test_a_picture_beyond_a_chunk_is_refused() -> None:
