@@ -45,8 +45,9 @@ class Tile:
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int) -> tuple[Tile, ...]:
-    """Tiles of one size that cover a latent grid, in latent positions: as few as tiles of at most `tile` positions a side
-    can be, and no larger than needed. Neighbours share `overlap`, or little more. All lengths are even.
+    """Tiles of one size that cover a latent grid: as few as sides of at most `tile` allow, and no larger than needed.
+
+    All lengths are in latent positions, and even. Neighbours share `overlap`, or little more.
     """
     rows, columns = _spread(height, tile, overlap), _spread(width, tile, overlap)
     return tuple(Tile(top, bottom, left, right) for top, bottom in rows for left, right in columns)
