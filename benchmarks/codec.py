@@ -44,7 +44,7 @@ def _opencv_png(level: int, strategy: str, png_filter: str) -> Callable[[Pixels]
 
 
 def _zlib_ng(level: int) -> Callable[[Pixels], bytes]:
-    pack = partial(imagecodecs.zlibng_encode, level=level)
+    pack: Any = partial(imagecodecs.zlibng_encode, level=level)
     return lambda pixels: packed_file(pixels, pack, checksum=imagecodecs.deflate_crc32)
 
 

@@ -145,13 +145,13 @@ async def _send(stack: Stack, files: tuple[bytes, bytes], count: int, num_client
 
 def _codec_s(files: tuple[bytes, bytes], repeats: int = 5) -> float:
     """Processor time of decoding both files and encoding one answer as the service does."""
-    from benchmarks.codec import CHOSEN, SETTINGS
+    from recofuse_images.writer import png_bytes
 
     spent = []
     for _ in range(repeats):
         started = time.process_time()
         colour = cv2.imdecode(np.frombuffer(files[0], np.uint8), cv2.IMREAD_UNCHANGED)
         cv2.imdecode(np.frombuffer(files[1], np.uint8), cv2.IMREAD_UNCHANGED)
-        cv2.imencode(".png", np.asarray(colour), SETTINGS[CHOSEN])
+        png_bytes(np.asarray(colour))
         spent.append(time.process_time() - started)
     return statistics.median(spent)

@@ -23,8 +23,8 @@ from recofuse_images.picture import Header, Picture
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNK_BYTES = 1 << 31
-Pack = Callable[[NDArray[np.uint8]], bytes]
-Checksum = Callable[[bytes, int], int]  # of bytes, going on from that of what came before them
+Pack = Callable[[NDArray[np.uint8]], bytes | bytearray]
+Checksum = Callable[[bytes | bytearray, int], int]  # of bytes, going on from that of what came before them
 _CHUNK_HEAD = struct.Struct(">I4s")  # length and kind; a checksum of four bytes ends it
 
 _COLOUR_TYPES: dict[int, tuple[formats.Pixels, int]] = {  # pixels of the table, samples a pixel
@@ -127,7 +127,7 @@ def _packed_by_runs(rows: NDArray[np.uint8]) -> bytes:
     return packer.compress(rows.data) + packer.flush()
 
 
-def _chunk(kind: bytes, content: bytes, checksum: Checksum) -> tuple[bytes, bytes, bytes, bytes]:
+def _chunk(kind: bytes, content: bytes | bytearray, checksum: Checksum) -> tuple[bytes | bytearray, ...]:
     return struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum(content, checksum(kind, 0)))
 
 
