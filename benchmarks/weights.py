@@ -9,6 +9,7 @@ dearer a pixel of the largest size is.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,12 +31,16 @@ FUSED: tuple[OutputName, ...] = ("fused",)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of processor time a pair of `width` x `height`, fused picture alone, with the weights called `name`."""
+    """Seconds of processor time a pair of `width` x `height`, fused picture alone, with the weights called `name`.
+
+    seconds: the least of the windows; median_seconds: their median.
+    """
 
     name: str
     width: int
     height: int
     seconds: float
+    median_seconds: float
 
     @property
     def microseconds_per_pixel(self) -> float:
@@ -49,6 +54,7 @@ class Outcome:
 
     costs: list[Cost]
     ratio: float  # of NEW to OLD at 640x480
+    median_ratio: float  # the same of the medians
     growth: float  # of the largest size's cost a pixel to that of 640x480, with NEW
 
 
@@ -90,21 +96,26 @@ def run(
                 if window:
                     spent[name].append(time.process_time() - started)
         for name, seconds in spent.items():
-            cost = Cost(name, width, height, min(seconds))
+            cost = Cost(name, width, height, min(seconds), statistics.median(seconds))
             costs.append(cost)
-            say(f"{cost.name:>24} {width}x{height}: {cost.seconds:.2f} s, {cost.microseconds_per_pixel:.2f} us a pixel")
+            say(
+                f"{cost.name:>24} {width}x{height}: {cost.seconds:.2f} s (median {cost.median_seconds:.2f}), "
+                f"{cost.microseconds_per_pixel:.2f} us a pixel"
+            )
 
     def cost_of(name: str, size: tuple[int, int]) -> Cost:
         return next(cost for cost in costs if cost.name == name and (cost.width, cost.height) == size)
 
     reference = REFERENCE if REFERENCE in sizes else sizes[0]
     at_reference = cost_of(new_name, reference)
-    ratio = at_reference.seconds / cost_of(old_name, reference).seconds
+    before = cost_of(old_name, reference)
+    ratio, median_ratio = at_reference.seconds / before.seconds, at_reference.median_seconds / before.median_seconds
     growth = cost_of(new_name, sizes[-1]).microseconds_per_pixel / at_reference.microseconds_per_pixel
-    outcome = Outcome(costs, ratio, growth)
+    outcome = Outcome(costs, ratio, median_ratio, growth)
     say(
-        f"{new_name} takes {ratio:.2f} of the processor time of {old_name} at {reference[0]}x{reference[1]} "
-        f"({exposure}), and {growth:.2f} times as much a pixel at {sizes[-1][0]}x{sizes[-1][1]}"
+        f"{new_name} takes {ratio:.2f} (medians {median_ratio:.2f}) of the processor time of {old_name} at "
+        f"{reference[0]}x{reference[1]} ({exposure}), and {growth:.2f} times as much a pixel at "
+        f"{sizes[-1][0]}x{sizes[-1][1]}"
     )
     if json_path:
         json_path.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")

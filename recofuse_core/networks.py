@@ -163,6 +163,7 @@ class GatedAutoencoder(nn.Module):
     """
 
     multiple = 16  # latent sides are even, so that a denoiser of one or more levels needs no padding of its own
+    stem_factor = 4
 
     def __init__(self, config: GatedAutoencoderConfig) -> None:
         super().__init__()
@@ -189,14 +190,18 @@ class GatedAutoencoder(nn.Module):
 
         Raises ShapeError if the image is too small for the reflection padding.
         """
-        padded = pad_to_multiple(image, self.multiple, "reflect") - 0.5
-        skip = self.stem(F.pixel_unshuffle(padded, 4).to(self.stem.weight.dtype))
+        skip = self.stemmed(pad_to_multiple(image, self.multiple, "reflect") - 0.5)
         for block in self.encoder_quarter:
             skip = block(skip)
         x = self.down(skip)
         for block in self.encoder_eighth:
             x = block(x)
         return self.to_latent(x).float(), (skip,)
+
+    def stemmed(self, image: Tensor) -> Tensor:
+        """The first features (B, width, H/4, W/4) of an image whose sides are multiples of `multiple`."""
+        features: Tensor = self.stem(F.pixel_unshuffle(image, self.stem_factor).to(self.stem.weight.dtype))
+        return features
 
     def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:
         """Latent (B, C, h, w) and the skip back to an image (B, 3, *size), not clamped."""

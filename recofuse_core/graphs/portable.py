@@ -17,18 +17,21 @@ from torch.nn import functional as F
 
 from recofuse_core.layers import NORM_EPS, GatedConvBlock, Modulation
 from recofuse_core.model import ReCoFuse
+from recofuse_core.networks import Denoiser, GatedAutoencoder
 
 
 class PortableBlock(nn.Module):
     """A `GatedConvBlock` written for other runtimes; it takes the block's parameters over under their names.
 
     is_step_fixed: whether what modulates the norms is known when the graph is loaded, so that it goes into the weights
-    as well. Where it is not, a norm is a layer norm, whose gain and bias may be computed.
+    as well. Where it is not, a norm is a layer norm, whose gain and bias may be computed. is_entered: whether what
+    comes before does not keep its channels in blocks.
     """
 
-    def __init__(self, block: GatedConvBlock, *, is_step_fixed: bool) -> None:
+    def __init__(self, block: GatedConvBlock, *, is_step_fixed: bool, is_entered: bool = False) -> None:
         super().__init__()
         self.is_step_fixed = is_step_fixed
+        self.is_entered = is_entered
         self.channels = block.expand1.in_channels
         for name, module in block.named_children():
             self.add_module(name, module)
@@ -37,6 +40,8 @@ class PortableBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: tuple[Modulation, Modulation] | None = None) -> Tensor:
         """See GatedConvBlock. modulation: of one step for the whole batch."""
+        if self.is_entered:
+            x = F.max_pool2d(x, 1)  # x itself, in blocks: without a layer that makes them, sums with it have none
         first, second = modulation or (None, None)
         half = self.channels
         u, weight, bias = self._normed(x, "1", first)
@@ -79,15 +84,46 @@ class PortableBlock(nn.Module):
         return F.conv2d(x, conv.weight * gain.view(-1, 1, 1, 1), _bias(conv) * gain.flatten())
 
 
+class PortableAutoencoder(GatedAutoencoder):
+    """A `GatedAutoencoder` that takes the layers of another over, under their names."""
+
+    def __init__(self, autoencoder: GatedAutoencoder) -> None:
+        nn.Module.__init__(self)
+        for name, module in autoencoder.named_children():
+            self.add_module(name, module)
+
+    def stemmed(self, image: Tensor) -> Tensor:
+        """See GatedAutoencoder: as one convolution of the image, since runtimes move every pixel on its own else."""
+        factor, (out, _, rows, columns) = self.stem_factor, self.stem.weight.shape
+        weight = self.stem.weight.view(out, -1, factor, factor, rows, columns).permute(0, 1, 4, 2, 5, 3)
+        weight = weight.reshape(out, -1, rows * factor, columns * factor)
+        return F.conv2d(image, weight, self.stem.bias, stride=factor, padding=factor)
+
+
 def portable_copy(model: ReCoFuse, *, is_step_fixed: bool) -> ReCoFuse:
     """A model for export alone, its blocks written for other runtimes; `model` stays as it is and keeps its memory."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # shared, not copied
     portable = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    entered = _after_shuffles(portable, is_step_fixed)
     for module in list(portable.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, GatedConvBlock):
-                setattr(module, name, PortableBlock(child, is_step_fixed=is_step_fixed))
+                block = PortableBlock(child, is_step_fixed=is_step_fixed, is_entered=id(child) in entered)
+                setattr(module, name, block)
+            elif isinstance(child, GatedAutoencoder):
+                setattr(module, name, PortableAutoencoder(child))
     return portable
+
+
+def _after_shuffles(model: ReCoFuse, is_step_fixed: bool) -> set[int]:
+    """The ids of the blocks that a pixel shuffle comes before; not of those whose norms leave the blocks anyhow."""
+    levels: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, Denoiser) and is_step_fixed:
+            levels += module.decoders
+        elif isinstance(module, GatedAutoencoder):
+            levels.append(module.decoder_quarter)
+    return {id(block) for level in levels for block in list(level.children())[:1]}
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
