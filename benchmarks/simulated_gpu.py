@@ -16,11 +16,13 @@ import contextlib
 import functools
 import itertools
 import json
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -31,8 +33,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.engine import BATCHES, NAMED_SIZE, Ceilings, count_costs
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
 from recofuse_core.picture import ALL_OUTPUTS, Exposure, OutputName
-from recofuse_core.recording import EagerRecorder, Program, ProgramKey, Results, ScheduleCache
-from recofuse_core.runtime import Precision, frozen_copy
+from recofuse_core.recording import EagerRecorder, NoiseCache, Program, ProgramKey, Results, ScheduleCache
+from recofuse_core.runtime import Precision, Runtime, frozen_copy
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from recofuse_core.tiling import TilingConfig
 
@@ -342,7 +344,7 @@ def captured(
     recorder = SimulatedRecorder(warms_up=plan.tiles(height, width))  # what tiles are weighed by is made once
     with simulation():
         key = ProgramKey(plan, batch, height, width, levels)
-        Program(model, key, DEVICE, recorder, ScheduleCache(model))
+        Program(model, key, DEVICE, recorder, ScheduleCache(model), NoiseCache(DEVICE))
     return recorder.capture
 
 
@@ -453,6 +455,57 @@ def all_captures() -> Iterator[tuple[str, Capture]]:
                 yield f"{name} tiled", captured(model, 1, 64, 96, **options, tiling=SMALL_TILES)
 
 
+# --- what is left to the host -----------------------------------------------------------------------------------------
+
+
+class HostRecorder(SimulatedRecorder):
+    """Leaves out what a GPU does by itself, runs and transfers; so what is left is the host's work."""
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See Recorder."""
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def upload(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See Recorder."""
+
+    def run(self, replay: Callable[[], None]) -> None:
+        """See Recorder."""
+
+    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See Recorder. The last result says whether all is finite."""
+        pairs[-1][0].fill_(True)
+
+
+def host_ms(batch: int = 8, repeats: int = 15) -> float:
+    """Processor time of the model's thread for a batch of 640x480 through the service's engine, least of some runs.
+
+    Frames are put together, staged, and made pictures of; what a GPU would do meanwhile takes no time.
+    """
+    from service.terms.jobs import FusionOptions
+    from service.terms.settings import EngineSettings
+    from service.work.engine import PassOptions
+    from service.work.torch_engine import TorchEngine
+
+    with DEVICE:
+        model = build_model(small("compact")).eval()
+    engine = TorchEngine(EngineSettings())
+    engine._runtime = Runtime(
+        model, precision="bfloat16", graphs=True, stacked=True, recorder=HostRecorder(), batch_sizes=(batch,)
+    )
+    options = PassOptions.of(FusionOptions(), engine.info)
+    width, height = NAMED_SIZE
+    vis = [np.full((height, width, 3), item, np.uint8) for item in range(batch)]
+    ir = [np.full((height, width), item, np.uint8) for item in range(batch)]
+    spent = []
+    with simulation():
+        engine._runtime.record([(batch, height, width)], outputs=FUSED, levels=True, exposure=options.exposure)
+        for _ in range(repeats):
+            started = time.thread_time()
+            engine.fuse(np.stack(vis), np.stack(ir), options, [0] * batch)
+            spent.append(time.thread_time() - started)
+    return 1e3 * min(spent)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -518,6 +571,8 @@ def run(
         for row in rows
         if row.batch in TABLE_BATCHES and row.stacked and row.outputs == "fused"
     )
+    spent_ms = host_ms()
+    line += f"; {spent_ms:.1f} ms of one thread of this host for a batch of 8"
     if not is_quick:
         num_captures = 0
         for name, found in all_captures():
@@ -528,7 +583,12 @@ def run(
         line += f"; {num_captures} captures, {len(flags) or 'no'} operations that none may hold"
     line = f"engine modelled on {card}: {line}"
     if json_path is not None:
-        document = {"card": asdict(model_of), "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+        document = {
+            "card": asdict(model_of),
+            "torch": torch.__version__,
+            "rows": [asdict(row) for row in rows],
+            "host_ms": spent_ms,
+        }
         json_path.write_text(json.dumps({**document, "flags": flags, "line": line}, indent=2) + "\n", encoding="utf-8")
     say(line)
     return Outcome(rows, flags, line)

@@ -19,7 +19,7 @@ from recofuse_core.arithmetic import full_float32
 from recofuse_core.faults import Fault, fault_of, let_go
 from recofuse_core.model import Conditioning, ReCoFuse, noise_like
 from recofuse_core.picture import ALL_OUTPUTS, FusionOutput, FusionPlan, require_finite
-from recofuse_core.sampler import NoiseSource, Pair
+from recofuse_core.sampler import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -158,21 +158,57 @@ class ProgramKey:
     levels: bool
 
 
+class NoiseCache:
+    """The noise of seeds, drawn once and kept on the device: most requests name no seed, and so the same one."""
+
+    def __init__(self, device: torch.device, max_bytes: int = 256 * 1024**2) -> None:
+        self._device = device
+        self._max_bytes = max_bytes
+        self._drawn: OrderedDict[tuple[int, int, tuple[int, ...]], Tensor] = OrderedDict()  # used longest ago first
+
+    def __call__(self, seed: int, num_draws: int, shape: Sequence[int]) -> Tensor:
+        """(num_draws, 2, *shape): what `noise_like` draws for one item of `shape` (C, h, w), vis and ir."""
+        key = (seed, num_draws, tuple(shape))
+        if key not in self._drawn:
+            draw = noise_like([seed], torch.empty(1, *shape))
+            drawn = torch.stack([torch.cat(draw()) for _ in range(num_draws)])
+            self._drawn[key] = drawn.to(self._device)
+            while len(self._drawn) > 1 and num_bytes(self._drawn.values()) > self._max_bytes:
+                self._drawn.popitem(last=False)
+        self._drawn.move_to_end(key)
+        return self._drawn[key]
+
+
 class Program:
-    """One recorded run: static inputs, noise and outputs, and host buffers to reach them."""
+    """One recorded run: static inputs, noise and outputs, and host buffers to reach them.
+
+    Levels lie as files and cameras have them, channel beside channel (B, H, W, C), on the host, on the device and in
+    the results: nothing is transposed on the host, and what is copied is copied as one block.
+    """
 
     def __init__(
-        self, model: ReCoFuse, key: ProgramKey, device: torch.device, recorder: Recorder, conditions: "ScheduleCache"
+        self,
+        model: ReCoFuse,
+        key: ProgramKey,
+        device: torch.device,
+        recorder: Recorder,
+        conditions: "ScheduleCache",
+        noise_of: NoiseCache,
     ) -> None:
         self._recorder = recorder
+        self._noise_of = noise_of
         reserved_before = recorder.reserved_bytes()
         dtype = torch.uint8 if key.levels else torch.float32
-        size = (key.height, key.width)
-        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((key.batch, c, *size), dtype) for c in (3, 1)]
+        layout = torch.channels_last if key.levels else torch.contiguous_format
+        shapes = [(key.batch, channels, key.height, key.width) for channels in (3, 1)]
+        self._host = [
+            _host_like(torch.empty(s, dtype=dtype, device="meta", memory_format=layout), recorder) for s in shapes
+        ]
+        vis, ir = (torch.empty_like(host, device=device).zero_() for host in self._host)
         latent = model.latent_shape(key.batch, key.height, key.width)
-        shapes.append(((key.plan.num_draws, 2, *latent), torch.float32))
-        self._host = [recorder.host_buffer(shape, dtype) for shape, dtype in shapes]
-        vis, ir, noise = self._static = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        noise = torch.zeros(key.plan.num_draws, 2, *latent, device=device)
+        self._static = [vis, ir, noise]
+        self._seeds: list[int] = []  # whose noise lies there
         self._names = [name for name in ALL_OUTPUTS if name in key.plan.outputs]
         for t in (*key.plan.timesteps, 0):
             conditions(t)  # made before the recording, which may not copy from the host
@@ -180,10 +216,11 @@ class Program:
         def compute() -> Results:
             draws = iter(noise)
             output, is_finite = model.run(vis, ir, key.plan, lambda: Pair(*next(draws)), conditions)
-            return *(getattr(output, name).contiguous() for name in self._names), is_finite
+            pictures = (getattr(output, name) for name in self._names)
+            return *(picture.contiguous(memory_format=layout) for picture in pictures), is_finite
 
         self._replay, self._results = recorder.record(compute)
-        self._host_results = [recorder.host_buffer(result.shape, result.dtype) for result in self._results]
+        self._host_results = [_host_like(result, recorder) for result in self._results]
         # Programs share a pool, so this is what it added to it, but never less than what is its own.
         own = num_bytes(self._static) + num_bytes(self._results)
         grown = recorder.reserved_bytes() - reserved_before
@@ -191,28 +228,45 @@ class Program:
 
     def __call__(self, vis: Tensor, ir: Tensor, seeds: Sequence[int]) -> FusionOutput:
         """Images of the program's shape, on the host or on the device; the result lies where they do."""
-        host_vis, host_ir, host_noise = self._host
-        draw: NoiseSource = noise_like(seeds, host_noise[0, 0])
-        for slot in host_noise:
-            slot[0], slot[1] = draw()
-        sources = [vis, ir, host_noise]
-        if vis.device.type == "cpu":
-            host_vis.copy_(vis)
-            host_ir.copy_(ir)
-            sources = [host_vis, host_ir, host_noise]
-        self._recorder.upload(list(zip(self._static, sources, strict=True)))
+        is_on_host = vis.device.type == "cpu"
+        sources = [vis, ir]
+        if is_on_host:
+            for host, source in zip(self._host, sources, strict=True):
+                host.copy_(source)
+            sources = self._host
+        *images, noise = self._static
+        new_noise = self._new_noise(noise, seeds)  # held until the run has ended, whatever the cache lets go
+        self._recorder.upload([*zip(images, sources, strict=True), *new_noise])
+        self._seeds = list(seeds)
         self._recorder.run(self._replay)
         targets = [
-            host if vis.device.type == "cpu" else torch.empty_like(result)
+            host if is_on_host else torch.empty_like(result)
             for host, result in zip(self._host_results, self._results, strict=True)
         ]
         self._recorder.download(list(zip(targets, self._results, strict=True)))
         *pictures, is_finite = targets
         require_finite(is_finite)
-        if vis.device.type == "cpu":
+        if is_on_host:
             pictures = [picture.clone() for picture in pictures]
         named = dict(zip(self._names, pictures, strict=True))
         return FusionOutput(named.get("fused"), named.get("vis"), named.get("ir"))
+
+    def _new_noise(self, noise: Tensor, seeds: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The items of the static noise that are to change, each with what it becomes."""
+        known: Sequence[int | None] = self._seeds or [None] * len(seeds)
+        return [
+            (noise[:, :, item], self._noise_of(seed, len(noise), noise.shape[-3:]))
+            for item, (seed, before) in enumerate(zip(seeds, known, strict=True))
+            if seed != before
+        ]
+
+
+def _host_like(tensor: Tensor, recorder: Recorder) -> Tensor:
+    """A host buffer of a tensor's shape and layout."""
+    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return recorder.host_buffer(tensor.shape, tensor.dtype)
+    batch, channels, height, width = tensor.shape
+    return recorder.host_buffer((batch, height, width, channels), tensor.dtype).permute(0, 3, 1, 2)
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

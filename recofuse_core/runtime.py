@@ -40,6 +40,7 @@ from recofuse_core.picture import (
 from recofuse_core.recording import (
     CudaRecorder,
     EagerRecorder,
+    NoiseCache,
     Program,
     ProgramCache,
     ProgramKey,
@@ -124,9 +125,10 @@ class Runtime:
             used = recorder or (CudaRecorder(self.device) if on_gpu else EagerRecorder())
             if not max_graph_bytes and on_gpu:
                 max_graph_bytes = torch.cuda.mem_get_info(self.device)[0] // 2
+            noise = NoiseCache(self.device)
             self._programs = ProgramCache(
                 max_graphs,
-                lambda key: Program(self.model, key, self.device, used, self._conditions),
+                lambda key: Program(self.model, key, self.device, used, self._conditions, noise),
                 max_bytes=max_graph_bytes,
                 is_deferred=defers_recording,
             )

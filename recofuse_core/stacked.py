@@ -128,7 +128,7 @@ class StackedBlock(nn.Module):
         planes = beside.view(batch, height, width, 4 * channels).permute(0, 3, 1, 2)  # channels last
         weight, bias = self.get_buffer("depthwise_weight"), self.get_buffer("depthwise_bias")
         mixed = F.conv2d(planes, weight, bias, padding=1, groups=4 * channels)
-        halves = mixed.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels)).permute(4, 3, 0, 1, 2, 5)
+        halves = mixed.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, channels).permute(4, 3, 0, 1, 2, 5)
         gated = x.new_empty(x.shape)
         torch.mul(halves[0], halves[1], out=gated)
         pooled = gated.mean(dim=(2, 3))  # (2, B, C)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from recofuse_core import Runtime
 
 logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 5e-4
 
 
 class TorchEngine:
@@ -61,6 +64,10 @@ class TorchEngine:
             "threads of the model",
             extra={"threads": threads.count, "why": threads.why, "waiting": sleep_while_waiting().told()},
         )
+        if self._device.startswith("cuda"):
+            # The model's thread gives Python's lock away some eight times a batch, and would wait 5 ms each time for
+            # a thread that is busy in Python.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._runtime = Runtime(
             load_pretrained(settings.model, device=self._device),
             precision=settings.precision,

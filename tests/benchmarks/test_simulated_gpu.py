@@ -157,6 +157,7 @@ def test_the_command_models_a_card(tmp_path: Path) -> None:
     for row in document["rows"]:
         assert 0 < row["floor_ms"] < row["modelled_ms"]
         assert row["launch_ms"] == pytest.approx(1e3 * LAUNCH_S * row["kernels"])
+    assert document["host_ms"] > 0
     assert done.output.strip().splitlines()[-1] == document["line"]
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from recofuse_core import load_pretrained
+from recofuse_core import recording as module_of_recording
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
-from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
-from recofuse_core.recording import EagerRecorder, ProgramCache, Results
+from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model, noise_like
+from recofuse_core.recording import EagerRecorder, NoiseCache, ProgramCache, Results
 from recofuse_core.runtime import Runtime
-from recofuse_core.sampler import SAMPLERS, SamplerName
+from recofuse_core.sampler import SAMPLERS, NoiseSource, SamplerName
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import CONFIGS, images_of, largest_difference, pairs, rms_difference, tiny_model
 
@@ -98,6 +99,47 @@ def test_results_outlive_the_next_run() -> None:
     kept = [image.clone() for image in images_of(first)]
     runtime.fuse(*pairs(1, 32, 32, seed=4))
     assert all(torch.equal(image, copied) for image, copied in zip(images_of(first), kept, strict=True))
+
+
+def test_a_batch_takes_new_seeds_item_by_item() -> None:
+    model = tiny_model()
+    runtime, _ = recording(model)
+    vis, ir = pairs(2, 32, 48)
+    runtime.record([(2, 32, 48)])
+    for seeds in ([1, 2], [1, 3], [4, 3], [4, 3], [3, 4]):
+        assert largest_difference(runtime.fuse(vis, ir, seeds=seeds), model.fuse(vis, ir, seeds=seeds)) == 0
+
+
+def test_noise_is_drawn_once_a_seed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(seeds: Sequence[int], like: Tensor) -> NoiseSource:
+        drawn.extend(seeds)
+        return noise_like(seeds, like)
+
+    monkeypatch.setattr(module_of_recording, "noise_like", counted)
+    shape = (4, 4, 6)
+    size = 2 * 2 * 4 * 4 * 6 * 4  # two draws of both modalities, float32
+    noise = NoiseCache(torch.device("cpu"), max_bytes=2 * size)
+    first = noise(5, 2, shape)
+    assert first.nbytes == size
+    draw = noise_like([5], torch.empty(1, *shape))
+    for vis, ir in first:
+        expected = draw()
+        assert torch.equal(vis, expected.vis[0])
+        assert torch.equal(ir, expected.ir[0])
+    assert noise(5, 2, shape) is first
+    for seed in (6, 5, 7, 5, 6):  # 7 takes the place of 6, and 6 that of 7
+        noise(seed, 2, shape)
+    assert drawn == [5, 6, 7, 6]
+
+
+def test_levels_come_back_as_files_have_them() -> None:
+    runtime, _ = recording(tiny_model())
+    vis, ir = ((255 * image).byte() for image in pairs(2, 40, 50))
+    runtime.record([(2, 40, 50)], levels=True)
+    for image in images_of(runtime.fuse(vis, ir)):
+        assert image.permute(0, 2, 3, 1).is_contiguous()
 
 
 def test_a_shape_is_recorded_when_it_comes_again() -> None:
@@ -333,8 +375,8 @@ def test_bytes_of_a_program_are_its_own_or_what_the_pool_grew_by() -> None:
         sizes.append(runtime._programs.size_bytes)
     draws = 2 * 4 * 4 * 4 * 4  # one draw for both modalities, four channels of 4x4, float32
     images = 4 * 32 * 32 * (4 + 3 + 3 + 1)
-    assert sizes[0] == 2 * (images + draws + 1)  # the flag is a byte; all of it on the host, too
-    assert sizes[1] == images + draws + 1 + (1 << 30)
+    assert sizes[0] == 2 * (images + 1) + draws  # the flag is a byte; all but noise on the host, too
+    assert sizes[1] == images + 1 + (1 << 30)
 
 
 def test_a_recorded_run_reports_what_is_not_finite_and_recovers() -> None:
