@@ -4,7 +4,8 @@ The same 640x480 pair, the same number of times: through the engine alone (decod
 that does nothing else), and through `recofuse serve` over loopback as PNG files, from several clients at once. On a CPU
 the processor time of an answer decides, that of the whole server, since on a small machine the clients would take from
 the clock's share; the engine runs before and after the service, so that a drifting machine does not decide. On a GPU,
-where the service's work overlaps the model's, the clock decides.
+where the service's work overlaps the model's, the clock decides, and what is to be kept is the throughput of whatever
+is slowest: the engine, the codec on all processors but one, or the one process that reads and answers requests.
 """
 
 from __future__ import annotations
@@ -23,20 +24,26 @@ import numpy as np
 
 from benchmarks.load import ask, fuse_request, picture_pair
 from benchmarks.processes import Stack, all_in_one, machine
+from recofuse_host.processors import read_processors
 
 TARGET = 0.95
 LONGEST_S = 3000.0
+REQUEST_S = 2.8e-3  # what a request costs the front end's process beside the codec (docs/performance.md)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Seconds of one image, processor time on a CPU, by the clock on a GPU. kept: the engine's over the service's."""
+    """Seconds of one image, processor time on a CPU, by the clock on a GPU.
+
+    attainable_s: of the slowest part. kept: that over the service's.
+    """
 
     device: str
     batch: int
     engine_s: float
     service_s: float
     codec_s: float
+    attainable_s: float
     kept: float
     line: str
 
@@ -82,22 +89,29 @@ def run(
     say(f"engine alone again: {1e3 * after_s:.1f} ms an image")
     engine_s = (before_s + after_s) / 2
     codec_s = _codec_s(files)
-    kept = engine_s / service_s
+    attainable_s = slowest_s(engine_s, codec_s, read_processors().usable) if on_gpu else engine_s
+    kept = attainable_s / service_s
     name = torch.cuda.get_device_name(chosen) if on_gpu else f"{where['cpu']}, {num_threads} thread"
     clock = "by the clock" if on_gpu else "processor time"
     verdict = "" if kept >= TARGET else ", MISSED"
+    owner = "the engine's throughput" if attainable_s == engine_s else "what its processors allow"
     line = (
-        f"kept: {100 * kept:.1f} % of the engine's throughput (>=95 %{verdict}) on {name}: "
+        f"kept: {100 * kept:.1f} % of {owner} (>=95 %{verdict}) on {name}: "
         f"{1e3 * engine_s:.1f} ms an image alone, {1e3 * service_s:.1f} ms through the service ({clock}; PNG alone "
         f"takes {1e3 * codec_s:.1f} ms)"
     )
     if not on_gpu and where["load_average"] > 0.5:
         line += f"; the machine was busy (load average {where['load_average']})"
-    outcome = Outcome(chosen, batch, engine_s, service_s, codec_s, kept, line)
+    outcome = Outcome(chosen, batch, engine_s, service_s, codec_s, attainable_s, kept, line)
     if json_path is not None:
         json_path.write_text(json.dumps({"machine": where, **asdict(outcome)}, indent=2) + "\n", encoding="utf-8")
     say(line)
     return outcome
+
+
+def slowest_s(engine_s: float, codec_s: float, num_processors: int) -> float:
+    """Seconds of one image where engine, codec and requests overlap. A processor more than these two is the model's."""
+    return max(engine_s, codec_s / max(1, num_processors - 1), REQUEST_S)
 
 
 def _engine_s(engine: Any, files: tuple[bytes, bytes], batch: int, num_images: int, on_gpu: bool) -> float:

@@ -44,3 +44,13 @@ def test_the_service_is_measured_beside_the_engine(tmp_path: Path) -> None:
     assert outcome.kept == pytest.approx(outcome.engine_s / outcome.service_s)
     assert said[-1] == outcome.line
     assert json.loads((tmp_path / "out.json").read_text())["batch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("engine_s", "num_processors", "expected"),
+    [(0.1, 2, 0.1), (0.002, 2, 0.014), (0.002, 5, 0.0035), (0.002, 64, kept.REQUEST_S), (0.002, 1, 0.014)],
+)
+def test_a_fast_engine_is_judged_by_what_the_processors_allow(
+    engine_s: float, num_processors: int, expected: float
+) -> None:
+    assert kept.slowest_s(engine_s, 0.014, num_processors) == pytest.approx(expected)
