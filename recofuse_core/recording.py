@@ -236,6 +236,7 @@ class Program:
             sources = self._host
         *images, noise = self._static
         new_noise = self._new_noise(noise, seeds)  # held until the run has ended, whatever the cache lets go
+        self._seeds = []  # nobody knows what lies there if the upload fails
         self._recorder.upload([*zip(images, sources, strict=True), *new_noise])
         self._seeds = list(seeds)
         self._recorder.run(self._replay)
