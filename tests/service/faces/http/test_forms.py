@@ -125,7 +125,7 @@ async def test_options_may_come_in_form_and_query_together(server: Server) -> No
 @pytest.mark.parametrize(
     ("query", "form", "told"),
     [
-        ("stepz=3&seed=1&colour=2", {}, "no query parameter 'stepz', 'colour'; accepted are output, "),
+        ("stepz=3&seed=1&flavour=2", {}, "no query parameter 'stepz', 'flavour'; accepted are output, "),
         ("vis=1", {}, "'vis'"),
         ("Seed=1", {}, "'Seed'"),
         ("=1", {}, "''"),

@@ -502,6 +502,8 @@ def test_an_alarm_is_told_and_values_are_saved(opened: Opener, address: str) -> 
     page.fill("[name=degrees]", "0.04,-273.15")
     page.select_option("[name=outline]", "true")
     page.select_option("[name=values]", "npy")
+    page.select_option("[name=metadata]", "keep")
+    expect(page.locator("#command")).to_contain_text("metadata=keep")
     page.check("[name=output][value=fused]")
     expect(page.locator("#command")).to_contain_text("recofuse.zip")
     fuse(page)
