@@ -233,24 +233,23 @@ BAD: dict[str, tuple[Data, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-async def test_what_cannot_be_measured_is_refused(running: Running, case: str) -> None:
-    data, words = BAD[case]
-    told = [problem(await asked(running.server, data), ErrorCode.INVALID_INPUT)["detail"]]
-    if "values" not in data:
-        parameters: dict[str, object] = {**data, "outline": data.get("outline") == "true"}
-        inputs = (tensor("vis", VIS), tensor("ir", COUNTS[..., None]))
-        if data.get("outline") != "perhaps":
-            told.append(
-                refusal(await post(running.server.client, *inputs, parameters=parameters), ErrorCode.INVALID_INPUT)
-            )
-    if not set(data) & {"values", "outline"}:
-        gain, _, offset = data.get("degrees", "").partition(",")
-        degrees = pb.Degrees(gain=float(gain), offset=float(offset)) if gain else None
-        message = running.message(alarm=data["alarm"], degrees=degrees)
-        told.append((await detail_of(running.stub.Fuse(message), ErrorCode.INVALID_INPUT)).message)
-    for message in told:
-        assert words in message
+async def test_what_cannot_be_measured_is_refused(running: Running) -> None:
+    for data, words in BAD.values():
+        told = [problem(await asked(running.server, data), ErrorCode.INVALID_INPUT)["detail"]]
+        if "values" not in data:
+            parameters: dict[str, object] = {**data, "outline": data.get("outline") == "true"}
+            inputs = (tensor("vis", VIS), tensor("ir", COUNTS[..., None]))
+            if data.get("outline") != "perhaps":
+                told.append(
+                    refusal(await post(running.server.client, *inputs, parameters=parameters), ErrorCode.INVALID_INPUT)
+                )
+        if not set(data) & {"values", "outline"}:
+            gain, _, offset = data.get("degrees", "").partition(",")
+            degrees = pb.Degrees(gain=float(gain), offset=float(offset)) if gain else None
+            message = running.message(alarm=data["alarm"], degrees=degrees)
+            told.append((await detail_of(running.stub.Fuse(message), ErrorCode.INVALID_INPUT)).message)
+        for message in told:
+            assert words in message
     assert not running.server.engine.batches
 
 
@@ -264,12 +263,12 @@ async def test_degrees_of_a_file_that_holds_degrees_are_refused(running: Running
         assert words in problem(answer, ErrorCode.INVALID_INPUT)["detail"]
 
 
-@pytest.mark.parametrize("degrees", ["100000000000000000000000000000000000000000000,1", "0.0000000000000000001,1"])
-async def test_degrees_beyond_all_numbers_are_nothing_measured(running: Running, degrees: str) -> None:
-    entries, told = await unzipped(running.server, {"values": "npy", "alarm": "60C", "degrees": degrees})
-    values = np.load(io.BytesIO(entries["values.npy"]))
-    assert not np.isinf(values).any()
-    assert told["alarm"]["num_regions"] == 0
+async def test_degrees_beyond_all_numbers_are_nothing_measured(running: Running) -> None:
+    for degrees in ("100000000000000000000000000000000000000000000,1", "0.0000000000000000001,1"):
+        entries, told = await unzipped(running.server, {"values": "npy", "alarm": "60C", "degrees": degrees})
+        values = np.load(io.BytesIO(entries["values.npy"]))
+        assert not np.isinf(values).any()
+        assert told["alarm"]["num_regions"] == 0
 
 
 async def test_the_list_of_a_noisy_picture_is_short(running: Running) -> None:
