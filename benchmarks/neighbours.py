@@ -5,8 +5,9 @@ to. Windows alternate: every way once on the host as it is, then every way once 
 are processors; so whatever else the host does meets all of them. Ratios are of medians, a way's beside the busy
 processes to its own without them.
 
-- `command`: the engine as `recofuse fuse` and the workers load it, with the number of threads that it chooses.
+- `command`: the engine of torch as `recofuse fuse` and the workers load it, with the number of threads that it chooses.
 - `library`: `Runtime.fuse` in a script that imports torch before recofuse_core.
+- `graphs`: the engine of ONNX Runtime, which `recofuse fuse` and the workers take on most processors, likewise.
 - `one thread`: the engine with one thread.
 - `spinning`: what OpenMP does when nobody tells it anything, for comparison; slow, so only with --spinning.
 
@@ -46,7 +47,7 @@ import numpy as np
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings
 from service.work.engine import PassOptions
-from service.work.torch_engine import TorchEngine
+from service.work.{module} import {engine}
 
 generator = np.random.default_rng(0)
 vis = generator.integers(0, 256, (1, 480, 640, 3), np.uint8)
@@ -60,12 +61,14 @@ for _ in sys.stdin:
     print(time.perf_counter() - clock_s, time.process_time() - cpu_s, flush=True)
 """
 ENGINE = """
-engine = TorchEngine(EngineSettings(device="cpu", num_threads={threads}))
+engine = {engine}(EngineSettings(device="cpu", num_threads={threads}))
 engine.load()
-options = PassOptions(engine.info.default_steps, engine.info.default_sampler, (Part.FUSED,))
+options = PassOptions(engine.info.default_steps, engine.info.default_sampler, (Part.FUSED,), "as_shot")
 def fuse():
     engine.fuse(vis, ir, options, [0])
 """
+TORCH = {"module": "torch_engine", "engine": "TorchEngine"}
+GRAPHS = {"module": "graph_engine", "engine": "GraphEngine"}
 LIBRARY = """
 runtime = Runtime(load_pretrained("compact"))
 pair = torch.from_numpy(vis).permute(0, 3, 1, 2), torch.from_numpy(ir).unsqueeze(1)
@@ -195,18 +198,19 @@ class Fuser:
         return line
 
 
-def engine_code(threads: int = 0) -> str:
-    """A process that runs the service's engine."""
-    return FUSER.format(imports=EARLY, load=ENGINE.format(threads=threads))
+def engine_code(threads: int = 0, kind: dict[str, str] = TORCH, imports: str = EARLY) -> str:
+    """A process that runs an engine of the service."""
+    return FUSER.format(imports=imports, load=ENGINE.format(threads=threads, **kind), **kind)
 
 
 WAYS = {
     "command": engine_code(),
-    "library": FUSER.format(imports=LATE, load=LIBRARY),
+    "graphs": engine_code(kind=GRAPHS),
+    "library": FUSER.format(imports=LATE, load=LIBRARY, **TORCH),
     "one thread": engine_code(1),
-    "spinning": FUSER.format(imports=SPINNING, load=ENGINE.format(threads=0)),
+    "spinning": engine_code(imports=SPINNING),
 }
-JUDGED = ("command", "library")
+JUDGED = ("command", "graphs", "library")
 IN_CGROUP = {"as it chooses": 0, "--threads 1": 1}
 
 
@@ -233,6 +237,8 @@ def run(
     say(f"in a cgroup of one processor: {left_out}" if left_out else "in a cgroup of one processor:")
     for row in in_cgroup:
         say(row.text())
+    torchs, graphs = (next(row for row in rows if row.name == name) for name in ("command", "graphs"))
+    say(f"graphs to torch, processor time: {graphs.alone.cpu_s / torchs.alone.cpu_s:.2f} as it is")
     outcome = Outcome(tuple(rows), tuple(in_cgroup), left_out)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

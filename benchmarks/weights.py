@@ -113,9 +113,9 @@ def run(
     growth = cost_of(new_name, sizes[-1]).microseconds_per_pixel / at_reference.microseconds_per_pixel
     outcome = Outcome(costs, ratio, median_ratio, growth)
     say(
-        f"{new_name} takes {ratio:.2f} (medians {median_ratio:.2f}) of the processor time of {old_name} at "
-        f"{reference[0]}x{reference[1]} ({exposure}), and {growth:.2f} times as much a pixel at "
-        f"{sizes[-1][0]}x{sizes[-1][1]}"
+        f"{new_name} takes {ratio:.2f} of the processor time of {old_name} at "
+        f"{reference[0]}x{reference[1]} ({exposure}; {median_ratio:.2f} by medians), "
+        f"and {growth:.2f} times as much a pixel at {sizes[-1][0]}x{sizes[-1][1]}"
     )
     if json_path:
         json_path.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")

@@ -112,8 +112,9 @@ def test_a_run_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     lines: list[str] = []
     outcome = neighbours.run(repeats=2, num_busy=1, json_path=tmp_path / "a/figures.json", say=lines.append)
     assert outcome.all_met
-    assert [row.name for row in outcome.rows] == ["command", "library", "one thread"]
+    assert [row.name for row in outcome.rows] == ["command", "graphs", "library", "one thread"]
     written = json.loads((tmp_path / "a/figures.json").read_text())
     assert written["figures"]["command, clock"] == {"ratio": 1.0, "bound": 2.5}
+    assert "graphs to torch, processor time: 1.00 as it is" in lines
     assert written["left_out"] in "\n".join(lines)
     assert lines[-1].startswith("ratios: command, processor time 1.00 (<=1.2)")

@@ -30,6 +30,7 @@ def test_both_are_measured_and_the_ratio_follows(tmp_path: Path) -> None:
     ]
     first, second = outcome.costs[:2]
     assert outcome.ratio == pytest.approx(second.seconds / first.seconds)
+    assert outcome.median_ratio == pytest.approx(second.median_seconds / first.median_seconds)
     assert outcome.growth == pytest.approx(
         outcome.costs[3].microseconds_per_pixel / outcome.costs[1].microseconds_per_pixel
     )
