@@ -57,8 +57,8 @@ REPEATS = 5  # on a GPU, of each run
 
 # What the project asks of itself: docs/performance.md.
 CPU_STEP_RATIO, CPU_RATIO, CPU_COMPACT_S = 1.5, 12.0, 2.0
-# On a GPU, what benchmarks/simulated_gpu.py expects of an H200, less a quarter: 5.4, 27, 8 (with norms at the speed of
-# torch's kernel for rows this short) and 120.
+# On a GPU, reckoned and not measured: benchmarks/simulated_gpu.py's times for an H200, a baseline taken as 1,600 eager
+# operations of 7 us a step, and a guess at slow norms give 5.4, 27, 8 and 120; these leave a quarter to error.
 GPU_STEP_RATIO, GPU_RATIO, GPU_FLOOR_FACTOR, GPU_PAIRS_S = 4.0, 20.0, 10.0, 90.0
 
 
