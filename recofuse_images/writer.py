@@ -16,7 +16,7 @@ from recofuse_images.png import packed_file
 
 def png_bytes(pixels: NDArray[Any], compression: int = 1) -> bytes:
     """(H, W) grey or (H, W, 3) RGB, uint8 or uint16, as PNG of a level from 0, stored, to 9. Raises BadImageError."""
-    # docs/decisions/0006: what the Up filter leaves, by libdeflate, in half the time that zlib's run lengths take.
+    # docs/decisions/0023: what the Up filter leaves, by libdeflate, in half the time that zlib's run lengths take.
 
     def pack(rows: Any) -> bytes | bytearray:  # an array is as good as bytes, though its annotation does not say so
         return imagecodecs.deflate_encode(rows, compression, raw=False)
