@@ -15,7 +15,8 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recofuse_client.pairing import MAX_OFFSET_S, Motion, Offset, OffsetError, Pairer, Stamped, offset_of
 from recofuse_client.values import Frame
 from recofuse_images.codecs import cv2
 from recofuse_images.writer import jpeg_bytes
@@ -31,6 +33,8 @@ from recofuse_images.writer import jpeg_bytes
 DEFAULT_FPS = 25.0
 OPEN_TIMEOUT_MS = 10_000
 READ_TIMEOUT_MS = 10_000
+OFFSET_SECONDS = 15.0  # of both cameras, from which their offset is found
+TOLERANCE_S = 0.1  # of live pairs with an offset
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}  # what OpenCV's own FFmpeg can write
 JPEG_QUALITY = 85  # of the view in a browser, percent
 _OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)  # of the view in a browser
@@ -108,15 +112,11 @@ class _Newest:
         self._thread.join(READ_TIMEOUT_MS / 1000)
 
     def _run(self) -> None:
-        start_s = time.monotonic()
-        for number in itertools.count():
-            if self._pace_fps is not None:
-                time.sleep(max(0.0, start_s + number / self._pace_fps - time.monotonic()))
-            frame = self._video.read()
+        for frame in _arrivals(self._video, self._pace_fps):
             with self._changed:
-                if frame is None or self._is_over:
+                if self._is_over:
                     break
-                self._frame = frame, time.time_ns()
+                self._frame = frame.image, frame.ns
                 self._changed.notify_all()
         with self._changed:
             self._is_over = True
@@ -124,23 +124,125 @@ class _Newest:
         self._video.capture.release()
 
 
-def read_pairs(vis: str, ir: str, *, realtime: bool = False) -> tuple[Generator[Frame, None, None], float]:
-    """The frames of two sources, and how many a second they are. realtime: files play as if they were cameras.
+def _arrivals(video: _Video, pace_fps: float | None) -> Iterator[Stamped]:
+    """The frames of a source as they come, with the time of that (Unix time, ns)."""
+    start_s = time.monotonic()
+    for number in itertools.count():
+        if pace_fps is not None:
+            time.sleep(max(0.0, start_s + number / pace_fps - time.monotonic()))
+        if (frame := video.read()) is None:
+            return
+        yield Stamped(frame, time.time_ns())
 
-    Files are read to the end of the shorter one; where their rates differ, each frame of vis goes with the frame of ir
-    that is nearest in time. Timestamps are the time since a file's beginning, of live sources the time of the
-    vis frame's arrival (Unix time, ns). Raises VideoError for a source that cannot be opened.
+
+class _Both:
+    """Reads two live sources in threads and hands out the newest pair, by time."""
+
+    def __init__(self, videos: list[_Video], paces: list[float | None], pairer: Pairer) -> None:
+        self._pairer = pairer
+        self._changed = threading.Condition()
+        self._num_running = len(videos)
+        self._is_closed = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(video, pace, add), name=f"recofuse-{video.name}", daemon=True)
+            for video, pace, add in zip(videos, paces, (pairer.add_vis, pairer.add_ir), strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> tuple[Stamped, Stamped] | None:
+        """A pair that was not taken yet; None once a source has ended."""
+        with self._changed:
+            while True:
+                is_over = self._num_running < len(self._threads)
+                if (pair := self._pairer.newest(is_over=is_over)) is not None or is_over:
+                    return pair
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Stop reading, and release the sources once they give way."""
+        with self._changed:
+            self._is_closed = True
+        for thread in self._threads:
+            thread.join(READ_TIMEOUT_MS / 1000)
+
+    def _run(self, video: _Video, pace: float | None, add: Callable[[Stamped], None]) -> None:
+        try:
+            for frame in _arrivals(video, pace):
+                with self._changed:
+                    if self._is_closed:
+                        break
+                    add(frame)
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()
+            video.capture.release()
+
+
+def find_offset(vis: str, ir: str, *, seconds: float = OFFSET_SECONDS) -> Offset:
+    """What infrared is late by, from what moves in the first seconds of two sources, which are opened for it.
+
+    Of live sources the arrival of frames counts, of files the time since their beginning. Raises VideoError for a
+    source that cannot be opened, and OffsetError if motion does not tell.
     """
+    if is_live(vis) != is_live(ir):
+        raise OffsetError("a file and a camera have no clock in common")
+    videos = _opened(vis, ir)
+    until_s = time.monotonic() + seconds
+
+    def watched(video: _Video) -> Motion:
+        motion = Motion()
+        try:
+            for number in itertools.count():
+                frame = video.read()
+                at_s = time.monotonic() if is_live(vis) else number / video.fps
+                if frame is None or at_s > (until_s if is_live(vis) else seconds):
+                    break
+                motion.add(frame, at_s)
+        finally:
+            video.capture.release()
+        return motion
+
+    with ThreadPoolExecutor(len(videos)) as threads:
+        motions = list(threads.map(watched, videos))
+    return offset_of(motions[0], motions[1])
+
+
+def _opened(vis: str, ir: str) -> list[_Video]:
     videos = [_Video.open(vis, "vis")]
     try:
         videos.append(_Video.open(ir, "ir"))
     except VideoError:
         videos[0].capture.release()
         raise
+    return videos
+
+
+def read_pairs(
+    vis: str, ir: str, *, realtime: bool = False, offset_s: float = 0.0, tolerance_s: float | None = None
+) -> tuple[Generator[Frame, None, None], float]:
+    """The frames of two sources, and how many a second they are. realtime: files play as if they were cameras.
+
+    offset_s: what infrared is late by (`find_offset`). tolerance_s: how far a pair may be apart in time once that is
+    taken off; visible frames without such a partner are left out. Unset: of files one infrared frame, of live sources
+    with an offset TOLERANCE_S; of live sources with neither, the newest frames go together whatever their time.
+
+    Files are read to the end of the shorter one; where their rates differ, each frame of vis goes with the frame of ir
+    that is nearest in time. Timestamps are the time since a file's beginning, of live sources the time of the
+    vis frame's arrival (Unix time, ns). Raises VideoError for a source that cannot be opened.
+    """
+    if not abs(offset_s) <= MAX_OFFSET_S or (tolerance_s is not None and not 0 <= tolerance_s <= MAX_OFFSET_S):
+        raise ValueError(f"accepted are offsets from -{MAX_OFFSET_S:g} to {MAX_OFFSET_S:g} s, and tolerances from 0 on")
+    videos = _opened(vis, ir)
     if realtime or is_live_pair(vis, ir):
         paces = [None if is_live(source) else video.fps for source, video in zip((vis, ir), videos, strict=True)]
+        if offset_s or tolerance_s is not None:
+            pairer = Pairer(offset_s, TOLERANCE_S if tolerance_s is None else tolerance_s)
+            return _timed_pairs(videos, paces, pairer), videos[0].fps
         return _live_pairs(videos, paces), videos[0].fps
-    return _file_pairs(*videos), videos[0].fps
+    return _file_pairs(videos[0], videos[1], offset_s, tolerance_s), videos[0].fps
 
 
 def _grey(frame: Pixels) -> Pixels:
@@ -157,16 +259,29 @@ def _live_pairs(videos: list[_Video], paces: list[float | None]) -> Generator[Fr
             reader.close()
 
 
-def _file_pairs(vis: _Video, ir: _Video) -> Generator[Frame, None, None]:
+def _timed_pairs(videos: list[_Video], paces: list[float | None], pairer: Pairer) -> Generator[Frame, None, None]:
+    both = _Both(videos, paces, pairer)
+    try:
+        while (pair := both.take()) is not None:
+            vis, ir = pair
+            yield Frame(vis.image, _grey(ir.image), timestamp_ns=vis.ns, bgr=True)
+    finally:
+        both.close()
+
+
+def _file_pairs(vis: _Video, ir: _Video, offset_s: float, tolerance_s: float | None) -> Generator[Frame, None, None]:
+    tolerance_s = 1 / ir.fps if tolerance_s is None else tolerance_s
     try:
         ir_frame, num_ir = ir.read(), 1
         for number in itertools.count():
             vis_frame = vis.read()
             # The nearest ir frame; containers round their rates, so the last one shown would fall behind by one.
-            while ir_frame is not None and (num_ir - 0.5) / ir.fps <= number / vis.fps:
+            while ir_frame is not None and (num_ir - 0.5) / ir.fps <= number / vis.fps + offset_s:
                 ir_frame, num_ir = ir.read(), num_ir + 1
             if vis_frame is None or ir_frame is None:
                 return
+            if abs((num_ir - 1) / ir.fps - number / vis.fps - offset_s) > tolerance_s + 1e-9:
+                continue
             timestamp_ns = round(number / vis.fps * 1e9)
             yield Frame(vis_frame, _grey(ir_frame), timestamp_ns=timestamp_ns, bgr=True)
     finally:

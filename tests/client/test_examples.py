@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from recofuse_rigs.rig import Rig, to_json
 from tests.client.reach import CommandServer
+from tests.client.test_pairing import moving_files
 from tests.client.test_video import levels_of, make_video
 from tests.fakes import pair
 
@@ -72,6 +74,19 @@ def test_video_file(server: CommandServer, tmp_path: Path) -> None:
     said = run("video_file.py", vis, ir, tmp_path / "out.mp4", "--url", f"grpc://{server.grpc}")
     assert "10 frames fused" in said
     assert len(levels_of(tmp_path / "out.mp4")) == 10
+
+
+def test_two_cameras(server: CommandServer, tmp_path: Path) -> None:
+    vis, ir = moving_files(tmp_path, 0.4)
+    rig = Rig((96, 72), (96, 72), (0.9, 0.0, 4.0, 0.0, 0.9, 3.0, 0.0, 0.0, 1.0))
+    (tmp_path / "roof.json").write_text(to_json(rig))
+    words = [vis, ir, tmp_path / "out.mp4", "--rig", tmp_path / "roof.json", "--url", f"grpc://{server.grpc}"]
+    said = run("two_cameras.py", *words)
+    found = re.search(r"late by ([\d.]+) s\nwrote (\d+) frames", said)
+    assert found is not None, said
+    assert abs(float(found[1]) - 0.4) <= 0.025
+    assert abs(int(found[2]) - 140) <= 1  # the last ten have no partner
+    assert len(levels_of(tmp_path / "out.mp4")) == int(found[2])
 
 
 def test_gstreamer_bridge(server: CommandServer) -> None:

@@ -243,7 +243,20 @@ def test_the_command_records_what_two_files_show(null_server: CommandServer, tmp
 
     assert "no file" in refused("--vis", "none.avi", "--ir", ir)
     assert "mode" in refused("--vis", vis, "--ir", ir, "--mode", "some")
+    assert "offset: accepted are auto" in refused("--vis", vis, "--ir", ir, "--offset", "soon")
+    assert "give it in seconds" in refused("--vis", vis, "--ir", ir, "--offset", "auto")
     assert ".mp4" in refused("--vis", vis, "--ir", ir, "-o", "out.gif", "--target", null_server.grpc)
+
+
+def test_the_command_takes_off_an_offset(null_server: CommandServer, tmp_path: Path) -> None:
+    vis, ir, told = make_video(tmp_path / "vis.avi", 12), make_video(tmp_path / "ir.avi", 12), tmp_path / "told.json"
+    words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "--part", "ir", "-o", tmp_path / "out.mkv"]
+    words += ["--offset", 0.16, "--tolerance", 0.01, "--json", told, "--ir-range", 0, 255]
+    done = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(told.read_text("utf-8"))["offset_s"] == 0.16
+    expected = [level(number + 4) for number in range(8)]
+    assert np.abs(np.array(levels_of(tmp_path / "out.mkv")) - expected).max() < 8
 
 
 def test_the_command_fixes_both_scales(null_server: CommandServer, tmp_path: Path) -> None:

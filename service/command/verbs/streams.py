@@ -134,6 +134,16 @@ def stream(
             metavar="NAME|FILE", help="Of cameras that are not registered: one of the server's rigs, or a rig file."
         ),
     ] = None,
+    offset: Annotated[
+        str,
+        typer.Option(metavar="auto|SECONDS", help="What infrared is late by; auto finds it from what moves in both."),
+    ] = "0",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=2, help="Seconds that a pair may be apart; frames without such a partner are left out."
+        ),
+    ] = None,
     colour: Colour = "natural",
     colour_range: ColourRange = None,
     degrees: Degrees = None,
@@ -181,7 +191,8 @@ def stream(
         # Both end it in order; a shell that starts it in the background has turned SIGINT off.
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
-        pairs, source_fps = video.read_pairs(vis, ir, realtime=realtime)
+        offset_s = _offset_of(offset, vis, ir)
+        pairs, source_fps = video.read_pairs(vis, ir, realtime=realtime, offset_s=offset_s, tolerance_s=tolerance)
         sinks: list[live.Sink] = []
         if output is not None:
             sinks.append(video.Recorder(output, fps or source_fps))
@@ -225,7 +236,7 @@ def stream(
             max_frames=frames,
         )
     if json_path is not None:
-        json_path.write_text(json.dumps(report.figures, indent=2) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(report.figures | {"offset_s": offset_s}, indent=2) + "\n", encoding="utf-8")
     if report.last_error:
         complain(f"the last frame that failed: {report.last_error}")
     written = f"; wrote {output}" if output is not None and report.stats.fused else ""
@@ -234,6 +245,29 @@ def stream(
     out.print(f"{'stopped; ' if report.is_interrupted else ''}{report.line}{written}", markup=False, soft_wrap=True)
     if not report.stats.fused:
         raise typer.Exit(1)
+
+
+def _offset_of(given: str, vis: str, ir: str) -> float:
+    """Seconds. Raises InvalidInputError for what is no offset, and where motion tells none."""
+    from recofuse_client.pairing import MAX_OFFSET_S, OffsetError
+    from recofuse_client.video import find_offset
+
+    if given != "auto":
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = float("nan")
+        if not abs(seconds) <= MAX_OFFSET_S:
+            raise InvalidInputError(f"offset: accepted are auto and seconds from -{MAX_OFFSET_S:g} to {MAX_OFFSET_S:g}")
+        return seconds
+    err.print("looking for the offset of both cameras")
+    try:
+        found = find_offset(vis, ir)
+    except OffsetError as error:
+        raise InvalidInputError(f"offset: {error}; give it in seconds") from error
+    what = "late" if found.seconds >= 0 else "early"
+    err.print(f"infrared is {abs(found.seconds):.3f} s {what} (alike by {found.likeness:.2f})", markup=False)
+    return found.seconds
 
 
 def _rig_of(given: str | None) -> str | Path | None:
