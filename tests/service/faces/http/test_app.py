@@ -119,7 +119,7 @@ async def test_who_hangs_up_cancels(server: Server) -> None:
         asyncio.create_task(server.client.post("/v1/fuse", files=FILES, data={"seed": seed})) for seed in range(1, 9)
     ]
     async with asyncio.timeout(20):  # a client that is cancelled while it connects may leave its socket behind
-        while 'recofuse_in_flight{protocol="http"} 10.0' not in (await server.client.get("/metrics")).text:
+        while 'recofuse_in_flight{protocol="http"} 10.0' not in (await server.client.get("/metrics")).text:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     for task in gone:
         task.cancel()
