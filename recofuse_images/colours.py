@@ -18,7 +18,6 @@ from recofuse_images.palettes import palette_colours
 from recofuse_images.picture import grey_of
 from recofuse_images.scale import Range
 
-Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
 Overlay = Literal["white_hot", "iron", "rainbow"]
 Pixels = NDArray[np.uint8]
 
