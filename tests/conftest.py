@@ -30,7 +30,21 @@ def asks_for_gpu(markers: str) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that need a GPU where it is hidden; asked for, they fail where there is none."""
+    """Refuse names that differ from process to process; leave out the tests that need a GPU where it is hidden.
+
+    Asked for, those fail where there is no GPU.
+    """
+    unordered = [
+        item.nodeid
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and any(
+            isinstance(value, (set, frozenset)) and str(value) in item.name for value in item.callspec.params.values()
+        )
+    ]
+    if unordered:  # sets print in another order in every process, and pytest-xdist wants the same names in all of them
+        raise pytest.UsageError(f"a set in a test's name, write a tuple instead: {', '.join(unordered)}")
     if asks_for_gpu(config.option.markexpr):
         return
     left_out = [item for item in items if item.get_closest_marker("gpu") is not None]

@@ -14,7 +14,7 @@ from service.work.engines import build_engine, choose_runtime, model_engine
 from service.work.graph_engine import GraphEngine
 from service.work.torch_engine import TorchEngine
 
-BOTH = {"torch", "onnxruntime"}
+BOTH = ("torch", "onnxruntime")
 
 
 def machine(root: Path, *, flags: str = "avx2 fma", has_gpu: bool = False) -> Path:
@@ -35,10 +35,10 @@ def machine(root: Path, *, flags: str = "avx2 fma", has_gpu: bool = False) -> Pa
         ({}, BOTH, {"flags": "avx512f avx512_bf16"}, "torch"),
         ({"precision": "float32"}, BOTH, {"flags": "avx512f avx512_bf16"}, "onnx"),
         ({"precision": "bfloat16"}, BOTH, {}, "torch"),
-        ({}, {"onnxruntime"}, {"has_gpu": True}, "onnx"),
-        ({}, {"torch"}, {}, "torch"),
+        ({}, ("onnxruntime",), {"has_gpu": True}, "onnx"),
+        ({}, ("torch",), {}, "torch"),
         ({"model": "other"}, BOTH, {}, "torch"),
-        ({"model": "other"}, {"onnxruntime"}, {}, "onnx"),  # which then says what is missing
+        ({"model": "other"}, ("onnxruntime",), {}, "onnx"),  # which then says what is missing
         ({"runtime": "torch"}, BOTH, {}, "torch"),
         ({"runtime": "onnx"}, BOTH, {"has_gpu": True}, "onnx"),
     ],
@@ -46,7 +46,7 @@ def machine(root: Path, *, flags: str = "avx2 fma", has_gpu: bool = False) -> Pa
 )
 def test_the_choice(
     asked: dict[str, Any],
-    installed: set[str],
+    installed: tuple[str, ...],
     here: dict[str, Any],
     expected: str,
     tmp_path: Path,
@@ -63,16 +63,16 @@ def test_the_choice(
 @pytest.mark.parametrize(
     ("asked", "installed", "missing"),
     [
-        ({}, set(), "onnxruntime"),
-        ({"device": "cuda"}, {"onnxruntime"}, "torch"),
-        ({"precision": "bfloat16"}, {"onnxruntime"}, "torch"),
-        ({"runtime": "torch"}, {"onnxruntime"}, "torch"),
-        ({"runtime": "onnx"}, {"torch"}, "onnxruntime"),
+        ({}, (), "onnxruntime"),
+        ({"device": "cuda"}, ("onnxruntime",), "torch"),
+        ({"precision": "bfloat16"}, ("onnxruntime",), "torch"),
+        ({"runtime": "torch"}, ("onnxruntime",), "torch"),
+        ({"runtime": "onnx"}, ("torch",), "onnxruntime"),
     ],
     ids=str,
 )
 def test_what_is_missing_is_named(
-    asked: dict[str, Any], installed: set[str], missing: str, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, Any], installed: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "_is_there", installed.__contains__)
     with pytest.raises(ModuleNotFoundError) as caught:
