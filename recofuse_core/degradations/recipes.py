@@ -211,6 +211,13 @@ def degrade_ir(
     return _apply(image, [(kind, _IR_MODELS[kind]) for kind in IrKind if kind in wanted], generator, strength)
 
 
+def bad_camera(vis: Tensor, ir: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """A clean pair as a bad camera films it: dark, of squeezed contrast, the same in every frame, and fresh noise."""
+    dark = gaussian_noise(low_light(vis, 0.6, 1.8), 14 / 255, generator)
+    flat = gaussian_noise(low_contrast(ir, 0.45, 0.2), 10 / 255, generator)
+    return quantise(dark), quantise(flat)
+
+
 _Model = Callable[[Tensor, Generator, Strength], tuple[Tensor, _Parameters]]
 
 

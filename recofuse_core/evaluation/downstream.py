@@ -113,6 +113,7 @@ def export_pairs(
             sampler=None,
             seeds=item_seed(seed, item.files.name, "model"),
             coupled=True,
+            exposure="as_shot",
         )
         if result.fused is None:
             raise ConfigError("the model returned no fused image")

@@ -1,5 +1,9 @@
 """The seeded evaluation protocol: degrade clean pairs, restore and fuse them, score everything. See docs/evaluation.md.
 
+Version 2 asks for a rendition, and compares with clean frames in the same one; with "as_shot" it has the figures of
+version 1. Beside pairs it scores one kind after the other (kinds.py), pictures without a partner (pictures.py) and
+sequences (sequences.py).
+
 Every random choice of a pair follows from the protocol seed and the pair's name alone, so neither the order of the
 files nor the presence of other pairs changes its degradations. All images are rounded to 8 bits before they are scored
 or handed to a method, as files would be; none is resized.
@@ -19,11 +23,12 @@ from recofuse_core.degradations.recipes import Step, degrade_ir, degrade_vis
 from recofuse_core.errors import ConfigError, DatasetError, ShapeError
 from recofuse_core.evaluation.baselines import BASELINES, enhance_ir, enhance_vis
 from recofuse_core.evaluation.quality import FusionScores, fusion_scores, psnr, ssim
-from recofuse_core.picture import FusionOutput
+from recofuse_core.evaluation.renditions import rendition_of
+from recofuse_core.picture import Exposure, FusionOutput
 from recofuse_core.sampler import SamplerName
 from recofuse_images.names import listed
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSIONS = (1, 2)
 MODEL = "recofuse"  # the model's row in every table
 DEGRADED = "degraded"
 ENHANCED = "opencv"
@@ -36,7 +41,15 @@ class Fuser(Protocol):
     """What the protocol asks of a model; `ReCoFuse` is one."""
 
     def fuse(
-        self, vis: Tensor, ir: Tensor, *, steps: int | None, sampler: SamplerName | None, seeds: int, coupled: bool
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        *,
+        steps: int | None,
+        sampler: SamplerName | None,
+        seeds: int,
+        coupled: bool,
+        exposure: Exposure,
     ) -> FusionOutput:
         """Fuse vis (1, 3, H, W) and ir (1, 1, H, W) in [0, 1]; the output holds all three images."""
 
@@ -57,6 +70,14 @@ class EvaluationSettings:
     with_baselines: bool = False
     vis_kinds: tuple[str, ...] | None = None  # put in exactly these degradations; None: a random recipe
     ir_kinds: tuple[str, ...] | None = None
+    exposure: Exposure = "as_shot"  # the rendition that is asked for, and that the references are brought into
+    version: int = PROTOCOL_VERSIONS[-1]
+
+    def __post_init__(self) -> None:
+        if self.version not in PROTOCOL_VERSIONS:
+            raise ConfigError(f"there is no version {self.version} of the protocol; there are 1 and 2")
+        if self.version == 1 and self.exposure != "as_shot":
+            raise ConfigError("version 1 of the protocol knows no renditions: it takes the default exposure alone")
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,10 @@ class PairScores:
 
 @dataclass(frozen=True)
 class PairImages:
-    """The images behind the scores, uint8: vis (3, H, W), ir (1, H, W), fused (3, H, W) by method."""
+    """The images behind the scores, uint8: vis (3, H, W), ir (1, H, W), fused (3, H, W) by method.
+
+    vis_clean: in the rendition that was asked for.
+    """
 
     vis_clean: Tensor
     ir_clean: Tensor
@@ -171,6 +195,10 @@ def _evaluate_pair(
     vis, ir, vis_recipe, ir_recipe = degrade_pair(
         pair, settings.strength, settings.seed, settings.vis_kinds, settings.ir_kinds
     )
+    vis_reference = pair.vis
+    if settings.exposure != "as_shot":
+        clean = to_float(pair.vis)
+        vis_reference = to_uint8(rendition_of(clean, settings.exposure)(clean))
     restored: dict[str, tuple[Tensor, Tensor]] = {DEGRADED: (vis, ir)}
     fused: dict[str, Tensor] = {}
     if model is not None:
@@ -181,9 +209,10 @@ def _evaluate_pair(
             sampler=settings.sampler,
             seeds=item_seed(settings.seed, pair.files.name, "model"),
             coupled=settings.coupled,
+            exposure=settings.exposure,
         )
-        restored[MODEL] = (_image(result.vis, "vis"), _image(result.ir, "ir"))
-        fused[MODEL] = _image(result.fused, "fused")
+        restored[MODEL] = (image_of(result.vis, "vis"), image_of(result.ir, "ir"))
+        fused[MODEL] = image_of(result.fused, "fused")
     if settings.with_baselines:
         restored[ENHANCED] = (enhance_vis(vis), enhance_ir(ir))
         for name, fuse in BASELINES.items():
@@ -199,16 +228,19 @@ def _evaluate_pair(
         ir_recipe=ir_recipe,
         restoration={
             name: RestorationResult(
-                psnr(images[0], pair.vis), psnr(images[1], pair.ir), ssim(images[0], pair.vis), ssim(images[1], pair.ir)
+                psnr(images[0], vis_reference),
+                psnr(images[1], pair.ir),
+                ssim(images[0], vis_reference),
+                ssim(images[1], pair.ir),
             )
             for name, images in restored.items()
         }
         if has_reference
         else {},
-        fusion={name: fusion_scores(image, pair.vis, pair.ir) for name, image in fused.items()},
+        fusion={name: fusion_scores(image, vis_reference, pair.ir) for name, image in fused.items()},
     )
     vis_restored, ir_restored = restored.get(MODEL, (None, None))
-    return scores, PairImages(pair.vis, pair.ir, vis, ir, vis_restored, ir_restored, fused)
+    return scores, PairImages(vis_reference, pair.ir, vis, ir, vis_restored, ir_restored, fused)
 
 
 def _outputs_of(name: str, folder: Path, pairs: Sequence[PairFiles]) -> dict[str, Path]:
@@ -231,7 +263,8 @@ def _read_output(name: str, path: Path, pair: Pair) -> Tensor:
     return image
 
 
-def _image(batch: Tensor | None, part: str) -> Tensor:
+def image_of(batch: Tensor | None, part: str) -> Tensor:
+    """The one image of a part of a result, uint8 on the CPU. Raises ShapeError if there is none."""
     if batch is None:
         raise ShapeError(f"the model returned no {part} image")
     return to_uint8(batch[0]).cpu()

@@ -12,7 +12,6 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.evaluation.protocol import (
     DEGRADED,
     MODEL,
-    PROTOCOL_VERSION,
     EvaluationSettings,
     PairScores,
     RestorationResult,
@@ -81,7 +80,7 @@ class Report:
                 gain = getattr(result, f"{modality}_psnr_db") - before if math.isfinite(before) else math.nan
                 if not math.isnan(gain):
                     values[f"{modality}_psnr_gain_db"].append(gain)
-        return {name: _mean(numbers) for name, numbers in values.items()}
+        return {name: mean_of(numbers) for name, numbers in values.items()}
 
     def fusion_means(self, method: str, source: str | None = None) -> dict[str, Figure]:
         """Mean fusion scores of one method, of one data set or of all pairs."""
@@ -90,7 +89,7 @@ class Report:
             for score in self.scores
             if method in score.fusion and (source is None or score.source == source)
         ]
-        return {name: _mean([scores[name] for scores in chosen]) for name in FUSION_COLUMNS}
+        return {name: mean_of([scores[name] for scores in chosen]) for name in FUSION_COLUMNS}
 
     @property
     def methods(self) -> list[str]:
@@ -113,7 +112,7 @@ class Report:
         degraded = self.restoration_means(DEGRADED)
         return {
             "num_pairs": len(self.scores),
-            "protocol_version": PROTOCOL_VERSION,
+            "protocol_version": self.settings.version,
             "seed": self.settings.seed,
             "strength": self.settings.strength,
             "vis_kinds": self.settings.vis_kinds,
@@ -124,6 +123,7 @@ class Report:
             "steps": self.steps,
             "sampler": self.sampler,
             "coupled": self.settings.coupled,
+            **({"exposure": self.settings.exposure} if self.settings.version > 1 else {}),
             **restored,
             "vis_psnr_degraded_db": degraded["vis_psnr_db"],
             "ir_psnr_degraded_db": degraded["ir_psnr_db"],
@@ -145,29 +145,30 @@ class Report:
             "summary": self.summary(),
             "methods": means(None),
             "sources": {source: means(source) for source in self.sources},
-            "pairs": [_finite(asdict(score)) for score in self.scores],
+            "pairs": [finite(asdict(score)) for score in self.scores],
         }
 
     def line(self) -> str:
         """One readable line."""
-        what = f"{len(self.scores)} pairs, {self.settings.strength}{self._kinds()}, seed {self.settings.seed}"
+        strength = f"{self.settings.strength}{self._kinds()}{self._rendition()}"
+        what = f"{len(self.scores)} pairs, {strength}, seed {self.settings.seed}"
         if self.weights is None:
             return f"{what}: no model was run"
         summary = self.summary()
         coupling = "" if self.settings.coupled else ", coupling off"
         parts = []
         for modality in ("vis", "ir") if self.restorers else ():
-            gain = _format(summary[f"{modality}_psnr_gain_db"], 2, sign=True)
-            similarity = _format(summary[f"{modality}_ssim"])
-            parts.append(f"{modality} {_format(summary[f'{modality}_psnr_db'], 2)} dB ({gain}), SSIM {similarity}")
+            gain = shown(summary[f"{modality}_psnr_gain_db"], 2, sign=True)
+            similarity = shown(summary[f"{modality}_ssim"])
+            parts.append(f"{modality} {shown(summary[f'{modality}_psnr_db'], 2)} dB ({gain}), SSIM {similarity}")
         names = ("en", "sd", "mi", "qabf", "ssim", "noise")
-        parts.append("fused " + ", ".join(f"{FUSION_COLUMNS[name]} {_format(summary[name], 2)}" for name in names))
+        parts.append("fused " + ", ".join(f"{FUSION_COLUMNS[name]} {shown(summary[name], 2)}" for name in names))
         return f"{what}, {self.weights} {self.version}, {self.sampler} {self.steps} steps{coupling}: {'; '.join(parts)}"
 
     def caption(self) -> str:
         """What the tables and plots show."""
         strength = f"{self.settings.strength}{self._kinds()}"
-        what = f"protocol {PROTOCOL_VERSION}, strength {strength}, seed {self.settings.seed}"
+        what = f"protocol {self.settings.version}, strength {strength}{self._rendition()}, seed {self.settings.seed}"
         if self.weights is not None:
             coupling = "on" if self.settings.coupled else "off"
             what += (
@@ -178,6 +179,9 @@ class Report:
     def _kinds(self) -> str:
         chosen = (("vis", self.settings.vis_kinds), ("ir", self.settings.ir_kinds))
         return "".join(f" {name}={'+'.join(kinds) or 'clean'}" for name, kinds in chosen if kinds is not None)
+
+    def _rendition(self) -> str:
+        return "" if self.settings.exposure == "as_shot" else f", {self.settings.exposure}"
 
     def markdown(self) -> str:
         """The tables: overall, then by data set if there are several."""
@@ -210,38 +214,41 @@ class Report:
         if self.restorers:
             rows = {name: self.restoration_means(name, source) for name in self.restorers}
             rows[DEGRADED] |= {"vis_psnr_gain_db": None, "ir_psnr_gain_db": None}
-            tables.append(_table("restoration", RESTORATION_COLUMNS, rows))
+            tables.append(table("restoration", RESTORATION_COLUMNS, rows))
         if self.methods:
             rows = {name: self.fusion_means(name, source) for name in self.methods}
-            tables.append(_table("fusion", FUSION_COLUMNS, rows))
+            tables.append(table("fusion", FUSION_COLUMNS, rows))
         return tables
 
 
-def _table(title: str, columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Figure]]) -> str:
+def table(title: str, columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Figure]]) -> str:
+    """Rows of figures under their columns as Markdown, "-" for what is not defined."""
     lines = [f"| {title} | {' | '.join(columns.values())} |", "| --- |" + " ---: |" * len(columns)]
     for method, figures in rows.items():
         cells = [
-            _format(figures[name], 2 if name.endswith("_db") else 3, sign=name.endswith("gain_db")) for name in columns
+            shown(figures[name], 2 if name.endswith("_db") else 3, sign=name.endswith("gain_db")) for name in columns
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _format(value: Figure, digits: int = 3, *, sign: bool = False) -> str:
+def shown(value: Figure, digits: int = 3, *, sign: bool = False) -> str:
+    """A figure with so many decimals, "-" if it is not defined."""
     if value is None:
         return "-"
     return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def _mean(values: Sequence[float]) -> Figure:
+def mean_of(values: Sequence[float]) -> Figure:
+    """The mean, None if there is none that is finite."""
     mean = fmean(values) if values else math.nan
     return mean if math.isfinite(mean) else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same structure with None for numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -13,7 +13,7 @@ kept, so that a step costs little. All randomness comes from the `torch.Generato
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -120,11 +120,16 @@ def _levels(path: Path) -> np.ndarray:
 
 
 def well_exposed(image: Tensor) -> Tensor:
-    """The target of a true night: lamps stay lamps, a black sky stays dark, and the mean is that of a lit road.
+    """The target of a true night, (3, H, W) in [0, 1]: see `exposing`."""
+    return exposing(image)(image)
 
-    image: (3, H, W) in [0, 1]. The mean aimed at is 0.38 and less where much is black: down to 0.14. First the black
-    level goes, then the middle tones lose six tenths of their cast, then a gain of up to 2.5 brings the bright cells
-    to 0.85, and a power of 0.36 at least does the rest.
+
+def exposing(image: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes of a true night its target: lamps stay lamps, a black sky stays dark, and the mean is a lit road's.
+
+    image: (3, H, W) in [0, 1], as are those that the result takes. The mean aimed at is 0.38 and less where much is
+    black: down to 0.14. First the black level goes, then the middle tones lose six tenths of their cast, then a gain of
+    up to 2.5 brings the bright cells to 0.85, and a power of 0.36 at least does the rest.
     """
     cells = F.adaptive_avg_pool2d(image[None], 64)
     y = luma(cells).flatten()
@@ -135,7 +140,7 @@ def well_exposed(image: Tensor) -> Tensor:
     y = luma(cells).flatten()
     middle = (y > y.quantile(0.3)) & (y < y.quantile(0.95))
     if not bool(middle.any()):
-        return image
+        return lambda other: other
     means = cells.flatten(2)[0][:, middle].mean(dim=1) + 1e-4
     gains = ((means.mean() / means) ** 0.6).clamp(0.75, 1.3) * min(
         max(0.85 / max(float(y.quantile(0.97)), 1e-3), 1), 2.5
@@ -146,7 +151,7 @@ def well_exposed(image: Tensor) -> Tensor:
     for _ in range(20):
         power = (low + high) / 2
         low, high = (low, power) if float(lifted.pow(power).mean()) < max(aim, mean) else (power, high)
-    return (((image - black) / (1 - black)).clamp(0, 1) * gains).clamp(1e-5, 1).pow(power)
+    return lambda other: (((other - black) / (1 - black)).clamp(0, 1) * gains).clamp(1e-5, 1).pow(power)
 
 
 def is_crisp(levels: np.ndarray) -> bool:

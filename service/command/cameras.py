@@ -181,17 +181,12 @@ def degraded_clip(
     """A moving street's clean frames, and the same as (vis, ir) of a bad camera: fixed tones, fresh noise in each."""
     from torch import Generator
 
-    from recofuse_core.degradations import physics
+    from recofuse_core.degradations.recipes import bad_camera
     from recofuse_core.scenes.scene import moving_scene
 
     generator = Generator().manual_seed(seed)
     clean = list(moving_scene(seed, num_frames, height, width))
-    frames = []
-    for scene in clean:
-        vis = physics.gaussian_noise(physics.low_light(scene.vis, 0.6, 1.8), 14 / 255, generator)
-        ir = physics.gaussian_noise(physics.low_contrast(scene.ir, 0.45, 0.2), 10 / 255, generator)
-        frames.append((physics.quantise(vis), physics.quantise(ir)))
-    return clean, frames
+    return clean, [bad_camera(scene.vis, scene.ir, generator) for scene in clean]
 
 
 def render_loop(plan: CameraPlan) -> list[list[tuple[pb.Image, pb.Image]]]:

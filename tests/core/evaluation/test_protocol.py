@@ -20,7 +20,7 @@ from recofuse_core.evaluation.report import Report
 from recofuse_core.evaluation.sheets import SHEET_WIDTH, sheet_row, stack_rows
 from recofuse_core.model import ModelConfig, build_model
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig
-from recofuse_core.picture import FusionOutput
+from recofuse_core.picture import Exposure, FusionOutput
 from recofuse_core.sampler import SamplerName
 from recofuse_core.sde import SDEConfig
 
@@ -32,7 +32,15 @@ class Smoother:
         self.calls: list[tuple[int, bool]] = []
 
     def fuse(
-        self, vis: Tensor, ir: Tensor, *, steps: int | None, sampler: SamplerName | None, seeds: int, coupled: bool
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        *,
+        steps: int | None,
+        sampler: SamplerName | None,
+        seeds: int,
+        coupled: bool,
+        exposure: Exposure,
     ) -> FusionOutput:
         self.calls.append((seeds, coupled))
         vis, ir = (torch.nn.functional.avg_pool2d(image, 3, 1, 1, count_include_pad=False) for image in (vis, ir))
@@ -43,7 +51,15 @@ class Identity:
     """A restorer that changes nothing."""
 
     def fuse(
-        self, vis: Tensor, ir: Tensor, *, steps: int | None, sampler: SamplerName | None, seeds: int, coupled: bool
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        *,
+        steps: int | None,
+        sampler: SamplerName | None,
+        seeds: int,
+        coupled: bool,
+        exposure: Exposure,
     ) -> FusionOutput:
         return FusionOutput(fused=vis, vis=vis, ir=ir)
 
@@ -221,7 +237,15 @@ def test_a_network_is_scored_reproducibly_and_coupling_matters(pairs: list[PairF
 def test_a_model_that_leaves_out_an_image_is_refused(pairs: list[PairFiles]) -> None:
     class Half(Identity):
         def fuse(
-            self, vis: Tensor, ir: Tensor, *, steps: int | None, sampler: SamplerName | None, seeds: int, coupled: bool
+            self,
+            vis: Tensor,
+            ir: Tensor,
+            *,
+            steps: int | None,
+            sampler: SamplerName | None,
+            seeds: int,
+            coupled: bool,
+            exposure: Exposure,
         ) -> FusionOutput:
             return FusionOutput(fused=None, vis=vis, ir=ir)
 
@@ -249,3 +273,33 @@ def test_the_sheet_shows_every_picture(pairs: list[PairFiles]) -> None:
     assert torch.equal(parts["fused_recofuse"], items[0][1].fused["recofuse"])
     with pytest.raises(ShapeError):
         stack_rows([])
+
+
+def test_version_one_is_version_two_as_shot(pairs: list[PairFiles]) -> None:
+    one, two = (run(pairs, EvaluationSettings(version=version)) for version in (1, 2))
+    assert [item[0] for item in one] == [item[0] for item in two]
+    first, second = (
+        Report((item[0][0],), EvaluationSettings(version=version)).summary() for version, item in ((1, one), (2, two))
+    )
+    assert second == first | {"protocol_version": 2, "exposure": "as_shot"}
+    with pytest.raises(ConfigError, match="no renditions"):
+        EvaluationSettings(version=1, exposure="lit")
+    with pytest.raises(ConfigError, match="no version 3"):
+        EvaluationSettings(version=3)
+
+
+def test_references_are_in_the_rendition_that_is_asked_for(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(1, 3, 12, 14, generator=generator)
+    bright = torch.nn.functional.interpolate(coarse, size=(48, 56), mode="bilinear")[0]
+    for name, image in (("bright", bright), ("dark", 0.5 * bright**2)):
+        write_image(tmp_path / "vis" / f"{name}.png", image)
+        write_image(tmp_path / "ir" / f"{name}.png", bright[:1])
+    (_, bright_images), (scores, dark_images) = run(
+        find_pairs(tmp_path), EvaluationSettings("clean", exposure="lit"), Identity()
+    )
+    assert torch.equal(bright_images.vis_clean, bright_images.vis_degraded)
+    assert 0.3 < float(dark_images.vis_clean.float().mean()) / 255 < 0.45
+    assert float(dark_images.vis_degraded.float().mean()) / 255 < 0.22
+    assert scores.restoration["recofuse"].vis_psnr_db == psnr(dark_images.vis_degraded, dark_images.vis_clean)
+    assert math.isinf(scores.restoration["recofuse"].ir_psnr_db)

@@ -131,6 +131,11 @@ def test_other_methods_are_scored_without_a_model(pairs: Path) -> None:
         (["--plot", "scores.pdf"], "end in .svg"),
         (["--vis-kinds", "hail"], "accepted: blur"),
         (["--weights", "/does/not/exist.safetensors"], "exist.safetensors"),
+        (["--exposure", "bright"], "as_shot or lit"),
+        (["--exposure", "lit", "--protocol", "1"], "no renditions"),
+        (["--each-kind", "--plot", "a.svg"], "--plot goes with"),
+        (["--references", "a"], "--references goes with --pictures"),
+        (["--streets", "1"], "one of --pairs, --pictures, --frames, --streets, not --pairs and --streets"),
     ],
 )
 def test_mistakes_get_one_line(pairs: Path, arguments: list[str], message: str) -> None:
@@ -148,3 +153,48 @@ def test_a_missing_matplotlib_is_said_before_anything_is_scored(
     assert (code, stdout) == (2, "")
     assert "pip install 'recofuse[plot]'" in stderr
     assert "Traceback" not in stderr
+
+
+def test_kinds_one_by_one(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        *("--pairs", pairs, "--weights", weights, "--device", "cpu", "--limit", 1, "--each-kind", "--ir-kinds", ""),
+        *("--vis-kinds", "fog,downpour", "--json", tmp_path / "a.json", "--save", tmp_path / "pictures"),
+    )
+    assert code == 0, stderr
+    summary = json.loads((tmp_path / "a.json").read_text())["summary"]
+    assert list(summary["kinds"]) == ["vis fog", "vis downpour"]
+    assert summary["protocol_version"] == 2
+    assert stdout.splitlines()[-1].startswith(
+        "1 pairs, medium, as_shot, seed 0, tiny 0.1, gain in dB of each kind alone:"
+    )
+    assert read_vis(tmp_path / "pictures" / "vis_fog" / "fused_recofuse" / "0.png").shape == (3, 64, 80)
+
+
+def test_pictures_without_a_partner(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        *("--pictures", pairs / "vis", "--references", pairs / "vis", "--weights", weights, "--device", "cpu"),
+        *("--json", tmp_path / "a.json", "--save", tmp_path / "out", "--limit", 2),
+    )
+    assert code == 0, stderr
+    summary = json.loads((tmp_path / "a.json").read_text())["summary"]
+    assert (summary["num_pictures"], summary["num_references"]) == (2, 2)
+    assert isinstance(summary["piqe"], float)
+    assert stdout.splitlines()[-1].startswith("2 pictures, protocol 2, as_shot, seed 0, tiny 0.1: mean ")
+    assert read_vis(tmp_path / "out" / "0.png").shape == (3, 64, 80)
+
+
+def test_flicker_of_frames(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    scene = make_scene(0, 64, 80)
+    for number in range(2):
+        write_image(tmp_path / "clip" / "vis" / f"{number}.png", scene.vis)
+        write_image(tmp_path / "clip" / "ir" / f"{number}.png", scene.ir)
+    code, stdout, stderr = run(
+        *("--frames", tmp_path / "clip", "--weights", weights, "--device", "cpu", "--json", tmp_path / "a.json")
+    )
+    assert code == 0, stderr
+    flicker = json.loads((tmp_path / "a.json").read_text())["summary"]["flicker"]
+    assert flicker["vis"]["pixels"] == flicker["vis"]["pixels_clean"] == 0  # two equal frames, two equal results
+    assert stdout.splitlines()[-1].startswith("1 sequences of 2 frames in all, protocol 2, as_shot, seed 0, tiny 0.1: ")
+    assert run("--frames", tmp_path / "clip", "--weights", "none")[0] == 2
+    assert run("--frames", tmp_path / "clip", "--sheet", "a.png")[2].strip().endswith("--sheet goes with --pairs")
+    assert "not none" in run("--weights", "none")[2]
