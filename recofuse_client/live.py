@@ -36,7 +36,7 @@ class Sink(Protocol):
 class LiveReport:
     """What came of a stream. seconds: from the first result to the last.
 
-    num_alarms: frames with a region at or above the alarm. ir_source: what was read of the last infrared frame that was
+    num_unpaired: visible frames left out for want of an infrared one near them in time. num_alarms: frames with a region at or above the alarm. ir_source: what was read of the last infrared frame that was
     fused. warnings: each once, the first MAX_WARNINGS.
     """
 
@@ -49,6 +49,7 @@ class LiveReport:
     ir_source: IrSource = ""
     warnings: list[str] = field(default_factory=list)
     num_alarms: int = 0
+    num_unpaired: int = 0
 
     @property
     def fps(self) -> float:
@@ -72,6 +73,7 @@ class LiveReport:
             "ir_source": self.ir_source,
             "warnings": self.warnings,
             "num_alarms": self.num_alarms,
+            "num_unpaired": self.num_unpaired,
             **asdict(self.stats),
         }
 
@@ -84,6 +86,7 @@ class LiveReport:
             f"{self.fps:.1f} a second; latency p50 {self.latency_s(50) * 1000:.0f} ms, "
             f"p99 {self.latency_s(99) * 1000:.0f} ms"
         )
+        words = f"{words}; {self.num_unpaired} without a partner in time" if self.num_unpaired else words
         words = f"{words}; {self.num_alarms} with an alarm" if self.num_alarms else words
         return f"{words}; {stats.reconnects} reconnections" if stats.reconnects else words
 

@@ -124,7 +124,8 @@ class Stamped:
 class Pairer:
     """Finds each visible frame the infrared one nearest in time. offset_s, tolerance_s: see `video.read_pairs`.
 
-    Frames of one camera come in order of time. What is too old to be needed is let go. Not safe for several threads.
+    Frames of one camera come in order of time. What is too old to be needed is let go. num_unpaired: visible frames let
+    go because no infrared one was near them. Not safe for several threads.
     """
 
     def __init__(self, offset_s: float, tolerance_s: float) -> None:
@@ -132,10 +133,11 @@ class Pairer:
         self._vis: deque[Stamped] = deque()
         self._ir: deque[Stamped] = deque()
         self._kept_ns = abs(self._offset_ns) + self._tolerance_ns + _SLACK_NS
+        self.num_unpaired = 0
 
     def add_vis(self, frame: Stamped) -> None:
         """The next visible frame."""
-        self._add(self._vis, frame)
+        self.num_unpaired += self._add(self._vis, frame)
 
     def add_ir(self, frame: Stamped) -> None:
         """The next infrared frame."""
@@ -155,9 +157,15 @@ class Pairer:
             ir = min(self._ir, key=lambda frame: abs(frame.ns - due))
             if abs(ir.ns - due) <= self._tolerance_ns:
                 found = vis, ir
+            else:
+                self.num_unpaired += 1
         return found
 
-    def _add(self, frames: deque[Stamped], frame: Stamped) -> None:
+    def _add(self, frames: deque[Stamped], frame: Stamped) -> int:
+        """How many were let go for it."""
         frames.append(frame)
+        num_gone = 0
         while frame.ns - frames[0].ns > self._kept_ns:
             frames.popleft()
+            num_gone += 1
+        return num_gone

@@ -220,9 +220,29 @@ def _opened(vis: str, ir: str) -> list[_Video]:
     return videos
 
 
+class Pairs(Iterator[Frame]):
+    """The frames of two sources, one after the other."""
+
+    def __init__(self, frames: Generator[Frame, None, None], count_unpaired: Callable[[], int] = lambda: 0) -> None:
+        self._frames = frames
+        self._count_unpaired = count_unpaired
+
+    @property
+    def num_unpaired(self) -> int:
+        """Visible frames left out until now, because no infrared one was near them in time."""
+        return self._count_unpaired()
+
+    def __next__(self) -> Frame:
+        return next(self._frames)
+
+    def close(self) -> None:
+        """Release the sources."""
+        self._frames.close()
+
+
 def read_pairs(
     vis: str, ir: str, *, realtime: bool = False, offset_s: float = 0.0, tolerance_s: float | None = None
-) -> tuple[Generator[Frame, None, None], float]:
+) -> tuple[Pairs, float]:
     """The frames of two sources, and how many a second they are. realtime: files play as if they were cameras.
 
     offset_s: what infrared is late by (`find_offset`). tolerance_s: how far a pair may be apart in time once that is
@@ -240,9 +260,10 @@ def read_pairs(
         paces = [None if is_live(source) else video.fps for source, video in zip((vis, ir), videos, strict=True)]
         if offset_s or tolerance_s is not None:
             pairer = Pairer(offset_s, TOLERANCE_S if tolerance_s is None else tolerance_s)
-            return _timed_pairs(videos, paces, pairer), videos[0].fps
-        return _live_pairs(videos, paces), videos[0].fps
-    return _file_pairs(videos[0], videos[1], offset_s, tolerance_s), videos[0].fps
+            return Pairs(_timed_pairs(videos, paces, pairer), lambda: pairer.num_unpaired), videos[0].fps
+        return Pairs(_live_pairs(videos, paces)), videos[0].fps
+    left_out: list[int] = []
+    return Pairs(_file_pairs(*videos, offset_s, tolerance_s, left_out), lambda: len(left_out)), videos[0].fps
 
 
 def _grey(frame: Pixels) -> Pixels:
@@ -269,7 +290,10 @@ def _timed_pairs(videos: list[_Video], paces: list[float | None], pairer: Pairer
         both.close()
 
 
-def _file_pairs(vis: _Video, ir: _Video, offset_s: float, tolerance_s: float | None) -> Generator[Frame, None, None]:
+def _file_pairs(
+    vis: _Video, ir: _Video, offset_s: float, tolerance_s: float | None, left_out: list[int]
+) -> Generator[Frame, None, None]:
+    """left_out: is told the numbers of the visible frames that have no partner."""
     tolerance_s = 1 / ir.fps if tolerance_s is None else tolerance_s
     try:
         ir_frame, num_ir = ir.read(), 1
@@ -281,6 +305,7 @@ def _file_pairs(vis: _Video, ir: _Video, offset_s: float, tolerance_s: float | N
             if vis_frame is None or ir_frame is None:
                 return
             if abs((num_ir - 1) / ir.fps - number / vis.fps - offset_s) > tolerance_s + 1e-9:
+                left_out.append(number)
                 continue
             timestamp_ns = round(number / vis.fps * 1e9)
             yield Frame(vis_frame, _grey(ir_frame), timestamp_ns=timestamp_ns, bgr=True)

@@ -94,6 +94,9 @@ def test_a_pair_is_the_nearest_in_time(gaps: list[tuple[str, int]], offset_ms: i
         distance = abs(ir - vis - offset_ms)
         assert distance <= tolerance_ms
         assert distance == min(abs(other - vis - offset_ms) for other in given["ir"])
+    if given["ir"]:
+        nearest = [min(abs(ir - vis - offset_ms) for ir in given["ir"]) for vis in given["vis"]]
+        assert pairer.num_unpaired == sum(distance > tolerance_ms for distance in nearest)
 
 
 def test_what_a_camera_that_stalls_has_not_sent_fills_no_memory() -> None:
@@ -104,6 +107,7 @@ def test_what_a_camera_that_stalls_has_not_sent_fills_no_memory() -> None:
     pair = pairer.newest(is_over=True)
     assert pair is not None
     assert pair[0].ns >= (999 - 41) * 40_000_000  # kept are the offset, the tolerance and a second
+    assert pairer.num_unpaired > 900
 
 
 @pytest.mark.parametrize("late", [-3, 4])
@@ -118,6 +122,7 @@ def test_files_are_paired_with_their_offset(tmp_path: Path, late: int) -> None:
         assert abs(brightness(one.ir) - level(number + late)) < 3
     strict, _ = read_pairs(str(vis), str(ir), offset_s=late / 25 + 0.01, tolerance_s=0.005)
     assert not list(strict)
+    assert strict.num_unpaired == 12 - max(0, late)  # to the end of infrared
     for offset_s, tolerance_s in ((2.1, None), (float("nan"), None), (0.0, -1.0)):
         with pytest.raises(ValueError, match="accepted"):
             read_pairs(str(vis), str(ir), offset_s=offset_s, tolerance_s=tolerance_s)

@@ -235,6 +235,7 @@ def stream(
             warn=complain,
             max_frames=frames,
         )
+        report.num_unpaired = pairs.num_unpaired
     if json_path is not None:
         json_path.write_text(json.dumps(report.figures | {"offset_s": offset_s}, indent=2) + "\n", encoding="utf-8")
     if report.last_error:
