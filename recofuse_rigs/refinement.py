@@ -125,22 +125,34 @@ def _surfaces_of_all(
     for pair, cues in zip(pairs, visible, strict=True):
         picture, seen = laid(pair.ir, placed, size)
         other = cue_map(picture, seen, sigma=level.sigma, spread=level.spread)
-        surfaces, centres = _surfaces(cues, other, seen, level.radius)
+        surfaces, centres = likeness_surfaces(cues, other, seen, level.radius)
         found.append(surfaces)
     return np.stack(found), centres
 
 
-def _surfaces(visible: Floats, infrared: Floats, seen: Mask, radius: int) -> tuple[Floats, Vector]:
-    """(blocks, 2 radius + 1, 2 radius + 1) and the blocks' centres (blocks, 2)."""
+def likeness_surfaces(
+    visible: Floats,
+    infrared: Floats,
+    seen: Mask,
+    radius: int,
+    *,
+    blocks: tuple[int, int] = BLOCKS,
+    overlapping: float = _OVERLAPPING,
+) -> tuple[Floats, Vector]:
+    """How alike two cue maps are by displacement of the infrared one, block by block.
+
+    blocks: columns and rows of them. overlapping: a block's side in distances between blocks. Returns
+    (blocks, 2 radius + 1, 2 radius + 1) and the blocks' centres (blocks, 2).
+    """
     height, width = seen.shape
-    wide = min(width, int(_OVERLAPPING * width / BLOCKS[0]))
-    high = min(height, int(_OVERLAPPING * height / BLOCKS[1]))
+    wide = min(width, int(overlapping * width / blocks[0]))
+    high = min(height, int(overlapping * height / blocks[1]))
     padded = cv2.copyMakeBorder(infrared, radius, radius, radius, radius, cv2.BORDER_CONSTANT, value=0)
     sums = cv2.integral(energy_of(np.asarray(padded, np.float32)))
     floor = _EMPTY_BLOCK * wide * high
     surfaces, centres = [], []
-    for top in np.rint(np.linspace(0, height - high, BLOCKS[1])).astype(int):
-        for left in np.rint(np.linspace(0, width - wide, BLOCKS[0])).astype(int):
+    for top in np.rint(np.linspace(0, height - high, blocks[1])).astype(int):
+        for left in np.rint(np.linspace(0, width - wide, blocks[0])).astype(int):
             centres.append((left + (wide - 1) / 2, top + (high - 1) / 2))
             if seen[top : top + high, left : left + wide].mean() < _COVERED:
                 surfaces.append(np.zeros((2 * radius + 1, 2 * radius + 1), np.float32))
@@ -174,7 +186,7 @@ def best_step(
 
     def collected(blurred: Floats, moves: Vector) -> float:
         x, y = (mapped(by_corners(moves, size), centres) - centres).T
-        return float(_quadratics(blurred, x, y)[0].sum()) - cost * float(((leaving @ (moves + earlier)) ** 2).sum())
+        return float(quadratics(blurred, x, y)[0].sum()) - cost * float(((leaving @ (moves + earlier)) ** 2).sum())
 
     for blur in _BLURS:
         blurred = np.stack([
@@ -184,7 +196,7 @@ def best_step(
         best, damping = collected(blurred, step), 1e-3
         for _ in range(_NEWTON_STEPS):
             moved, jacobian = _moves(step, centres, size)
-            _, slopes, bends = _quadratics(blurred, moved[:, 0], moved[:, 1])
+            _, slopes, bends = quadratics(blurred, moved[:, 0], moved[:, 1])
             values, vectors = np.linalg.eigh(bends)
             falling = (vectors * np.maximum(-values, 0)[:, None, :]) @ vectors.transpose(
                 0, 2, 1
@@ -207,7 +219,7 @@ def best_step(
     return step
 
 
-def _quadratics(surfaces: Floats, x: Vector, y: Vector) -> tuple[Vector, Vector, Vector]:
+def quadratics(surfaces: Floats, x: Vector, y: Vector) -> tuple[Vector, Vector, Vector]:
     """Value (n,), slope (n, 2) and curvature (n, 2, 2) of surfaces at displacements, by nine samples' parabola."""
     radius = surfaces.shape[1] // 2
     x, y = np.clip(x + radius, 1, 2 * radius - 1), np.clip(y + radius, 1, 2 * radius - 1)

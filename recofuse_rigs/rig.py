@@ -34,6 +34,7 @@ MIN_SIDE, MAX_SIDE = 8, 16384
 MAX_ZOOM = 32.0  # visible pixels that one infrared pixel covers along a side, or the other way round
 MAX_LEAN = 8.0  # how many times more one corner is enlarged than another
 MIN_OVERLAP = 0.01
+USUAL_PARALLAX, MAX_PARALLAX = 0.02, 0.05  # of the visible frame's width
 ASPECT_TOLERANCE = 0.02
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -67,7 +68,10 @@ class Rig:
     matrix: row by row, infrared pixels to visible ones. overlap: share of the visible frame that infrared covers.
     spread_px: how far the corners move when the calibration is repeated on parts of its pairs, visible pixels; 0 where
     that was not measured. residual_px: what is left between the edges of both, visible pixels. is_sure: whether the
-    calibration would swear to it. Raises BadRigError for what no two cameras can be.
+    calibration would swear to it. parallax_px: how far off what is nearer or farther than the calibrated distances may
+    lie, visible pixels; 0 if that is not to be looked for, None for the usual share of the width.
+
+    Raises BadRigError for what no two cameras can be.
     """
 
     vis_size: Size
@@ -81,6 +85,7 @@ class Rig:
     num_pairs: int = 0
     method: str = "matrix"
     date: str = ""
+    parallax_px: float | None = None
 
     def __post_init__(self) -> None:
         for role, size in (("vis_size", self.vis_size), ("ir_size", self.ir_size)):
@@ -98,6 +103,11 @@ class Rig:
         for role, value in (("spread_px", self.spread_px), ("residual_px", self.residual_px)):
             if not 0 <= value <= MAX_SIDE:  # NaN is neither
                 raise BadRigError(f"{role}: accepted are 0 to {MAX_SIDE} pixels")
+        most = MAX_PARALLAX * self.vis_size[0]
+        if self.parallax_px is not None and not 0 <= self.parallax_px <= most * (1 + 1e-9):
+            raise BadRigError(
+                f"parallax_px: accepted are 0 to {most:g} pixels, {MAX_PARALLAX:.0%} of the visible width"
+            )
         if not 0 <= self.num_pairs <= 1_000_000:
             raise BadRigError("num_pairs: accepted are 0 to 1000000")
         _check_matrix(self.matrix, self.vis_size, self.ir_size)
@@ -112,6 +122,11 @@ class Rig:
     def array(self) -> Matrix:
         """The matrix, (3, 3)."""
         return np.array(self.matrix, np.float64).reshape(3, 3)
+
+    @property
+    def parallax_bound_px(self) -> float:
+        """How far infrared may lie off in a frame, visible pixels."""
+        return USUAL_PARALLAX * self.vis_size[0] if self.parallax_px is None else self.parallax_px
 
     @property
     def overlap(self) -> float:
@@ -157,6 +172,7 @@ class Rig:
             distortion=lens,
             spread_px=min(self.spread_px * pixel, float(MAX_SIDE)),
             residual_px=min(self.residual_px * pixel, float(MAX_SIDE)),
+            parallax_px=None if self.parallax_px is None else self.parallax_px * pixel,
         )
 
 
@@ -262,6 +278,8 @@ def to_json(rig: Rig, indent: int | None = 2) -> str:
         "ir_size": list(rig.ir_size),
         "matrix": rig.array.tolist(),
     }
+    if rig.parallax_px is not None:
+        document["parallax_px"] = rig.parallax_px
     if rig.distortion is not None:
         document["distortion"] = {field.name: list(getattr(rig.distortion, field.name)) for field in fields(Distortion)}
     return json.dumps(document, indent=indent, allow_nan=False) + "\n"
@@ -295,6 +313,8 @@ def from_json(text: str | bytes) -> Rig:
     for name in ("spread_px", "residual_px"):
         if name in document:
             values[name] = _number(document[name], name)
+    if document.get("parallax_px") is not None:
+        values["parallax_px"] = _number(document["parallax_px"], "parallax_px")
     if "is_sure" in document:
         values["is_sure"] = _of_type(document, "is_sure", bool, "true or false")
     if "num_pairs" in document:

@@ -16,7 +16,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,16 @@ class Warp:
 
     shrunk: the size to which infrared is averaged before anything else. coverage: (H, W), where infrared was measured.
     maps: (2, H, W), the column and the row of each visible pixel in the averaged picture; None if they are made anew
-    each time, to save memory.
+    each time, to save memory. shifts: (2, rows, columns), what one frame adds to the maps, at nodes spread evenly over
+    it, to the warp of_rig; None for the rig as it is.
     """
 
     rig: Rig
     shrunk: Size
     coverage: NDArray[np.bool_]
     maps: NDArray[np.float32] | None
+    shifts: NDArray[np.float32] | None = None
+    of_rig: Warp | None = None
 
     @functools.cached_property
     def is_whole(self) -> bool:
@@ -73,6 +76,8 @@ class Warp:
 
     @property
     def _both_weights(self) -> tuple[Weights, Weights]:
+        if self.of_rig is not None:
+            return self.of_rig._both_weights
         return self._kept_weights if self.maps is not None else self._made_weights()
 
     @functools.cached_property
@@ -105,8 +110,31 @@ class Warp:
         warped = np.empty((*self.coverage.shape, *values.shape[2:]), values.dtype)
         for band in _bands(*self.coverage.shape):
             columns, rows = _maps(self.rig, band)[0] if self.maps is None else self.maps[:, band]
+            if self.shifts is not None:
+                change = _spread_over(self.shifts, self.coverage.shape, band)
+                columns, rows = columns + change[0], rows + change[1]
             warped[band] = cv2.remap(values, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         return warped
+
+    def moved(self, field: NDArray[np.floating[Any]]) -> Warp:
+        """The warp of a frame in which infrared lies off by a smooth field: still one interpolation.
+
+        field: (rows, columns, 2), x before y, at nodes in the middles of as many equal cells of the frame: what the rig
+        lays at a pixel plus this displacement belongs at that pixel. The coverage stays the rig's: where infrared comes
+        to end sooner, by as much as it is moved, the value of its nearest edge goes on, within the feather.
+        """
+        num_rows, num_columns = field.shape[:2]
+        height, width = self.coverage.shape
+        x, y = np.meshgrid(
+            (np.arange(num_columns) + 0.5) * (width / num_columns) - 0.5,
+            (np.arange(num_rows) + 0.5) * (height / num_rows) - 0.5,
+        )
+        before, _ = _unclipped(self.rig, x, y)
+        after, is_sound = _unclipped(self.rig, x + field[..., 0], y + field[..., 1])
+        _, to_shrunk = _shrunk(self.rig)
+        zoom = np.array([to_shrunk[0, 0], to_shrunk[1, 1]])[:, None, None]
+        shifts = np.where(is_sound, (np.stack(after) - np.stack(before)) * zoom, 0).astype(np.float32)
+        return replace(self, shifts=shifts, of_rig=self.of_rig or self)
 
     def blended(self, fused: NDArray[np.uint8], vis: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The fused picture where infrared counts, the restored visible one far from it, no border between: (H, W, 3).
@@ -198,10 +226,21 @@ def _maps(rig: Rig, band: slice) -> tuple[NDArray[np.float32], NDArray[np.bool_]
 
 def _places(rig: Rig, band: slice) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Where the visible pixels of some rows lie in the infrared picture, moved to its edge if beyond; which do not."""
-    back = np.linalg.inv(rig.array)
     columns, rows = np.meshgrid(
         np.arange(rig.vis_size[0], dtype=np.float64), np.arange(band.start, band.stop, dtype=np.float64)
     )
+    (x, y), is_before = _unclipped(rig, columns, rows)
+    right, bottom = rig.ir_size[0] - 1, rig.ir_size[1] - 1
+    slack = 1e-6
+    coverage = is_before & (x >= -slack) & (x <= right + slack) & (y >= -slack) & (y <= bottom + slack)
+    return np.clip(x, 0, right), np.clip(y, 0, bottom), coverage
+
+
+def _unclipped(
+    rig: Rig, columns: NDArray[Any], rows: NDArray[Any]
+) -> tuple[tuple[NDArray[Any], NDArray[Any]], NDArray[np.bool_]]:
+    """Where visible points lie in the infrared picture or beyond it, and which of them both cameras can see."""
+    back = np.linalg.inv(rig.array)
     depth = back[2, 0] * columns + back[2, 1] * rows + back[2, 2]
     is_before = depth > 1e-9  # a ray that both cameras can see; of the others, the edge that is nearest
     depth = np.where(is_before, depth, 1e-9)
@@ -212,10 +251,24 @@ def _places(rig: Rig, band: slice) -> tuple[NDArray[Any], NDArray[Any], NDArray[
         is_before &= (np.abs(x) < far) & (np.abs(y) < far)
         bent = rig.distortion.apply(np.stack([np.clip(x, -far, far).ravel(), np.clip(y, -far, far).ravel()], axis=1))
         x, y = bent[:, 0].reshape(x.shape), bent[:, 1].reshape(y.shape)
-    right, bottom = rig.ir_size[0] - 1, rig.ir_size[1] - 1
-    slack = 1e-6
-    coverage = is_before & (x >= -slack) & (x <= right + slack) & (y >= -slack) & (y <= bottom + slack)
-    return np.clip(x, 0, right), np.clip(y, 0, bottom), coverage
+    return (x, y), is_before
+
+
+def hat_weights(count: int, num_nodes: int, span: slice | None = None) -> NDArray[np.float64]:
+    """(count, num_nodes): interpolation between nodes in the middles of equal parts, level beyond the outer ones.
+
+    span: which of the `count` are wanted.
+    """
+    places = np.arange(count)[span or slice(None)]
+    at = np.clip((places + 0.5) * (num_nodes / count) - 0.5, 0, num_nodes - 1)
+    return np.asarray(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(num_nodes))))
+
+
+def _spread_over(nodes: NDArray[np.float32], shape: tuple[int, ...], band: slice) -> NDArray[np.float32]:
+    """Values at nodes (2, rows, columns), between them, for some rows of a frame: (2, H, W)."""
+    down = hat_weights(shape[0], nodes.shape[1], band).astype(np.float32)
+    across = hat_weights(shape[1], nodes.shape[2]).astype(np.float32)
+    return np.asarray(down @ nodes @ across.T, np.float32)
 
 
 def feathered(coverage: NDArray[np.bool_], width: float) -> Weights:

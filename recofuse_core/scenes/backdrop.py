@@ -82,7 +82,7 @@ def _cast_ground(street: Street, camera: Camera, backdrop: Backdrop) -> None:
     rows = np.arange(first, camera.height, dtype=np.float32)[:, None]
     columns = np.arange(camera.width, dtype=np.float32)[None, :]
     z = np.minimum(camera.height_m * camera.focal / (rows - camera.horizon + 0.5), FAR_M).astype(np.float32)
-    x = ((columns - camera.centre_x) * z / camera.focal).astype(np.float32)
+    x = ((columns - camera.centre_x) * z / camera.focal + np.float32(camera.x_m)).astype(np.float32)
     z = np.broadcast_to(z, x.shape)
     across, along = z / camera.focal, z * z / (camera.height_m * camera.focal)  # footprint of a pixel, metres
 
@@ -152,7 +152,7 @@ def _cast_building(street: Street, camera: Camera, backdrop: Backdrop, building:
     low, high = sorted((building.near_x, building.far_x))
     start_z = max(building.start_z, NEAR_M)
 
-    x_here = (columns - camera.centre_x) * start_z / camera.focal
+    x_here = (columns - camera.centre_x) * start_z / camera.focal + np.float32(camera.x_m)
     hit = np.flatnonzero((x_here >= low) & (x_here <= high))
     if hit.size:
         span = slice(int(hit[0]), int(hit[-1]) + 1)
@@ -161,7 +161,7 @@ def _cast_building(street: Street, camera: Camera, backdrop: Backdrop, building:
         _paint_wall(street, camera, backdrop, building, span, depth, x_here[span], footprint, facing=3)
 
     with np.errstate(divide="ignore"):
-        depth = building.near_x * camera.focal / (columns - camera.centre_x)
+        depth = (building.near_x - camera.x_m) * camera.focal / (columns - camera.centre_x)
     hit = np.flatnonzero((depth >= start_z) & (depth <= building.stop_z))
     if hit.size and low * high > 0:  # the skyline straddles the axis and shows no side
         span = slice(int(hit[0]), int(hit[-1]) + 1)

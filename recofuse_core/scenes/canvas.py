@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from recofuse_core.scenes.patterns import sample
-from recofuse_core.scenes.street import NEAR_M, TILE, Camera, Floats, Point, Rgb, Street
+from recofuse_core.scenes.street import FAR_M, NEAR_M, TILE, Camera, Floats, Point, Rgb, Street
 
 DARK: Rgb = (0.0, 0.0, 0.0)
 
@@ -38,7 +38,9 @@ class Canvas:
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
         """Pixel column and row of a point in front of the camera."""
         scale = self.camera.focal / z
-        return self.camera.centre_x + x * scale, self.camera.horizon + (self.camera.height_m - y) * scale
+        return self.camera.centre_x + (x - self.camera.x_m) * scale, self.camera.horizon + (
+            self.camera.height_m - y
+        ) * scale
 
     def light_at(self, x: float, y: float, z: float) -> Rgb:
         """Light that reaches a small thing from the sky and the lamps."""
@@ -134,6 +136,28 @@ class Canvas:
     def _blend(self, region: tuple[slice, slice], alpha: Floats, light: Floats, heat: Floats | float) -> None:
         self.vis[region] += (light - self.vis[region]) * alpha[..., None]
         self.ir[region] += (heat - self.ir[region]) * alpha
+
+
+@dataclass
+class DepthCanvas(Canvas):
+    """A canvas that also knows how far away what it shows is: depth_m (H, W)."""
+
+    depth_m: Floats
+    _brush_m: float = FAR_M
+
+    def fill(self, points: Sequence[Point], material: Material, light: Rgb, anchor: float = 0.0) -> None:
+        """See Canvas; a polygon counts as far away as its middle."""
+        self._brush_m = max(NEAR_M, sum(point[2] for point in points) / max(len(points), 1))
+        super().fill(points, material, light, anchor)
+
+    def foliage(self, x: float, y: float, z: float, radius: float, leaf: Rgb, light: Rgb, offset: float) -> None:
+        """See Canvas."""
+        self._brush_m = max(NEAR_M, z)
+        super().foliage(x, y, z, radius, leaf, light, offset)
+
+    def _blend(self, region: tuple[slice, slice], alpha: Floats, light: Floats, heat: Floats | float) -> None:
+        super()._blend(region, alpha, light, heat)
+        self.depth_m[region][alpha > 0.5] = self._brush_m
 
 
 def _clip_near(points: Sequence[Point]) -> list[Point]:

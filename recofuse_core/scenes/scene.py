@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recofuse_core.errors import ShapeError
 from recofuse_core.scenes.backdrop import Backdrop, render_backdrop
-from recofuse_core.scenes.canvas import Canvas
+from recofuse_core.scenes.canvas import Canvas, DepthCanvas
 from recofuse_core.scenes.figures import (
     add_reflections,
     paint_car,
@@ -19,7 +19,7 @@ from recofuse_core.scenes.figures import (
     paint_tree,
     shine_headlights,
 )
-from recofuse_core.scenes.street import Camera, Car, Lamp, Person, Street, Tree, draw_street
+from recofuse_core.scenes.street import FAR_M, Camera, Car, Lamp, Person, Street, Tree, draw_street
 
 MIN_SIDE = 32
 FRAMES_PER_S = 25.0
@@ -54,8 +54,48 @@ def moving_scene(seed: int, num_frames: int, height: int = 480, width: int = 640
         yield _render_frame(street, camera, backdrop, frame / FRAMES_PER_S)
 
 
+@dataclass(frozen=True)
+class TwoViews:
+    """A street from two cameras side by side: vis (3, H, W) of the one, ir (1, H, W) of the other, as in `Scene`.
+
+    depth_m: (H, W), how far away what vis shows is. What is z metres away lies focal * across_m / z pixels further to
+    the left in ir than in vis, and focal * up_m / z further down.
+    """
+
+    vis: Tensor
+    ir: Tensor
+    depth_m: Tensor
+    focal: float
+
+
+def two_views(
+    seed: int, *, across_m: float, up_m: float, height: int = 480, width: int = 640, time_s: float = 0.0
+) -> TwoViews:
+    """The street of `seed`, its infrared seen from across_m further right and up_m higher.
+
+    With 0 and 0 it is registered, and at time 0 it is `make_scene(seed, height, width)`.
+    """
+    if min(height, width) < MIN_SIDE:
+        raise ShapeError(f"a scene needs sides of at least {MIN_SIDE} pixels, got {height}x{width}")
+    street = draw_street(np.random.default_rng(seed))
+    camera = street.camera(height, width)
+    backdrop = render_backdrop(street, camera)
+    depth = np.where(backdrop.facing > 0, backdrop.z, np.float32(FAR_M))
+    canvas = DepthCanvas(street, camera, backdrop.light.copy(), backdrop.heat.copy(), depth)
+    _paint_things(street, canvas, backdrop, time_s)
+    other = replace(camera, x_m=camera.x_m + across_m, height_m=camera.height_m + up_m)
+    scene = _render_frame(street, other, render_backdrop(street, other), time_s)
+    return TwoViews(_develop_vis(canvas), scene.ir, torch.from_numpy(canvas.depth_m), camera.focal)
+
+
 def _render_frame(street: Street, camera: Camera, backdrop: Backdrop, time_s: float) -> Scene:
     canvas = Canvas(street, camera, backdrop.light.copy(), backdrop.heat.copy())
+    _paint_things(street, canvas, backdrop, time_s)
+    return Scene(_develop_vis(canvas), _develop_ir(canvas))
+
+
+def _paint_things(street: Street, canvas: Canvas, backdrop: Backdrop, time_s: float) -> None:
+    """What stands and moves in the street, from far to near."""
     cars = [replace(car, z=_wrap(car.z + car.speed * time_s)) if car.speed else car for car in street.cars]
     people = [_walk(person, time_s) for person in street.people]
     for car in cars:
@@ -73,7 +113,6 @@ def _render_frame(street: Street, camera: Camera, backdrop: Backdrop, time_s: fl
                 paint_tree(canvas, thing)
             case Lamp():
                 paint_lamp(canvas, thing)
-    return Scene(_develop_vis(canvas), _develop_ir(canvas))
 
 
 def _wrap(z: float) -> float:

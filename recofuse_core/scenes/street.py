@@ -24,7 +24,7 @@ LANE_M, PARKING_M = 2.6, 5.3
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that looks along Z."""
+    """A pinhole camera that looks along Z. x_m: how far it stands beside the street's axis."""
 
     height_m: float
     focal: float  # pixels
@@ -32,6 +32,7 @@ class Camera:
     horizon: float  # pixel row of the horizon
     height: int
     width: int
+    x_m: float = 0.0
 
 
 @dataclass(frozen=True)
