@@ -40,6 +40,7 @@ from recofuse_client.errors import (
 from recofuse_client.retries import Retry
 from recofuse_client.values import (
     Alarm,
+    Alignment,
     Frame,
     FrameResult,
     Fusion,
@@ -72,6 +73,7 @@ else:
 
 __all__ = [
     "Alarm",
+    "Alignment",
     "AsyncClient",
     "AsyncFrameStream",
     "AttemptsExhaustedError",

@@ -19,6 +19,7 @@ from recofuse_client.pictures import ImageLike
 from recofuse_client.protocols import Calls, Target
 from recofuse_client.retries import Operation, Retry, run, run_async
 from recofuse_client.values import (
+    Align,
     Colour,
     Exposure,
     Format,
@@ -80,6 +81,7 @@ class FusionOptions(TypedDict, total=False):
     alarm: str | float | None
     outline: bool
     metadata: Metadata
+    align: Align
     priority: Priority
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import ssl
 import time
 import zipfile
@@ -38,6 +39,7 @@ from recofuse_client.protocols import CONNECT_TIMEOUT_S, Target
 from recofuse_client.retries import Deadline, Operation, Send
 from recofuse_client.values import (
     Alarm,
+    Alignment,
     Fusion,
     Health,
     Job,
@@ -172,6 +174,7 @@ def _form(pair: FilePair, options: Options, headers: dict[str, str], timeout_s: 
         "sampler": options.sampler,
         "exposure": options.exposure,
         "rig": options.rig,
+        "align": None if options.align == "rig" else options.align,
         "colour": None if options.colour == "natural" else options.colour,  # older servers know no colours
         "colour_range": _range_text(options.colour_range),
         "values": options.values,
@@ -276,6 +279,7 @@ def _fusion(answer: httpx.Response) -> Fusion:
         warnings=tuple(unquote(line) for line in answer.headers.get_list("x-warning", split_commas=True) if line),
         values=values,
         alarm=alarm,
+        alignment=_alignment(answer.headers.get("x-alignment", "")),
     )
 
 
@@ -305,6 +309,15 @@ def _alarm(told: dict[str, Any]) -> Alarm:
     return Alarm(
         told["threshold"], unit_of(told["unit"]), told["num_regions"], told["area"], told["hottest"], tuple(regions)
     )
+
+
+def _alignment(header: str) -> Alignment | None:
+    """X-Alignment, such as `residual 0.8 px, moved 3.1 px`; None for what is none."""
+    found = re.fullmatch(r"residual (?:([0-9.]+) px|unknown), moved ([0-9.]+) px", header)
+    try:
+        return None if found is None else Alignment(None if found[1] is None else float(found[1]), float(found[2]))
+    except ValueError:
+        return None
 
 
 def _timings(header: str) -> Timings:

@@ -38,6 +38,7 @@ from recofuse_client.protocols import Target
 from recofuse_client.retries import Operation, Send
 from recofuse_client.values import (
     Alarm,
+    Alignment,
     Fusion,
     Health,
     Job,
@@ -220,6 +221,7 @@ def options_message(options: Options, timeout_s: float | None = None) -> pb.Fuse
         if options.exposure is None
         else pb.Exposure.Value(f"EXPOSURE_{options.exposure.upper()}"),
         rig="" if options.rig is None else rig_text(options.rig),
+        align=pb.Align.Value(f"ALIGN_{options.align.upper()}"),
         colour=pb.Colour.Value(f"COLOUR_{options.colour.upper()}"),
         values=pb.ValuesFormat.Value(f"VALUES_FORMAT_{(options.values or 'unspecified').upper()}"),
         alarm="" if options.alarm is None else str(options.alarm),
@@ -261,7 +263,12 @@ def fusion_of(message: pb.Fusion, request_id: str) -> Fusion:
         warnings=tuple(message.warnings),
         values=Values(message.values_type, _unit(message.values_unit), message.values) if message.values else None,
         alarm=_alarm(message.alarm) if message.HasField("alarm") else None,
+        alignment=_alignment(message.alignment) if message.HasField("alignment") else None,
     )
+
+
+def _alignment(message: pb.Alignment) -> Alignment:
+    return Alignment(message.residual_px if message.HasField("residual_px") else None, message.moved_px)
 
 
 def _alarm(message: pb.Alarm) -> Alarm:

@@ -30,6 +30,7 @@ Exposure = Literal["as_shot", "lit"]
 ValuesFormat = Literal["npy", "tiff", "png"]
 Unit = Literal["counts", "celsius"]
 Metadata = Literal["drop", "keep"]
+Align = Literal["rig", "refine"]
 Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
 Priority = Literal["high", "normal", "low"]
 Mode = Literal["all", "latest"]
@@ -105,6 +106,9 @@ class Options:
     degrees Celsius are gain * value + offset of those values. alarm: "60C", or a number in the source's values; what is
     at least so hot is told (`Fusion.alarm`), and with `outline` drawn into the fused picture.
 
+    align: "refine" measures what the rig leaves in each frame, or a pair without a rig has, and puts it right if that
+    is clear (`Fusion.alignment`); over a stream smoothly, until a cut.
+
     metadata: "keep" copies what the files say of themselves (camera, time, place) into the files of the answer, for a
     format other than "array".
     """
@@ -125,6 +129,7 @@ class Options:
     alarm: str | float | None = None
     outline: bool = False
     metadata: Metadata = "drop"
+    align: Align = "rig"
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
@@ -139,7 +144,7 @@ class Options:
         object.__setattr__(self, "rig", None if self.rig is None else rig_text(self.rig))
         kinds = {
             "output": Output, "format": Format, "sampler": Sampler, "exposure": Exposure, "colour": Colour,
-            "metadata": Metadata,
+            "metadata": Metadata, "align": Align,
             "priority": Priority,
         }  # fmt: skip
         for name, kind in kinds.items():
@@ -223,6 +228,18 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True)
+class Alignment:
+    """What `align="refine"` came to, in visible pixels.
+
+    moved_px: how far infrared was moved beyond its rig, in the mean; 0 if it was left alone. residual_px: how far off
+    its parts still seem; None where there was nothing to see.
+    """
+
+    residual_px: float | None
+    moved_px: float
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Where the time went at the server, in seconds. A stage that was not reached is 0."""
 
@@ -239,7 +256,8 @@ class Fusion:
 
     ir_source: what was read of the infrared file: "raw", the counts or temperatures that a thermal camera's JPEG holds;
     "palette", a false-colour picture turned back into intensity; "grey", its grey values; "" if the server did not say.
-    warnings: sentences for people about what looks wrong with the pair. values, alarm: if they were asked for.
+    warnings: sentences for people about what looks wrong with the pair. values, alarm, alignment: if they were asked
+    for.
     """
 
     pictures: Mapping[Part, Picture]
@@ -252,6 +270,7 @@ class Fusion:
     warnings: tuple[str, ...] = ()
     values: Values | None = None
     alarm: Alarm | None = None
+    alignment: Alignment | None = None
 
     def __getitem__(self, part: Part | Literal["fused", "vis", "ir"]) -> Picture:
         """A picture by the name of its part. Raises KeyError for one that was not asked for."""

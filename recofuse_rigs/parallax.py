@@ -38,7 +38,8 @@ _MIN_SIDE = 48  # below it cells hold too little
 _SIGMA, _SPREAD = 1.2, 1.0  # of the cue maps
 _BLURS = (2.0, 0.8)
 _STEPS = 5
-_SMOOTH = 0.02  # cost of a squared pixel, at the compared size, between neighbouring nodes; in summed likeness
+_LEANING = 0.002  # cost of a squared pixel, at the compared size, between neighbouring nodes; in summed likeness
+_BENDING = 0.02  # likewise, of what three in a row differ from a line by
 _TETHER = 0.001  # likewise, from where a node began
 _CLEARLY = 3.0  # standard errors by which the gain of the cells between must stand out
 _MIN_GAIN = 0.03  # and its share of what the cells had in common
@@ -300,16 +301,14 @@ def _spread_nodes() -> Vector:
 
 @functools.cache
 def _stiffness() -> Vector:
-    """(nodes, nodes): the cost of what neighbours differ by."""
-    index = np.arange(NODES[0] * NODES[1]).reshape(NODES[1], NODES[0])
-    found = np.zeros((index.size, index.size))
-    for one, other in ((index[:, :-1], index[:, 1:]), (index[:-1], index[1:])):
-        for i, j in zip(one.ravel(), other.ravel(), strict=True):
-            found[i, i] += _SMOOTH
-            found[j, j] += _SMOOTH
-            found[i, j] -= _SMOOTH
-            found[j, i] -= _SMOOTH
-    return found
+    """(nodes, nodes): the cost of a field that bends, and a little of one that leans, as the ground does."""
+    columns, rows = NODES
+    flat_x, flat_y = np.eye(columns), np.eye(rows)
+    lean_x, lean_y = np.diff(flat_x, axis=0), np.diff(flat_y, axis=0)
+    leans = np.vstack([np.kron(flat_y, lean_x), np.kron(lean_y, flat_x)])
+    twists = np.kron(lean_y, lean_x)
+    bends = np.vstack([np.kron(flat_y, np.diff(lean_x, axis=0)), np.kron(np.diff(lean_y, axis=0), flat_x)])
+    return np.asarray(_LEANING * leans.T @ leans + _BENDING * (bends.T @ bends + 2 * twists.T @ twists))
 
 
 def _residual(surfaces: Floats, nodes: Vector) -> float | None:

@@ -23,7 +23,7 @@ from recofuse_images.reader import Pair
 from service.terms import images
 from service.terms.errors import InvalidInputError
 from service.terms.jobs import FusionOptions, ImageFormat, Part, Stage
-from service.terms.measures import Alarm
+from service.terms.measures import Alarm, Alignment
 from service.terms.settings import CodecSettings, LimitSettings
 from service.work.engine import Engine, PassOptions
 
@@ -61,6 +61,7 @@ class Fusion:
     pictures: Mapping[Part, Pixels]
     costs: Mapping[Stage, Cost]
     alarm: Alarm | None = None
+    alignment: Alignment | None = None
     warnings: tuple[str, ...] = ()  # of the answer, beside those of the inputs
 
 
@@ -116,17 +117,21 @@ def fuse_files(
     asked: FusionOptions,
     limits: LimitSettings,
     codec: CodecSettings,
-    rigged: tuple[Rig, Warps] | None = None,
+    rig: Rig | None = None,
+    warps: Warps | None = None,
 ) -> Fusion:
     """Read a pair, fuse it, and write the asked pictures. Raises ServiceError for bad input, OSError for bad paths.
 
     outputs: where each picture of asked.output goes; values and alarms are written beside the first. options:
     what `asked` comes to with this engine.
-    rigged: how infrared lies in the visible frame, and where what follows from it is kept; None for registered pairs.
+    rig: how infrared lies in the visible frame; None for registered pairs. warps: where what follows from it is kept.
     """
     costs: dict[Stage, Cost] = {}
     with _measured(costs, Stage.DECODE):
         vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
+        if rig is None and asked.align == "refine":
+            _, rig = images.check_refined_request(vis, ir, None, None, limits)
+        rigged = None if rig is None or warps is None else (rig, warps)
         read = images.decode_asked(vis, ir, asked, limits, rigged)
     inputs = read.pair
     with _measured(costs, Stage.MODEL):
@@ -145,7 +150,7 @@ def fuse_files(
             beside["values"].write_bytes(answer.values_file)
         if answer.alarm is not None:
             beside["alarm"].write_text(answer.alarm.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return Fusion(inputs, answer.pictures, costs, answer.alarm, answer.warnings)
+    return Fusion(inputs, answer.pictures, costs, answer.alarm, read.alignment, answer.warnings)
 
 
 def write_picture(path: Path, pixels: Pixels, codec: CodecSettings) -> None:

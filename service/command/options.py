@@ -27,6 +27,14 @@ Exposure = Annotated[
         "the model's own if unset.",
     ),
 ]
+Align = Annotated[
+    str,
+    typer.Option(
+        metavar="rig|refine",
+        help="refine: what the rig leaves in each frame, or a pair without one has, is measured and put right if that "
+        "is clear.",
+    ),
+]
 Colour = Annotated[
     str,
     typer.Option(

@@ -59,7 +59,8 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
-    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair.
+    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track: of a stream's frame, what the
+    frames before have shown, as the last result told it.
     """
 
     vis: bytes
@@ -74,6 +75,7 @@ class FusionRequest:
     vis_layout: RawLayout | None = None
     ir_layout: RawLayout | None = None
     rig: str = ""
+    track: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,8 @@ class Gateway:
                 await asyncio.shield(self._abandon(job.id))
             raise
         result.raise_for_error()
+        if result.alignment is not None and (name := self._rigs.name_in(request.rig)):
+            self._metrics.observe_alignment(name, result.alignment, result.width)
         return result
 
     async def submit(self, request: FusionRequest) -> JobView:
@@ -293,11 +297,14 @@ class Gateway:
             vis_layout=request.vis_layout,
             ir_layout=request.ir_layout,
             rig=rig,
+            track=request.track,
         )
 
     def _checked(self, request: FusionRequest) -> tuple[tuple[int, int], Rig | None]:
         """The size of the answer, and the rig. Reads headers and, perhaps, a rig's file."""
         sides = request.vis, request.ir, request.vis_layout, request.ir_layout, self._settings.limits
+        if not request.rig and request.options.align == "refine":
+            return images.check_refined_request(*sides)
         if not request.rig:
             return images.check_request(*sides), None
 

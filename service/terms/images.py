@@ -17,10 +17,10 @@ from recofuse_images import errors, jpeg, reader
 from recofuse_images.limits import Limits
 from recofuse_images.reader import Pair, Role
 from recofuse_rigs.errors import RigError
-from recofuse_rigs.rig import Rig, Size
+from recofuse_rigs.rig import Rig, Size, flat, resizing
 from service.terms.errors import InvalidInputError, PayloadTooLargeError, UnsupportedMediaError
 from service.terms.jobs import OVERLAYS, FusionJob, FusionOptions, ImageFormat, Part, RawLayout
-from service.terms.measures import Alarm, Region, Unit, ValuesFormat, alarm_at
+from service.terms.measures import Alarm, Alignment, Region, Unit, ValuesFormat, alarm_at
 from service.terms.settings import CodecSettings, LimitSettings
 
 if TYPE_CHECKING:
@@ -46,12 +46,22 @@ class _Reading(TypedDict):
     is_measured: bool
 
 
+class _Layouts(TypedDict):
+    vis_layout: RawLayout | None
+    ir_layout: RawLayout | None
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A pair on the vis grid. warp: how infrared came there by a rig; None for a pair that was registered."""
+    """A pair on the vis grid. warp: how infrared came there by a rig; None for a pair that was registered.
+
+    alignment, track: what refining came to, and what it is to begin with in a stream's next frame.
+    """
 
     pair: Pair
     warp: Warp | None = None
+    alignment: Alignment | None = None
+    track: str = ""
 
 
 def check_request(
@@ -86,6 +96,18 @@ def check_rigged_request(
         raise InvalidInputError("vis and ir are the same file; what holds both sides is registered, and needs no rig")
     # A thermal camera's JPEG may hold its values in another size than the picture that it shows.
     return vis_size, find_rig(vis_size, ir_size, ir_layout is not None or not ir.startswith(jpeg.MAGIC))
+
+
+def check_refined_request(
+    vis: bytes, ir: bytes, vis_layout: RawLayout | None, ir_layout: RawLayout | None, limits: LimitSettings
+) -> tuple[tuple[int, int], Rig]:
+    """As `check_request`, for a registered pair that is to be refined: returns the rig that it is, too."""
+    if vis_layout is None and ir_layout is None and vis == ir:
+        raise InvalidInputError("align: what holds both sides in one file is registered; accepted is rig")
+    vis_size = check_request(vis, ir, vis_layout, ir_layout, limits)
+    ir_size = size_of(ir, "ir", ir_layout, limits)
+    with _as_service_errors():
+        return vis_size, Rig(vis_size, ir_size, flat(resizing(ir_size, vis_size)))
 
 
 def size_of(data: bytes, role: Role, layout: RawLayout | None, limits: LimitSettings) -> tuple[int, int]:
@@ -134,9 +156,12 @@ def decode_rigged(
     vis_layout: RawLayout | None = None,
     ir_layout: RawLayout | None = None,
     is_measured: bool = False,
+    is_refined: bool = False,
+    track: str = "",
 ) -> Decoded:
     """A rig's images as 8 bits on the vis grid; infrared is warped at its own depth. Raises like `check_request`."""
     from recofuse_rigs.pairs import read_aligned  # not above: front ends warp nothing, and go without OpenCV
+    from recofuse_rigs.parallax import Track
 
     with _as_service_errors():
         aligned = read_aligned(
@@ -150,8 +175,13 @@ def decode_rigged(
             ir_layout=ir_layout,
             find_warp=warps.of,
             is_measured=is_measured,
+            is_refined=is_refined,
+            track=Track.from_text(track) if track else None,
         )
-    return Decoded(aligned.pair, aligned.warp)
+    if (refined := aligned.refined) is None:
+        return Decoded(aligned.pair, aligned.warp)
+    alignment = Alignment(residual_px=refined.residual_px, moved_px=refined.moved_px)
+    return Decoded(aligned.pair, aligned.warp, alignment, "" if refined.track is None else refined.track.to_text())
 
 
 def decode_asked(
@@ -163,6 +193,7 @@ def decode_asked(
     *,
     vis_layout: RawLayout | None = None,
     ir_layout: RawLayout | None = None,
+    track: str = "",
 ) -> Decoded:
     """A pair with what these options need of it. Raises like `check_request`, also for units that it does not have."""
     reading: _Reading = {
@@ -175,7 +206,8 @@ def decode_asked(
     if rigged is None:
         decoded = Decoded(decode_pair(vis, ir, limits, **reading))
     else:
-        decoded = decode_rigged(vis, ir, *rigged, limits, **reading)
+        is_refined = options.align == "refine"
+        decoded = decode_rigged(vis, ir, *rigged, limits, **reading, is_refined=is_refined, track=track)
     if decoded.pair.measured is not None:
         _check_units(options, decoded.pair.measured)
     return decoded
@@ -395,8 +427,8 @@ class FileCodec:
     def decode(self, job: FusionJob) -> Decoded:
         """See Codec."""
         rigged = None if job.rig is None else (job.rig, self._warps)
-        layouts = {"vis_layout": job.vis_layout, "ir_layout": job.ir_layout}
-        return decode_asked(job.vis, job.ir, job.options, self._limits, rigged, **layouts)
+        layouts: _Layouts = {"vis_layout": job.vis_layout, "ir_layout": job.ir_layout}
+        return decode_asked(job.vis, job.ir, job.options, self._limits, rigged, **layouts, track=job.track)
 
     def encode(self, job: FusionJob, part: Part, pixels: Pixels) -> bytes:
         """See Codec."""

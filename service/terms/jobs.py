@@ -28,7 +28,7 @@ from pydantic import (
 
 from recofuse_rigs.errors import BadRigError
 from service.terms.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
-from service.terms.measures import Alarm, AlarmText, Unit, ValuesFormat
+from service.terms.measures import Alarm, AlarmText, Alignment, Unit, ValuesFormat
 
 if TYPE_CHECKING:
     from recofuse_rigs.rig import Rig  # brings NumPy, which the command's help goes without
@@ -139,6 +139,9 @@ Exposure = Literal["as_shot", "lit"]
 Colour = Literal["natural", "grey", "white_hot", "iron", "rainbow"]
 OVERLAYS: tuple[Colour, ...] = ("white_hot", "iron", "rainbow")
 
+# Where infrared lies: as its rig says, or by what each frame shows that the rig leaves, too.
+Align = Literal["rig", "refine"]
+
 # What requests that name none get, of weights that offer it. To change it, change it here alone.
 DEFAULT_EXPOSURE: Exposure = "as_shot"
 
@@ -161,6 +164,7 @@ class FusionOptions(_Strict):
     by which degrees Celsius are gain * value + offset of the source's values. alarm: 60C, or 8200 in the source's
     values; what is hotter is told. outline: whether that is drawn into the fused picture, too.
     metadata: whether what the files say of themselves (camera, time, place) goes into the pictures of the answer.
+    align: whether what the rig leaves is measured in each frame and put right; without a rig, the pair is one.
     """
 
     output: Output = Output.FUSED
@@ -178,6 +182,7 @@ class FusionOptions(_Strict):
     alarm: AlarmText | None = None
     outline: bool = False
     metadata: Literal["drop", "keep"] = "drop"
+    align: Align = "rig"
 
     @property
     def is_measured(self) -> bool:
@@ -211,7 +216,8 @@ class FusionOptions(_Strict):
         # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
         values: dict[str, Any] = serialise(self)
         for name in (
-            "vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline", "metadata"
+            "vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline", "metadata",
+            "align",
         ):  # fmt: skip
             if values[name] == type(self).model_fields[name].default:
                 del values[name]
@@ -245,13 +251,12 @@ class _JobHeader(_Strict):
     ir_layout: RawLayout | None
     sizes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]  # bytes of vis and ir
     rig: str | None = None  # as its file
+    track: str | None = None
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know no rigs
-        if values["rig"] is None:
-            del values["rig"]
-        return values
+        values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know neither
+        return {name: value for name, value in values.items() if value is not None or name not in ("rig", "track")}
 
 
 def new_job_id() -> str:
@@ -273,6 +278,7 @@ class FusionJob:
     keep_result: whether the result stays readable after it has been delivered once (asynchronous and idempotent jobs).
     traceparent: W3C trace context of the request, if it is traced.
     rig: how infrared lies in the visible frame, the content and not its name; None for a registered pair.
+    track: of a stream's frame that is to be refined, what the frames before have shown, as a result told it.
     """
 
     id: str
@@ -290,6 +296,7 @@ class FusionJob:
     vis_layout: RawLayout | None = None
     ir_layout: RawLayout | None = None
     rig: Rig | None = None
+    track: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -328,6 +335,7 @@ class FusionJob:
             ir_layout=self.ir_layout,
             sizes=(len(self.vis), len(self.ir)),
             rig=None if self.rig is None else _rig_text(self.rig),
+            track=self.track or None,
         )
         return header.model_dump_json().encode()
 
@@ -337,12 +345,14 @@ class FusionJob:
         parsed = _parse(_JobHeader, header)
         if parsed.sizes != (len(vis), len(ir)):
             raise MalformedRequestError(f"payloads of {(len(vis), len(ir))} bytes where {parsed.sizes} were announced")
-        fields = {name: getattr(parsed, name) for name in _JobHeader.model_fields if name not in ("sizes", "rig")}
+        fields = {
+            name: getattr(parsed, name) for name in _JobHeader.model_fields if name not in ("sizes", "rig", "track")
+        }
         try:
             rig = None if parsed.rig is None else _rig_of(parsed.rig)
         except BadRigError as error:
             raise MalformedRequestError(f"a record's rig is not valid: {error}") from error
-        return cls(vis=vis, ir=ir, rig=rig, **fields)
+        return cls(vis=vis, ir=ir, rig=rig, track=parsed.track or "", **fields)
 
     def to_bytes(self) -> bytes:
         """The whole job as one string of bytes."""
@@ -378,6 +388,8 @@ class _ResultHeader(_Strict):
     values_type: str = ""
     values_unit: Unit | None = None
     alarm: Alarm | None = None
+    alignment: Alignment | None = None
+    track: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,7 +400,8 @@ class FusionResult:
     batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
     the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
     for people, as `printable` has them. values: a file of values_type with the restored infrared in values_unit, empty
-    if nobody asked; alarm: what is hot, if somebody did.
+    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track: for the job of a
+    stream's next frame, and for nobody else.
     """
 
     job_id: str
@@ -408,6 +421,8 @@ class FusionResult:
     values_type: str = ""
     values_unit: Unit | None = None
     alarm: Alarm | None = None
+    alignment: Alignment | None = None
+    track: str = ""
 
     @classmethod
     def failed(cls, job_id: str, error: ServiceError, timings_s: Mapping[Stage, float] | None = None) -> Self:
@@ -452,6 +467,8 @@ class FusionResult:
             values_type=self.values_type,
             values_unit=self.values_unit,
             alarm=self.alarm,
+            alignment=self.alignment,
+            track=self.track,
         )
         return _join(RESULT_MAGIC, header.model_dump_json().encode(), (*self.images.values(), self.values))
 

@@ -1,4 +1,4 @@
-"""What a request may want measured in the infrared image, and what is told of it: units, alarms, regions."""
+"""What a request may want measured, and what is told of it: units, alarms, regions, and how well infrared lies."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ class Alarm(_Told):
     area: Annotated[int, Field(ge=0)]
     hottest: float | None
     regions: tuple[Region, ...]
+
+
+class Alignment(_Told):
+    """What `align=refine` made of a frame, in visible pixels. moved_px: how far infrared was moved beyond its rig, in the
+    mean; 0 if it was left alone. residual_px: how far off its parts still seem; None where there was nothing to see.
+    """
+
+    residual_px: Annotated[float, Field(ge=0)] | None
+    moved_px: Annotated[float, Field(ge=0)]
+
+    @property
+    def line(self) -> str:
+        """In words, such as `residual 0.8 px, moved 3.1 px`."""
+        left = "unknown" if self.residual_px is None else f"{self.residual_px:.1f} px"
+        return f"residual {left}, moved {self.moved_px:.1f} px"
 
 
 def alarm_at(text: str) -> tuple[float, bool]:

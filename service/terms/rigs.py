@@ -58,6 +58,12 @@ class Rigs:
             raise InvalidInputError(f"rig: {error}") from error
         return rig
 
+    @staticmethod
+    def name_in(text: str) -> str:
+        """The name that an accepted `rig` of a request is; empty for one that came with the request."""
+        text = text.strip()
+        return "" if text.startswith("{") or "," in text else text
+
     def listed(self) -> list[Rig]:
         """The folder's rigs by name, each under its file's; those that cannot be used are left out and logged."""
         rigs = []

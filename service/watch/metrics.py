@@ -22,11 +22,13 @@ from prometheus_client.process_collector import ProcessCollector
 from service.queue.contract import QueueStats
 from service.terms.errors import ErrorCode
 from service.terms.jobs import JobStatus, Priority, Stage, WorkerInfo
+from service.terms.measures import Alignment
 from service.watch.gpu import GAUGES
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BYTES = tuple(float(4**power << 10) for power in range(8))  # 1 KiB to 16 MiB
+PIXELS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 
 class DropReason(StrEnum):
@@ -93,6 +95,20 @@ class Metrics:
         self.stage_seconds = Histogram(
             "recofuse_stage_seconds", "Time of one job in one stage.", ["stage"], buckets=SECONDS, registry=registry
         )
+        self.rig_residual_pixels = Histogram(
+            "recofuse_rig_residual_pixels",
+            "How far off infrared still seemed in a frame with align=refine, in pixels of a width of 640.",
+            ["rig"],
+            buckets=PIXELS,
+            registry=registry,
+        )
+        self.rig_moved_pixels = Histogram(
+            "recofuse_rig_moved_pixels",
+            "How far infrared was moved beyond its rig in a frame with align=refine, in pixels of a width of 640.",
+            ["rig"],
+            buckets=PIXELS,
+            registry=registry,
+        )
         self.batch_size = Histogram(
             "recofuse_batch_size", "Jobs in one forward pass.", buckets=SIZES, registry=registry
         )
@@ -154,6 +170,12 @@ class Metrics:
         """Add one finished job's stage times."""
         for stage, seconds in timings_s.items():
             self.stage_seconds.labels(stage).observe(seconds)
+
+    def observe_alignment(self, rig: str, alignment: Alignment, width: int) -> None:
+        """Add one frame of a named rig of the operator's folder, which bounds the labels."""
+        self.rig_moved_pixels.labels(rig).observe(alignment.moved_px * 640 / width)
+        if alignment.residual_px is not None:
+            self.rig_residual_pixels.labels(rig).observe(alignment.residual_px * 640 / width)
 
     def set_queue(self, stats: QueueStats) -> None:
         """Show a snapshot of the queue."""

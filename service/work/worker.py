@@ -41,7 +41,7 @@ from service.terms.errors import (
     UnavailableError,
 )
 from service.terms.jobs import FusionResult, Part, Stage, WorkerInfo, printable
-from service.terms.measures import MEDIA_TYPES
+from service.terms.measures import MEDIA_TYPES, Alignment
 from service.terms.settings import Settings
 from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
@@ -76,6 +76,8 @@ class _Held:
     is_running: bool = False  # in the model or beyond
     ir_source: str = ""  # of the pair, which is let go of before its result is there
     warnings: tuple[str, ...] = ()
+    alignment: Alignment | None = None
+    track: str = ""
     trace: JobTrace = NO_JOB_TRACE
 
     @property
@@ -283,6 +285,7 @@ class Worker:
             held.pair, held.warp = decoded.pair, decoded.warp
             held.ir_scale, held.measured = held.pair.ir_scale, held.pair.measured
             held.ir_source, held.warnings = held.pair.ir_source, printable(held.pair.warnings)
+            held.alignment, held.track = decoded.alignment, decoded.track
             held.timings_s[Stage.DECODE] = time.perf_counter() - started
             held.trace.stage(Stage.DECODE, held.timings_s[Stage.DECODE])
             held.ready_s = self._clock()
@@ -421,6 +424,8 @@ class Worker:
             values_type=MEDIA_TYPES[job.options.values] if job.options.values and finished.values_file else "",
             values_unit=finished.unit,
             alarm=finished.alarm,
+            alignment=held.alignment,
+            track=held.track,
         )
         await self._finish(held, result)
 

@@ -47,7 +47,7 @@ def field_of(refined: Refined) -> Field:
         return np.zeros((HEIGHT, WIDTH, 2))
     nodes = refined.track.field * WIDTH
     down, across = hat_weights(HEIGHT, nodes.shape[0]), hat_weights(WIDTH, nodes.shape[1])
-    return np.einsum("hi,ijc,wj->hwc", down, nodes, across)
+    return np.asarray(np.einsum("hi,ijc,wj->hwc", down, nodes, across))
 
 
 def error(field: Field, found: Field | float) -> float:
@@ -59,7 +59,7 @@ def noisy(levels: NDArray[Any], seed: int, strength: float = 6.0) -> NDArray[np.
     return np.asarray(np.clip(levels + noise, 0, 255), np.uint8)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_registered_pair_is_left_as_it_is(seed: int) -> None:
     vis, ir = scene(seed)
     warp = warp_of(REGISTERED)
@@ -70,8 +70,7 @@ def test_a_registered_pair_is_left_as_it_is(seed: int) -> None:
     assert refined.residual_px < 1.5
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("way", [(5.0, 0.0), (-3.0, 4.0), (0.0, -6.0)])
+@pytest.mark.parametrize(("seed", "way"), [(0, (5.0, 0.0)), (1, (-3.0, 4.0)), (2, (0.0, -6.0)), (3, (-4.0, -4.0))])
 def test_a_smooth_field_is_found_and_undone(seed: int, way: tuple[float, float]) -> None:
     vis, ir = scene(seed)
     field = leaning(*way)
@@ -83,7 +82,7 @@ def test_a_smooth_field_is_found_and_undone(seed: int, way: tuple[float, float])
     assert undone.mean() < 0.6 * np.abs(shown[inner].astype(float) - ir[inner]).mean()
 
 
-@pytest.mark.parametrize("seed", [101, 103, 114])
+@pytest.mark.parametrize("seed", [101, 103])
 def test_what_depth_leaves_of_a_rig_is_halved_at_least(seed: int) -> None:
     views = two_views(seed, across_m=0.16, up_m=-0.05, height=HEIGHT, width=WIDTH)
     vis = np.rint(views.vis.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
@@ -99,7 +98,7 @@ def test_what_depth_leaves_of_a_rig_is_halved_at_least(seed: int) -> None:
     assert error(field, field_of(refined)) <= 0.5 * error(field, 0.0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_what_has_nothing_in_common_is_left_as_it_is(seed: int) -> None:
     vis, _ = scene(seed)
     _, ir = scene(seed + 100)
@@ -173,7 +172,7 @@ def test_a_moved_warp_is_the_rig_of_that_place(is_kept: bool, monkeypatch: pytes
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 12), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_no_field_makes_values_that_were_not_measured(seed: int, strength: float, is_bent: bool) -> None:
     rng = np.random.default_rng(seed)
     lens = Distortion((160.0, 160.0), (80.0, 64.0), (-0.2, 0.0, 0.0, 0.0, 0.0)) if is_bent else None
@@ -201,7 +200,7 @@ def followed(sent: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], warp: Warp
 
 def test_a_stream_is_steadier_than_its_frames() -> None:
     field, warp = leaning(-4.0, 3.0), warp_of(REGISTERED)
-    sent = frames(8, field)
+    sent = frames(7, field)
     steps = []
     for is_tracked in (False, True):
         fields = [field_of(refined) for refined in followed(sent, warp, is_tracked=is_tracked)]
@@ -264,6 +263,6 @@ def test_files_are_refined_at_their_depth() -> None:
     assert aligned.refined is not None
     assert aligned.refined.moved_px > 1
     assert aligned.infrared.picture.values.dtype == np.uint16
-    registered = 7000.0 + 10 * ir
+    registered = 7000 + 10 * ir.astype(float)
     left, was = (np.abs(each.infrared.picture.values - registered).mean() for each in (aligned, plain))
     assert left < 0.6 * was

@@ -237,6 +237,34 @@ COLOUR_IRON: Colour.ValueType  # 4
 COLOUR_RAINBOW: Colour.ValueType  # 5
 Global___Colour: _TypeAlias = Colour  # noqa: Y015
 
+class _Align:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AlignEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Align.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ALIGN_UNSPECIFIED: _Align.ValueType  # 0
+    """rig"""
+    ALIGN_RIG: _Align.ValueType  # 1
+    """as its rig says, or as it comes"""
+    ALIGN_REFINE: _Align.ValueType  # 2
+    """What the rig leaves, or a registered pair has, is measured in each frame and put right if that is clear. A stream
+    begins each frame with what those before have shown, until a cut.
+    """
+
+class Align(_Align, metaclass=_AlignEnumTypeWrapper):
+    """Where infrared lies."""
+
+ALIGN_UNSPECIFIED: Align.ValueType  # 0
+"""rig"""
+ALIGN_RIG: Align.ValueType  # 1
+"""as its rig says, or as it comes"""
+ALIGN_REFINE: Align.ValueType  # 2
+"""What the rig leaves, or a registered pair has, is measured in each frame and put right if that is clear. A stream
+begins each frame with what those before have shown, until a cut.
+"""
+Global___Align: _TypeAlias = Align  # noqa: Y015
+
 class _ValuesFormat:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -567,6 +595,7 @@ class FuseOptions(_message.Message):
     VIS_RANGE_FIELD_NUMBER: _builtins.int
     EXPOSURE_FIELD_NUMBER: _builtins.int
     RIG_FIELD_NUMBER: _builtins.int
+    ALIGN_FIELD_NUMBER: _builtins.int
     COLOUR_FIELD_NUMBER: _builtins.int
     COLOUR_RANGE_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
@@ -594,6 +623,7 @@ class FuseOptions(_message.Message):
     pictures that come with it. Empty: the pair is registered. What cannot be a rig is refused with INVALID_ARGUMENT. A
     stream looks a name up for each frame, so that a new calibration counts from the next frame on.
     """
+    align: Global___Align.ValueType
     colour: Global___Colour.ValueType
     values: Global___ValuesFormat.ValueType
     """also the restored infrared in the values of its source"""
@@ -629,6 +659,7 @@ class FuseOptions(_message.Message):
         vis_range: Global___VisRange | None = ...,
         exposure: Global___Exposure.ValueType = ...,
         rig: _builtins.str = ...,
+        align: Global___Align.ValueType = ...,
         colour: Global___Colour.ValueType = ...,
         colour_range: Global___ColourRange | None = ...,
         values: Global___ValuesFormat.ValueType = ...,
@@ -639,7 +670,7 @@ class FuseOptions(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "colour_range", b"colour_range", "degrees", b"degrees", "ir_range", b"ir_range", "steps", b"steps", "timeout_ms", b"timeout_ms", "vis_range", b"vis_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "alarm", b"alarm", "colour", b"colour", "colour_range", b"colour_range", "degrees", b"degrees", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "keep_metadata", b"keep_metadata", "outline", b"outline", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "values", b"values", "vis_range", b"vis_range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "_timeout_ms", b"_timeout_ms", "alarm", b"alarm", "align", b"align", "colour", b"colour", "colour_range", b"colour_range", "degrees", b"degrees", "exposure", b"exposure", "format", b"format", "ir_range", b"ir_range", "keep_metadata", b"keep_metadata", "outline", b"outline", "output", b"output", "priority", b"priority", "rig", b"rig", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "timeout_ms", b"timeout_ms", "values", b"values", "vis_range", b"vis_range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
@@ -722,6 +753,7 @@ class Fusion(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     INFRARED_SOURCE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    ALIGNMENT_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     VALUES_TYPE_FIELD_NUMBER: _builtins.int
     VALUES_UNIT_FIELD_NUMBER: _builtins.int
@@ -751,6 +783,10 @@ class Fusion(_message.Message):
         """sentences for people, such as that a colour photograph came as infrared"""
 
     @_builtins.property
+    def alignment(self) -> Global___Alignment:
+        """if `align` asked to refine"""
+
+    @_builtins.property
     def alarm(self) -> Global___Alarm:
         """if `alarm` asked for it"""
 
@@ -766,18 +802,47 @@ class Fusion(_message.Message):
         job_id: _builtins.str = ...,
         infrared_source: Global___InfraredSource.ValueType = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        alignment: Global___Alignment | None = ...,
         values: _builtins.bytes = ...,
         values_type: _builtins.str = ...,
         values_unit: Global___Unit.ValueType = ...,
         alarm: Global___Alarm | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "model", b"model", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "alignment", b"alignment", "model", b"model", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "batch_size", b"batch_size", "height", b"height", "infrared_source", b"infrared_source", "job_id", b"job_id", "model", b"model", "pictures", b"pictures", "timings", b"timings", "values", b"values", "values_type", b"values_type", "values_unit", b"values_unit", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "alignment", b"alignment", "batch_size", b"batch_size", "height", b"height", "infrared_source", b"infrared_source", "job_id", b"job_id", "model", b"model", "pictures", b"pictures", "timings", b"timings", "values", b"values", "values_type", b"values_type", "values_unit", b"values_unit", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
+
+@_typing.final
+class Alignment(_message.Message):
+    """How infrared lies after ALIGN_REFINE, in pixels of vis."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDUAL_PX_FIELD_NUMBER: _builtins.int
+    MOVED_PX_FIELD_NUMBER: _builtins.int
+    residual_px: _builtins.float
+    """how far off its parts still seem; unset where there was nothing to see"""
+    moved_px: _builtins.float
+    """how far it was moved beyond its rig, in the mean; 0 if it was left alone"""
+    def __init__(
+        self,
+        *,
+        residual_px: _builtins.float | None = ...,
+        moved_px: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_residual_px", b"_residual_px", "residual_px", b"residual_px"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_residual_px", b"_residual_px", "moved_px", b"moved_px", "residual_px", b"residual_px"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__residual_px: _TypeAlias = _typing.Literal["residual_px"]  # noqa: Y015
+    _WhichOneofArgType__residual_px: _TypeAlias = _typing.Literal["_residual_px", b"_residual_px"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__residual_px) -> _WhichOneofReturnType__residual_px | None: ...
+
+Global___Alignment: _TypeAlias = Alignment  # noqa: Y015
 
 @_typing.final
 class Alarm(_message.Message):

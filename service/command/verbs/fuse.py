@@ -14,6 +14,7 @@ from service.command.environment import read_settings
 from service.command.options import (
     DEFAULT_WEIGHTS,
     AlarmAt,
+    Align,
     Colour,
     ColourRange,
     Degrees,
@@ -61,6 +62,7 @@ def fuse(
     rig: Annotated[
         Path | None, typer.Option(help="Rig file of the cameras; infrared is laid on the visible frame by it.")
     ] = None,
+    align: Align = "rig",
     colour: Colour = "natural",
     colour_range: ColourRange = None,
     values: Annotated[
@@ -126,6 +128,7 @@ def fuse(
         alarm=alarm,
         outline=outline,
         metadata="keep" if keep_metadata else "drop",
+        align=align,
         seed=seed,
         vis_range=vis_range,
         ir_range=ir_range,
@@ -133,7 +136,8 @@ def fuse(
     beside = [path for paths in targets for path in beside_of(paths, asked).values()]
     written = [path for paths in targets for path in paths.values()] + beside + ([sheet] if sheet else [])
     _refuse_to_overwrite(given, written)
-    rigged = None if rig is None else _rigged(rig)
+    known = None if rig is None else _rig_of(rig)
+    warps = None if rig is None and align == "rig" else _warps()
     if passed_over:
         complain(told(passed_over))
 
@@ -154,7 +158,8 @@ def fuse(
                     asked,
                     settings.limits,
                     settings.codec,
-                    rigged,
+                    known,
+                    warps,
                 )
             except ServiceError as error:
                 if not is_folder:
@@ -168,6 +173,8 @@ def fuse(
                 complain(f"{pair.name}: {warning}")
             if fusion.alarm is not None and fusion.alarm.num_regions:
                 out.print(f"{pair.name}: {told_alarm(fusion.alarm)}", markup=False, soft_wrap=True)
+            if fusion.alignment is not None:
+                out.print(f"{pair.name}: {fusion.alignment.line}", markup=False, soft_wrap=True)
             if sheet is not None and len(rows) < MAX_SHEET_ROWS:
                 rows.append(_sheet_row(pair, fusion))
     if costs:
@@ -186,11 +193,16 @@ def fuse(
         raise typer.Exit(2)
 
 
-def _rigged(path: Path) -> tuple[Rig, Warps]:
+def _rig_of(path: Path) -> Rig:
     from recofuse_rigs.rig import from_file
+
+    return from_file(path)
+
+
+def _warps() -> Warps:
     from recofuse_rigs.warp import Warps
 
-    return from_file(path), Warps()
+    return Warps()
 
 
 def _valid_options(**values: object) -> FusionOptions:

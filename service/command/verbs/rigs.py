@@ -105,6 +105,9 @@ def align(
         Path, typer.Option("-o", "--output", help="Aligned infrared image (png, tif, npy), or a folder for them.")
     ],
     rig: Annotated[Path | None, typer.Option(help="Rig file; each pair is calibrated for itself if unset.")] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Also put right what the rig leaves in each pair, where that is clear.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Without a rig: also write what is unsure.")] = False,
 ) -> None:
     """Lay infrared images on the visible grid at their own depth, for one pair or folders of pairs."""
@@ -131,7 +134,7 @@ def align(
     with progress_bar() as progress:
         for pair, target in progress.track(list(zip(found, targets, strict=True)), description="aligning"):
             try:
-                _align_one(pair, target, given, is_folder=is_folder, force=force)
+                _align_one(pair, target, given, is_folder=is_folder, refine=refine, force=force)
             except (RigError, ImageError) as error:
                 if not is_folder:
                     raise InvalidInputError(str(error)) from error
@@ -154,7 +157,7 @@ def _require_sure(doubts: Sequence[str], force: bool) -> None:
         )
 
 
-def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: bool, force: bool) -> None:
+def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: bool, refine: bool, force: bool) -> None:
     import numpy as np
 
     from recofuse_images.writer import encoded
@@ -162,6 +165,7 @@ def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: b
     from recofuse_rigs.calibration import grey_pair
     from recofuse_rigs.pairs import read_aligned
     from service.terms.images import limits_of
+    from service.terms.measures import Alignment
 
     limits = limits_of(read_settings().limits)
     vis, ir = pair.vis.read_bytes(), pair.ir.read_bytes()
@@ -172,7 +176,11 @@ def _align_one(pair: FoundPair, target: Path, given: Rig | None, *, is_folder: b
         result = calibrated([grey_pair(read_vis(vis, limits), read_infrared(ir, limits).picture.values)])
         _require_sure(result.doubts, force)
         rig = result.as_rig()
-    aligned = read_aligned(vis, ir, rig, limits)
+    aligned = read_aligned(vis, ir, rig, limits, is_refined=refine)
+    if aligned.refined is not None:
+        left = aligned.refined.residual_px
+        told = Alignment(residual_px=left, moved_px=aligned.refined.moved_px).line
+        out.print(f"{pair.name}: {told}", markup=False, soft_wrap=True)
     values = aligned.infrared.picture.values
     if values.dtype not in (np.uint8, np.uint16) and target.suffix.lower() != ".npy":
         if not is_folder:

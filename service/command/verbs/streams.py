@@ -11,6 +11,7 @@ from service.command.environment import API_KEY_VARIABLE
 from service.command.options import (
     DEFAULT_WEIGHTS,
     AlarmAt,
+    Align,
     Colour,
     ColourRange,
     Degrees,
@@ -144,6 +145,7 @@ def stream(
             min=0, max=2, help="Seconds that a pair may be apart; frames without such a partner are left out."
         ),
     ] = None,
+    align: Align = "rig",
     colour: Colour = "natural",
     colour_range: ColourRange = None,
     degrees: Degrees = None,
@@ -174,12 +176,14 @@ def stream(
     import tempfile
 
     from recofuse_client import Client, live, video
+    from recofuse_client.values import Align as Aligns
     from recofuse_client.values import Colour as Colours
 
     for name, value, known in (
         ("mode", mode, ("all", "latest", None)),
         ("part", part, ("fused", "vis", "ir")),
         ("exposure", exposure, ("lit", "as_shot", None)),
+        ("align", align, get_args(Aligns)),
         ("colour", colour, get_args(Colours)),
     ):
         if value not in known:
@@ -222,6 +226,7 @@ def stream(
                 "steps": steps,
                 "exposure": cast("Any", exposure),
                 "rig": chosen_rig,
+                "align": cast("Any", align),
                 "colour": cast("Any", colour),
                 "colour_range": colour_range,
                 "degrees": degrees,

@@ -64,6 +64,7 @@ class CheckedOptions:
             "format": "npy" if is_raw else image_format,
             "sampler": name_of(pb.Sampler, message.sampler, "sampler"),
             "exposure": name_of(pb.Exposure, message.exposure, "exposure"),
+            "align": name_of(pb.Align, message.align, "align"),
             "colour": name_of(pb.Colour, message.colour, "colour"),
             "colour_range": _range_of(message, "colour_range"),
             "values": name_of(pb.ValuesFormat, message.values, "values"),
@@ -203,6 +204,7 @@ def fusion_of(result: FusionResult, *, is_raw: bool, started_s: float) -> pb.Fus
         values_type=result.values_type,
         values_unit=_UNITS.get(result.values_unit, pb.UNIT_UNSPECIFIED),
         alarm=None if result.alarm is None else _alarm_message(result.alarm),
+        alignment=None if result.alignment is None else pb.Alignment(**result.alignment.model_dump()),
     )
 
 

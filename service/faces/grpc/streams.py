@@ -101,6 +101,8 @@ class Stream:
         self._end: _End | None = None
         self._is_barred = asyncio.Event()  # its key is not valid any more
         self._ordered: asyncio.Queue[tuple[_Arrived, asyncio.Task[pb.FuseStreamResponse]] | _End] = asyncio.Queue()
+        self._num_started = 0
+        self._track = (-1, "")  # of refined frames: the newest that is known, after its frame's place in the stream
         self._fusing: set[asyncio.Task[pb.FuseStreamResponse]] = set()
         self._configure(pb.StreamOptions())
 
@@ -220,7 +222,8 @@ class Stream:
                 break
             await self._slots.acquire()
             arrived, accepted = self._take_waiting(), asyncio.Event()
-            task = asyncio.create_task(self._answer(arrived, accepted))
+            task = asyncio.create_task(self._answer(arrived, accepted, self._num_started))
+            self._num_started += 1
             self._fusing.add(task)
             task.add_done_callback(self._fusing.discard)
             self._ordered.put_nowait((arrived, task))
@@ -237,12 +240,17 @@ class Stream:
             self._filled.clear()
         return arrived
 
-    async def _answer(self, arrived: _Arrived, accepted: asyncio.Event) -> pb.FuseStreamResponse:
-        """One frame's answer. accepted: set once the frame has a place in the queue, or will not get one."""
+    async def _answer(self, arrived: _Arrived, accepted: asyncio.Event, place: int) -> pb.FuseStreamResponse:
+        """One frame's answer. accepted: set once the frame has a place in the queue, or will not get one.
+
+        place: how many frames were started before.
+        """
         answer = pb.FuseStreamResponse()
         try:
             await charge()
             result = await self._fuse(arrived, accepted)
+            if result.track:
+                self._track = max(self._track, (place, result.track))
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)
         except ServiceError as error:
@@ -338,7 +346,7 @@ class Stream:
             arrived.frame = _without_images(frame)
         # What the gateway will refuse, it must see as it was asked for.
         left_s = timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s
-        return replace(arrived.pair, timeout_s=left_s)
+        return replace(arrived.pair, timeout_s=left_s, track=self._track[1])
 
     def _let_go(self, holding: Holding) -> None:
         holding.release()

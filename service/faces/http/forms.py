@@ -28,7 +28,7 @@ from service.terms.errors import (
     ServiceError,
     UnsupportedMediaError,
 )
-from service.terms.jobs import Colour, Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
+from service.terms.jobs import Align, Colour, Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
 from service.terms.measures import ALARM, ValuesFormat
 from service.terms.settings import Settings
 from service.watch.logs import request_id
@@ -40,6 +40,7 @@ MAX_OPTION_BYTES = 1024
 MAX_BYTES = {"rig": MAX_FILE_BYTES}  # of options that may have more
 OPTION_FIELDS = (
     "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
+    "align",
     "alarm", "outline", "metadata", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
 )  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")
@@ -76,6 +77,13 @@ FORM: dict[str, Any] = {
             "description": "how infrared lies in the visible frame, for cameras that are not registered: a name of GET "
             "/v1/rigs, the content of a rig file, or nine numbers with commas: the matrix, row by row, from infrared "
             "pixels to visible ones of these pictures",
+        },
+        "align": {
+            "type": "string",
+            "enum": list(get_args(Align)),
+            "default": "rig",
+            "description": "refine: what the rig leaves in this pair, or a pair without one has, is measured and put "
+            "right if that is clear; X-Alignment tells what came of it",
         },
         "colour": {
             "type": "string",

@@ -36,6 +36,11 @@ HEADERS = {
         "description": "what was read of ir: the values that a thermal camera's JPEG carries, a false-colour picture "
         "turned back into intensity, or grey values; absent if the worker did not say",
     },
+    "X-Alignment": {
+        "schema": {"type": "string", "examples": ["residual 0.8 px, moved 3.1 px"]},
+        "description": "with align=refine: how far off infrared still seems (or `unknown`, with nothing to see), and "
+        "how far it was moved beyond its rig, in visible pixels",
+    },
     "X-Warning": {
         "schema": {"type": "array", "items": {"type": "string"}, "maxItems": MAX_WARNINGS},
         "description": "one line for each sentence about what looks wrong with the pair; percent-encoded where it is "
@@ -55,6 +60,8 @@ async def answer_of(result: FusionResult) -> Response:
     }
     if result.ir_source in get_args(IrSource):
         headers["X-Infrared-Source"] = result.ir_source
+    if result.alignment is not None:
+        headers["X-Alignment"] = result.alignment.line
     if len(result.images) == 1 and not result.values and result.alarm is None:
         ((part, image),) = result.images.items()
         headers["X-Picture"] = part
@@ -94,6 +101,8 @@ def _zip(result: FusionResult) -> bytes:
     values_name = f"values.{_SUFFIXES.get(result.values_type, 'bin')}"
     if result.values:
         description["values"] = {"file": values_name, "media_type": result.values_type, "unit": result.values_unit}
+    if result.alignment is not None:
+        description["alignment"] = result.alignment.model_dump()
     if result.alarm is not None:
         description["alarm"] = result.alarm.model_dump()
     stream = io.BytesIO()

@@ -150,7 +150,7 @@ def _options_of(
     parameters: Mapping[str, Parameter], outputs: Sequence[str]
 ) -> tuple[FusionOptions, Priority, float | None, bool]:
     """Options, priority, timeout in seconds, and whether files are wanted. Raises InvalidInputError."""
-    plain = ("seed", "steps", "sampler", "exposure", "colour", "alarm", "outline", "metadata")
+    plain = ("seed", "steps", "sampler", "exposure", "colour", "alarm", "outline", "metadata", "align")
     values: dict[str, Any] = {name: parameters[name] for name in plain if name in parameters}
     for name in ("vis_range", "ir_range", "colour_range", "degrees"):
         if name in parameters:
@@ -212,7 +212,10 @@ def tensors_of(results: Sequence[FusionResult], plan: Plan) -> tuple[Tensor, ...
 
 
 def told_of(results: Sequence[FusionResult]) -> dict[str, str]:
-    """What was read of each pair's infrared file, what looks wrong, and what is hot, as the answer's parameters."""
+    """What was read of each pair's infrared file, what looks wrong, what is hot, and how infrared lies.
+
+    As the answer's parameters.
+    """
     told = {}
     if any(result.ir_source for result in results):
         told["infrared_source"] = ",".join(result.ir_source for result in results)
@@ -226,4 +229,7 @@ def told_of(results: Sequence[FusionResult]) -> dict[str, str]:
     if any(result.alarm is not None for result in results):
         alarms = [None if result.alarm is None else result.alarm.model_dump() for result in results]
         told["alarms"] = json.dumps(alarms)
+    if any(result.alignment is not None for result in results):
+        alignments = [None if result.alignment is None else result.alignment.model_dump() for result in results]
+        told["alignments"] = json.dumps(alignments)
     return told

@@ -23,6 +23,7 @@ from service.terms.jobs import Part
 INPUTS: dict[str, tuple[str, ...]] = {"vis": ("UINT8", "BYTES"), "ir": ("UINT8", "UINT16", "BYTES")}  # and datatypes
 OUTPUTS: dict[str, Part] = {"fused": Part.FUSED, "vis_restored": Part.VIS, "ir_restored": Part.IR}
 PARAMETERS = (
+    "align",
     "seed", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "degrees", "alarm", "outline", "metadata",
     "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
 )  # fmt: skip
@@ -61,7 +62,7 @@ class InferRequest:
 class InferAnswer:
     """model_name, model_version: of the model that made the first pair's pictures.
 
-    parameters: infrared_source, warnings and alarms, as docs/oip.md has them; empty if there is nothing to tell.
+    parameters: infrared_source, warnings, alarms and alignments, as docs/oip.md has them; empty with nothing to tell.
     """
 
     model_name: str
