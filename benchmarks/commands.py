@@ -216,11 +216,20 @@ def bench_alignment(
     pairs: Annotated[Path | None, typer.Option(help="Folder with registered pairs in vis and ir.")] = None,
     singles: Annotated[int, typer.Option(min=1, help="Draws of a single pair, of each kind of scenes.")] = 40,
     tens: Annotated[int, typer.Option(min=0, help="Draws of ten pairs.")] = 20,
+    parallax: Annotated[
+        int, typer.Option(min=0, help="Instead: what align=refine makes of so many streets with depth.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """How well `calibrate` finds moved infrared, beside ECC and SIFT; on generated streets and on your pairs."""
     from benchmarks import alignment
 
+    if parallax:
+        from benchmarks.parallax import run
+
+        if not run(pairs, count=parallax, seed=seed, json_path=json_path, say=typer.echo).all_met:
+            raise typer.Exit(1)
+        return
     if not alignment.run(pairs, singles=singles, tens=tens, seed=seed, json_path=json_path, say=typer.echo).all_met:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_client.client import Client, FusionOptions
-from recofuse_client.values import FrameResult, IrSource, Mode, Part, StreamStats
+from recofuse_client.values import Alignment, FrameResult, IrSource, Mode, Part, StreamStats
 
 if TYPE_CHECKING:
     from recofuse_client.streams.options import Frames
@@ -36,8 +36,9 @@ class Sink(Protocol):
 class LiveReport:
     """What came of a stream. seconds: from the first result to the last.
 
-    num_unpaired: visible frames left out for want of an infrared one near them in time. num_alarms: frames with a region at or above the alarm. ir_source: what was read of the last infrared frame that was
-    fused. warnings: each once, the first MAX_WARNINGS.
+    num_unpaired: visible frames left out for want of an infrared one near them in time. num_alarms: frames with a region
+    at or above the alarm. alignments: of the last frames with align="refine". ir_source: what was read of the last
+    infrared frame that was fused. warnings: each once, the first MAX_WARNINGS.
     """
 
     stats: StreamStats = field(default_factory=StreamStats)
@@ -50,6 +51,7 @@ class LiveReport:
     warnings: list[str] = field(default_factory=list)
     num_alarms: int = 0
     num_unpaired: int = 0
+    alignments: deque[Alignment] = field(default_factory=lambda: deque(maxlen=MAX_REMEMBERED))
 
     @property
     def fps(self) -> float:
@@ -59,6 +61,17 @@ class LiveReport:
     def latency_s(self, percent: float) -> float:
         """A percentile of the latencies of the last 4096 results; 0 for none."""
         return float(np.percentile(self.latencies_s, percent)) if self.latencies_s else 0.0
+
+    @property
+    def moved_px(self) -> float | None:
+        """How far infrared was moved beyond its rig, in the mean of the last 4096 frames; None if none was refined."""
+        return float(np.mean([each.moved_px for each in self.alignments])) if self.alignments else None
+
+    @property
+    def residual_px(self) -> float | None:
+        """How far off it still seemed, likewise; None where nothing was to be seen."""
+        seen = [each.residual_px for each in self.alignments if each.residual_px is not None]
+        return float(np.mean(seen)) if seen else None
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -74,6 +87,8 @@ class LiveReport:
             "warnings": self.warnings,
             "num_alarms": self.num_alarms,
             "num_unpaired": self.num_unpaired,
+            "moved_px": self.moved_px,
+            "residual_px": self.residual_px,
             **asdict(self.stats),
         }
 
@@ -88,6 +103,7 @@ class LiveReport:
         )
         words = f"{words}; {self.num_unpaired} without a partner in time" if self.num_unpaired else words
         words = f"{words}; {self.num_alarms} with an alarm" if self.num_alarms else words
+        words = words if self.moved_px is None else f"{words}; infrared moved by {self.moved_px:.1f} px"
         return f"{words}; {stats.reconnects} reconnections" if stats.reconnects else words
 
     def add(self, result: FrameResult, started_s: float) -> None:
@@ -100,6 +116,8 @@ class LiveReport:
             self.last_error = str(result.error)
         if result.fusion is not None:
             self.ir_source = result.fusion.ir_source
+            if result.fusion.alignment is not None:
+                self.alignments.append(result.fusion.alignment)
             self.num_alarms += result.fusion.alarm is not None and result.fusion.alarm.num_regions > 0
             new = [warning for warning in dict.fromkeys(result.fusion.warnings) if warning not in self.warnings]
             self.warnings += new[: MAX_WARNINGS - len(self.warnings)]

@@ -53,8 +53,10 @@ class Alarm(_Told):
 
 
 class Alignment(_Told):
-    """What `align=refine` made of a frame, in visible pixels. moved_px: how far infrared was moved beyond its rig, in the
-    mean; 0 if it was left alone. residual_px: how far off its parts still seem; None where there was nothing to see.
+    """What `align=refine` made of a frame, in visible pixels.
+
+    moved_px: how far infrared was moved beyond its rig, in the mean; 0 if it was left alone. residual_px: how far off
+    its parts still seem; None where there was nothing to see.
     """
 
     residual_px: Annotated[float, Field(ge=0)] | None

@@ -307,8 +307,8 @@ def test_the_command_streams_by_a_rig(null_server: CommandServer, tmp_path: Path
     (tmp_path / "roof.json").write_text(to_json(rig))
     (tmp_path / "broken.json").write_text("{}")
 
-    def streamed(given: object) -> tuple[int, str]:
-        words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "--rig", given]
+    def streamed(given: object, *more: str) -> tuple[int, str]:
+        words = ["--vis", vis, "--ir", ir, "--target", null_server.grpc, "--rig", given, *more]
         done = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
@@ -317,6 +317,10 @@ def test_the_command_streams_by_a_rig(null_server: CommandServer, tmp_path: Path
     assert status == 0, told
     assert "4 frames fused, 0 failed" in told
     assert "rig: its calibration was unsure" in told
+    status, told = streamed(tmp_path / "roof.json", "--align", "refine")
+    assert status == 0, told
+    assert "4 frames fused, 0 failed" in told
+    assert "infrared moved by 0.0 px" in told
     status, told = streamed("cellar")
     assert status == 1
     assert "there is no rig cellar" in told

@@ -82,6 +82,7 @@ ERROR_CASES: dict[str, ErrorCase] = {
         rig__path=("../cellar", pb.FuseOptions(rig="../cellar")),
         rig__singular=("0,0,0,0,0,0,0,0,0", pb.FuseOptions(rig="0,0,0,0,0,0,0,0,0")),
         rig__no_file=("{}", pb.FuseOptions(rig="{}")),
+        align=("sideways", pb.FuseOptions(align=UNKNOWN)),
         colour_range=("1,2", pb.FuseOptions(colour_range=pb.ColourRange(low=1, high=2))),
         ir_range=("9,1", pb.FuseOptions(ir_range=pb.IrRange(low=9, high=1))),
         ir_range__nan=("nan,1", pb.FuseOptions(ir_range=pb.IrRange(low=float("nan"), high=1))),

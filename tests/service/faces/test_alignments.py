@@ -1,4 +1,4 @@
-"""`align=refine` from end to end: what a rig leaves is put right by every way in, told, followed over a stream, counted."""
+"""`align=refine` from end to end: what a rig leaves is put right by every way in, told, followed, and counted."""
 
 from __future__ import annotations
 
@@ -140,12 +140,12 @@ async def test_what_the_rig_leaves_is_put_right_and_told_by_every_way_in(ways: W
             assert (alignment["residual_px"], alignment["moved_px"]) == told
         for url, close in ((f"grpc://{ways.server.grpc_address}", told), (str(ways.server.client.base_url), rounded)):
             async with rc.AsyncClient(url) as client:
-                fusion = await client.fuse(
+                answered = await client.fuse(
                     COLOUR, SHOWN, rig=rig or None, align="refine", output="ir", ir_range=(0, 255)
                 )
-                np.testing.assert_array_equal(fusion.ir, expected)
-                assert fusion.alignment is not None
-                assert (fusion.alignment.residual_px, fusion.alignment.moved_px) == close
+                np.testing.assert_array_equal(answered.ir, expected)
+                assert answered.alignment is not None
+                assert (answered.alignment.residual_px, answered.alignment.moved_px) == close
 
 
 async def test_nothing_is_measured_unless_it_is_asked_for(ways: Ways) -> None:
@@ -171,8 +171,8 @@ async def test_a_zip_tells_it_too(ways: Ways) -> None:
 
 
 async def test_what_was_seen_of_nothing_is_told_as_unknown(ways: Ways) -> None:
-    flat = file_of(np.full((16, 20), 90, np.uint8))
-    files = {"vis": ("vis", file_of(np.full((16, 20, 3), 90, np.uint8))), "ir": ("ir", flat)}
+    flat = file_of(np.full((33, 44), 90, np.uint8))
+    files = {"vis": ("vis", file_of(np.full((33, 44, 3), 90, np.uint8))), "ir": ("ir", flat)}
     answer = await ways.server.client.post("/v1/fuse", files=files, data={"align": "refine"})
     assert answer.raise_for_status().headers["X-Alignment"] == "residual unknown, moved 0.0 px"
     async with rc.AsyncClient(str(ways.server.client.base_url)) as client:

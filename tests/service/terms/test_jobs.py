@@ -83,6 +83,7 @@ JOBS = st.builds(
     vis_layout=LAYOUTS,
     ir_layout=LAYOUTS,
     rig=RIGS,
+    track=st.sampled_from(["", "AQ=="]),
 )
 VALUES = st.floats(-1e6, 1e6)
 REGIONS = st.builds(Region, box=st.just((1, 2, 3, 4)), hottest=VALUES, centroid=st.just((1.5, 2.5)))

@@ -129,6 +129,7 @@ function resultOf(blob, header) {
     timing: timingOf(header("Server-Timing") ?? ""),
     model: [header("X-Model-Name"), header("X-Model-Version")].filter(Boolean).map(decodeURIComponent).join(" "),
     irSource: header("X-Infrared-Source") ?? "",
+    alignment: header("X-Alignment") ?? "",
     warnings: (header("X-Warning") ?? "").split(/, */).filter(Boolean).map(decodeURIComponent),  // lines come joined
   };
 }

@@ -198,6 +198,7 @@ async function showResult(answer, wanted, tookMs) {
   const shown = layers.find(layer => layer.id === "fused") ?? layers[0];
   showPictures([shown.id === "ir" ? "ir-in" : "vis-in", shown.id]);
   showTimes(answer, tookMs);
+  if (answer.alignment) $("facts").textContent += ` Infrared: ${answer.alignment}.`;
   if (alarm) $("facts").textContent += ` ${wordsOf(alarm)}`;
   $("warnings").replaceChildren();
   for (const warning of answer.warnings) make("li", warning, $("warnings"));
@@ -246,7 +247,7 @@ const msOf = ms => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(
 
 // fusing
 
-const OWN = { output: "fused", format: "png", colour: "natural", metadata: "drop" };
+const OWN = { output: "fused", format: "png", colour: "natural", metadata: "drop", align: "rig" };
 const isOverlay = () => !["natural", "grey"].includes(form.elements.colour.value);
 
 // The options that differ from what the server takes by itself.
@@ -254,7 +255,7 @@ function chosenOptions() {
   const options = [];
   const names = [
     "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
-    "alarm", "outline", "metadata", "seed", "vis_range", "ir_range",
+    "align", "alarm", "outline", "metadata", "seed", "vis_range", "ir_range",
   ];
   for (const name of names) {
     const value = form.elements[name].value.trim();

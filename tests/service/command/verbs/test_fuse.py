@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from recofuse_rigs.warp import warp_of
 from service.terms import images
 from tests.fakes import file_of
 from tests.images.test_metadata import FILES as TELLING
+from tests.rigs.scenes import scene
 from tests.rigs.streets import COUNTS, street
+from tests.rigs.test_parallax import leaning, off_by
 from tests.service.command.calls import assert_one_line, run
 
 
@@ -111,6 +114,22 @@ def test_what_the_files_say_of_themselves_is_kept_when_asked_for(pairs: Path, we
         assert result.exit_code == 0, result.output
     assert b"Camera & Sons" in (pairs / "told.jpg").read_bytes()
     assert b"Exif" not in (pairs / "plain.jpg").read_bytes()
+
+
+def test_what_a_rig_leaves_is_measured_for_a_registered_pair_too(tmp_path: Path, weights: Path) -> None:
+    vis, ir = scene(0)
+    (tmp_path / "vis.png").write_bytes(file_of(np.repeat(vis[..., None], 3, axis=2)))
+    shown = off_by(ir, leaning(4.0, -3.0)).astype(np.uint8)
+    (tmp_path / "ir.png").write_bytes(file_of(shown))
+    words = ("--vis", tmp_path / "vis.png", "--ir", tmp_path / "ir.png", "--weights", weights, "--ir-range", 0, 255)
+    done = run("fuse", *words, "-o", tmp_path / "out.png", "--sheet", tmp_path / "sheet.png", "--align", "refine")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"vis: residual [0-9.]+ px, moved [1-9][0-9.]* px", done.stdout)
+    sheet = np.asarray(cv2.imread(str(tmp_path / "sheet.png")))  # visible, infrared, fused
+    given = sheet[36 : 36 + 240, 8 + 320 + 8 : 8 + 320 + 8 + 320, 0].astype(float)
+    left, was = (np.abs(each - ir)[20:-20, 20:-20].mean() for each in (given, shown.astype(float)))
+    assert left < 0.5 * was
+    assert_one_line(run("fuse", *words, "-o", tmp_path / "out.png", "--align", "sideways"), "align")
 
 
 def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:

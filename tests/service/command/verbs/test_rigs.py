@@ -12,6 +12,7 @@ from recofuse_images.reader import read_infrared
 from recofuse_images.writer import png_bytes
 from recofuse_rigs.rig import Rig, corners_of, from_json, mapped, to_json
 from tests.rigs.scenes import IR_SIZE, VIS_SIZE, moved, scene, truth
+from tests.rigs.test_parallax import leaning, off_by
 from tests.service.command.calls import assert_one_line, run
 
 
@@ -88,3 +89,20 @@ def test_rigs_that_do_not_fit_are_refused(folder: Path) -> None:
     assert_one_line(run(*words, "-o", folder / "out.png"), "aspect ratio")
     assert_one_line(run(*words, "-o", folder / "out.jpg"), "keep the depth")
     assert_one_line(run(*words, "-o", folder / "ir" / "0.png"), "destroy an input")
+
+
+def test_what_a_rig_leaves_is_put_right(tmp_path: Path) -> None:
+    vis, ir = scene(0)
+    shown = off_by(ir, leaning(4.0, -3.0)).astype(np.uint16) * 10 + 7000
+    pair = ("--vis", tmp_path / "vis.png", "--ir", tmp_path / "ir.png")
+    (tmp_path / "vis.png").write_bytes(png_bytes(vis))
+    (tmp_path / "ir.png").write_bytes(png_bytes(shown))
+    rig = Rig(VIS_SIZE, VIS_SIZE, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+    (tmp_path / "rig.json").write_text(to_json(rig))
+    done = run("align", *pair, "--rig", tmp_path / "rig.json", "--refine", "-o", tmp_path / "out.png")
+    assert done.exit_code == 0, done.output
+    assert ", moved " in done.stdout
+    aligned = read_infrared((tmp_path / "out.png").read_bytes()).picture.values
+    inner = np.s_[20:-20, 20:-20]
+    left, was = (np.abs(each[inner] - (7000.0 + 10.0 * ir[inner])).mean() for each in (aligned, shown))
+    assert left < 0.5 * was

@@ -467,8 +467,11 @@ def test_a_rig_is_chosen_where_there_are_any(opened: Opener, address: str, tmp_p
         assert page.locator("[name=rig] option").all_inner_texts() == ["none", "roof, covers 33 %, unsure"]
         give(page, ("street.png", VIS), ("ir.png", file_of(picture(80, 80, channels=1))))
         page.select_option("[name=rig]", "roof")
+        page.select_option("[name=align]", "refine")
         expect(page.locator("#command")).to_contain_text("rig=roof")
+        expect(page.locator("#command")).to_contain_text("align=refine")
         fuse(page)
+        expect(page.locator("#facts")).to_contain_text(re.compile(r"Infrared: residual .*, moved 0\.0 px\."))
         (warning,) = page.locator("#warnings li").all_inner_texts()
         assert "unsure" in warning
         assert pixels(downloaded(page, "street-fused.png")).shape == (96, 128, 3)
