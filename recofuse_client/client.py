@@ -230,6 +230,7 @@ class Client(_Base):
         window: int = 16,
         max_in_flight: int = 0,
         frame_timeout_s: float | None = None,
+        steady: bool = True,
         reconnect_s: float = 60.0,
         **options: Unpack[FusionOptions],
     ) -> FrameStream:
@@ -237,7 +238,7 @@ class Client(_Base):
 
         frames: pairs (vis, ir) or `Frame`s from any iterable, read in a thread of its own. mode: `all` gives every
         frame a result and slows the source down; `latest` drops what is stale. window, max_in_flight, frame_timeout_s,
-        reconnect_s: see `recofuse_client.streams.options.StreamOptions`. Raises RouteNotFoundError and ValueError.
+        steady, reconnect_s: see `recofuse_client.streams.options.StreamOptions`. Raises RouteNotFoundError, ValueError.
         """
         values = {
             "mode": mode,
@@ -245,6 +246,7 @@ class Client(_Base):
             "window": window,
             "max_in_flight": max_in_flight,
             "frame_timeout_s": frame_timeout_s,
+            "steady": steady,
             "reconnect_s": reconnect_s,
         }
         chosen = self._stream_options(options, values)
@@ -352,6 +354,7 @@ class AsyncClient(_Base):
         window: int = 16,
         max_in_flight: int = 0,
         frame_timeout_s: float | None = None,
+        steady: bool = True,
         reconnect_s: float = 60.0,
         **options: Unpack[FusionOptions],
     ) -> AsyncFrameStream:
@@ -362,6 +365,7 @@ class AsyncClient(_Base):
             "window": window,
             "max_in_flight": max_in_flight,
             "frame_timeout_s": frame_timeout_s,
+            "steady": steady,
             "reconnect_s": reconnect_s,
         }
         chosen = self._stream_options(options, values)

@@ -130,6 +130,7 @@ def run(
     *,
     mode: Mode,
     options: FusionOptions,
+    steady: bool = True,
     say: Callable[[LiveReport], None] = lambda report: None,
     warn: Callable[[str], None] = lambda warning: None,
     max_frames: int = 0,
@@ -142,7 +143,7 @@ def run(
     report, started_s, said_s = LiveReport(), 0.0, 0.0
     part = Part(options.get("output", "fused"))
     try:
-        with client.stream(frames, mode=mode, **options) as results:
+        with client.stream(frames, mode=mode, steady=steady, **options) as results:
             try:
                 for result in results:
                     now_s = time.monotonic()

@@ -108,6 +108,7 @@ class Ledger:
             flow_control=flow,
             max_in_flight=self.options.max_in_flight,
             resume_after=self._last_answered,
+            steady=self.options.steady,
         )
         return pb.FuseStreamRequest(options=options)
 

@@ -25,6 +25,8 @@ from recofuse_core.evaluation.report import Figure, finite, mean_of, shown, tabl
 from recofuse_core.losses import luma
 from recofuse_core.picture import OutputName
 from recofuse_core.scenes.scene import moving_scene
+from recofuse_images import steady
+from recofuse_images.steady import Memory
 
 STILL = 3.0  # levels that the smoothed clean frames may change where a scene stands still
 SMOOTHING = 9  # px a side of the mean that tells a move from noise
@@ -142,16 +144,18 @@ def evaluate_sequences(
     sequences: Iterable[SequenceFrames],
     settings: EvaluationSettings,
     *,
+    is_steady: bool = True,
     device: torch.device | str = "cpu",
 ) -> Iterator[SequenceScores]:
     """Score sequences one after the other.
 
-    Every frame gets the same noise, as a stream's frames do. Raises ConfigError for version 1, DatasetError for a
+    Every frame gets the same noise, and its levels are held to those before it if `is_steady`, as a stream's frames
+    are. Raises ConfigError for version 1, DatasetError for a
     sequence in which nothing stands still.
     """
     if settings.version < 2:
         raise ConfigError("version 1 of the protocol scores pairs alone")
-    return (_evaluate_sequence(model, sequence, settings, device) for sequence in sequences)
+    return (_evaluate_sequence(model, sequence, settings, is_steady, device) for sequence in sequences)
 
 
 class _Seen(NamedTuple):
@@ -162,12 +166,17 @@ class _Seen(NamedTuple):
 
 
 def _evaluate_sequence(
-    model: Fuser, sequence: SequenceFrames, settings: EvaluationSettings, device: torch.device | str
+    model: Fuser,
+    sequence: SequenceFrames,
+    settings: EvaluationSettings,
+    is_steady: bool,
+    device: torch.device | str,
 ) -> SequenceScores:
     changes: dict[OutputName, list[tuple[float, ...]]] = {part: [] for part in PARTS}
     stills, psnrs = [], []
     rendition: Callable[[Tensor], Tensor] | None = None
     before: _Seen | None = None
+    memory = Memory() if is_steady else None
     for frame in sequence.frames():
         clean_vis, clean_ir = to_float(frame.clean_vis), to_float(frame.clean_ir)
         rendition = rendition or rendition_of(clean_vis, settings.exposure)  # one for all, so that it cannot flicker
@@ -180,14 +189,16 @@ def _evaluate_sequence(
             coupled=settings.coupled,
             exposure=settings.exposure,
         )
-        restored = {part: to_float(image_of(getattr(result, part), part)) for part in PARTS}
+        restored = {part: image_of(getattr(result, part), part) for part in PARTS}
+        if memory is not None:
+            restored = _held(memory, frame, restored)
         lit, given = rendition(clean_vis), (to_float(frame.vis), to_float(frame.ir))
         parts: dict[OutputName, tuple[Tensor, Tensor, Tensor]] = {
-            "fused": (torch.maximum(lit, clean_ir), torch.maximum(*given), restored["fused"]),
-            "vis": (lit, given[0], restored["vis"]),
-            "ir": (clean_ir, given[1], restored["ir"]),
+            "fused": (torch.maximum(lit, clean_ir), torch.maximum(*given), to_float(restored["fused"])),
+            "vis": (lit, given[0], to_float(restored["vis"])),
+            "ir": (clean_ir, given[1], to_float(restored["ir"])),
         }
-        psnrs.append((psnr(restored["vis"], to_uint8(lit)), psnr(restored["ir"], clean_ir)))
+        psnrs.append((psnr(restored["vis"], to_uint8(lit)), psnr(restored["ir"], frame.clean_ir)))
         now = _Seen(torch.cat([luma(clean_vis[None])[0], clean_ir]), parts)
         if before is not None:
             is_still = still_places(before.frame, now.frame)
@@ -203,6 +214,16 @@ def _evaluate_sequence(
     vis_db, ir_db = (sum(column) / len(psnrs) for column in zip(*psnrs, strict=True))
     flicker = {part: Flicker(*row[::2], *row[1::2]) for part, row in means.items()}
     return SequenceScores(sequence.name, sequence.num_frames, sum(stills) / len(stills), flicker, vis_db, ir_db)
+
+
+def _held(memory: Memory, frame: Frame, restored: dict[OutputName, Tensor]) -> dict[OutputName, Tensor]:
+    """What a stream shows of a frame, which the memory then holds, too."""
+    vis, ir = (image.permute(1, 2, 0).numpy() for image in (frame.vis, frame.ir))
+    pictures = {part: image.permute(1, 2, 0).numpy() for part, image in restored.items()}
+    seen = steady.seen(pictures, steady.inputs(vis, ir[..., 0]))
+    held = steady.steadied(pictures, seen, memory.means)
+    memory.add(seen)
+    return {part: torch.from_numpy(held[part]).permute(2, 0, 1) for part in restored}
 
 
 def still_places(before: Tensor, after: Tensor) -> Tensor:
@@ -230,6 +251,7 @@ class SequencesReport:
     settings: EvaluationSettings
     weights: str
     version: str
+    is_steady: bool = True
 
     def __post_init__(self) -> None:
         if not self.scores:
@@ -252,6 +274,7 @@ class SequencesReport:
             "protocol_version": self.settings.version,
             "seed": self.settings.seed,
             "exposure": self.settings.exposure,
+            "steady": self.is_steady,
             "weights": self.weights,
             "weights_version": self.version,
             "vis_psnr_db": mean_of([score.vis_psnr_db for score in self.scores]),
@@ -287,7 +310,8 @@ class SequencesReport:
         settings, count = self.settings, sum(score.num_frames for score in self.scores)
         who = f"{self.weights} {self.version}"
         what = f"{len(self.scores)} sequences of {count} frames in all"
-        return f"{what}, protocol {settings.version}, {settings.exposure}, seed {settings.seed}, {who}"
+        how = "" if self.is_steady else ", each frame alone"
+        return f"{what}, protocol {settings.version}, {settings.exposure}, seed {settings.seed}, {who}{how}"
 
 
 def _told(row: dict[str, Figure], name: str) -> str:

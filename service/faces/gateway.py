@@ -59,8 +59,8 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
-    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track: of a stream's frame, what the
-    frames before have shown, as the last result told it.
+    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track, means: of a stream's frame, see
+    FusionJob.
     """
 
     vis: bytes
@@ -76,6 +76,7 @@ class FusionRequest:
     ir_layout: RawLayout | None = None
     rig: str = ""
     track: str = ""
+    means: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +299,7 @@ class Gateway:
             ir_layout=request.ir_layout,
             rig=rig,
             track=request.track,
+            means=request.means,
         )
 
     def _checked(self, request: FusionRequest) -> tuple[tuple[int, int], Rig | None]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    Base64Bytes,
     BaseModel,
     ConfigDict,
     Field,
@@ -252,11 +254,13 @@ class _JobHeader(_Strict):
     sizes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]  # bytes of vis and ir
     rig: str | None = None  # as its file
     track: str | None = None
+    means: Base64Bytes | None = None
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know neither
-        return {name: value for name, value in values.items() if value is not None or name not in ("rig", "track")}
+        news = ("rig", "track", "means")
+        return {name: value for name, value in values.items() if value is not None or name not in news}
 
 
 def new_job_id() -> str:
@@ -279,6 +283,8 @@ class FusionJob:
     traceparent: W3C trace context of the request, if it is traced.
     rig: how infrared lies in the visible frame, the content and not its name; None for a registered pair.
     track: of a stream's frame that is to be refined, what the frames before have shown, as a result told it.
+    means: of the frames before (`recofuse_images.steady`), which its pictures are held to; empty for a stream's first
+    frame, None for what is no frame of a steady stream.
     """
 
     id: str
@@ -297,6 +303,7 @@ class FusionJob:
     ir_layout: RawLayout | None = None
     rig: Rig | None = None
     track: str = ""
+    means: bytes | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -336,6 +343,7 @@ class FusionJob:
             sizes=(len(self.vis), len(self.ir)),
             rig=None if self.rig is None else _rig_text(self.rig),
             track=self.track or None,
+            means=None if self.means is None else b64encode(self.means),
         )
         return header.model_dump_json().encode()
 
@@ -390,6 +398,7 @@ class _ResultHeader(_Strict):
     alarm: Alarm | None = None
     alignment: Alignment | None = None
     track: str = ""
+    seen: Base64Bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -400,8 +409,8 @@ class FusionResult:
     batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
     the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
     for people, as `printable` has them. values: a file of values_type with the restored infrared in values_unit, empty
-    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track: for the job of a
-    stream's next frame, and for nobody else.
+    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track, seen: for the jobs
+    of a stream's next frames, and for nobody else.
     """
 
     job_id: str
@@ -423,6 +432,7 @@ class FusionResult:
     alarm: Alarm | None = None
     alignment: Alignment | None = None
     track: str = ""
+    seen: bytes = b""
 
     @classmethod
     def failed(cls, job_id: str, error: ServiceError, timings_s: Mapping[Stage, float] | None = None) -> Self:
@@ -469,6 +479,7 @@ class FusionResult:
             alarm=self.alarm,
             alignment=self.alignment,
             track=self.track,
+            seen=b64encode(self.seen),
         )
         return _join(RESULT_MAGIC, header.model_dump_json().encode(), (*self.images.values(), self.values))
 

@@ -40,17 +40,19 @@ from service.terms.errors import (
     TimedOutError,
     UnavailableError,
 )
-from service.terms.jobs import FusionResult, Part, Stage, WorkerInfo, printable
+from service.terms.jobs import FusionJob, FusionResult, Part, Stage, WorkerInfo, printable
 from service.terms.measures import MEDIA_TYPES, Alignment
 from service.terms.settings import Settings
 from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
+from service.work import steadying
 from service.work.batcher import Batcher, BatchPolicy, Waiting
 from service.work.engine import Engine, EngineBrokenError, PassOptions
 
 if TYPE_CHECKING:
     from recofuse_images.measures import Measured
+    from recofuse_images.steady import Floats
     from recofuse_rigs.warp import Warp
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class _Held:
     warnings: tuple[str, ...] = ()
     alignment: Alignment | None = None
     track: str = ""
+    given: Floats | None = None  # cell means of the pair, if it is a frame of a steady stream
     trace: JobTrace = NO_JOB_TRACE
 
     @property
@@ -274,7 +277,7 @@ class Worker:
             started = time.perf_counter()
             try:
                 self._pass_options(held)  # what cannot be given is refused before anything is read
-                decoded = await self._codecs.run(lambda: self._codec.decode(job))
+                decoded, held.given = await self._codecs.run(lambda: self._decoded(job))
             except ServiceError as error:
                 await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
                 return
@@ -297,6 +300,10 @@ class Worker:
         finally:
             self._num_decoding -= 1
             self._changed.set()
+
+    def _decoded(self, job: FusionJob) -> tuple[images.Decoded, Floats | None]:
+        decoded = self._codec.decode(job)
+        return decoded, None if job.means is None else steadying.given_of(decoded.pair)
 
     # stage 2: the model
 
@@ -398,7 +405,7 @@ class Worker:
         job, info = held.lease.job, self._info
         started = time.perf_counter()
         try:
-            finished, encoded = await self._codecs.run(lambda: self._encoded(held, pictures))
+            finished, encoded, seen = await self._codecs.run(lambda: self._encoded(held, pictures))
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
             return
@@ -426,13 +433,19 @@ class Worker:
             alarm=finished.alarm,
             alignment=held.alignment,
             track=held.track,
+            seen=seen,
         )
         await self._finish(held, result)
 
-    def _encoded(self, held: _Held, pictures: dict[Part, images.Pixels]) -> tuple[images.Finished, dict[Part, bytes]]:
-        job = held.lease.job
+    def _encoded(
+        self, held: _Held, pictures: dict[Part, images.Pixels]
+    ) -> tuple[images.Finished, dict[Part, bytes], bytes]:
+        job, seen = held.lease.job, b""
+        if job.means is not None and held.given is not None:
+            pictures, seen = steadying.steadied(pictures, held.given, job.means, job.options)
         finished = images.finished(pictures, job.options, held.warp, held.ir_scale, held.measured)
-        return finished, {part: self._codec.encode(job, part, pixels) for part, pixels in finished.pictures.items()}
+        encoded = {part: self._codec.encode(job, part, pixels) for part, pixels in finished.pictures.items()}
+        return finished, encoded, seen
 
     async def _finish(self, held: _Held, result: FusionResult) -> None:
         is_visible = await self._patiently(lambda: self._queue.finish(held.lease, result))

@@ -35,6 +35,9 @@ def evaluate(
         Path | None, typer.Option(help="Instead: folders of consecutive frames, for flicker (docs/evaluation.md).")
     ] = None,
     streets: Annotated[int, typer.Option(min=0, help="Instead: so many generated streets, for flicker.")] = 0,
+    steady: Annotated[
+        bool, typer.Option(help="Of sequences: levels held steady from frame to frame, as streams have them.")
+    ] = True,
     strength: Annotated[
         str, typer.Option(help="Degradations put in: light, medium, strong; clean; given: the files have them already.")
     ] = "medium",
@@ -157,7 +160,7 @@ def evaluate(
     elif pictures is not None:
         report = _of_pictures(model, pictures, settings, references, thermal, limit, device, save)
     else:
-        report = _of_sequences(model, frames, streets, settings, device)
+        report = _of_sequences(model, frames, streets, settings, steady, device)
     texts |= {
         json_path: lambda: json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n",
         markdown: report.markdown,
@@ -248,7 +251,12 @@ def _of_pictures(
 
 
 def _of_sequences(
-    model: ReCoFuse | None, folder: Path | None, streets: int, settings: EvaluationSettings, device: str
+    model: ReCoFuse | None,
+    folder: Path | None,
+    streets: int,
+    settings: EvaluationSettings,
+    is_steady: bool,
+    device: str,
 ) -> _Report:
     from recofuse_core.evaluation.sequences import (
         SequencesReport,
@@ -260,7 +268,7 @@ def _of_sequences(
     if model is None:
         raise InvalidInputError("flicker is of a model's pictures: weights cannot be none")
     sequences = generated_streets(streets, settings.seed) if folder is None else find_sequences(folder)
-    results = evaluate_sequences(model, sequences, settings, device=device)
+    results = evaluate_sequences(model, sequences, settings, is_steady=is_steady, device=device)
     with progress_bar() as progress:
         scores = tuple(progress.track(results, total=len(sequences), description="evaluating"))
-    return SequencesReport(scores, settings, model.info.name, model.info.version)
+    return SequencesReport(scores, settings, model.info.name, model.info.version, is_steady)

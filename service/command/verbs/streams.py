@@ -129,6 +129,9 @@ def stream(
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
     exposure: Exposure = None,
+    steady: Annotated[
+        bool, typer.Option(help="Hold levels steady from frame to frame where the scene stands still.")
+    ] = True,
     rig: Annotated[
         str | None,
         typer.Option(
@@ -221,6 +224,7 @@ def stream(
             pairs,
             sinks,
             mode=chosen,
+            steady=steady,
             options={
                 "output": cast("Any", part),
                 "steps": steps,

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from recofuse_images.steady import Memory, Seen
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from service.access.guard import charge
 from service.access.held import Holding
@@ -50,13 +51,15 @@ RETRY_S = (0.01, 0.25)  # first and longest pause of the first frame in the line
 class _Arrived:
     """A frame, and when it came (monotonic seconds). In mode `latest` a newer one may take its place.
 
-    holding: what it takes in memory. pair: its request, once it was made; then its images are in there alone.
+    holding: what it takes in memory. pair: its request, once it was made; then its images are in there alone. seen:
+    what its result told of it, for those after it.
     """
 
     frame: pb.Frame
     arrived_s: float
     holding: Holding
     pair: FusionRequest | None = None
+    seen: bytes = b""
 
     def let_go_of_images(self) -> None:
         """Keep what the answer says about the frame."""
@@ -113,6 +116,7 @@ class Stream:
             while not isinstance(entry := await self._ordered.get(), _End):
                 arrived, task = entry
                 answer = await task
+                self._remember(arrived)
                 self._stamp(answer, arrived.arrived_s)
                 yield answer
                 self._moved_s = time.monotonic()
@@ -190,6 +194,8 @@ class Stream:
             raise InvalidInputError(f"max_in_flight: accepted are at most {most}, not {options.max_in_flight}")
         default = most if self._mode is FlowMode.ALL else min(most, IN_FLIGHT_LATEST)
         self._slots = asyncio.Semaphore(options.max_in_flight or default)
+        self._memory = Memory() if options.steady or not options.HasField("steady") else None
+        self._means = b""
         self._ledger = StreamLedger(options.resume_after if options.HasField("resume_after") else None)
 
     async def _accept(self, frame: pb.Frame) -> None:
@@ -251,6 +257,7 @@ class Stream:
             result = await self._fuse(arrived, accepted)
             if result.track:
                 self._track = max(self._track, (place, result.track))
+            arrived.seen = result.seen
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)
         except ServiceError as error:
@@ -346,7 +353,14 @@ class Stream:
             arrived.frame = _without_images(frame)
         # What the gateway will refuse, it must see as it was asked for.
         left_s = timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s
-        return replace(arrived.pair, timeout_s=left_s, track=self._track[1])
+        means = None if self._memory is None else self._means
+        return replace(arrived.pair, timeout_s=left_s, track=self._track[1], means=means)
+
+    def _remember(self, arrived: _Arrived) -> None:
+        """What the frames after this one are held to, frames in their order."""
+        if self._memory is not None and arrived.seen:
+            self._memory.add(Seen.from_bytes(arrived.seen))
+            self._means = b"" if self._memory.means is None else self._memory.means.to_bytes()
 
     def _let_go(self, holding: Holding) -> None:
         holding.release()

@@ -87,7 +87,7 @@ def test_noise_is_change_of_pixels_and_light_of_levels() -> None:
 
 def test_a_wandering_result_is_told_from_a_calm_one() -> None:
     calm, wandering = (
-        next(evaluate_sequences(Adding(levels), [standing(4)], SETTINGS))
+        next(evaluate_sequences(Adding(levels), [standing(4)], SETTINGS, is_steady=False))
         for levels in ([0.0, 0.0, 0.0, 0.0], [0.0, 6.0, 0.0, 6.0])
     )
     assert calm.flicker["vis"].pixels == calm.flicker["vis"].levels == 0
@@ -97,6 +97,23 @@ def test_a_wandering_result_is_told_from_a_calm_one() -> None:
     assert wandering.flicker["ir"].pixels == 0
     assert 0.3 < calm.still < 0.9
     assert wandering.flicker["vis"].ratios() == {"pixels_ratio": None, "levels_ratio": None}
+
+
+def test_a_wandering_result_is_held_as_in_a_stream() -> None:
+    levels = [0.0, 8.0] * 4
+    alone, held = (
+        next(evaluate_sequences(Adding(levels), [standing(8)], SETTINGS, is_steady=is_steady))
+        for is_steady in (False, True)
+    )
+    for part in ("fused", "vis"):
+        assert held.flicker[part].levels < 0.4 * alone.flicker[part].levels  # type: ignore[index]
+    assert held.flicker["ir"].levels == 0
+    lines = [
+        SequencesReport((s,), SETTINGS, "adding", "1", is_steady).line()
+        for s, is_steady in ((alone, False), (held, True))
+    ]
+    assert "adding 1, each frame alone: change" in lines[0]
+    assert "adding 1: change" in lines[1]
 
 
 def test_the_input_and_the_clean_sequence_are_measured_beside_it() -> None:

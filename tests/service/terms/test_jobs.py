@@ -84,6 +84,7 @@ JOBS = st.builds(
     ir_layout=LAYOUTS,
     rig=RIGS,
     track=st.sampled_from(["", "AQ=="]),
+    means=st.none() | st.binary(max_size=50),
 )
 VALUES = st.floats(-1e6, 1e6)
 REGIONS = st.builds(Region, box=st.just((1, 2, 3, 4)), hottest=VALUES, centroid=st.just((1.5, 2.5)))
@@ -107,6 +108,7 @@ RESULTS = st.builds(
     values_type=st.sampled_from(["", "image/tiff"]),
     values_unit=st.sampled_from([None, "counts", "celsius"]),
     alarm=st.none() | ALARMS,
+    seen=st.binary(max_size=50),
 )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import cv2
 import grpc
@@ -15,6 +16,9 @@ import pytest
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from service.faces.grpc.streams import Stream, _Arrived
 from service.terms.errors import ErrorCode
+from service.terms.images import Pixels
+from service.terms.jobs import Part
+from service.work.engine import PassOptions
 from tests.fakes import FakeEngine, file_of, pair, picture
 from tests.service.error_cases import IR, VIS
 from tests.service.faces.grpc.face import (
@@ -26,6 +30,7 @@ from tests.service.faces.grpc.face import (
     frame,
     grey,
     one_by_one,
+    pixels_of,
     raw_frame,
     request,
 )
@@ -424,3 +429,56 @@ async def test_a_client_that_takes_no_answers_is_given_up(facing: Facing) -> Non
         await asyncio.sleep(0.3)
         assert sum(map(len, face.engine.batches)) == num_fused
         call.cancel()
+
+
+# steady levels
+
+
+class WanderingEngine(FakeEngine):
+    """As NullEngine, every second pass a little brighter."""
+
+    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+        pictures = super().fuse(vis, ir, options, seeds)
+        more = 9 * (len(self.batches) % 2)
+        return {
+            part: np.minimum(picture.astype(np.uint16) + more, 255).astype(np.uint8)
+            for part, picture in pictures.items()
+        }
+
+
+def smooth_pair(phase: float) -> tuple[bytes, bytes]:
+    y, x = np.mgrid[:64, :96] / 15 + phase
+    plane = (110 + 70 * np.sin(x) * np.cos(y)).astype(np.uint8)
+    return file_of(np.stack([plane, plane // 2, plane // 3], axis=-1)), file_of(plane)
+
+
+async def levels_of(face: Face, phases: list[float], **options: Any) -> list[float]:
+    """The mean of every answer's picture, frame by frame."""
+    opening = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW), max_in_flight=1, **options)
+    frames = (frame(number, *smooth_pair(phase)) for number, phase in enumerate(phases))
+    messages = one_by_one([pb.FuseStreamRequest(options=opening), *frames])
+    return [float(pixels_of(answer.fusion.pictures[0].image).mean()) async for answer in face.stub.FuseStream(messages)]
+
+
+async def test_levels_are_held_from_frame_to_frame(facing: Facing) -> None:
+    async with facing(WanderingEngine()) as face:
+        alone = np.diff(await levels_of(face, [0.0] * 12, steady=False))
+        steady = np.diff(await levels_of(face, [0.0] * 12))
+    assert np.abs(alone).min() > 8
+    assert np.abs(steady[4:]).max() < 3
+
+
+async def test_a_cut_is_shown_as_it_is(facing: Facing) -> None:
+    async with facing(WanderingEngine()) as face:
+        alone = await levels_of(face, [0.0, 0.0, 0.0, 2.0], steady=False)
+        steady = await levels_of(face, [0.0, 0.0, 0.0, 2.0], steady=True)
+    assert steady[0] == alone[0]
+    assert steady[1] != alone[1]
+    assert steady[3] == alone[3]
+
+
+async def test_streams_do_not_share_what_they_remember(facing: Facing) -> None:
+    async with facing(WanderingEngine()) as face:
+        first = await levels_of(face, [0.0] * 4)
+        second = await levels_of(face, [0.0] * 4)
+    assert first == second
