@@ -77,8 +77,7 @@ def _normalised(levels: Floats) -> Floats:
     """Every place less its neighbourhood's mean, over its std and one."""
 
     def smooth(plane: Floats) -> Floats:
-        smoothed: Floats = cv2.GaussianBlur(plane, (7, 7), 7 / 6, borderType=cv2.BORDER_REPLICATE)
-        return smoothed
+        return np.asarray(cv2.GaussianBlur(plane, (7, 7), 7 / 6, borderType=cv2.BORDER_REPLICATE), np.float64)
 
     mean = smooth(levels)
     std = np.sqrt(np.abs(smooth(levels * levels) - mean * mean))

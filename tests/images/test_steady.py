@@ -138,7 +138,7 @@ def test_a_memory_of_other_parts_is_not_asked() -> None:
 
 def test_means_are_of_all_pixels_whatever_the_size() -> None:
     generator = np.random.default_rng(3)
-    for height, width in ((GRID, GRID), (45, 77), (480, 640)):
+    for height, width in ((GRID, GRID), (45, 77), (480, 640), (9000, 33)):
         picture = generator.integers(0, 256, (height, width, 3), np.uint8)
         means = steady.averaged(picture)
         assert means.shape == (GRID, GRID, 3)

@@ -106,7 +106,7 @@ def test_a_wandering_result_is_held_as_in_a_stream() -> None:
         for is_steady in (False, True)
     )
     for part in ("fused", "vis"):
-        assert held.flicker[part].levels < 0.4 * alone.flicker[part].levels  # type: ignore[index]
+        assert held.flicker[part].levels < 0.4 * alone.flicker[part].levels
     assert held.flicker["ir"].levels == 0
     lines = [
         SequencesReport((s,), SETTINGS, "adding", "1", is_steady).line()
