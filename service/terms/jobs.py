@@ -308,7 +308,7 @@ class FusionJob:
     @property
     def size_bytes(self) -> int:
         """Payload bytes, which admission counts."""
-        return len(self.vis) + len(self.ir)
+        return len(self.vis) + len(self.ir) + len(self.means or b"")
 
     def is_expired(self, now_s: float) -> bool:
         """Whether nobody waits for the result any more."""
@@ -449,8 +449,8 @@ class FusionResult:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the pictures and values."""
-        return sum(len(image) for image in self.images.values()) + len(self.values)
+        """Bytes of the pictures, the values and what was seen."""
+        return sum(len(image) for image in self.images.values()) + len(self.values) + len(self.seen)
 
     def raise_for_error(self) -> None:
         """Raises the ServiceError that the job ended with, if it did."""
