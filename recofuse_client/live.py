@@ -36,9 +36,9 @@ class Sink(Protocol):
 class LiveReport:
     """What came of a stream. seconds: from the first result to the last.
 
-    num_unpaired: visible frames left out for want of an infrared one near them in time. num_alarms: frames with a region
-    at or above the alarm. alignments: of the last frames with align="refine". ir_source: what was read of the last
-    infrared frame that was fused. warnings: each once, the first MAX_WARNINGS.
+    num_unpaired: visible frames left out for want of an infrared one near them in time. num_alarms: frames with a
+    region at or above the alarm. alignments: of the last frames with align="refine". ir_source: what was read of the
+    last infrared frame that was fused. warnings: each once, the first MAX_WARNINGS.
     """
 
     stats: StreamStats = field(default_factory=StreamStats)

@@ -59,8 +59,8 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
-    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track, means: of a stream's frame, see
-    FusionJob.
+    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track, means: of a stream's frame,
+    see FusionJob.
     """
 
     vis: bytes

@@ -409,8 +409,8 @@ class FusionResult:
     batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
     the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
     for people, as `printable` has them. values: a file of values_type with the restored infrared in values_unit, empty
-    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track, seen: for the jobs
-    of a stream's next frames, and for nobody else.
+    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track, seen: for the
+    jobs of a stream's next frames, and for nobody else.
     """
 
     job_id: str
