@@ -263,9 +263,8 @@ def read_pairs(
             return Pairs(_timed_pairs(videos, paces, pairer), lambda: pairer.num_unpaired), videos[0].fps
         return Pairs(_live_pairs(videos, paces)), videos[0].fps
     left_out: list[int] = []
-    return Pairs(_file_pairs(videos[0], videos[1], offset_s, tolerance_s, left_out), lambda: len(left_out)), videos[
-        0
-    ].fps
+    frames = _file_pairs(videos[0], videos[1], offset_s, tolerance_s, left_out)
+    return Pairs(frames, lambda: len(left_out)), videos[0].fps
 
 
 def _grey(frame: Pixels) -> Pixels:
