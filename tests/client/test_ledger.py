@@ -180,3 +180,10 @@ def test_impossible_options() -> None:
     for wrong in ({"mode": "some"}, {"window": 0}, {"max_in_flight": -1}, {"reconnect_s": -1}):
         with pytest.raises(ValueError, match=r"mode|window"):
             StreamOptions(**wrong)
+
+
+def test_the_server_is_told_whether_to_hold_levels_steady() -> None:
+    for is_steady in (True, False):
+        opening = Ledger(StreamOptions(steady=is_steady)).opening()
+        assert opening.options.HasField("steady")
+        assert opening.options.steady is is_steady
