@@ -45,6 +45,7 @@ _CLEARLY = 3.0  # standard errors by which the gain of the cells between must st
 _MIN_GAIN = 0.03  # and its share of what the cells had in common
 _MIN_MOVED = 0.2  # pixels at the compared size: less is not worth it
 _MAX_FRAMES = 5  # that a stream's field is a mean of, about
+_VAST = 1e30
 _THUMB = (16, 12)
 _CUT = 24.0  # levels by which the thumbnails of one scene differ at the most
 
@@ -147,14 +148,17 @@ def _compared_size(vis_size: Size) -> Size:
 def _grey(vis: NDArray[np.uint8], size: Size) -> Floats:
     small = vis if vis.shape[1::-1] == size else cv2.resize(vis, size, interpolation=cv2.INTER_AREA)
     values = np.asarray(small, np.float32)
-    return values if values.ndim == 2 else values @ np.array([0.299, 0.587, 0.114], np.float32)
+    return values if values.ndim == 2 else np.asarray(cv2.cvtColor(values, cv2.COLOR_RGB2GRAY), np.float32)
 
 
 def _finite(infrared: NDArray[Any]) -> NDArray[Any]:
+    """The lowest value for what is none, or is beyond all sense."""
     if infrared.dtype.kind != "f":
         return infrared
-    is_finite = np.isfinite(infrared)
-    return infrared if is_finite.all() else np.where(is_finite, infrared, infrared[is_finite].min(initial=0))
+    is_sound = np.abs(infrared) < _VAST
+    if is_sound.all():
+        return infrared
+    return np.where(is_sound, infrared, infrared[is_sound].min() if is_sound.any() else 0)
 
 
 def _is_cut(before: NDArray[np.uint8], now: NDArray[np.uint8]) -> bool:
@@ -236,10 +240,12 @@ def _fitted(blurred: list[Floats], counted: Mask, bound: float, before: Vector |
             x, y = (spread @ nodes).T
             _, slopes, bends = quadratics(surfaces, x, y)
             slope = weights.T @ slopes - 2 * stiffness @ nodes - 2 * _TETHER * (nodes - anchor)
-            bend = _bend(weights, bends)
+            bend = _bend(counted, bends)
             scale = float(np.trace(bend)) / len(bend)
             for _ in range(4):
-                change = np.linalg.solve(bend + damping * scale * np.eye(len(bend)), slope.T.ravel())
+                steep = bend + damping * scale * np.eye(len(bend))
+                _, solved = cv2.solve(steep, slope.T.reshape(-1, 1), flags=cv2.DECOMP_CHOLESKY)
+                change = np.asarray(solved, np.float64).ravel()
                 change *= min(1.0, 2 / max(float(np.abs(change).max()), 1e-9))
                 moved = _bounded(nodes + change.reshape(2, -1).T, bound)
                 value = collected(surfaces, moved)
@@ -265,15 +271,20 @@ def _begun(surfaces: Floats, counted: Mask, bound: float, anchor: Vector) -> Vec
     return places[int(np.argmax([float(_values(surfaces, place)[counted].sum()) for place in places]))]
 
 
-def _bend(weights: Vector, bends: Vector) -> Vector:
+def _bend(counted: Mask, bends: Vector) -> Vector:
     """The curvature of what is collected, (2 nodes, 2 nodes), x of all nodes before y; valleys count as flat."""
     values, vectors = np.linalg.eigh(bends)
     falling = (vectors * np.maximum(-values, 0)[:, None, :]) @ vectors.transpose(0, 2, 1)
-    num = weights.shape[1]
+    num = NODES[0] * NODES[1]
     bend = np.empty((2 * num, 2 * num))
+    # A cell depends on four nodes at the most, so this is summed by places and not by a product of whole matrices.
+    cells, places, products = _node_pairs()
+    products = products * counted[cells]
     for i in range(2):
-        for j in range(2):
-            bend[i * num : (i + 1) * num, j * num : (j + 1) * num] = (weights * falling[:, i, j, None]).T @ weights
+        for j in range(i, 2):
+            part = np.bincount(places, products * falling[cells, i, j], num * num).reshape(num, num)
+            bend[i * num : (i + 1) * num, j * num : (j + 1) * num] = part
+            bend[j * num : (j + 1) * num, i * num : (i + 1) * num] = part
     cost = 2 * (_stiffness() + _TETHER * np.eye(num))
     bend[:num, :num] += cost
     bend[num:, num:] += cost
@@ -297,6 +308,15 @@ def _spread_nodes() -> Vector:
     """(cells, nodes): how the nodes' displacements make each cell's."""
     down, across = (hat_weights(count, nodes) for count, nodes in zip(_CELLS[::-1], NODES[::-1], strict=True))
     return np.asarray(np.kron(down, across), np.float64)
+
+
+@functools.cache
+def _node_pairs() -> tuple[NDArray[np.intp], NDArray[np.intp], Vector]:
+    """For each cell and each two nodes of it: the cell, where the two stand in a matrix of nodes, and their weights."""
+    spread = _spread_nodes()
+    weights = spread[:, :, None] * spread[:, None, :]
+    cells, one, other = np.nonzero(weights)
+    return cells, one * spread.shape[1] + other, weights[cells, one, other]
 
 
 @functools.cache

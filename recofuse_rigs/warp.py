@@ -119,9 +119,9 @@ class Warp:
     def moved(self, field: NDArray[np.floating[Any]]) -> Warp:
         """The warp of a frame in which infrared lies off by a smooth field: still one interpolation.
 
-        field: (rows, columns, 2), x before y, at nodes in the middles of as many equal cells of the frame: what the rig
-        lays at a pixel plus this displacement belongs at that pixel. The coverage stays the rig's: where infrared comes
-        to end sooner, by as much as it is moved, the value of its nearest edge goes on, within the feather.
+        field: (rows, columns, 2), x before y, at nodes in the middles of equal cells of the frame, two of each side and
+        more: what the rig lays at a pixel plus this displacement belongs at that pixel. The coverage stays the rig's:
+        where infrared comes to end sooner, by as much as it is moved, its edge's values go on, within the feather.
         """
         num_rows, num_columns = field.shape[:2]
         height, width = self.coverage.shape
@@ -268,7 +268,11 @@ def _spread_over(nodes: NDArray[np.float32], shape: tuple[int, ...], band: slice
     """Values at nodes (2, rows, columns), between them, for some rows of a frame: (2, H, W)."""
     down = hat_weights(shape[0], nodes.shape[1], band).astype(np.float32)
     across = hat_weights(shape[1], nodes.shape[2]).astype(np.float32)
-    return np.asarray(down @ nodes @ across.T, np.float32)
+    rows = np.einsum("hi,cij->chj", down, nodes)
+    # By hand: two nodes have a part in a column, and the start of a matrix product's threads would cost more.
+    left = np.minimum(np.argmax(across > 0, axis=1), nodes.shape[2] - 2)
+    share = across[np.arange(shape[1]), left + 1]
+    return np.asarray(rows[..., left] * (1 - share) + rows[..., left + 1] * share, np.float32)
 
 
 def feathered(coverage: NDArray[np.bool_], width: float) -> Weights:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from benchmarks import parallax
 from benchmarks.parallax import Draw, Recorded, drawn, judge, markdown
 from recofuse_rigs.warp import Warps
 
@@ -26,9 +28,11 @@ def test_the_bars() -> None:
     assert "| 1 | 4.00 | 1.50 | 5.00 | 1.50 | 0.30 | 0.10 |" in markdown([GOOD, alone])
 
 
-def test_one_draw() -> None:
+def test_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WIDTH", 320), ("HEIGHT", 240), ("NUM_FRAMES", 4)):
+        monkeypatch.setattr(parallax, name, value)
     draw = drawn(np.random.default_rng(4), 3, Warps())
-    assert draw.before_px > 1
+    assert draw.before_px > 0.5
     assert draw.after_px <= 0.5 * draw.before_px
     assert draw.harm_px <= 0.2
     assert draw.jitter_px < draw.own_jitter_px

@@ -124,9 +124,10 @@ def test_nothing_moves_further_than_the_rig_allows() -> None:
         np.zeros((HEIGHT, WIDTH), np.uint8),
         np.full((HEIGHT, WIDTH), np.nan, np.float32),
         np.full((HEIGHT, WIDTH), np.inf, np.float64),
-        np.linspace(-1e30, 1e30, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH),
+        np.linspace(-1e29, 1e29, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH),
+        np.linspace(-1e307, 1e307, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH),
     ],
-    ids=["black", "nan", "infinite", "vast"],
+    ids=["black", "nan", "infinite", "vast", "beyond sense"],
 )
 def test_pictures_of_nothing_are_left_as_they_are(infrared: NDArray[Any]) -> None:
     vis, _ = scene(2)
@@ -144,7 +145,7 @@ def test_pictures_too_small_to_be_compared_are_left_as_they_are(size: tuple[int,
 def test_missing_measurements_do_not_hide_the_rest() -> None:
     vis, ir = scene(3)
     field = leaning(0.0, 5.0)
-    values = off_by(ir, field).astype(np.float32)
+    values = 7000 + 10 * off_by(ir, field).astype(np.float32)
     values[::7, ::9] = np.nan
     assert error(field, field_of(refined_warp(vis, values, warp_of(REGISTERED)))) < 0.7 * error(field, 0.0)
 
@@ -200,18 +201,18 @@ def followed(sent: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], warp: Warp
 
 def test_a_stream_is_steadier_than_its_frames() -> None:
     field, warp = leaning(-4.0, 3.0), warp_of(REGISTERED)
-    sent = frames(7, field)
+    sent = frames(5, field)
     steps = []
     for is_tracked in (False, True):
         fields = [field_of(refined) for refined in followed(sent, warp, is_tracked=is_tracked)]
-        steps.append(np.mean([error(one, other) for one, other in pairwise(fields[3:])]))
+        steps.append(np.mean([error(one, other) for one, other in pairwise(fields[2:])]))
         assert error(field, fields[-1]) < 0.5 * error(field, 0.0)
     assert steps[1] < 0.6 * steps[0]
 
 
 def test_a_cut_begins_anew() -> None:
     warp = warp_of(REGISTERED)
-    before = followed(frames(3, leaning(-4.0, 3.0)), warp, is_tracked=True)[-1]
+    before = followed(frames(1, leaning(-4.0, 3.0)), warp, is_tracked=True)[-1]
     vis, ir = scene(8)
     shown = off_by(ir, leaning(5.0, 0.0))
     assert before.track is not None
@@ -223,7 +224,7 @@ def test_a_cut_begins_anew() -> None:
 
 def test_what_was_true_of_frames_before_does_not_harm_a_registered_one() -> None:
     vis, ir = scene(7)
-    before = followed(frames(5, leaning(0.0, 6.0)), warp_of(REGISTERED), is_tracked=True)[-1]
+    before = followed(frames(3, leaning(0.0, 6.0)), warp_of(REGISTERED), is_tracked=True)[-1]
     assert before.moved_px > 1
     assert refined_warp(vis, ir, warp_of(REGISTERED), track=before.track).moved_px < 0.2
 

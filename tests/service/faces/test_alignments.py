@@ -188,9 +188,9 @@ def frames(count: int) -> list[tuple[bytes, bytes]]:
 
 
 async def test_a_stream_begins_with_what_the_frames_before_have_shown(ways: Ways) -> None:
-    sent = frames(4)
+    sent = frames(3)
     answers = await ways.stream(ways.message("roof").options, sent)
-    assert [answer.sequence for answer in answers] == [0, 1, 2, 3]
+    assert [answer.sequence for answer in answers] == [0, 1, 2]
     track: Track | None = None
     alone = []
     for answer, (vis, ir) in zip(answers, sent, strict=True):
@@ -209,8 +209,8 @@ async def test_a_stream_begins_with_what_the_frames_before_have_shown(ways: Ways
 
 
 async def test_a_stream_with_many_frames_in_flight_stays_in_order_and_drops_nothing(ways: Ways) -> None:
-    answers = await ways.stream(ways.message("roof").options, frames(9), max_in_flight=4)
-    assert [answer.sequence for answer in answers] == list(range(9))
+    answers = await ways.stream(ways.message("roof").options, frames(6), max_in_flight=4)
+    assert [answer.sequence for answer in answers] == list(range(6))
     assert all(answer.fusion.alignment.moved_px > 1 for answer in answers)
     assert answers[-1].stats.dropped == 0
 
