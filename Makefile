@@ -62,8 +62,9 @@ lock: $(INSTALLED) ## write deploy/requirements-*.txt, what the images install, 
 pictures: $(INSTALLED) ## make the pictures of the documents from generated scenes
 	@$(BIN)/python -m docs.make_pictures
 
-bench: $(INSTALLED) ## measure what the service costs without the model, on an otherwise idle machine
+bench: $(INSTALLED) ## measure what the service costs without the model, and the model by runtime; on an idle machine
 	@$(BIN)/recofuse bench service $(ARGS)
+	@$(BIN)/recofuse bench engine --runtimes
 
 drills: $(INSTALLED) ## prove the promises of docs/reliability.md on real processes, in ten to fifteen minutes
 	@$(BIN)/python -m benchmarks.drills $(ARGS)

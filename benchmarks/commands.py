@@ -63,6 +63,9 @@ def bench_engine(
     preset: Annotated[
         list[str] | None, typer.Option(help="paper (random weights), compact; may be repeated. Both if unset.")
     ] = None,
+    runtimes: Annotated[
+        bool, typer.Option("--runtimes", help="Only the runtimes of the shipped weights, alone and beside others.")
+    ] = False,
     device: Device = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
@@ -72,14 +75,18 @@ def bench_engine(
         str | None, typer.Option(help="Measure nothing; model a card that is not there: H200, H100, 4090 or T4.")
     ] = None,
 ) -> None:
-    """The model against the straightforward implementation, one improvement after the other."""
+    """The model against the straightforward implementation, one improvement after the other, and its runtimes."""
     from benchmarks import engine as measured
+    from benchmarks import runtimes as by_runtime
     from recofuse_core import PRESETS
 
     if unknown := set(preset or ()) - set(PRESETS):
         raise InvalidInputError(f"preset: {', '.join(sorted(unknown))} is none of {', '.join(PRESETS)}")
     if model_gpu is not None:
         _model_gpu(model_gpu, presets=preset or ("compact", "paper"), quick=quick, json_path=json_path)
+        return
+    if runtimes:
+        by_runtime.run(num_threads=threads, json_path=json_path, say=typer.echo, is_all=True)
         return
     outcome = measured.run(
         is_quick=quick,

@@ -9,6 +9,9 @@ and longer runs are computed from the parts: `extrapolated` in the table. So a b
 steps of the baseline need not be waited for. On a GPU runs are timed by the clock, transfers included, and only those
 of 100 steps are computed from shorter ones.
 
+On a CPU the runtimes of the shipped weights follow, alone and beside busy processes (benchmarks/runtimes.py), and the
+last line says what they cost of torch's processor time.
+
 Floor: the ceilings that this run measures (a large matrix product, a large copy), and for each network the time in
 which it could do its multiplications, or read its weights and every convolution's input and output once, whichever is
 longer. `roofline` is the floor's share of the time measured.
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import runtimes
 from benchmarks.processes import machine
 from benchmarks.straightforward import straightforward
 from recofuse_core.checkpoint import load_pretrained
@@ -479,6 +483,7 @@ class Outcome:
     rows: list[Row]
     checks: list[Check]
     line: str
+    compared: runtimes.Outcome | None = None
 
     @property
     def all_met(self) -> bool:
@@ -538,23 +543,27 @@ def run(
                     say(row.text())
             except torch.OutOfMemoryError:
                 say(f"{preset:8} {size[0]:>4}x{size[1]:<4} {batch:>3}  the next variant does not fit the memory")
-        compact_s = None
+        compact_s, compared = None, None
         if not on_gpu and "compact" in presets:
+            compared = runtimes.run(num_threads=num_threads, say=say)
             with tempfile.TemporaryDirectory(prefix="recofuse-bench-") as folder:
                 compact_s = files_to_file_s(Path(folder))
     finally:
         torch.set_num_threads(num_threads_before)
     checks = judge(rows, on_gpu, compact_s)
     line = f"engine on {name}: " + ("; ".join(check.text() for check in checks) or "no target is for these cases")
+    if compared is not None:
+        line += f"; {compared.line}"
     if not on_gpu and where["load_average"] > 0.5:
         line += f"; the machine was busy (load average {where['load_average']})"
-    document = {
+    document: dict[str, Any] = {
         "machine": where,
         "device": name,
         "torch": torch.__version__,
         "ceilings": asdict(ceilings),
         "rows": [asdict(row) for row in rows],
         "targets": [{**asdict(check), "is_met": check.is_met} for check in checks],
+        "runtimes": None if compared is None else asdict(compared),
         "line": line,
     }
     if json_path is not None:
@@ -564,7 +573,7 @@ def run(
     if plot_path is not None:
         plot_path.write_text(plots.svg(chart(rows, name)), encoding="utf-8")
     say(line)
-    return Outcome(rows, checks, line)
+    return Outcome(rows, checks, line, compared)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -228,7 +228,7 @@ def run(
     where = machine()
     say(f"{where['cpu']}, {processors.told()}, load average {where['load_average']} before")
     names = [name for name in WAYS if with_spinning or name != "spinning"]
-    rows = _beside_others({name: WAYS[name] for name in names}, repeats, num_busy)
+    rows = beside_others({name: WAYS[name] for name in names}, repeats, num_busy)
     say(f"{'':<24} {'as it is':^15}   {f'{num_busy} busy':^15}   {'ratio':^13}")
     say(HEADING)
     for row in rows:
@@ -249,7 +249,8 @@ def run(
     return outcome
 
 
-def _beside_others(ways: dict[str, str], repeats: int, num_busy: int) -> list[Row]:
+def beside_others(ways: dict[str, str], repeats: int, num_busy: int) -> list[Row]:
+    """Each way's medians, in windows that alternate with and without that many busy processes."""
     with _fusers(ways) as fusers, _busy(num_busy) as tell:
         alone: dict[str, list[Cost]] = {name: [] for name in ways}
         busy: dict[str, list[Cost]] = {name: [] for name in ways}
