@@ -169,7 +169,11 @@ class GraphRuntime:
                 image = networks.widen(image)
             elif name == "ir":
                 image = image.mean(axis=1, keepdims=True)
-            return np.rint(image * 255).astype(np.uint8) if is_levels else np.ascontiguousarray(image)
+            if not is_levels:
+                return np.ascontiguousarray(image)
+            image *= 255
+            np.rint(image, out=image)
+            return image.astype(np.uint8)
 
         pictures, _ = run(networks, self.sde, plan, frames, (height, width), draw, finish)
         return FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"))
@@ -197,8 +201,8 @@ class GraphNetworks:
         """Frames lit if asked, under their tone curves, padded, ir in three channels."""
         vis, ir = self._run("light" if exposure == "lit" else "tone", vis, ir)
         height, width = vis.shape[-2:]
-        margin = ((0, 0), (0, 0), (0, padded(height) - height), (0, padded(width) - width))
-        vis, ir = (np.pad(image, margin, "reflect") for image in (vis, ir))
+        if (rows := padded(height) - height) | (columns := padded(width) - width):
+            vis, ir = (np.pad(image, ((0, 0), (0, 0), (0, rows), (0, columns)), "reflect") for image in (vis, ir))
         return Pair(vis, np.repeat(ir, 3, axis=1))
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
