@@ -41,6 +41,7 @@ from benchmarks.straightforward import straightforward
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.devices import named_device
 from recofuse_core.evaluation import plots
+from recofuse_core.kernels.choice import KernelChoice
 from recofuse_core.model import PRESETS, Conditions, ReCoFuse, build_model, noise_like
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
 from recofuse_core.recording import ScheduleCache
@@ -76,6 +77,7 @@ class Variant:
     cached: bool = False  # schedules made once
     half: bool = False
     stacked: bool = False
+    kernels: KernelChoice = "eager"
     recorded: bool = False
     sampler: SamplerName | None = "euler"
     steps: int | None = BASELINE_STEPS
@@ -91,7 +93,7 @@ def ladder(on_gpu: bool) -> list[Variant]:
         ("bfloat16", {"half": True}),
     ]
     if on_gpu:
-        steps += [("both branches in one pass", {"stacked": True})]
+        steps += [("both branches in one pass", {"stacked": True}), ("kernels that win here", {"kernels": "auto"})]
     steps += [("default steps", {"sampler": None, "steps": None})]
     if on_gpu:  # a graph holds a few steps, not a hundred
         steps += [("recorded", {"recorded": True})]
@@ -284,7 +286,9 @@ class Candidate:
         self.runtime: Runtime | None = None
         if variant.cached:
             precision: Literal["auto", "float32"] = "auto" if variant.half else "float32"
-            self.runtime = Runtime(model, precision=precision, graphs=variant.recorded, stacked=variant.stacked)
+            self.runtime = Runtime(
+                model, precision=precision, graphs=variant.recorded, stacked=variant.stacked, kernels=variant.kernels
+            )
             self.model = self.runtime.model
             self.conditions = ScheduleCache(self.model)
         else:

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.engine import BATCHES, NAMED_SIZE, Ceilings, count_costs
+from recofuse_core.kernels.choice import KernelChoice, use_kernels
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
 from recofuse_core.picture import ALL_OUTPUTS, Exposure, OutputName
 from recofuse_core.recording import EagerRecorder, NoiseCache, Program, ProgramKey, Results, ScheduleCache
@@ -42,6 +43,7 @@ DEVICE = torch.device("meta")
 FUSED: tuple[OutputName, ...] = ("fused",)
 TABLE = Path(__file__).with_name("kernels.json")
 TABLE_BATCHES = (1, 8)
+BLOCKS: tuple[KernelChoice, ...] = ("eager", "triton")
 
 # The device's answer is needed before the host can go on.
 WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"})
@@ -49,6 +51,14 @@ COPIES = frozenset({"_to_copy", "copy_"})
 KERNELS = {"native_group_norm": 3, "sort": 4, "baddbmm": 2, "constant_pad_nd": 2}
 FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 SHUFFLES = frozenset({"pixel_shuffle", "pixel_unshuffle"})  # a GPU writes their results plane by plane
+# Multiplications and additions of the kernels in recofuse_core/kernels, each of which is one.
+OF_OURS: dict[str, Callable[[Any], int]] = {
+    "norm_product": lambda args: 2 * args[0].numel() * args[3].shape[-1],
+    "depthwise_gate": lambda args: 2 * 9 * args[0].numel(),
+    "attend": lambda args: 2 * args[0].shape[0] * args[1].shape[-1] ** 2,
+    "product_add": lambda args: 2 * args[0].numel() * args[2].shape[-1],
+    "finish": lambda args: 4 * 2 * args[2].numel() * args[2].shape[-1],
+}
 LAUNCH_S = 2e-6  # from one kernel to the next that waits for it, within a graph
 
 
@@ -219,6 +229,8 @@ def _operation(name: str, args: Any, tensors: list[Tensor], outs: list[Tensor]) 
             size += 2 * _bytes(outs[0])
         elif name == "addmm" and args[0].ndim != 1:
             kernels, size = 2, size + 2 * _bytes(outs[0])
+    elif name in OF_OURS:
+        flops = OF_OURS[name](args)
     elif name == "scaled_dot_product_attention":
         query, key = args[:2]
         flops = 4 * query.numel() * key.shape[-2]
@@ -318,11 +330,16 @@ def simulation() -> Iterator[None]:
         torch.autocast = autocast  # type: ignore[misc]
 
 
-def on_device(config: ModelConfig, precision: Precision = "bfloat16", *, stacked: bool = True) -> ReCoFuse:
+def on_device(
+    config: ModelConfig, precision: Precision = "bfloat16", *, stacked: bool = True, kernels: KernelChoice = "eager"
+) -> ReCoFuse:
     """A model for inference on the device that stands for a GPU, its weights never filled."""
     with DEVICE:
         model = build_model(config).eval()
-    return frozen_copy(model, torch.bfloat16 if precision == "bfloat16" else torch.float32, stacked=stacked)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    frozen = frozen_copy(model, dtype, stacked=stacked)
+    use_kernels(frozen, kernels)
+    return frozen
 
 
 @torch.inference_mode()
@@ -375,7 +392,7 @@ def run_operations(
 
     All steps but the first and the last are alike, so a run of many is put together from one of three.
     """
-    model = on_device(config, precision, stacked=options.pop("stacked", True))
+    model = on_device(config, precision, stacked=options.pop("stacked", True), kernels=options.pop("kernels", "eager"))
     width, height = NAMED_SIZE
 
     def of(steps: int) -> list[Operation]:
@@ -399,18 +416,22 @@ def _difference(longer: list[Operation], shorter: list[Operation]) -> list[Opera
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """One line of the committed table: a preset at 640x480 in bfloat16, its own steps, the fused picture alone."""
+    """One line of the committed table: a preset at 640x480 in bfloat16, its own steps, the fused picture alone.
+
+    blocks: what they run on, torch's kernels ("eager") or ours ("triton").
+    """
 
     preset: str
     batch: int
+    blocks: KernelChoice
     kernels: int
     gigabytes: float
 
 
-def count(preset: str, batch: int) -> Count:
+def count(preset: str, batch: int, blocks: KernelChoice) -> Count:
     """What the code asks for now."""
-    demand = Demand.of(run_operations(PRESETS[preset], batch, outputs=FUSED))
-    return Count(preset, batch, demand.kernels, round(demand.num_bytes / 1e9, 2))
+    demand = Demand.of(run_operations(PRESETS[preset], batch, outputs=FUSED, kernels=blocks))
+    return Count(preset, batch, blocks, demand.kernels, round(demand.num_bytes / 1e9, 2))
 
 
 def table() -> list[Count]:
@@ -420,7 +441,7 @@ def table() -> list[Count]:
 
 def write_table() -> list[Count]:
     """Count again, for whoever changes what a run asks for: `python -m benchmarks.simulated_gpu`."""
-    made = [count(preset, batch) for preset in ("compact", "paper") for batch in TABLE_BATCHES]
+    made = list(itertools.starmap(count, itertools.product(("compact", "paper"), TABLE_BATCHES, BLOCKS)))
     TABLE.write_text(json.dumps([asdict(row) for row in made], indent=2) + "\n", encoding="utf-8")
     return made
 
@@ -429,7 +450,15 @@ def write_table() -> list[Count]:
 
 SMALL_SIZE = (50, 70)  # height, width; padded on both sides
 SMALL_TILES = TilingConfig(max_pixels=64 * 64, tile=64, overlap=32)
-FORMS: tuple[tuple[Precision, bool], ...] = (("bfloat16", True), ("bfloat16", False), ("float32", True))
+
+Way = tuple[Precision, bool, KernelChoice]  # the second: stacked or not
+WAYS: tuple[Way, ...] = (
+    ("bfloat16", True, "eager"),
+    ("bfloat16", True, "triton"),
+    ("bfloat16", False, "triton"),
+    ("bfloat16", False, "eager"),
+    ("float32", True, "eager"),
+)
 
 
 def small(preset: str) -> ModelConfig:
@@ -442,13 +471,14 @@ def small(preset: str) -> ModelConfig:
 
 def all_captures() -> Iterator[tuple[str, Capture]]:
     """Every kind of run that may be recorded, with its name: of both presets, three steps each."""
-    for preset, (precision, stacked) in itertools.product(PRESETS, FORMS):
-        model = on_device(small(preset), precision, stacked=stacked)
+    for preset, (precision, stacked, kernels) in itertools.product(PRESETS, WAYS):
+        model = on_device(small(preset), precision, stacked=stacked, kernels=kernels)
         exposures: tuple[Exposure, ...] = ("as_shot", "as_shot") if model.exposure is None else ("as_shot", "lit")
         for sampler, outputs, levels in itertools.product(
             SAMPLERS, (FUSED, ("vis",), ("ir",), ALL_OUTPUTS), (True, False)
         ):
-            name = f"{preset} {precision} {'stacked' if stacked else 'apart'} {sampler} {'+'.join(outputs)} {levels=}"
+            way = f"{precision} {'stacked' if stacked else 'apart'} {kernels}"
+            name = f"{preset} {way} {sampler} {'+'.join(outputs)} {levels=}"
             options: dict[str, Any] = {"sampler": sampler, "steps": 3, "outputs": outputs, "levels": levels}
             yield name, captured(model, 2, *SMALL_SIZE, **options, exposure=exposures[levels])
             if outputs == ALL_OUTPUTS:
@@ -511,12 +541,15 @@ def host_ms(batch: int = 8, repeats: int = 15) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run at 640x480 on a card that is not there. floor_ms as in benchmarks/engine.py, at the maker's figures."""
+    """One run at 640x480 on a card that is not there. floor_ms as in benchmarks/engine.py, at the maker's figures.
+
+    form: the branches stacked or apart on torch's kernels, or stacked on ours ("kernels").
+    """
 
     preset: str
     batch: int
     outputs: str
-    stacked: bool
+    form: str
     operations: int
     kernels: int
     gigabytes: float
@@ -528,7 +561,7 @@ class Row:
     def text(self) -> str:
         """A line of the table."""
         return (
-            f"{self.preset:8} {self.batch:>3}  {self.outputs:5} {'stacked' if self.stacked else 'apart':7} "
+            f"{self.preset:8} {self.batch:>3}  {self.outputs:5} {self.form:7} "
             f"{self.operations:>6} {self.kernels:>7} {self.gigabytes:>7.2f} {self.gigaflops:>7.0f} "
             f"{self.floor_ms:>8.2f} {self.launch_ms:>9.2f} {self.modelled_ms:>8.2f} "
             f"{1e3 * self.batch / self.modelled_ms:>8.0f}"
@@ -562,14 +595,15 @@ def run(
     rows, flags = [], []
     for preset in presets:
         for batch in TABLE_BATCHES if is_quick else BATCHES:
-            for stacked in (True,) if is_quick else (True, False):
-                for outputs in (FUSED, ALL_OUTPUTS) if stacked and not is_quick else (FUSED,):
-                    rows.append(_row(model_of, preset, batch, outputs, stacked))
+            for form in ("kernels", "stacked") if is_quick else ("kernels", "stacked", "apart"):
+                for outputs in (FUSED,) if is_quick or form == "apart" else (FUSED, ALL_OUTPUTS):
+                    rows.append(_row(model_of, preset, batch, outputs, form))
                     say(rows[-1].text())
     line = "; ".join(
-        f"{row.preset} batch {row.batch}: {row.kernels} kernels, {row.gigabytes:.1f} GB, {row.modelled_ms:.1f} ms"
+        f"{row.preset} batch {row.batch} {row.form}: {row.kernels} kernels, {row.gigabytes:.1f} GB, "
+        f"{row.modelled_ms:.1f} ms"
         for row in rows
-        if row.batch in TABLE_BATCHES and row.stacked and row.outputs == "fused"
+        if row.batch in TABLE_BATCHES and row.form != "apart" and row.outputs == "fused"
     )
     spent_ms = host_ms()
     line += f"; {spent_ms:.1f} ms of one thread of this host for a batch of 8"
@@ -594,9 +628,12 @@ def run(
     return Outcome(rows, flags, line)
 
 
-def _row(card: Card, preset: str, batch: int, outputs: tuple[OutputName, ...], stacked: bool) -> Row:
+def _row(card: Card, preset: str, batch: int, outputs: tuple[OutputName, ...], form: str) -> Row:
     config = PRESETS[preset]
-    operations = run_operations(config, batch, card.precision, outputs=outputs, stacked=stacked)
+    kernels: KernelChoice = "triton" if form == "kernels" else "eager"
+    operations = run_operations(
+        config, batch, card.precision, outputs=outputs, stacked=form != "apart", kernels=kernels
+    )
     demand = Demand.of(operations)
     is_half = card.precision != "float32"
     with DEVICE:
@@ -608,7 +645,7 @@ def _row(card: Card, preset: str, batch: int, outputs: tuple[OutputName, ...], s
         preset,
         batch,
         "all" if len(outputs) == len(ALL_OUTPUTS) else "+".join(outputs),
-        stacked,
+        form,
         demand.operations,
         demand.kernels,
         round(demand.num_bytes / 1e9, 3),
@@ -621,4 +658,5 @@ def _row(card: Card, preset: str, batch: int, outputs: tuple[OutputName, ...], s
 
 if __name__ == "__main__":
     for line in write_table():
-        print(f"{line.preset:8} batch {line.batch}: {line.kernels:>6} kernels, {line.gigabytes:>6.2f} GB")
+        name = f"{line.preset:8} batch {line.batch} {line.blocks:6}"
+        print(f"{name}: {line.kernels:>6} kernels, {line.gigabytes:>6.2f} GB")

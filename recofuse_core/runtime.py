@@ -7,8 +7,8 @@ It may prepare what it does because its weights no longer change. What it adds:
   do norm statistics, time embeddings, the published autoencoder's first and last convolution, which see pixels, and on
   a CPU the fusion module, which is no faster in bfloat16 there.
 - the conditioning of every time step, made once.
-- on a GPU, both branches in one pass (stacked.py), and the whole run of a shape recorded once as a CUDA graph with
-  static buffers (recording.py).
+- on a GPU, both branches in one pass (stacked.py), blocks on kernels of our own where these win (kernels/), and the
+  whole run of a shape recorded once as a CUDA graph with static buffers (recording.py).
 
 What is float32 is float32 on a GPU, too, recorded or not (arithmetic.py). Algorithms may differ all the same: a seed
 gives the same bytes again on one device and one way (eager, or recorded at one batch size), and elsewhere the same
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError
+from recofuse_core.kernels.choice import KernelChoice, use_kernels
 from recofuse_core.model import ReCoFuse, noise_like, require_pair
 from recofuse_core.picture import (
     ALL_OUTPUTS,
@@ -96,7 +97,7 @@ class Runtime:
     many recorded runs are held, and their bytes; 0 bytes: half of what the GPU has free now. defers_recording: a shape
     that comes again is recorded by `record_due`, not within `fuse`. batch_sizes: what batches of recorded runs are
     filled up to, ascending; larger ones run as they are. stacked: both branches in one pass, None for a GPU alone.
-    recorder: for tests.
+    kernels: "auto" tries ours against torch's on a GPU, in seconds, and takes what wins. recorder: for tests.
     """
 
     def __init__(
@@ -110,12 +111,15 @@ class Runtime:
         defers_recording: bool = False,
         batch_sizes: Sequence[int] = (1, 2, 4, 8),
         stacked: bool | None = None,
+        kernels: KernelChoice = "auto",
         recorder: Recorder | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
         self.dtype = native_dtype(precision, self.device)
         self.model = frozen_copy(model, self.dtype, stacked=on_gpu if stacked is None else stacked)
+        with full_float32():
+            self.kernels = use_kernels(self.model, kernels)  # what was chosen, in words
         self.batch_sizes = tuple(sorted(batch_sizes))
         self._conditions = ScheduleCache(self.model)
         self._programs: ProgramCache | None = None

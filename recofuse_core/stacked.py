@@ -95,12 +95,14 @@ class StackedDenoiser(nn.Module):
 
 
 class StackedBlock(nn.Module):
-    """`GatedConvBlock` of both branches; the residual gains are folded into the last products."""
+    """`GatedConvBlock` of both branches; the residual gains are folded into the last products.
 
-    def __init__(self, vis: GatedConvBlock, ir: GatedConvBlock) -> None:
+    Its weights may be those of one branch, too, for what else runs such blocks (kernels/blocks.py).
+    """
+
+    def __init__(self, *pair: GatedConvBlock) -> None:
         super().__init__()
-        pair = (vis, ir)
-        self.channels = vis.expand1.in_channels
+        self.channels = pair[0].expand1.in_channels
         for name in ("expand1", "attention", "expand2"):
             convs = [getattr(block, name) for block in pair]
             self.register_buffer(f"{name}_weight", _stacked_weight(convs))

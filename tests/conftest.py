@@ -17,10 +17,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs, from child processes too, unless the tests that need one are asked for (`-m gpu`).
 
     Others compare bytes of runs that may go different ways on a GPU (eager, recorded, other batch sizes), which round
-    differently there; and they may run beside somebody's work on it.
+    differently there; and they may run beside somebody's work on it. Kernels in Triton are interpreted then.
     """
     if not asks_for_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
 def asks_for_gpu(markers: str) -> bool:

@@ -270,6 +270,12 @@ class EngineSettings(Group):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the networks; auto: bfloat16 where the device computes in it natively"
     )
+    kernels: Literal["auto", "eager", "triton"] = Field(
+        default="auto",
+        description="what blocks of the networks run on; auto: on a GPU the kernels written for them in Triton where a "
+        "trial at the start, of seconds, shows that they agree with torch's and are faster; eager: torch's; triton: "
+        "ours, untried",
+    )
     graphs: Literal["auto", "on", "off"] = Field(
         default="auto", description="record whole runs and replay them (CUDA graphs); auto: on a GPU"
     )

@@ -71,12 +71,14 @@ class TorchEngine:
         self._runtime = Runtime(
             load_pretrained(settings.model, device=self._device),
             precision=settings.precision,
+            kernels=settings.kernels,
             graphs=None if settings.graphs == "auto" else settings.graphs == "on",
             max_graphs=settings.max_graphs,
             max_graph_bytes=settings.max_graph_bytes,
             defers_recording=True,
             batch_sizes=settings.batch_sizes,
         )
+        logger.info("blocks of the model run on", extra={"kernels": self._runtime.kernels})
 
     def warm_up(self) -> None:
         """See Engine. A shape that fails is left out; raises what the last one raised if every one did."""

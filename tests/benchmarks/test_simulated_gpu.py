@@ -19,14 +19,17 @@ from typer.testing import CliRunner
 
 from benchmarks import simulated_gpu
 from benchmarks.simulated_gpu import (
+    BLOCKS,
     CARDS,
     DEVICE,
     FUSED,
     LAUNCH_S,
+    OF_OURS,
     SMALL_SIZE,
     SMALL_TILES,
     Capture,
     Demand,
+    Way,
     captured,
     count,
     on_device,
@@ -34,34 +37,39 @@ from benchmarks.simulated_gpu import (
     small,
     table,
 )
+from recofuse_core.kernels.choice import KernelChoice
 from recofuse_core.model import PRESETS, ReCoFuse
 from recofuse_core.picture import Exposure, OutputName
 from recofuse_core.runtime import Precision
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from service.command.cli import app
 
-SERVED: tuple[Precision, bool] = ("bfloat16", True)
-OTHERS: tuple[tuple[Precision, bool], ...] = (("bfloat16", False), ("float32", True))
+SERVED: Way = ("bfloat16", True, "eager")
+OURS: Way = ("bfloat16", True, "triton")
+OTHERS: tuple[Way, ...] = (("bfloat16", False, "eager"), ("float32", True, "eager"), ("bfloat16", False, "triton"))
 
 
 @cache
-def small_model(preset: str, precision: Precision, stacked: bool) -> ReCoFuse:
-    return on_device(small(preset), precision, stacked=stacked)
+def small_model(preset: str, precision: Precision, stacked: bool, kernels: KernelChoice) -> ReCoFuse:
+    return on_device(small(preset), precision, stacked=stacked, kernels=kernels)
 
 
 @pytest.mark.parametrize(
     ("preset", "way", "sampler"),
     [
         *(("compact", SERVED, sampler) for sampler in SAMPLERS),
-        *(("compact", way, "ode2") for way in OTHERS),
+        *(("compact", way, "ode2") for way in (OURS, *OTHERS)),
+        ("paper", OURS, "ode1"),
         *(("paper", SERVED, sampler) for sampler in ("euler", "ode1")),  # it predicts noise, and is read otherwise
     ],
     ids=str,
 )
-def test_every_sampler_can_be_captured(preset: str, way: tuple[Precision, bool], sampler: SamplerName) -> None:
+def test_every_sampler_can_be_captured(preset: str, way: Way, sampler: SamplerName) -> None:
     found = captured(small_model(preset, *way), 2, *SMALL_SIZE, sampler=sampler, steps=2)
     assert found.flags == []
-    assert found.demand.kernels > 200
+    assert found.demand.kernels > 150
+    ours = [operation for operation in found.operations if operation.name in OF_OURS]
+    assert bool(ours) == (way[2] == "triton")
 
 
 @pytest.mark.parametrize(("outputs", "levels"), [(("fused",), True), (("vis",), False), (("ir",), True)], ids=str)
@@ -71,8 +79,10 @@ def test_every_output_can_be_captured(preset: str, outputs: tuple[OutputName, ..
     assert found.flags == []
 
 
-@pytest.mark.parametrize(("preset", "way"), [("compact", SERVED), ("compact", OTHERS[1]), ("paper", SERVED)], ids=str)
-def test_tiled_frames_can_be_captured(preset: str, way: tuple[Precision, bool]) -> None:
+@pytest.mark.parametrize(
+    ("preset", "way"), [("compact", SERVED), ("compact", OURS), ("compact", OTHERS[1]), ("paper", SERVED)], ids=str
+)
+def test_tiled_frames_can_be_captured(preset: str, way: Way) -> None:
     model = small_model(preset, *way)
     found = captured(model, 1, 64, 96, steps=1, tiling=SMALL_TILES)
     assert found.flags == []
@@ -84,13 +94,22 @@ def test_every_rendition_can_be_captured(exposure: Exposure) -> None:
     assert captured(small_model("compact", *SERVED), 2, *SMALL_SIZE, steps=1, exposure=exposure).flags == []
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("preset", "batch"), [("compact", 1), ("compact", 8), ("paper", 1)])
-def test_a_run_asks_for_no_more_than_the_table_says(preset: str, batch: int) -> None:
+def test_a_run_asks_for_no_more_than_the_table_says(preset: str, batch: int, blocks: KernelChoice) -> None:
     """Whoever saves some writes it down, too: python -m benchmarks.simulated_gpu."""
-    (known,) = [row for row in table() if (row.preset, row.batch) == (preset, batch)]
-    now = count(preset, batch)
+    (known,) = [row for row in table() if (row.preset, row.batch, row.blocks) == (preset, batch, blocks)]
+    now = count(preset, batch, blocks)
     assert known.kernels * 0.97 <= now.kernels <= known.kernels
     assert known.gigabytes * 0.97 <= now.gigabytes <= known.gigabytes + 0.01
+
+
+def test_our_kernels_are_few_and_move_little() -> None:
+    """At most 900 kernels and 16 GB for a batch of compact, and 9,000 kernels for a pair of paper."""
+    ours = {(row.preset, row.batch): row for row in table() if row.blocks == "triton"}
+    assert ours["compact", 8].kernels <= 900
+    assert ours["compact", 8].gigabytes <= 16
+    assert ours["paper", 1].kernels <= 9000
 
 
 def test_a_run_of_many_steps_is_put_together_from_short_ones() -> None:
@@ -153,7 +172,8 @@ def test_the_command_models_a_card(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     document = json.loads(path.read_text())
-    assert [(row["preset"], row["batch"]) for row in document["rows"]] == [("compact", 1), ("compact", 8)]
+    rows = [(row["preset"], row["batch"], row["form"]) for row in document["rows"]]
+    assert rows == [("compact", batch, form) for batch in (1, 8) for form in ("kernels", "stacked")]
     for row in document["rows"]:
         assert 0 < row["floor_ms"] < row["modelled_ms"]
         assert row["launch_ms"] == pytest.approx(1e3 * LAUNCH_S * row["kernels"])
