@@ -44,7 +44,8 @@ class FusedBlock(nn.Module):
             y = y.view(self.branches, -1, channels)
             v = operations.norm_product(y, scale2, shift2, *self._of("expand2"), NORM_EPS, True)
             out = operations.product_add(v, None, *self._of("project2"), y)
-        return out.view(x.shape)
+        whole: Tensor = out.view(x.shape)
+        return whole
 
     def _of(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")

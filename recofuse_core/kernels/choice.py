@@ -73,7 +73,7 @@ class Trial:
 def has_triton() -> bool:
     """Whether Triton can be imported here."""
     try:
-        import triton  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+        import triton  # noqa: F401
     except ImportError:
         return False
     return True
@@ -234,12 +234,12 @@ def graph_ms(call: Callable[[], Tensor]) -> float:
             call()
     spent = []
     for _ in range(3):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()  # type: ignore[no-untyped-call]
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
         graph.replay()
-        last.record()  # type: ignore[no-untyped-call]
-        last.synchronize()  # type: ignore[no-untyped-call]
-        spent.append(first.elapsed_time(last) / NUM_TIMED)  # type: ignore[no-untyped-call]
+        last.record()
+        last.synchronize()
+        spent.append(first.elapsed_time(last) / NUM_TIMED)
     graph.reset()
     return float(min(spent))
 

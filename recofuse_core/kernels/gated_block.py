@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped, unused-ignore]
-import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from recofuse_core.kernels.operations import TILE
@@ -20,7 +20,7 @@ from recofuse_core.kernels.operations import TILE
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _dot(first, second, total, EXACT: tl.constexpr):
     """Add a product to total: of float32, or of halves with sums in float32."""
     if INTERPRETED:
@@ -32,7 +32,7 @@ def _dot(first, second, total, EXACT: tl.constexpr):
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _norm_product(
     x, gain, shift, weight, bias, out, num_rows, eps,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, EXACT: tl.constexpr,
@@ -84,7 +84,7 @@ def _norm_product(
     tl.store(target, first.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _depthwise_gate(
     wide, weight, bias, gated, sums, height, width, num_items, num_tiles,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -119,7 +119,7 @@ def _depthwise_gate(
     tl.store(sums + tile * CHANNELS + columns, tl.sum(product, axis=0), mask=is_column)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _attend(
     sums, weight, bias, out, num_items, num_tiles, num_positions,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -146,7 +146,7 @@ def _attend(
     tl.store(out + plane * CHANNELS + columns, made, mask=is_column)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _product_add(
     x, scale, weight, bias, residual, out, num_rows, num_items,
     CHANNELS: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
@@ -176,7 +176,7 @@ def _product_add(
     tl.store(out + places + columns[None, :], total.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _finish(
     gated, attention, x, weight1, bias1, gain, shift, weight2, bias2, weight3, bias3, out, num_rows, num_items, eps,
     CHANNELS: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, DEPTH: tl.constexpr,

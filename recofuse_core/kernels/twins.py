@@ -26,7 +26,7 @@ def depthwise_gate(wide: Tensor, weight: Tensor, bias: Tensor, height: int, widt
     kernels = weight.mT.reshape(branches * channels, 1, 3, 3)
     mixed = F.conv2d(images, kernels, bias.flatten(), padding=1, groups=branches * channels)
     gated = _gated(mixed.view(-1, branches, channels, num_rows).permute(1, 0, 3, 2).reshape(planes, num_rows, channels))
-    tiles = F.pad(gated.float(), (0, 0, 0, -num_rows % TILE)).unflatten(1, (-1, TILE))
+    tiles = F.pad(gated.float(), (0, 0, 0, -num_rows % TILE)).view(planes, -1, TILE, channels // 2)
     return gated, tiles.sum(dim=2)
 
 

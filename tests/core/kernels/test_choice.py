@@ -71,7 +71,8 @@ class Doubled(nn.Module):
     def forward(self, x: Tensor, *modulation: object) -> Tensor:
         if self.off < 0:
             raise RuntimeError("no C compiler")
-        return x + (1 + self.off) * (self.block(x, *modulation) - x)
+        added: Tensor = self.block(x, *modulation) - x
+        return x + (1 + self.off) * added
 
 
 @pytest.mark.parametrize(

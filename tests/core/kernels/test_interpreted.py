@@ -20,6 +20,7 @@ from tests.core.tiny import GATED, PUBLISHED, largest_difference, pairs, tiny_mo
 # The interpreter cuts what does not fit bfloat16 off instead of rounding it, so its errors are twice a card's.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 4e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+FUSED: tuple[OutputName, ...] = ("fused",)
 FEW = settings(max_examples=3, deadline=None, derandomize=True)
 CHANNELS = st.integers(2, 40)
 ROWS = st.integers(1, 70)  # one tile of rows is 64
@@ -129,5 +130,5 @@ def test_a_whole_run_is_the_eager_one(stacked: bool, config: ModelConfig) -> Non
     fused = Runtime(model, precision="float32", stacked=stacked, kernels="triton")
     assert fused.kernels.startswith("triton: ")
     vis, ir = pairs(1, 33, 41)
-    found = fused.fuse(vis, ir, steps=1, outputs=("fused",))
-    assert largest_difference(found, eager.fuse(vis, ir, steps=1, outputs=("fused",))) < 1e-4
+    one, other = (runtime.fuse(vis, ir, steps=1, outputs=FUSED) for runtime in (fused, eager))
+    assert largest_difference(one, other) < 1e-4
