@@ -12,6 +12,7 @@ from recofuse_core.kernels.blocks import FusedBlock, FusedConvBlock
 from recofuse_core.kernels.choice import relative_rms
 from recofuse_core.layers import Modulation
 from recofuse_core.model import ModelConfig
+from recofuse_core.picture import OutputName
 from recofuse_core.runtime import Runtime
 from recofuse_core.stacked import StackedBlock
 from tests.core.kernels.blocks import drawn, gated_block, modulations
