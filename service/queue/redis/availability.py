@@ -31,6 +31,7 @@ _AWAY = (
     OSError,
 )
 _AWAY_WORDS = ("NOGROUP", "UNBLOCKED", "LOADING", "MASTERDOWN", "NOREPLICAS", "MISCONF", "BUSY")
+_FULL_WITHIN_SCRIPT = ": -OOM "  # how Redis 6 words what a script met
 
 
 @contextlib.contextmanager
@@ -43,6 +44,9 @@ def reaching() -> Iterator[None]:
     except exceptions.ResponseError as error:
         if str(error).startswith(_AWAY_WORDS):
             raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from _without_frames(error)
+        if _FULL_WITHIN_SCRIPT in str(error):
+            full = exceptions.OutOfMemoryError(str(error))
+            raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from full
         raise
 
 

@@ -6,8 +6,10 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from redis import exceptions
 
 from service.queue.redis.address import PREFIX
+from service.queue.redis.availability import reaching
 from service.terms.errors import JobNotFoundError, OverloadedError, UnavailableError
 from service.terms.jobs import Priority, new_job_id
 from tests.service.queue.contract import success
@@ -136,3 +138,15 @@ async def test_a_failover_is_survived() -> None:
 def replies(raw: bytes) -> bytes:
     """The words of a raw answer, without its lengths."""
     return b" ".join(word for word in raw.split(b"\r\n") if not word.startswith((b"$", b"*")))
+
+
+def test_a_full_memory_within_a_script_is_told_as_one_outside_of_it() -> None:
+    """Redis 6 words it as an error of the script."""
+    message = (
+        "Error running script (call to f_1): @user_script:1: -OOM command not allowed when used memory > 'maxmemory'."
+    )
+    with pytest.raises(UnavailableError) as caught, reaching():
+        raise exceptions.ResponseError(message)
+    assert isinstance(caught.value.__cause__, exceptions.OutOfMemoryError)
+    with pytest.raises(exceptions.ResponseError, match="unknown"), reaching():
+        raise exceptions.ResponseError("unknown command")
