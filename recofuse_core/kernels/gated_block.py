@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recofuse_core.kernels.operations import TILE
-
 # The interpreter multiplies the bits of bfloat16 as integers, so there it is given float32, which holds them exactly.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -242,17 +240,19 @@ def norm_product(
     return out
 
 
-def depthwise_gate(wide: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """See operations.depthwise_gate."""
+def depthwise_gate(
+    wide: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, tile: int
+) -> tuple[Tensor, Tensor]:
+    """See operations.depthwise_gate. tile: positions of one."""
     planes, num_rows, twice = wide.shape
-    channels, num_tiles = twice // 2, triton.cdiv(num_rows, TILE)
+    channels, num_tiles = twice // 2, triton.cdiv(num_rows, tile)
     gated = wide.new_empty(planes, num_rows, channels)
     sums = wide.new_empty(planes, num_tiles, channels, dtype=torch.float32)
     columns = min(32, _power(channels))
     grid = (num_tiles, triton.cdiv(channels, columns), planes)
     items = planes // len(weight)
     _depthwise_gate[grid](
-        wide, weight, bias, gated, sums, height, width, items, num_tiles, channels, POSITIONS=TILE, COLUMNS=columns
+        wide, weight, bias, gated, sums, height, width, items, num_tiles, channels, POSITIONS=tile, COLUMNS=columns
     )
     return gated, sums
 

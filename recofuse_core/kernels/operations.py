@@ -43,7 +43,7 @@ def depthwise_gate(wide: Tensor, weight: Tensor, bias: Tensor, height: int, widt
     """
     from recofuse_core.kernels import gated_block
 
-    return gated_block.depthwise_gate(wide, weight, bias, height, width)
+    return gated_block.depthwise_gate(wide, weight, bias, height, width, TILE)
 
 
 @depthwise_gate.register_fake
