@@ -247,6 +247,8 @@ async def test_a_deadline_holds_against_an_answer_that_trickles(kind: str) -> No
 
 
 def plain(status: str, body: bytes = b"<h1>sorry</h1>", kind: str = "text/html", more: str = "") -> bytes:
+    """An answer that says that the connection ends with it; a client might send its next request into one that does."""
+    more += "Connection: close\r\n"
     return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
