@@ -40,7 +40,16 @@ SETTLE_S = 0.3
 PERIOD_US = 100_000
 
 BUSY = "while True: pass"
-FUSER = """
+WINDOWS = """
+fuse()
+print("ready", flush=True)
+for _ in sys.stdin:
+    clock_s, cpu_s = time.perf_counter(), time.process_time()
+    fuse()
+    print(time.perf_counter() - clock_s, time.process_time() - cpu_s, flush=True)
+"""  # the end of a program that fuses whenever it is told to
+FUSER = (
+    """
 import sys, time
 {imports}
 import numpy as np
@@ -53,13 +62,9 @@ generator = np.random.default_rng(0)
 vis = generator.integers(0, 256, (1, 480, 640, 3), np.uint8)
 ir = generator.integers(0, 256, (1, 480, 640), np.uint8)
 {load}
-fuse()
-print("ready", flush=True)
-for _ in sys.stdin:
-    clock_s, cpu_s = time.perf_counter(), time.process_time()
-    fuse()
-    print(time.perf_counter() - clock_s, time.process_time() - cpu_s, flush=True)
 """
+    + WINDOWS
+)
 ENGINE = """
 engine = {engine}(EngineSettings(device="cpu", num_threads={threads}))
 engine.load()

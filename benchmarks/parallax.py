@@ -33,7 +33,7 @@ from benchmarks.alignment import HEIGHT, WIDTH, recorded
 from benchmarks.processes import machine
 from recofuse_rigs.parallax import Refined, Track, refined_warp
 from recofuse_rigs.rig import Rig
-from recofuse_rigs.warp import Warp, Warps, hat_weights
+from recofuse_rigs.warp import Warp, Warps
 
 Field = NDArray[np.floating[Any]]  # (H, W, 2)
 
@@ -171,9 +171,7 @@ def field_of(refined: Refined) -> Field:
     """By what infrared was moved, for each pixel."""
     if refined.moved_px == 0 or refined.track is None:
         return np.zeros((HEIGHT, WIDTH, 2))
-    nodes = refined.track.field * WIDTH
-    down, across = hat_weights(HEIGHT, nodes.shape[0]), hat_weights(WIDTH, nodes.shape[1])
-    return np.asarray(np.einsum("hi,ijc,wj->hwc", down, nodes, across))
+    return np.asarray(cv2.resize(refined.track.field * WIDTH, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR))
 
 
 def _edges(ir: NDArray[np.uint16]) -> NDArray[np.float32]:

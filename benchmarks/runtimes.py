@@ -1,8 +1,8 @@
 """The runtimes of the shipped weights on a processor, alone and beside busy processes: rows of `recofuse bench engine`.
 
-Each runtime is a process of its own that fuses one 640x480 pair whenever it is told to, `lit` as little as the model's
-default asks, the fused picture alone, levels to levels. Windows alternate as in benchmarks/neighbours.py, and a ratio
-is of medians of processor time, a runtime's to torch's under the same circumstances.
+Each runtime is a process of its own that fuses one 640x480 pair whenever it is told to, with the model's defaults, the
+fused picture alone, levels to levels. Windows alternate as in benchmarks/neighbours.py, and a ratio is of medians of
+processor time, a runtime's to torch's under the same circumstances.
 
 - `torch`: the library's `Runtime`, float32.
 - `onnxruntime`: the graphs beside the weights, as `recofuse fuse` and workers run them.
@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.neighbours import EARLY, HEADING, Row, beside_others
+from benchmarks.neighbours import EARLY, HEADING, WINDOWS, Row, beside_others
 from benchmarks.processes import machine
 from recofuse_core.graphs.runtime import Floats, GraphNetworks, GraphRuntime, PartName, graph_path
 from recofuse_core.weights_file import resolve
 from recofuse_host.processors import read_processors
 
 BASELINE = "torch"
-LOOP = """
+LOOP = (
+    """
 import sys, time
 {imports}
 import numpy as np
@@ -38,13 +39,9 @@ ir = generator.integers(0, 256, (1, 1, 480, 640), np.uint8)
 {load}
 def fuse():
     runtime.fuse(*pair, outputs=("fused",))
-fuse()
-print("ready", flush=True)
-for _ in sys.stdin:
-    clock_s, cpu_s = time.perf_counter(), time.process_time()
-    fuse()
-    print(time.perf_counter() - clock_s, time.process_time() - cpu_s, flush=True)
 """
+    + WINDOWS
+)
 LOADS = {
     "torch": """
 import torch

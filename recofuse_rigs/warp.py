@@ -267,12 +267,9 @@ def hat_weights(count: int, num_nodes: int, span: slice | None = None) -> NDArra
 def _spread_over(nodes: NDArray[np.float32], shape: tuple[int, ...], band: slice) -> NDArray[np.float32]:
     """Values at nodes (2, rows, columns), between them, for some rows of a frame: (2, H, W)."""
     down = hat_weights(shape[0], nodes.shape[1], band).astype(np.float32)
-    across = hat_weights(shape[1], nodes.shape[2]).astype(np.float32)
-    rows = np.einsum("hi,cij->chj", down, nodes)
-    # By hand: two nodes have a part in a column, and the start of a matrix product's threads would cost more.
-    left = np.minimum(np.argmax(across > 0, axis=1), nodes.shape[2] - 2)
-    share = across[np.arange(shape[1]), left + 1]
-    return np.asarray(rows[..., left] * (1 - share) + rows[..., left + 1] * share, np.float32)
+    rows = np.einsum("hi,cij->hjc", down, nodes)
+    spread = cv2.resize(rows, (shape[1], len(rows)), interpolation=cv2.INTER_LINEAR)  # by columns alone
+    return np.asarray(np.moveaxis(spread, 2, 0), np.float32)
 
 
 def feathered(coverage: NDArray[np.bool_], width: float) -> Weights:

@@ -150,8 +150,7 @@ def evaluate_sequences(
     """Score sequences one after the other.
 
     Every frame gets the same noise, and its levels are held to those before it if `is_steady`, as a stream's frames
-    are. Raises ConfigError for version 1, DatasetError for a
-    sequence in which nothing stands still.
+    are. Raises ConfigError for version 1, DatasetError for a sequence in which nothing stands still.
     """
     if settings.version < 2:
         raise ConfigError("version 1 of the protocol scores pairs alone")

@@ -201,7 +201,8 @@ class GraphNetworks:
         """Frames lit if asked, under their tone curves, padded, ir in three channels."""
         vis, ir = self._run("light" if exposure == "lit" else "tone", vis, ir)
         height, width = vis.shape[-2:]
-        if (rows := padded(height) - height) | (columns := padded(width) - width):
+        rows, columns = padded(height) - height, padded(width) - width
+        if rows or columns:
             vis, ir = (np.pad(image, ((0, 0), (0, 0), (0, rows), (0, columns)), "reflect") for image in (vis, ir))
         return Pair(vis, np.repeat(ir, 3, axis=1))
 

@@ -6,6 +6,7 @@ kind and width speaks for the others. What cannot be compiled, disagrees or lose
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ def relative_rms(found: Tensor, expected: Tensor, given: Tensor) -> float:
     found, expected = found.float(), expected.float()
     added = (expected - given.float() if given.shape == expected.shape else expected).square().mean().sqrt()
     error = float((found - expected).square().mean().sqrt() / added.clamp_min(1e-6))
-    return error if error == error else float("inf")
+    return math.inf if math.isnan(error) else error
 
 
 def graph_ms(call: Callable[[], Tensor]) -> float:

@@ -9,7 +9,7 @@ Letters: n branches with weights of their own, P planes (n times the batch), N r
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 NAMESPACE = "recofuse"
 WIDEST_WHOLE = 256  # channels of a row that `finish` can hold at once
@@ -17,7 +17,7 @@ WIDEST_WHOLE = 256  # channels of a row that `finish` can hold at once
 TILE = 64  # positions of one tile of the sums that go through memory
 
 
-@torch.library.custom_op(f"{NAMESPACE}::norm_product", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::norm_product", mutates_args=())
 def norm_product(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, gated: bool
 ) -> Tensor:
@@ -35,7 +35,7 @@ def _(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps:
     return x.new_empty(*x.shape[:2], weight.shape[-1] // (2 if gated else 1))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::depthwise_gate", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::depthwise_gate", mutates_args=())
 def depthwise_gate(wide: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Depthwise 3x3 convolution of (P, h w, 2C), weight (n, 9, 2C), bias (n, 2C); first half of it times the second.
 
@@ -53,7 +53,7 @@ def _(wide: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> tu
     return wide.new_empty(planes, num_rows, twice // 2), sums
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
 def attend(sums: Tensor, weight: Tensor, bias: Tensor, num_positions: int) -> Tensor:
     """The means (P, C) from the sums over tiles (P, tiles, C), times weight (n, C, C) plus bias (n, C), in float32."""
     from recofuse_core.kernels import gated_block
@@ -66,7 +66,7 @@ def _(sums: Tensor, weight: Tensor, bias: Tensor, num_positions: int) -> Tensor:
     return sums.new_empty(sums.shape[0], sums.shape[2])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::product_add", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::product_add", mutates_args=())
 def product_add(x: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """X (P, N, C), times scale (P, C) if there is one, times weight (n, C, C) plus bias (n, C) plus residual."""
     from recofuse_core.kernels import gated_block
@@ -79,7 +79,7 @@ def _(x: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, residual: T
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::finish", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::finish", mutates_args=())
 def finish(
     gated: Tensor,
     attention: Tensor,

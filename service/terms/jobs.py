@@ -258,7 +258,7 @@ class _JobHeader(_Strict):
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know neither
+        values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know none of them
         news = ("rig", "track", "means")
         return {name: value for name, value in values.items() if value is not None or name not in news}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recofuse_core.errors import ShapeError
-from recofuse_core.scenes.scene import make_scene, moving_scene
+from recofuse_core.scenes.scene import make_scene, moving_scene, two_views
 
 
 def gradient(image: Tensor) -> Tensor:
@@ -119,3 +119,15 @@ def test_cars_pass_the_camera_without_a_jump() -> None:
     means = np.array([frame.vis.mean().item() for frame in frames])
     assert np.isfinite(means).all()
     assert np.abs(np.diff(means)).max() < 0.06
+
+
+def test_two_views_from_one_place_are_the_scene_and_from_two_all_but_the_sky_lies_off() -> None:
+    scene = make_scene(3, 96, 128)
+    same = two_views(3, across_m=0, up_m=0, height=96, width=128)
+    assert torch.equal(same.vis, scene.vis)
+    assert torch.equal(same.ir, scene.ir)
+    beside = two_views(3, across_m=0.2, up_m=0, height=96, width=128)
+    assert torch.equal(beside.vis, scene.vis)
+    changed = (beside.ir - same.ir).abs()[0]
+    is_sky = same.depth_m >= 200
+    assert float(changed[~is_sky].mean()) > 5 * float(changed[is_sky].mean())

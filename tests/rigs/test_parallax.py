@@ -20,7 +20,7 @@ from recofuse_rigs.errors import BadRigError
 from recofuse_rigs.pairs import read_aligned
 from recofuse_rigs.parallax import Refined, Track, refined_warp
 from recofuse_rigs.rig import Distortion, Rig
-from recofuse_rigs.warp import Warp, hat_weights, warp_of
+from recofuse_rigs.warp import Warp, warp_of
 from tests.rigs.scenes import IR_SIZE, VIS_SIZE, moved, scene, truth
 
 WIDTH, HEIGHT = VIS_SIZE
@@ -45,9 +45,7 @@ def field_of(refined: Refined) -> Field:
     """What was found, for each pixel."""
     if refined.moved_px == 0 or refined.track is None:
         return np.zeros((HEIGHT, WIDTH, 2))
-    nodes = refined.track.field * WIDTH
-    down, across = hat_weights(HEIGHT, nodes.shape[0]), hat_weights(WIDTH, nodes.shape[1])
-    return np.asarray(np.einsum("hi,ijc,wj->hwc", down, nodes, across))
+    return np.asarray(cv2.resize(refined.track.field * WIDTH, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR))
 
 
 def error(field: Field, found: Field | float) -> float:

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 MAX_OPTION_BYTES = 1024
 MAX_BYTES = {"rig": MAX_FILE_BYTES}  # of options that may have more
 OPTION_FIELDS = (
-    "output", "format", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "values", "degrees",
-    "align",
+    "output", "format", "steps", "sampler", "exposure", "rig", "align", "colour", "colour_range", "values", "degrees",
     "alarm", "outline", "metadata", "seed", "vis_range", "ir_range", "priority", "timeout_ms"
 )  # fmt: skip
 IMAGE_FIELDS = ("vis", "ir")

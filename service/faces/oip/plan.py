@@ -212,10 +212,7 @@ def tensors_of(results: Sequence[FusionResult], plan: Plan) -> tuple[Tensor, ...
 
 
 def told_of(results: Sequence[FusionResult]) -> dict[str, str]:
-    """What was read of each pair's infrared file, what looks wrong, what is hot, and how infrared lies.
-
-    As the answer's parameters.
-    """
+    """What an answer's parameters tell of each pair: how infrared was read and lies, what looks wrong, what is hot."""
     told = {}
     if any(result.ir_source for result in results):
         told["infrared_source"] = ",".join(result.ir_source for result in results)

@@ -23,9 +23,8 @@ from service.terms.jobs import Part
 INPUTS: dict[str, tuple[str, ...]] = {"vis": ("UINT8", "BYTES"), "ir": ("UINT8", "UINT16", "BYTES")}  # and datatypes
 OUTPUTS: dict[str, Part] = {"fused": Part.FUSED, "vis_restored": Part.VIS, "ir_restored": Part.IR}
 PARAMETERS = (
-    "align",
-    "seed", "steps", "sampler", "exposure", "rig", "colour", "colour_range", "degrees", "alarm", "outline", "metadata",
-    "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
+    "seed", "steps", "sampler", "exposure", "rig", "align", "colour", "colour_range", "degrees", "alarm", "outline",
+    "metadata", "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
 )  # fmt: skip
 MAX_MESSAGE_CHARS = 1000
 MAX_NAME_CHARS = 64

@@ -5,37 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from recofuse_core.data import to_float, write_image
 from recofuse_core.degradations.physics import gaussian_noise
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.evaluation import pictures
 from recofuse_core.evaluation.protocol import EvaluationSettings
-from recofuse_core.picture import Exposure, FusionOutput
-from recofuse_core.sampler import SamplerName
 from recofuse_core.scenes.scene import make_scene
-
-
-class Halving:
-    """Gives half of every level, and keeps what it was given."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, Exposure]] = []
-
-    def fuse(
-        self,
-        vis: Tensor,
-        ir: Tensor,
-        *,
-        steps: int | None,
-        sampler: SamplerName | None,
-        seeds: int,
-        coupled: bool,
-        exposure: Exposure,
-    ) -> FusionOutput:
-        self.seen.append((ir[0], exposure))
-        return FusionOutput(fused=None, vis=vis / 2, ir=None)
+from tests.core.evaluation.fusers import Scripted, halved
 
 
 @pytest.fixture
@@ -50,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_takes_of_a_scene_share_its_reference(folder: Path) -> None:
     settings = EvaluationSettings()
-    model = Halving()
+    model = Scripted(halved)
     scored = list(pictures.evaluate_pictures(model, folder, settings, references=folder.parent / "clean"))
     assert [scores.name for scores, _ in scored] == ["a__1", "a__2", "b"]
     for scores, restored in scored:
@@ -74,12 +51,12 @@ def test_takes_of_a_scene_share_its_reference(folder: Path) -> None:
 def test_a_picture_gets_infrared_of_its_name_or_of_another_scene(folder: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "ir" / "b.png", torch.full((1, 64, 80), 77, dtype=torch.uint8))
     write_image(tmp_path / "ir" / "x.png", torch.linspace(0, 1, 40).expand(1, 30, 40))
-    model = Halving()
+    model = Scripted(halved)
     settings = EvaluationSettings(exposure="lit")
     list(pictures.evaluate_pictures(model, folder, settings, infrared=tmp_path / "ir"))
-    assert {exposure for _, exposure in model.seen} == {"lit"}
-    assert torch.equal(model.seen[2][0], to_float(torch.full((1, 64, 80), 77, dtype=torch.uint8)))
-    assert all(ir.shape == (1, 64, 80) for ir, _ in model.seen)
+    assert {call.exposure for call in model.calls} == {"lit"}
+    assert torch.equal(model.calls[2].ir, to_float(torch.full((1, 64, 80), 77, dtype=torch.uint8)))
+    assert all(call.ir.shape == (1, 64, 80) for call in model.calls)
     alone = [pictures.partner_of(name, {}, (64, 80), 0) for name in ("a", "a", "b")]
     assert torch.equal(alone[0], alone[1])
     assert not torch.equal(alone[0], alone[2])

@@ -10,7 +10,6 @@ from statistics import fmean
 
 import pytest
 import torch
-from torch import Tensor
 
 from recofuse_core.data import PairFiles, find_pairs, read_pair, write_image
 from recofuse_core.errors import ConfigError, DatasetError, ShapeError
@@ -20,48 +19,9 @@ from recofuse_core.evaluation.report import Report
 from recofuse_core.evaluation.sheets import SHEET_WIDTH, sheet_row, stack_rows
 from recofuse_core.model import ModelConfig, build_model
 from recofuse_core.networks import DenoiserConfig, FusionConfig, GatedAutoencoderConfig
-from recofuse_core.picture import Exposure, FusionOutput
-from recofuse_core.sampler import SamplerName
+from recofuse_core.picture import FusionOutput
 from recofuse_core.sde import SDEConfig
-
-
-class Smoother:
-    """A restorer that averages 3x3 pixels and fuses by the mean: enough to gain on noise."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, bool]] = []
-
-    def fuse(
-        self,
-        vis: Tensor,
-        ir: Tensor,
-        *,
-        steps: int | None,
-        sampler: SamplerName | None,
-        seeds: int,
-        coupled: bool,
-        exposure: Exposure,
-    ) -> FusionOutput:
-        self.calls.append((seeds, coupled))
-        vis, ir = (torch.nn.functional.avg_pool2d(image, 3, 1, 1, count_include_pad=False) for image in (vis, ir))
-        return FusionOutput(fused=(vis + ir) / 2, vis=vis, ir=ir)
-
-
-class Identity:
-    """A restorer that changes nothing."""
-
-    def fuse(
-        self,
-        vis: Tensor,
-        ir: Tensor,
-        *,
-        steps: int | None,
-        sampler: SamplerName | None,
-        seeds: int,
-        coupled: bool,
-        exposure: Exposure,
-    ) -> FusionOutput:
-        return FusionOutput(fused=vis, vis=vis, ir=ir)
+from tests.core.evaluation.fusers import Scripted, smoothed, unchanged
 
 
 @pytest.fixture
@@ -79,7 +39,7 @@ def pairs(tmp_path: Path) -> list[PairFiles]:
 def run(
     pairs: list[PairFiles], settings: EvaluationSettings, model: Fuser | None = None, **options: object
 ) -> list[tuple[PairScores, PairImages]]:
-    return list(evaluate(model or Smoother(), pairs, settings, **options))  # type: ignore[arg-type]
+    return list(evaluate(model or Scripted(smoothed), pairs, settings, **options))  # type: ignore[arg-type]
 
 
 def test_seeds_are_pinned() -> None:
@@ -149,7 +109,7 @@ def test_the_report_holds_the_means(pairs: list[PairFiles]) -> None:
 
 def test_clean_inputs_have_no_gain(pairs: list[PairFiles]) -> None:
     settings = EvaluationSettings(strength="clean")
-    scores = tuple(item[0] for item in run(pairs, settings, Identity()))
+    scores = tuple(item[0] for item in run(pairs, settings, Scripted(unchanged)))
     assert scores[0].restoration["recofuse"].vis_psnr_db == math.inf
     report = Report(scores, settings, weights="tiny", version="7", steps=1, sampler="ode1")
     summary = report.summary()
@@ -206,9 +166,11 @@ def test_other_methods_stand_in_the_same_table(pairs: list[PairFiles], tmp_path:
 
 
 def test_the_model_is_told_its_seed_and_whether_to_couple(pairs: list[PairFiles]) -> None:
-    model = Smoother()
+    model = Scripted(smoothed)
     run(pairs, EvaluationSettings(seed=5, coupled=False), model)
-    assert model.calls == [(item_seed(5, name, "model"), False) for name in "abc"]
+    assert [(call.seeds, call.coupled) for call in model.calls] == [
+        (item_seed(5, name, "model"), False) for name in "abc"
+    ]
 
 
 TINY = ModelConfig(
@@ -235,22 +197,8 @@ def test_a_network_is_scored_reproducibly_and_coupling_matters(pairs: list[PairF
 
 
 def test_a_model_that_leaves_out_an_image_is_refused(pairs: list[PairFiles]) -> None:
-    class Half(Identity):
-        def fuse(
-            self,
-            vis: Tensor,
-            ir: Tensor,
-            *,
-            steps: int | None,
-            sampler: SamplerName | None,
-            seeds: int,
-            coupled: bool,
-            exposure: Exposure,
-        ) -> FusionOutput:
-            return FusionOutput(fused=None, vis=vis, ir=ir)
-
     with pytest.raises(ShapeError, match="fused"):
-        run(pairs, EvaluationSettings(), Half())
+        run(pairs, EvaluationSettings(), Scripted(lambda vis, ir: FusionOutput(fused=None, vis=vis, ir=ir)))
 
 
 def test_unknown_strengths_and_empty_reports_are_refused(pairs: list[PairFiles]) -> None:
@@ -296,7 +244,7 @@ def test_references_are_in_the_rendition_that_is_asked_for(tmp_path: Path) -> No
         write_image(tmp_path / "vis" / f"{name}.png", image)
         write_image(tmp_path / "ir" / f"{name}.png", bright[:1])
     (_, bright_images), (scores, dark_images) = run(
-        find_pairs(tmp_path), EvaluationSettings("clean", exposure="lit"), Identity()
+        find_pairs(tmp_path), EvaluationSettings("clean", exposure="lit"), Scripted(unchanged)
     )
     assert torch.equal(bright_images.vis_clean, bright_images.vis_degraded)
     assert 0.3 < float(dark_images.vis_clean.float().mean()) / 255 < 0.45

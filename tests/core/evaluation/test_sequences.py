@@ -13,33 +13,9 @@ from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.evaluation import sequences
 from recofuse_core.evaluation.protocol import EvaluationSettings
 from recofuse_core.evaluation.sequences import Frame, SequenceFrames, SequencesReport, evaluate_sequences
-from recofuse_core.picture import Exposure, FusionOutput
-from recofuse_core.sampler import SamplerName
+from tests.core.evaluation.fusers import Scripted, brightened
 
 SETTINGS = EvaluationSettings()
-
-
-class Adding:
-    """Adds levels to what comes in, other ones to every frame."""
-
-    def __init__(self, levels: list[float]) -> None:
-        self.levels = iter(levels)
-        self.seeds: list[int] = []
-
-    def fuse(
-        self,
-        vis: Tensor,
-        ir: Tensor,
-        *,
-        steps: int | None,
-        sampler: SamplerName | None,
-        seeds: int,
-        coupled: bool,
-        exposure: Exposure,
-    ) -> FusionOutput:
-        self.seeds.append(seeds)
-        more = next(self.levels) / 255
-        return FusionOutput(fused=(vis + more).clamp(0, 1), vis=(vis + more).clamp(0, 1), ir=ir)
 
 
 def scene(at: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +63,7 @@ def test_noise_is_change_of_pixels_and_light_of_levels() -> None:
 
 def test_a_wandering_result_is_told_from_a_calm_one() -> None:
     calm, wandering = (
-        next(evaluate_sequences(Adding(levels), [standing(4)], SETTINGS, is_steady=False))
+        next(evaluate_sequences(Scripted(brightened(levels)), [standing(4)], SETTINGS, is_steady=False))
         for levels in ([0.0, 0.0, 0.0, 0.0], [0.0, 6.0, 0.0, 6.0])
     )
     assert calm.flicker["vis"].pixels == calm.flicker["vis"].levels == 0
@@ -102,7 +78,7 @@ def test_a_wandering_result_is_told_from_a_calm_one() -> None:
 def test_a_wandering_result_is_held_as_in_a_stream() -> None:
     levels = [0.0, 8.0] * 4
     alone, held = (
-        next(evaluate_sequences(Adding(levels), [standing(8)], SETTINGS, is_steady=is_steady))
+        next(evaluate_sequences(Scripted(brightened(levels)), [standing(8)], SETTINGS, is_steady=is_steady))
         for is_steady in (False, True)
     )
     for part in ("fused", "vis"):
@@ -117,11 +93,11 @@ def test_a_wandering_result_is_held_as_in_a_stream() -> None:
 
 
 def test_the_input_and_the_clean_sequence_are_measured_beside_it() -> None:
-    model = Adding([0.0] * 4)
+    model = Scripted(brightened([0.0] * 4))
     scores = next(evaluate_sequences(model, [standing(4, noise=5)], SETTINGS))
     assert scores.flicker["vis"].pixels_given == scores.flicker["vis"].pixels > 3
     assert scores.flicker["vis"].pixels_clean == 0
-    assert len(set(model.seeds)) == 1
+    assert len({call.seeds for call in model.calls}) == 1
     report = SequencesReport((scores,), SETTINGS, "adding", "1")
     whole = json.loads(json.dumps(report.as_json(), allow_nan=False))
     assert whole["summary"]["flicker"]["vis"]["pixels_ratio"] is None
@@ -137,9 +113,9 @@ def test_nothing_is_said_where_nothing_stands_still() -> None:
             yield Frame(ir.expand(3, -1, -1), ir, ir.expand(3, -1, -1), ir)
 
     with pytest.raises(DatasetError, match="nothing stands still"):
-        list(evaluate_sequences(Adding([0.0, 0.0]), [SequenceFrames("cuts", 2, frames)], SETTINGS))
+        list(evaluate_sequences(Scripted(brightened([0.0, 0.0])), [SequenceFrames("cuts", 2, frames)], SETTINGS))
     with pytest.raises(ConfigError, match="version 1"):
-        evaluate_sequences(Adding([]), [], EvaluationSettings(version=1))
+        evaluate_sequences(Scripted(brightened([])), [], EvaluationSettings(version=1))
 
 
 def test_folders_of_frames_are_found_with_what_degraded_them(tmp_path: Path) -> None:
