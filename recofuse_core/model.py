@@ -50,6 +50,7 @@ from recofuse_core.picture import (
 from recofuse_core.sampler import NoiseSource, Pair, Prediction, SamplerName, seeded_noise
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
+from recofuse_core.weather import STRIDE, WeatherConfig, WeatherEstimator
 
 Coupling = Literal["every_step", "late", "none"]
 
@@ -69,6 +70,7 @@ class ModelConfig:
     sde: SDEConfig
     tone: ToneConfig | None = None
     exposure: ExposureConfig | None = None
+    weather: WeatherConfig | None = None
     sampler: SamplerName = "euler"
     steps: int = 100
     coupling: Coupling = "every_step"
@@ -103,6 +105,7 @@ PRESETS = {
         SDEConfig(),
         tone=ToneConfig(width=512),
         exposure=ExposureConfig(),
+        weather=WeatherConfig(),
         sampler="ode2",
         steps=2,
         widening=0.4,
@@ -132,6 +135,7 @@ class ReCoFuse(nn.Module):
         self.sde = MeanRevertingSDE(config.sde)
         self.tone = None if config.tone is None else ToneEstimator(config.tone)
         self.exposure = None if config.exposure is None else ExposureEstimator(config.exposure)
+        self.weather = None if config.weather is None else WeatherEstimator(config.weather)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
             name=name,
@@ -199,6 +203,18 @@ class ReCoFuse(nn.Module):
         if self.exposure is None:
             raise cannot_light(self.info)
         return Pair(self.exposure(frames.vis, frames.ir)(frames.vis), frames.ir)
+
+    def clear(self, frames: Pair) -> Pair:
+        """Frames without the weather in front of the visible one, ir of one channel and as it was.
+
+        They come back unchanged from a model without a weather estimator.
+        """
+        if self.weather is None:
+            return frames
+        height, width = frames.vis.shape[-2:]
+        padded = Pair(*(pad_to_multiple(image, STRIDE, "reflect") for image in frames))
+        added = self.weather(padded.vis, padded.ir)[..., :height, :width]
+        return Pair((frames.vis - added).clamp(0.0, 1.0), frames.ir)
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
@@ -296,7 +312,7 @@ class ReCoFuse(nn.Module):
         it, so that a run can be captured. Raises ShapeError for `previous` of another size.
         """
         levels = vis.dtype == torch.uint8
-        frames = Pair(_unit_range(vis), _unit_range(ir))
+        frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
         images = self.normalise(self.light(frames) if plan.exposure == "lit" else frames)
         padded = Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),

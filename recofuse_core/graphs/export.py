@@ -61,6 +61,12 @@ class _Of(nn.Module):
         self.model = model
 
 
+class _Clear(_Of):
+    def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
+        cleared: Tensor = self.model.clear(Pair(vis, ir)).vis
+        return cleared
+
+
 class _Tone(_Of):
     def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
         return self.model.normalise(Pair(vis, ir))
@@ -113,8 +119,10 @@ def _gives_start(model: ReCoFuse) -> bool:
 def parts_of(model: ReCoFuse) -> dict[str, Part]:
     """All parts of a model, by name.
 
-    tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same, ready to be encoded, of any size from
-    32 px; light makes the photograph of a well exposed scene first and is there if the model has an estimator.
+    clear: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1], sides multiples of 16, to vis without weather; there if the
+    model has an estimator of it. tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same, ready to be
+    encoded, of any size from 32 px; light makes the photograph of a well exposed scene first and is there if the model
+    has an estimator.
     encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
     fuse: restored latents to the fused one. fuse_skips: all of vis, then all of ir. decode: a latent and skips to an
@@ -147,7 +155,11 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     both_shapes = [scaled(factor) for _ in range(2) for factor in factors]
     predicted = ("vis_output", "ir_output", "start") if _gives_start(model) else ("vis_output", "ir_output")
 
-    parts = {"tone": Part(_Tone(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))}
+    parts = {}
+    if model.weather is not None:
+        frames = {"vis": image, "ir": image[:, :1].contiguous()}
+        parts["clear"] = Part(_Clear(stepwise), frames, dict.fromkeys(frames, scaled(PADDING)), ("cleared_vis",))
+    parts["tone"] = Part(_Tone(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
     if model.exposure is not None:
         parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
     parts["encode"] = Part(_Encode(stepwise), {"image": image}, {"image": scaled(PADDING)}, ("latent", *numbered))
@@ -182,7 +194,8 @@ class _Picture(_Of):
         self.plan = plan
 
     def forward(self, vis: Tensor, ir: Tensor, noise_vis: Tensor, noise_ir: Tensor) -> tuple[Tensor, ...]:
-        model, frames = self.model, Pair(vis, ir)
+        model = self.model
+        frames = model.clear(Pair(vis, ir))
         images = model.normalise(model.light(frames) if self.plan.exposure == "lit" else frames)
         prepared = Pair(images.vis, images.ir.expand(-1, 3, -1, -1))
 
@@ -325,6 +338,7 @@ def about(model: ReCoFuse, parts: Mapping[str, Part]) -> dict[str, object]:
         "skips": [{"channels": skip.shape[1], "factor": SAMPLE[1] // skip.shape[-2]} for skip in skips],
         "widening": config.widening,
         "can_light": model.exposure is not None,
+        "clears": model.weather is not None,
     }
 
 

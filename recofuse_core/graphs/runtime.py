@@ -48,7 +48,7 @@ from recofuse_host.processors import Threads, decide_threads, read_processors
 Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
 Images = Floats | Levels
-PartName = Literal["tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"]
+PartName = Literal["clear", "tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"]
 
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
 FACTS_KEY = "recofuse.about"  # of the metadata, in the graph `predict`
@@ -76,6 +76,7 @@ class Facts:
     latent_channels: int
     widening: float
     can_light: bool
+    clears: bool
     num_parameters: int
 
 
@@ -94,6 +95,8 @@ class GraphRuntime:
         predict = _opened(weights, "predict", label.checksum, self.threads.count)
         self.facts = _facts_of(weights, predict)
         others: list[PartName] = ["tone", "encode", "fuse", "fuse_skips", "decode"]
+        if self.facts.clears:
+            others.append("clear")
         if self.facts.can_light:
             others.append("light")
         if self.facts.widening > 0:
@@ -198,13 +201,12 @@ class GraphNetworks:
         return results
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
-        """Frames lit if asked, under their tone curves, padded, ir in three channels."""
-        vis, ir = self._run("light" if exposure == "lit" else "tone", vis, ir)
+        """Frames without weather, lit if asked, under their tone curves, padded, ir in three channels."""
         height, width = vis.shape[-2:]
-        rows, columns = padded(height) - height, padded(width) - width
-        if rows or columns:
-            vis, ir = (np.pad(image, ((0, 0), (0, 0), (0, rows), (0, columns)), "reflect") for image in (vis, ir))
-        return Pair(vis, np.repeat(ir, 3, axis=1))
+        if "clear" in self._sessions:
+            vis = self._run("clear", _padded(vis), _padded(ir))[0][..., :height, :width]
+        vis, ir = self._run("light" if exposure == "lit" else "tone", vis, ir)
+        return Pair(_padded(vis), np.repeat(_padded(ir), 3, axis=1))
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
         """See Networks."""
@@ -289,6 +291,13 @@ def _require_pair(vis: Images, ir: Images) -> tuple[int, int, int]:
     if not is_levels and not (vis.dtype.kind == ir.dtype.kind == "f"):
         raise ShapeError(f"vis and ir must be floating point in [0, 1] or both uint8, got {vis.dtype} and {ir.dtype}")
     return size
+
+
+def _padded(image: Floats) -> Floats:
+    """An image mirrored at its ends up to sides that the networks take; the same where there is nothing to add."""
+    height, width = image.shape[-2:]
+    rows, columns = padded(height) - height, padded(width) - width
+    return np.pad(image, ((0, 0), (0, 0), (0, rows), (0, columns)), "reflect") if rows or columns else image
 
 
 def _unit_range(image: Images) -> Floats:

@@ -11,7 +11,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.losses import GradientTarget, IntensityTarget
 from recofuse_core.model import PRESETS, ModelConfig
 
-StageName = Literal["exposure", "tone", "autoencoder", "branches", "coupled"]
+StageName = Literal["weather", "exposure", "tone", "autoencoder", "branches", "coupled"]
 Updates = Literal["alternating", "decoupled", "joint", "separated"]
 
 

@@ -183,6 +183,7 @@ class FrameSource:
 
     def __init__(self, pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], references: References) -> None:
         self.infrared: list[np.ndarray] = []
+        self.photos = references.photos
         self.pools: dict[FrameKind, list[Frame]] = {kind: [] for kind in FrameKind}
         self.pools[FrameKind.DARK_PAIR] = references.dark
         low, high = WELL_EXPOSED

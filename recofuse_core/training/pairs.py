@@ -168,6 +168,11 @@ class PairSource:
             low_ir = degrade_ir(ir, generator, strength, clean_probability=config.clean_probability).image
         return DegradedFrame(target, ir, low_vis, low_ir)
 
+    def square(self, side: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """The same square of the clean images of one pair: vis (3, side, side) and ir (1, side, side), ir varied."""
+        vis, _, ir, _, _ = self._crop(side, generator)
+        return vis, self._vary_ir(ir, generator)
+
     def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The same square of vis, target and ir of one pair, and of the degraded files that it has."""
         pick, item, zoom, scale, top, left, flip, turn = torch.rand(8, generator=generator).tolist()

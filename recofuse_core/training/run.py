@@ -45,7 +45,9 @@ def train_from_config(
     pairs = list(read_images(path.parent / config.data.root, config.data.split))
     source = PairSource(config.data, pairs)
     frames = None
-    if config.data.references and any(stage.name == "exposure" or stage.lit_probability for stage in config.stages):
+    if config.data.references and any(
+        stage.name in ("weather", "exposure") or stage.lit_probability for stage in config.stages
+    ):
         known = [pair for pair in pairs if not pair.starts_with(config.data.exclude_prefixes)]
         references = read_references(path.parent / config.data.references)
         frames = FrameSource(((pair.name, pair.vis, pair.ir) for pair in known), references)

@@ -37,6 +37,7 @@ from recofuse_core.training.optimisation import WeightAverage, build_optimizer, 
 from recofuse_core.training.pairs import Batch, PairSource
 from recofuse_core.training.processes import ProcessGroup
 from recofuse_core.training.tone import ToneSamples, tone_loss
+from recofuse_core.training.weather import WeatherFrame, WeatherSource, weather_loss
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.source = source
-        self.frames = frames  # what the exposure stage and lit pairs are drawn from
+        self.frames = frames  # what the exposure stage, lit pairs and the weather stage are drawn from
         self.device = torch.device(device)
         self.group = ProcessGroup()
         torch.manual_seed(config.seed)  # initial weights; everything later draws from self.generator
@@ -91,14 +92,18 @@ class Trainer:
         autoencoder, others = self.model.autoencoder, [self.model.denoiser, self.model.fusion]
         decoder = [p for name, p in autoencoder.named_parameters() if _is_decoder(name)]
         tone = [] if self.model.tone is None else list(self.model.tone.parameters())
+        weather = [] if self.model.weather is None else list(self.model.weather.parameters())
         exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
         trained = {
+            "weather": weather,
             "exposure": exposure,
             "tone": tone,
             "autoencoder": list(autoencoder.parameters()),
             "branches": [p for m in others for p in m.parameters()],
             "coupled": [p for m in others for p in m.parameters()] + (decoder if self.stage.rollout else []),
         }[self.stage.name]
+        if not trained:
+            raise ConfigError(f"preset {self.config.preset!r} has no {self.stage.name} estimator to train")
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         for parameter in trained:
@@ -189,6 +194,16 @@ class Trainer:
             raise ConfigError("lit pairs need an exposure estimator, and frames from pairs and from data.references")
         return LitSource(pairs, self.frames, self.model.exposure, self.stage.lit_probability)
 
+    def _weather_update(self, pairs: PairSource) -> dict[str, float]:
+        """One step on frames through weather of all kinds, or none."""
+        estimator, stage = self.model.weather, self.stage
+        assert estimator is not None, "a stage without a network to train does not begin"
+        source = WeatherSource(pairs, self.frames.photos if self.frames else ())
+        batch = source.draw(stage.batch_size, stage.crop, self.generator)
+        terms = weather_loss(estimator, WeatherFrame(*(part.to(self.device) for part in batch)))
+        self._descend(_sum(terms), self.parameters)
+        return _reported(terms)
+
     def _exposure_update(self, samples: LightSamples, estimator: ExposureEstimator) -> dict[str, float]:
         """One step on frames of all kinds, some of which meet the infrared frame of another scene."""
         stage, count = self.stage, len(samples.features)
@@ -219,10 +234,12 @@ class Trainer:
             self._descend(_sum(terms), self.parameters)
             return _reported(terms)
         if isinstance(self.source, LatentSource):
-            if stage.name == "autoencoder" or stage.rollout:
+            if stage.name in ("autoencoder", "weather") or stage.rollout:
                 raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
             with self._autocast():
                 return self._marginal_update(self.source.draw(stage.batch_size, self.generator).to(self.device))
+        if stage.name == "weather":
+            return self._weather_update(self.source)
         source = self._lit_source(self.source) if stage.lit_probability else self.source
         batch = source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
         if stage.name == "autoencoder":

@@ -1,0 +1,134 @@
+"""What the weather estimator learns from: clear frames, what rain, snow or fog adds to them, and the loss.
+
+A frame that a camera saw through weather carries that camera's noise as well, and noise is not what is asked for here:
+the target is what the weather added, and nothing where there was none, however dark, blurred or noisy a frame is.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from recofuse_core.degradations.recipes import Range, Strength, VisKind, degrade_ir, degrade_vis
+from recofuse_core.losses import log_error
+from recofuse_core.training.exposure import sensed
+from recofuse_core.training.pairs import PairSource
+from recofuse_core.weather import WeatherEstimator
+
+# How often a frame has which weather; for the rest of them it has none.
+SHARES = {VisKind.DOWNPOUR: 0.3, VisKind.SNOWFALL: 0.28, VisKind.FOG: 0.12, VisKind.RAIN: 0.03, VisKind.SNOW: 0.03}
+STRENGTHS: tuple[Strength, ...] = ("light", "medium", "medium", "strong")
+OTHER_KINDS = (
+    VisKind.LOW_LIGHT,
+    VisKind.GAUSSIAN_NOISE,
+    VisKind.POISSON_NOISE,
+    VisKind.JPEG,
+    VisKind.HAZE,
+    VisKind.COLOUR_CAST,
+    VisKind.BLUR,
+)
+PHOTO_PROBABILITY = 0.22  # of a photograph in place of a pair; it meets the infrared frame of another scene
+DARKER_PROBABILITY = 0.3
+DARKER_LOG_GAMMA = Range(-0.3, 0.8)
+DARKER_LOG_GAIN = Range(-0.9, 0.1)
+GREY_PROBABILITY = 0.1
+SENSED_PROBABILITY = 0.3
+OTHER_PROBABILITY = 0.25  # of another degradation, of a frame without weather that no camera's noise was put on
+CLEAN_IR_PROBABILITY = 0.4
+PHOTO_ZOOM = Range(0.8, 2.2)  # of the part of a photograph that is taken, in sides of the square
+
+
+class WeatherFrame(NamedTuple):
+    """given (3, S, S) and ir (1, S, S) in [0, 1], and what weather added to given, (3, S, S)."""
+
+    given: Tensor
+    ir: Tensor
+    added: Tensor
+
+
+class WeatherSource:
+    """Draws frames from pairs and from photographs (H, W, 3), uint8. Every draw comes from the generator passed in."""
+
+    def __init__(self, pairs: PairSource, photos: Sequence[np.ndarray] = ()) -> None:
+        self.pairs = pairs
+        self.photos = photos
+
+    def draw(self, batch_size: int, side: int, generator: Generator) -> WeatherFrame:
+        """A batch of squares: each part with a first dimension of `batch_size`."""
+        frames = [self.frame(side, generator) for _ in range(batch_size)]
+        return WeatherFrame(*(torch.stack(column) for column in zip(*frames, strict=True)))
+
+    def frame(self, side: int, generator: Generator) -> WeatherFrame:
+        """One square."""
+        clear, ir = self.pairs.square(side, generator)
+        if self.photos and _chance(PHOTO_PROBABILITY, generator):
+            clear = self._photo(side, generator)
+        if _chance(DARKER_PROBABILITY, generator):
+            power, gain = (np.exp(span.draw(generator)) for span in (DARKER_LOG_GAMMA, DARKER_LOG_GAIN))
+            clear = (clear.pow(power) * gain).clamp(0, 1)
+        if _chance(GREY_PROBABILITY, generator):
+            clear = clear.mean(dim=0, keepdim=True).expand(3, -1, -1).contiguous()
+        low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
+        strength = STRENGTHS[_index(len(STRENGTHS), generator)]
+        weather = _weather(generator)
+        fallen = clear if weather is None else degrade_vis(clear, generator, strength, [weather]).image
+        given = fallen
+        if _chance(SENSED_PROBABILITY, generator):
+            given = sensed(fallen, generator)
+        elif weather is None and _chance(OTHER_PROBABILITY, generator):
+            given = degrade_vis(clear, generator, strength, [OTHER_KINDS[_index(len(OTHER_KINDS), generator)]]).image
+        return WeatherFrame(given.clamp(0, 1), low_ir, fallen - clear)
+
+    def _photo(self, side: int, generator: Generator) -> Tensor:
+        photo = self.photos[_index(len(self.photos), generator)]
+        height, width = photo.shape[:2]
+        taken = min(height, width, int(side * PHOTO_ZOOM.draw(generator)))
+        top, left = (int(_rand(generator) * (length - taken + 1)) for length in (height, width))
+        method = cv2.INTER_AREA if taken > side else cv2.INTER_LINEAR
+        part = cv2.resize(photo[top : top + taken, left : left + taken], (side, side), interpolation=method)
+        part = part[:, ::-1] if _chance(0.5, generator) else part
+        return torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1).float() / 255
+
+
+EDGE_WEIGHT = 0.3
+LOG_WEIGHT = 0.03
+
+
+def weather_loss(estimator: WeatherEstimator, batch: WeatherFrame) -> dict[str, Tensor]:
+    """L1 of what weather added, that of its differences between neighbours, and the logarithm of the squared error.
+
+    batch: parts (B, 3, S, S) and (B, 1, S, S), S a multiple of 16. The last makes a frame without weather count, where
+    the other two are next to nothing.
+    """
+    found = estimator(batch.given, batch.ir)
+    error = found - batch.added
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return {
+        "weather": error.abs().mean(),
+        "edges": EDGE_WEIGHT * edges,
+        "log": LOG_WEIGHT * log_error(found, batch.added),
+    }
+
+
+def _weather(generator: Generator) -> VisKind | None:
+    pick = _rand(generator)
+    for kind, share in SHARES.items():
+        if pick < share:
+            return kind
+        pick -= share
+    return None
+
+
+def _rand(generator: Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _chance(probability: float, generator: Generator) -> bool:
+    return _rand(generator) < probability
+
+
+def _index(count: int, generator: Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))

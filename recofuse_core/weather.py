@@ -1,0 +1,85 @@
+"""Weather: what rain, snow and fog put in front of a visible frame, taken off before anything else is done to it.
+
+Streaks and flakes have shapes that a network of convolutions tells from a scene, and infrared sees through most of
+what hides it from the visible camera, so a `WeatherEstimator` looks at both frames and gives what weather added to the
+visible one. Everything behind it (lighting, tone curves, both branches, and the fused picture's skips) meets a frame
+without it. docs/decisions/0025 tells why this is a stage of its own, and how well it works.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recofuse_core.errors import ConfigError
+
+STRIDE = 16  # frames are reduced by as much; their sides must be multiples of it
+CELL = 4  # pixels a side that the first layer reads and the last one writes at once
+
+
+@dataclass(frozen=True)
+class WeatherConfig:
+    """Channels and residual blocks at 1/4, 1/8 and 1/16 of a frame's sides, on the way down; one more at the end."""
+
+    channels: tuple[int, int, int] = (32, 64, 88)
+    blocks: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        if min(self.channels) < 1 or min(self.blocks) < 0:
+            raise ConfigError(f"channels must be positive and blocks not negative, got {self.channels}, {self.blocks}")
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and the input; the identity to start from."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same."""
+        result: Tensor = x + self.conv2(F.relu(self.conv1(x)))
+        return result
+
+
+class WeatherEstimator(nn.Module):
+    """What weather added to the visible frame, from both frames: nothing, before it was trained."""
+
+    def __init__(self, config: WeatherConfig) -> None:
+        super().__init__()
+        self.config = config
+        (fine, middle, coarse), (few, some, many) = config.channels, config.blocks
+        self.stem = nn.Conv2d(4, fine, CELL, stride=CELL)
+        self.encoder_fine = _blocks(fine, few)
+        self.halve_fine = nn.Conv2d(fine, middle, 2, stride=2)
+        self.encoder_middle = _blocks(middle, some)
+        self.halve_middle = nn.Conv2d(middle, coarse, 2, stride=2)
+        self.bottom = _blocks(coarse, many)
+        self.double_coarse = nn.Conv2d(coarse, 4 * middle, 1)
+        self.decoder_middle = _blocks(middle, some)
+        self.double_middle = nn.Conv2d(middle, 4 * fine, 1)
+        self.decoder_fine = _blocks(fine, few + 1)
+        self.head = nn.Conv2d(fine, 3 * CELL**2, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
+        """Both frames to what weather added to the visible one: (B, 3, H, W) float32.
+
+        vis: (B, 3, H, W), ir: (B, 1, H, W), in [0, 1]; H and W multiples of 16. Computed in the dtype of the weights.
+        """
+        pair = torch.cat([vis, ir], dim=1).to(self.stem.weight.dtype)
+        fine = self.encoder_fine(self.stem(pair))
+        middle = self.encoder_middle(self.halve_fine(fine))
+        coarse = self.bottom(self.halve_middle(middle))
+        middle = self.decoder_middle(middle + F.pixel_shuffle(self.double_coarse(coarse), 2))
+        fine = self.decoder_fine(fine + F.pixel_shuffle(self.double_middle(middle), 2))
+        return F.pixel_shuffle(self.head(fine), CELL).float()
+
+
+def _blocks(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))

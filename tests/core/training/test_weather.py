@@ -1,0 +1,96 @@
+"""Frames through weather: what the estimator is to find, and a stage that learns it."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from recofuse_core.degradations.recipes import VisKind
+from recofuse_core.errors import ConfigError
+from recofuse_core.training import weather
+from recofuse_core.training.config import DataConfig, TrainConfig
+from recofuse_core.training.pairs import PairSource
+from recofuse_core.training.trainer import Trainer
+from recofuse_core.training.weather import WeatherSource, weather_loss
+from recofuse_core.weather import WeatherConfig, WeatherEstimator
+from tests.core.training.small import scenes, stage
+
+SIDE = 48
+SIZES: dict[str, Any] = {"channels": (8, 8, 8), "blocks": (1, 1, 1)}
+
+
+def source(photos: tuple[np.ndarray, ...] = ()) -> WeatherSource:
+    return WeatherSource(PairSource(DataConfig(root="scenes"), scenes()), photos)
+
+
+def test_frames_have_weather_or_none_and_say_what_it_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weather, "SENSED_PROBABILITY", 0.0)
+    monkeypatch.setattr(weather, "OTHER_PROBABILITY", 0.0)
+    batch = source().draw(32, SIDE, Generator().manual_seed(0))
+    assert batch.given.shape == batch.added.shape == (32, 3, SIDE, SIDE)
+    assert batch.ir.shape == (32, 1, SIDE, SIDE)
+    assert 0 <= float(batch.given.min()) <= float(batch.given.max()) <= 1
+    clear = batch.given - batch.added
+    assert -0.01 < float(clear.min()) <= float(clear.max()) < 1.01
+    has_weather = batch.added.flatten(1).abs().amax(dim=1) > 0.02
+    assert 16 <= int(has_weather.sum()) <= 30  # three quarters
+    assert float(batch.added[~has_weather].abs().max()) == 0
+
+
+def test_noise_of_the_camera_is_no_weather(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weather, "SHARES", {})
+    monkeypatch.setattr(weather, "OTHER_PROBABILITY", 1.0)
+    batch = source().draw(16, SIDE, Generator().manual_seed(0))
+    assert float(batch.added.abs().max()) == 0
+    assert float(batch.given.flatten(1).std(dim=1).min()) > 0
+
+
+def test_photographs_come_in_beside_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weather, "SHARES", {})
+    for name in ("SENSED_PROBABILITY", "OTHER_PROBABILITY", "DARKER_PROBABILITY", "GREY_PROBABILITY"):
+        monkeypatch.setattr(weather, name, 0.0)
+    red = np.zeros((120, 90, 3), np.uint8)
+    red[..., 0] = 200
+    batch = source((red,)).draw(40, SIDE, Generator().manual_seed(0))
+    is_red = (batch.given[:, 0] > 0.75).flatten(1).all(dim=1) & (batch.given[:, 1:] == 0).flatten(1).all(dim=1)
+    assert 3 <= int(is_red.sum()) <= 16  # 22 % of them
+
+
+def test_a_right_answer_costs_less_than_a_wrong_one() -> None:
+    estimator = WeatherEstimator(WeatherConfig(**SIZES))
+    batch = source().draw(4, SIDE, Generator().manual_seed(1))
+    assert all(term.requires_grad for term in weather_loss(estimator, batch).values())
+    estimator.requires_grad_(False)  # it finds nothing
+    wrong = weather_loss(estimator, batch)
+    right = weather_loss(estimator, batch._replace(added=torch.zeros_like(batch.added)))
+    assert float(right["weather"]) == float(right["edges"]) == 0
+    assert all(right[name] < wrong[name] for name in wrong)
+
+
+def test_the_stage_learns_and_moves_the_estimator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weather, "SHARES", {VisKind.FOG: 1.0})
+    data = DataConfig(root="scenes")
+    few = replace(stage("weather", 60), warmup_steps=5, learning_rate=3e-3)
+    trainer = Trainer(
+        TrainConfig("compact", "test", data, (few,), model={"weather": SIZES}), PairSource(data, scenes())
+    )
+    seen = source().draw(8, SIDE, Generator().manual_seed(2))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.model.weather is not None
+    untrained = {name: float(term.detach()) for name, term in weather_loss(trainer.model.weather, seen).items()}
+    reports = list(trainer.run_stage())
+    trained = {name: float(term.detach()) for name, term in weather_loss(trainer.model.weather, seen).items()}
+    assert set(reports[0].losses) == set(trained)
+    assert trained["weather"] < 0.7 * untrained["weather"]
+    after = trainer.model.state_dict()
+    assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"weather"}
+
+
+def test_a_model_without_an_estimator_cannot_train_one() -> None:
+    data = DataConfig(root="scenes")
+    config = TrainConfig("paper", "test", data, (stage("weather", 1),))
+    with pytest.raises(ConfigError, match="weather estimator"):
+        Trainer(config, PairSource(data, scenes()))
