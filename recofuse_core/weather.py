@@ -31,14 +31,12 @@ class WeatherConfig:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and the input; the identity to start from."""
+    """Two 3x3 convolutions, and the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to the same."""
