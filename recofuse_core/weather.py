@@ -1,9 +1,10 @@
-"""Weather: what rain, snow and fog put in front of a visible frame, taken off before anything else is done to it.
+"""Weather: the streaks of rain and the flakes of snow in front of a visible frame, taken off before anything else.
 
-Streaks and flakes have shapes that a network of convolutions tells from a scene, and infrared sees through most of
-what hides it from the visible camera, so a `WeatherEstimator` looks at both frames and gives what weather added to the
-visible one. Everything behind it (lighting, tone curves, both branches, and the fused picture's skips) meets a frame
-without it. docs/decisions/0025 tells why this is a stage of its own, and how well it works.
+They have shapes that a network of convolutions tells from a scene, and infrared sees through most of them, so a
+`WeatherEstimator` looks at both frames and gives what they added to the visible one. Everything behind it (lighting,
+tone curves, both branches, and the skips of the fused picture) meets a frame without them. The veil of rain and fog is
+not its business: that is told from the whole frame, by the curves. docs/decisions/0025 tells why this is a stage of its
+own, and how well it works.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class ResidualBlock(nn.Module):
 
 
 class WeatherEstimator(nn.Module):
-    """What weather added to the visible frame, from both frames: nothing, before it was trained."""
+    """What streaks and flakes added to the visible frame, from both frames: nothing, before it was trained."""
 
     def __init__(self, config: WeatherConfig) -> None:
         super().__init__()

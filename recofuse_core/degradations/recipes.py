@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -219,6 +219,7 @@ def bad_camera(vis: Tensor, ir: Tensor, generator: Generator) -> tuple[Tensor, T
 
 
 _Model = Callable[[Tensor, Generator, Strength], tuple[Tensor, _Parameters]]
+_FallModel = Callable[[Tensor, Generator, Strength], tuple["Fall", _Parameters]]
 
 
 def _apply(
@@ -278,18 +279,39 @@ def _draw_haze(image: Tensor, generator: Generator, strength: Strength) -> tuple
     return haze(image, airlight, transmission), {"airlight": tone, "transmission": transmission}
 
 
-def _draw_rain(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+class Fall(NamedTuple):
+    """What falls in front of a scene: the scene under the veil of it (3, H, W), its cover (1, H, W), its brightness."""
+
+    scene: Tensor
+    cover: Tensor
+    brightness: float
+
+    @property
+    def image(self) -> Tensor:
+        """What a camera sees, (3, H, W)."""
+        return precipitation(self.scene, self.cover, self.brightness)
+
+
+def draw_fall(image: Tensor, kind: VisKind, generator: Generator, strength: Strength = "medium") -> Fall:
+    """The parts of a degradation that falls, as `degrade_vis` puts it in front of an image (3, H, W) in [0, 1].
+
+    kind: rain, snow, downpour or snowfall. Raises KeyError for another one.
+    """
+    return _FALLS[kind](image, generator, strength)[0]
+
+
+def _draw_rain(image: Tensor, generator: Generator, strength: Strength) -> tuple[Fall, _Parameters]:
     density, length = RAIN_DENSITY.draw(generator, strength), RAIN_LENGTH.draw(generator, strength)
     angle, opacity = math.pi / 2 + _uniform(generator, -0.35, 0.35), _uniform(generator, 0.35, 0.7)
     cover = rain_cover(image.shape[1], image.shape[2], density, length, angle, opacity, generator)
     parameters: _Parameters = {"density": density, "length": length, "angle": angle, "opacity": opacity}
-    return precipitation(image, cover, 0.85), parameters
+    return Fall(image, cover, 0.85), parameters
 
 
-def _draw_snow(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+def _draw_snow(image: Tensor, generator: Generator, strength: Strength) -> tuple[Fall, _Parameters]:
     density, opacity = SNOW_DENSITY.draw(generator, strength), _uniform(generator, 0.6, 0.95)
     cover = snow_cover(image.shape[1], image.shape[2], density, opacity, generator)
-    return precipitation(image, cover, 0.95), {"density": density, "opacity": opacity}
+    return Fall(image, cover, 0.95), {"density": density, "opacity": opacity}
 
 
 def _draw_fog(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
@@ -297,22 +319,22 @@ def _draw_fog(image: Tensor, generator: Generator, strength: Strength) -> tuple[
     return _veiled(image, density, tone, generator), {"density": density, "airlight": tone}
 
 
-def _draw_downpour(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+def _draw_downpour(image: Tensor, generator: Generator, strength: Strength) -> tuple[Fall, _Parameters]:
     intensity, length = DOWNPOUR_INTENSITY.draw(generator, strength), _uniform(generator, 0.6, 1.5)
     angle = math.pi / 2 + _uniform(generator, -0.35, 0.35)
     veil, tone = DOWNPOUR_VEIL.draw(generator, strength), _sky_light(image, 0.6, 0.9, generator)
     cover = downpour_cover(image.shape[1], image.shape[2], intensity, length, angle, generator)
-    rainy = precipitation(_veiled(image, veil, tone, generator), cover, tone)
-    return rainy, {"intensity": intensity, "length": length, "angle": angle, "veil": veil, "brightness": tone}
+    fall = Fall(_veiled(image, veil, tone, generator), cover, tone)
+    return fall, {"intensity": intensity, "length": length, "angle": angle, "veil": veil, "brightness": tone}
 
 
-def _draw_snowfall(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+def _draw_snowfall(image: Tensor, generator: Generator, strength: Strength) -> tuple[Fall, _Parameters]:
     intensity, size = SNOWFALL_INTENSITY.draw(generator, strength), _uniform(generator, 0.7, 1.4)
     fall, angle = _uniform(generator, 0.0, 2.0), math.pi / 2 + _uniform(generator, -0.7, 0.7)
     veil, tone = SNOWFALL_VEIL.draw(generator, strength), _sky_light(image, 0.85, 1.0, generator)
     cover = snowfall_cover(image.shape[1], image.shape[2], intensity, size, fall, angle, generator)
-    snowy = precipitation(_veiled(image, veil, 0.9 * tone, generator), cover, tone)
-    return snowy, {"intensity": intensity, "size": size, "fall": fall, "angle": angle, "veil": veil, "brightness": tone}
+    snow = Fall(_veiled(image, veil, 0.9 * tone, generator), cover, tone)
+    return snow, {"intensity": intensity, "size": size, "fall": fall, "angle": angle, "veil": veil, "brightness": tone}
 
 
 def _veiled(image: Tensor, density: float, tone: float, generator: Generator) -> Tensor:
@@ -414,15 +436,31 @@ def _jpeg_model(quality_range: Range) -> _Model:
     return draw
 
 
+_FALLS: dict[VisKind, _FallModel] = {
+    VisKind.RAIN: _draw_rain,
+    VisKind.SNOW: _draw_snow,
+    VisKind.DOWNPOUR: _draw_downpour,
+    VisKind.SNOWFALL: _draw_snowfall,
+}
+
+
+def _fall_model(draw_parts: _FallModel) -> _Model:
+    def draw(image: Tensor, generator: Generator, strength: Strength) -> tuple[Tensor, _Parameters]:
+        fall, parameters = draw_parts(image, generator, strength)
+        return fall.image, parameters
+
+    return draw
+
+
 _VIS_MODELS: dict[VisKind, _Model] = {
     VisKind.BLUR: _blur_model(VIS_BLUR_SIGMA, VIS_MOTION_LENGTH),
     VisKind.LOW_LIGHT: _draw_low_light,
     VisKind.HAZE: _draw_haze,
-    VisKind.RAIN: _draw_rain,
-    VisKind.SNOW: _draw_snow,
+    VisKind.RAIN: _fall_model(_draw_rain),
+    VisKind.SNOW: _fall_model(_draw_snow),
     VisKind.FOG: _draw_fog,
-    VisKind.DOWNPOUR: _draw_downpour,
-    VisKind.SNOWFALL: _draw_snowfall,
+    VisKind.DOWNPOUR: _fall_model(_draw_downpour),
+    VisKind.SNOWFALL: _fall_model(_draw_snowfall),
     VisKind.COLOUR_CAST: _draw_colour_cast,
     VisKind.GAUSSIAN_NOISE: _draw_vis_noise,
     VisKind.POISSON_NOISE: _draw_poisson,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator
 
-from recofuse_core.degradations.recipes import VisKind
+from recofuse_core.degradations.recipes import Fall, VisKind
 from recofuse_core.errors import ConfigError
 from recofuse_core.training import weather
 from recofuse_core.training.config import DataConfig, TrainConfig
@@ -33,8 +33,8 @@ def test_frames_have_weather_or_none_and_say_what_it_added(monkeypatch: pytest.M
     assert batch.given.shape == batch.added.shape == (32, 3, SIDE, SIDE)
     assert batch.ir.shape == (32, 1, SIDE, SIDE)
     assert 0 <= float(batch.given.min()) <= float(batch.given.max()) <= 1
-    clear = batch.given - batch.added
-    assert -0.01 < float(clear.min()) <= float(clear.max()) < 1.01
+    scene = batch.given - batch.added
+    assert -0.01 < float(scene.min()) <= float(scene.max()) < 1.01
     has_weather = batch.added.flatten(1).abs().amax(dim=1) > 0.02
     assert 16 <= int(has_weather.sum()) <= 30  # three quarters
     assert float(batch.added[~has_weather].abs().max()) == 0
@@ -71,7 +71,9 @@ def test_a_right_answer_costs_less_than_a_wrong_one() -> None:
 
 
 def test_the_stage_learns_and_moves_the_estimator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weather, "SHARES", {VisKind.FOG: 1.0})
+    """On a fall that is learnt at once: half of every pixel."""
+    monkeypatch.setattr(weather, "SHARES", {VisKind.SNOWFALL: 1.0})
+    monkeypatch.setattr(weather, "draw_fall", lambda scene, *_: Fall(scene, torch.full((1, 1, 1), 0.5), 1.0))
     data = DataConfig(root="scenes")
     few = replace(stage("weather", 60), warmup_steps=5, learning_rate=3e-3)
     trainer = Trainer(
