@@ -3,11 +3,12 @@
 They have shapes that a network of convolutions tells from a scene, and infrared sees through most of them, so a
 `WeatherEstimator` looks at both frames and gives what they added to the visible one. Everything behind it (lighting,
 tone curves, both branches, and the skips of the fused picture) meets a frame without them. The veil of rain and fog is
-not its business: that is told from the whole frame, by the curves. docs/decisions/0025 tells why this is a stage of its
+not its business: that is told from the whole frame, by the curves. docs/decisions/0028 tells why this is a stage of its
 own, and how well it works.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from recofuse_core.errors import ConfigError
 
 STRIDE = 16  # frames are reduced by as much; their sides must be multiples of it
 CELL = 4  # pixels a side that the first layer reads and the last one writes at once
+DOUBTFUL, CERTAIN = 0.25, 0.75  # how probable weather is where taking it off begins, and from where all of it is taken
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class WeatherConfig:
     def __post_init__(self) -> None:
         if min(self.channels) < 1 or min(self.blocks) < 0:
             raise ConfigError(f"channels must be positive and blocks not negative, got {self.channels}, {self.blocks}")
+
+
+class WeatherFound(NamedTuple):
+    """What weather added to a visible frame, were there any, (B, 3, H, W); and log-odds that there is any, (B,)."""
+
+    added: Tensor
+    log_odds: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -58,6 +67,8 @@ class WeatherEstimator(nn.Module):
         self.encoder_middle = _blocks(middle, some)
         self.halve_middle = nn.Conv2d(middle, coarse, 2, stride=2)
         self.bottom = _blocks(coarse, many)
+        self.witness = nn.Conv2d(coarse, coarse, 1)
+        self.judge = nn.Linear(coarse, 1)
         self.double_coarse = nn.Conv2d(coarse, 4 * middle, 1)
         self.decoder_middle = _blocks(middle, some)
         self.double_middle = nn.Conv2d(middle, 4 * fine, 1)
@@ -67,17 +78,24 @@ class WeatherEstimator(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
-        """Both frames to what weather added to the visible one: (B, 3, H, W) float32.
+        """Both frames to what weather added to the visible one: (B, 3, H, W) float32, 0 in a frame without any.
 
         vis: (B, 3, H, W), ir: (B, 1, H, W), in [0, 1]; H and W multiples of 16. Computed in the dtype of the weights.
         """
+        found = self.find(vis, ir)
+        share = ((torch.sigmoid(found.log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
+        return found.added * share[:, None, None, None]
+
+    def find(self, vis: Tensor, ir: Tensor) -> WeatherFound:
+        """See forward. Whether there is any is told from the whole frame: one streak may be a wire or a scratch."""
         pair = torch.cat([vis, ir], dim=1).to(self.stem.weight.dtype)
         fine = self.encoder_fine(self.stem(pair))
         middle = self.encoder_middle(self.halve_fine(fine))
         coarse = self.bottom(self.halve_middle(middle))
+        log_odds = self.judge(F.relu(self.witness(coarse)).mean(dim=(2, 3)))
         middle = self.decoder_middle(middle + F.pixel_shuffle(self.double_coarse(coarse), 2))
         fine = self.decoder_fine(fine + F.pixel_shuffle(self.double_middle(middle), 2))
-        return F.pixel_shuffle(self.head(fine), CELL).float()
+        return WeatherFound(F.pixel_shuffle(self.head(fine), CELL).float(), log_odds[:, 0].float())
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 A frame that a camera saw through rain is veiled and noisy as well, and neither is asked for here: the target is what
 the streaks added, and nothing where there were none, however dark, veiled or noisy a frame is. A crop does not tell a
-veil from a grey wall; taught to take both off, the estimator learnt neither (docs/decisions/0025).
+veil from a grey wall; taught to take both off, the estimator learnt neither (docs/decisions/0028).
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from recofuse_core.degradations.recipes import Range, Strength, VisKind, degrade_ir, degrade_vis, draw_fall
 from recofuse_core.training.exposure import sensed
@@ -96,17 +97,25 @@ class WeatherSource:
 
 
 FLOOR = 3e-4  # of the squared error: below it, less of it hardly counts
+CLEAR_WEIGHT = 0.25  # of what is found in frames without weather: `log_odds` keep it from them
+ODDS_WEIGHT = 0.3
 
 
 def weather_loss(estimator: WeatherEstimator, batch: WeatherFrame) -> dict[str, Tensor]:
-    """Mean over frames of log10 of the squared error and `FLOOR`.
+    """log10 of the squared error and `FLOOR`, mean over frames; and cross entropy (nats) of whether there is weather.
 
     batch: parts (B, 3, S, S) and (B, 1, S, S), S a multiple of 16. L1 has its least at the median, and most pixels lie
     between the streaks; and without the floor a frame that has none outweighs a hundred that have. Both taught the
     estimator to find nothing.
     """
-    error = estimator(batch.given, batch.ir) - batch.added
-    return {"log": torch.log10(error.square().flatten(1).mean(dim=1) + FLOOR).mean()}
+    found = estimator.find(batch.given, batch.ir)
+    squared = (found.added - batch.added).square().flatten(1).mean(dim=1)
+    present = batch.added.flatten(1).any(dim=1).float()
+    weights = CLEAR_WEIGHT + (1 - CLEAR_WEIGHT) * present
+    return {
+        "log": (weights * torch.log10(squared + FLOOR)).mean(),
+        "odds": ODDS_WEIGHT * F.binary_cross_entropy_with_logits(found.log_odds, present),
+    }
 
 
 def _kind(generator: Generator) -> VisKind | None:

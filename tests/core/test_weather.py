@@ -24,8 +24,11 @@ WITH_WEATHER = replace(GATED, weather=SMALL)
 
 
 def weather_model(seed: int = 0) -> ReCoFuse:
-    """A model whose estimator takes something off every frame."""
-    return tiny_model(WITH_WEATHER, seed).requires_grad_(False)
+    """A model whose estimator takes something off every frame, and nearly all that it finds."""
+    model = tiny_model(WITH_WEATHER, seed).requires_grad_(False)
+    assert model.weather is not None
+    model.weather.judge.bias.fill_(0.8)
+    return model
 
 
 @pytest.mark.parametrize("size", [(64, 80), (33, 47), (32, 32), (101, 38)])
@@ -56,6 +59,20 @@ def test_both_frames_are_looked_at_and_infrared_stays() -> None:
     assert not torch.allclose(cleared.vis, vis, atol=1e-3)
     assert not torch.allclose(cleared.vis, other.vis, atol=1e-5)
     assert torch.equal(cleared.ir, ir)
+
+
+def test_a_frame_that_is_judged_clear_comes_back_as_it_went_in() -> None:
+    vis, ir = pairs(1, 64, 64)
+    model = weather_model()
+    assert model.weather is not None
+    model.weather.judge.weight.zero_()
+    share = []
+    for log_odds in (-2.0, -1.0, 0.0, 2.0):
+        model.weather.judge.bias.fill_(log_odds)
+        share.append(float(model.weather(vis, ir).abs().mean()))
+    assert share[0] == 0 < share[1] < share[2] < share[3]
+    assert share[2] == pytest.approx(share[3] / 2, rel=1e-5)
+    assert share[3] == pytest.approx(float(model.weather.find(vis, ir).added.abs().mean()), rel=1e-5)
 
 
 def test_weights_of_bfloat16_give_float32() -> None:

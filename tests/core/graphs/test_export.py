@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoint
+from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import ConfigError
 from recofuse_core.graphs import export
 from recofuse_core.model import ReCoFuse, widen_range
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
+from recofuse_core.scenes.scene import make_scene
+from recofuse_core.weather import WeatherConfig
 from tests.core.tiny import GATED, images_of, pairs, tiny_model
 
 onnx = pytest.importorskip("onnx")
@@ -45,7 +48,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def complete() -> ReCoFuse:
     """All but the lighting, which is most of what there is to export."""
     tone = ToneConfig(grid=16, num_quantiles=8, width=16)
-    model = tiny_model(replace(GATED, tone=tone, widening=0.4, steps=1))
+    weather = WeatherConfig(channels=(4, 4, 4), blocks=(0, 0, 0))
+    model = tiny_model(replace(GATED, tone=tone, weather=weather, widening=0.4, steps=1))
     # A fresh random head would burn out every frame, and differences with it.
     for name, parameter in model.named_parameters():
         if name.startswith("tone.layers.4"):
@@ -84,7 +88,7 @@ def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
         export.picture_of(model, model.plan(sampler="euler"))
 
 
-SHIPPED = ("tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen")
+SHIPPED = ("clear", "tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen")
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -106,6 +110,7 @@ def test_the_graph_of_a_step_says_what_a_runtime_has_to_know() -> None:
     model = load_pretrained("compact")
     assert (about["sampler"], about["steps"]) == (model.config.sampler, model.config.steps)
     assert about["can_light"] == (model.exposure is not None)
+    assert about["clears"] == (model.weather is not None)
     assert set(about["parts"]) == set(SHIPPED)
 
 
@@ -117,6 +122,13 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     for part, frames in (("tone", Pair(vis, ir)), ("light", model.light(Pair(vis, ir)))):
         for actual, expected in zip(results(runners[part], vis, ir), model.normalise(frames), strict=True):
             np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+    scene = make_scene(0, 160, 192)
+    rainy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["downpour"]).image
+    weather = Pair(torch.stack([rainy, scene.vis]), scene.ir[:1].expand(2, 1, -1, -1))
+    (actual,) = results(runners["clear"], *weather)
+    cleared = model.clear(weather).vis
+    assert float((cleared[0] - rainy).abs().mean()) > 0.01
+    np.testing.assert_allclose(actual, cleared.numpy(), atol=2e-5)
     image = pairs(2, 96, 64, seed=1)[0]
     latent, skips = model.autoencoder.encode(image)
     other, other_skips = model.autoencoder.encode(image.flip(0))

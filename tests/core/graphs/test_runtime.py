@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
+from torch import Generator, Tensor
 
 from recofuse_core import Runtime, load_checkpoint, load_pretrained, save_checkpoint
+from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import CheckpointError, NumericsError, ShapeError
 from recofuse_core.graphs.runtime import GraphRuntime, graph_path, has_graphs
 from recofuse_core.picture import FusionOutput
+from recofuse_core.sampler import Pair
+from recofuse_core.scenes.scene import make_scene
 from recofuse_core.tiling import TilingConfig
 from recofuse_core.weights_file import weights_folder
 from tests.core.tiny import pairs
@@ -75,6 +78,15 @@ def test_so_are_those_of_every_option(graphs: GraphRuntime, model: Runtime, opti
 def test_lighting_is_that_of_torch(graphs: GraphRuntime, model: Runtime) -> None:
     assert graphs.can_light
     assert fused(graphs, model, pairs(2, 75, 101), exposure="lit") < 1e-3  # highlights are ratios of small numbers
+
+
+def test_weather_comes_off_as_with_torch(graphs: GraphRuntime, model: Runtime) -> None:
+    scene = make_scene(0, 150, 190)  # sides that are padded
+    vis = degrade_vis(scene.vis, Generator().manual_seed(0), "strong", ["downpour"]).image[None]
+    images = vis, scene.ir[None, :1]
+    cleared = model.model.clear(Pair(*images)).vis
+    assert float((cleared - vis).abs().mean()) > 0.01
+    assert fused(graphs, model, images) < 1e-4
 
 
 def test_it_says_what_the_model_is(graphs: GraphRuntime, model: Runtime) -> None:
@@ -140,5 +152,5 @@ def test_graphs_of_other_weights_are_refused(copied: Path) -> None:
 def test_the_graphs_of_the_package_are_small() -> None:
     """The weights are not in them."""
     sizes = [file.stat().st_size for file in weights_folder().glob("compact.*.onnx")]
-    assert len(sizes) == 8
+    assert len(sizes) == 9
     assert sum(sizes) < 2e6

@@ -62,13 +62,19 @@ def test_photographs_come_in_beside_pairs(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_right_answer_costs_less_than_a_wrong_one() -> None:
     estimator = WeatherEstimator(WeatherConfig(**SIZES))
-    batch = source().draw(4, SIDE, Generator().manual_seed(1))
-    assert all(term.requires_grad for term in weather_loss(estimator, batch).values())
+    drawn = source().draw(4, SIDE, Generator().manual_seed(1))
+    rainy, clear = (drawn._replace(added=torch.full_like(drawn.added, added)) for added in (0.1, 0.0))
+    assert all(term.requires_grad for term in weather_loss(estimator, rainy).values())
     estimator.requires_grad_(False)  # it finds nothing
-    wrong = weather_loss(estimator, batch)
-    right = weather_loss(estimator, batch._replace(added=torch.zeros_like(batch.added)))
-    assert float(right["log"]) == pytest.approx(math.log10(weather.FLOOR))
-    assert wrong["log"] > right["log"] + 0.2
+    assert estimator.head.bias is not None
+    least = math.log10(weather.FLOOR)
+    missed = weather_loss(estimator, rainy)["log"]
+    assert weather_loss(estimator, clear)["log"] == pytest.approx(weather.CLEAR_WEIGHT * least)
+    estimator.head.bias.fill_(0.1)
+    assert weather_loss(estimator, rainy)["log"] == pytest.approx(least, abs=1e-4)
+    assert missed > least + 1
+    estimator.judge.bias.fill_(3.0)  # it is sure of weather
+    assert weather_loss(estimator, rainy)["odds"] < 0.1 * weather_loss(estimator, clear)["odds"]
 
 
 def test_the_stage_learns_and_moves_the_estimator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
