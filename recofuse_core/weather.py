@@ -18,6 +18,7 @@ from recofuse_core.errors import ConfigError
 
 STRIDE = 16  # frames are reduced by as much; their sides must be multiples of it
 CELL = 4  # pixels a side that the first layer reads and the last one writes at once
+FAINT = 0.05  # of what is seen in the mean of a frame; less of it hardly counts
 DOUBTFUL, CERTAIN = 0.25, 0.75  # how probable weather is where taking it off begins, and from where all of it is taken
 
 
@@ -88,14 +89,30 @@ class WeatherEstimator(nn.Module):
 
     def find(self, vis: Tensor, ir: Tensor) -> WeatherFound:
         """See forward. Whether there is any is told from the whole frame: one streak may be a wire or a scratch."""
-        pair = torch.cat([vis, ir], dim=1).to(self.stem.weight.dtype)
-        fine = self.encoder_fine(self.stem(pair))
-        middle = self.encoder_middle(self.halve_fine(fine))
-        coarse = self.bottom(self.halve_middle(middle))
-        log_odds = self.judge(F.relu(self.witness(coarse)).mean(dim=(2, 3)))
+        fine, middle, coarse = self._encode(vis, ir)
+        log_odds = self.log_odds(coarse)
         middle = self.decoder_middle(middle + F.pixel_shuffle(self.double_coarse(coarse), 2))
         fine = self.decoder_fine(fine + F.pixel_shuffle(self.double_middle(middle), 2))
-        return WeatherFound(F.pixel_shuffle(self.head(fine), CELL).float(), log_odds[:, 0].float())
+        return WeatherFound(F.pixel_shuffle(self.head(fine), CELL).float(), log_odds)
+
+    def features(self, vis: Tensor, ir: Tensor) -> Tensor:
+        """What `log_odds` judges, (B, C, H/16, W/16); see forward."""
+        return self._encode(vis, ir)[-1]
+
+    def log_odds(self, features: Tensor) -> Tensor:
+        """Log-odds that there is weather in a frame of such features, (B,) float32."""
+        seen = F.relu(self.witness(features)).mean(dim=(2, 3))
+        log_odds: Tensor = self.judge(torch.log(seen + FAINT))[:, 0].float()
+        return log_odds
+
+    def judges(self) -> list[nn.Parameter]:
+        """The weights of `log_odds`."""
+        return [*self.witness.parameters(), *self.judge.parameters()]
+
+    def _encode(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.encoder_fine(self.stem(torch.cat([vis, ir], dim=1).to(self.stem.weight.dtype)))
+        middle = self.encoder_middle(self.halve_fine(fine))
+        return fine, middle, self.bottom(self.halve_middle(middle))
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

@@ -46,7 +46,7 @@ def train_from_config(
     source = PairSource(config.data, pairs)
     frames = None
     if config.data.references and any(
-        stage.name in ("weather", "exposure") or stage.lit_probability for stage in config.stages
+        stage.name in ("weather", "weather_odds", "exposure") or stage.lit_probability for stage in config.stages
     ):
         known = [pair for pair in pairs if not pair.starts_with(config.data.exclude_prefixes)]
         references = read_references(path.parent / config.data.references)

@@ -37,7 +37,15 @@ from recofuse_core.training.optimisation import WeightAverage, build_optimizer, 
 from recofuse_core.training.pairs import Batch, PairSource
 from recofuse_core.training.processes import ProcessGroup
 from recofuse_core.training.tone import ToneSamples, tone_loss
-from recofuse_core.training.weather import WeatherFrame, WeatherSource, weather_loss
+from recofuse_core.training.weather import (
+    EVEN_ODDS,
+    OddsSamples,
+    WeatherFrame,
+    WeatherSource,
+    odds_loss,
+    weather_loss,
+)
+from recofuse_core.weather import WeatherEstimator
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,11 @@ class Trainer:
         decoder = [p for name, p in autoencoder.named_parameters() if _is_decoder(name)]
         tone = [] if self.model.tone is None else list(self.model.tone.parameters())
         weather = [] if self.model.weather is None else list(self.model.weather.parameters())
+        judges = [] if self.model.weather is None else self.model.weather.judges()
         exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
         trained = {
             "weather": weather,
+            "weather_odds": judges,
             "exposure": exposure,
             "tone": tone,
             "autoencoder": list(autoencoder.parameters()),
@@ -117,6 +127,7 @@ class Trainer:
         self.num_without_gain = 0
         self.tone_samples: ToneSamples | None = None
         self.light_samples: LightSamples | None = None
+        self.odds_samples: OddsSamples | None = None
         self.average = WeightAverage(self.model, self.config.ema_decay)
 
     def run_stage(self) -> Iterator[StepReport]:
@@ -128,6 +139,8 @@ class Trainer:
             self._draw_tone_samples()
         if self.stage.name == "exposure":
             self._draw_light_samples()
+        if self.stage.name == "weather_odds" and self.model.weather is not None:
+            self._draw_odds_samples(self.model.weather)
         started = time.monotonic() - self.elapsed_s
         while (progress := self._progress()) < 1 and not self.is_exhausted:
             rate = learning_rate(self.stage, self.step, progress)
@@ -194,13 +207,27 @@ class Trainer:
             raise ConfigError("lit pairs need an exposure estimator, and frames from pairs and from data.references")
         return LitSource(pairs, self.frames, self.model.exposure, self.stage.lit_probability)
 
-    def _weather_update(self, pairs: PairSource) -> dict[str, float]:
-        """One step on frames through weather of all kinds, or none."""
-        estimator, stage = self.model.weather, self.stage
-        assert estimator is not None, "a stage without a network to train does not begin"
-        source = WeatherSource(pairs, self.frames.photos if self.frames else ())
-        batch = source.draw(stage.batch_size, stage.crop, self.generator)
-        terms = weather_loss(estimator, WeatherFrame(*(part.to(self.device) for part in batch)))
+    def _weather_source(self, probability: float | None = None) -> WeatherSource:
+        """Frames of which some, or a share of `probability`, have weather in front of them."""
+        if isinstance(self.source, LatentSource):
+            raise ConfigError("the weather stages need frames, not encoded crops")
+        return WeatherSource(self.source, self.frames.photos if self.frames else (), probability)
+
+    def _draw_odds_samples(self, estimator: WeatherEstimator) -> None:
+        """The stage's frames, from a generator of their own, as those of the tone stage."""
+        generator = Generator().manual_seed(self.config.seed + 3)
+        source = self._weather_source(EVEN_ODDS)
+        self.odds_samples = OddsSamples.draw(estimator, source, self.stage.num_frames, self.stage.crop, generator)
+
+    def _weather_update(self, estimator: WeatherEstimator) -> dict[str, float]:
+        """One step of either stage of the weather estimator."""
+        stage = self.stage
+        if self.odds_samples is not None:
+            chosen = torch.randint(len(self.odds_samples.present), (stage.batch_size,), generator=self.generator)
+            terms = odds_loss(estimator, self.odds_samples.take(chosen.to(self.device)))
+        else:
+            batch = self._weather_source().draw(stage.batch_size, stage.crop, self.generator)
+            terms = weather_loss(estimator, WeatherFrame(*(part.to(self.device) for part in batch)))
         self._descend(_sum(terms), self.parameters)
         return _reported(terms)
 
@@ -219,6 +246,8 @@ class Trainer:
 
     def _update(self) -> dict[str, float]:
         stage = self.stage
+        if stage.name in ("weather", "weather_odds") and self.model.weather is not None:
+            return self._weather_update(self.model.weather)
         if self.light_samples is not None and self.model.exposure is not None:
             return self._exposure_update(self.light_samples, self.model.exposure)
         if self.tone_samples is not None and self.model.tone is not None:
@@ -234,12 +263,10 @@ class Trainer:
             self._descend(_sum(terms), self.parameters)
             return _reported(terms)
         if isinstance(self.source, LatentSource):
-            if stage.name in ("autoencoder", "weather") or stage.rollout:
+            if stage.name == "autoencoder" or stage.rollout:
                 raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
             with self._autocast():
                 return self._marginal_update(self.source.draw(stage.batch_size, self.generator).to(self.device))
-        if stage.name == "weather":
-            return self._weather_update(self.source)
         source = self._lit_source(self.source) if stage.lit_probability else self.source
         batch = source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
         if stage.name == "autoencoder":

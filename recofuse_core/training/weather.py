@@ -6,6 +6,7 @@ veil from a grey wall; taught to take both off, the estimator learnt neither (do
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -19,8 +20,9 @@ from recofuse_core.training.exposure import sensed
 from recofuse_core.training.pairs import PairSource
 from recofuse_core.weather import WeatherEstimator
 
-# How often what falls in front of a frame; nothing does before the rest of them.
-SHARES = {VisKind.DOWNPOUR: 0.37, VisKind.SNOWFALL: 0.33, VisKind.RAIN: 0.03, VisKind.SNOW: 0.03}
+SHARES = {VisKind.DOWNPOUR: 0.48, VisKind.SNOWFALL: 0.44, VisKind.RAIN: 0.04, VisKind.SNOW: 0.04}  # of what falls
+FALL_PROBABILITY = 0.76
+EVEN_ODDS = 0.5  # the same where nothing but whether there is weather is learnt
 STRENGTHS: tuple[Strength, ...] = ("light", "medium", "medium", "strong")
 OTHER_KINDS = (
     VisKind.LOW_LIGHT,
@@ -54,9 +56,10 @@ class WeatherFrame(NamedTuple):
 class WeatherSource:
     """Draws frames from pairs and from photographs (H, W, 3), uint8. Every draw comes from the generator passed in."""
 
-    def __init__(self, pairs: PairSource, photos: Sequence[np.ndarray] = ()) -> None:
+    def __init__(self, pairs: PairSource, photos: Sequence[np.ndarray] = (), probability: float | None = None) -> None:
         self.pairs = pairs
         self.photos = photos
+        self.probability = FALL_PROBABILITY if probability is None else probability
 
     def draw(self, batch_size: int, side: int, generator: Generator) -> WeatherFrame:
         """A batch of squares: each part with a first dimension of `batch_size`."""
@@ -75,7 +78,8 @@ class WeatherSource:
             clear = clear.mean(dim=0, keepdim=True).expand(3, -1, -1).contiguous()
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
         strength = STRENGTHS[_index(len(STRENGTHS), generator)]
-        given, added, kind = clear, torch.zeros_like(clear), _kind(generator)
+        given, added = clear, torch.zeros_like(clear)
+        kind = _kind(generator) if _chance(self.probability, generator) else None
         if kind is not None:
             fall = draw_fall(clear, kind, generator, strength)
             given, added = fall.image, fall.image - fall.scene
@@ -110,7 +114,7 @@ def weather_loss(estimator: WeatherEstimator, batch: WeatherFrame) -> dict[str, 
     """
     found = estimator.find(batch.given, batch.ir)
     squared = (found.added - batch.added).square().flatten(1).mean(dim=1)
-    present = batch.added.flatten(1).any(dim=1).float()
+    present = _has_weather(batch)
     weights = CLEAR_WEIGHT + (1 - CLEAR_WEIGHT) * present
     return {
         "log": (weights * torch.log10(squared + FLOOR)).mean(),
@@ -118,13 +122,55 @@ def weather_loss(estimator: WeatherEstimator, batch: WeatherFrame) -> dict[str, 
     }
 
 
-def _kind(generator: Generator) -> VisKind | None:
+@dataclass(frozen=True)
+class OddsSamples:
+    """Frames that are drawn once: their features (N, C, h, w), half, and which have weather, (N,), 0 or 1.
+
+    Large frames tell better than squares of a few streaks whether there is weather.
+    """
+
+    features: Tensor
+    present: Tensor
+
+    @classmethod
+    def draw(
+        cls, estimator: WeatherEstimator, source: WeatherSource, count: int, side: int, generator: Generator
+    ) -> "OddsSamples":
+        """Squares of `side` pixels, seen by the estimator as it is."""
+        features: list[Tensor] = []
+        present: list[Tensor] = []
+        parameter = next(estimator.parameters())
+        with torch.no_grad():
+            for _ in range(count):
+                frame = source.draw(1, side, generator)
+                features.append(
+                    estimator.features(frame.given.to(parameter.device), frame.ir.to(parameter.device)).half()
+                )
+                present.append(_has_weather(frame))
+        return cls(torch.cat(features), torch.cat(present).to(parameter.device))
+
+    def take(self, batch: Tensor) -> "OddsSamples":
+        """The samples with the indices `batch`."""
+        return OddsSamples(self.features[batch], self.present[batch])
+
+
+def odds_loss(estimator: WeatherEstimator, samples: OddsSamples) -> dict[str, Tensor]:
+    """The second part of `weather_loss` alone, of features that stay."""
+    log_odds = estimator.log_odds(samples.features.float())
+    return {"odds": F.binary_cross_entropy_with_logits(log_odds, samples.present)}
+
+
+def _has_weather(frames: WeatherFrame) -> Tensor:
+    return frames.added.flatten(1).any(dim=1).float()
+
+
+def _kind(generator: Generator) -> VisKind:
     pick = _rand(generator)
     for kind, share in SHARES.items():
         if pick < share:
             return kind
         pick -= share
-    return None
+    return kind
 
 
 def _rand(generator: Generator) -> float:

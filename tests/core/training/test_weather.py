@@ -42,7 +42,7 @@ def test_frames_have_weather_or_none_and_say_what_it_added(monkeypatch: pytest.M
 
 
 def test_noise_of_the_camera_is_no_weather(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weather, "SHARES", {})
+    monkeypatch.setattr(weather, "FALL_PROBABILITY", 0.0)
     monkeypatch.setattr(weather, "OTHER_PROBABILITY", 1.0)
     batch = source().draw(16, SIDE, Generator().manual_seed(0))
     assert float(batch.added.abs().max()) == 0
@@ -50,7 +50,7 @@ def test_noise_of_the_camera_is_no_weather(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_photographs_come_in_beside_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weather, "SHARES", {})
+    monkeypatch.setattr(weather, "FALL_PROBABILITY", 0.0)
     for name in ("SENSED_PROBABILITY", "OTHER_PROBABILITY", "DARKER_PROBABILITY", "GREY_PROBABILITY"):
         monkeypatch.setattr(weather, name, 0.0)
     red = np.zeros((120, 90, 3), np.uint8)
@@ -73,6 +73,7 @@ def test_a_right_answer_costs_less_than_a_wrong_one() -> None:
     estimator.head.bias.fill_(0.1)
     assert weather_loss(estimator, rainy)["log"] == pytest.approx(least, abs=1e-4)
     assert missed > least + 1
+    estimator.judge.weight.zero_()
     estimator.judge.bias.fill_(3.0)  # it is sure of weather
     assert weather_loss(estimator, rainy)["odds"] < 0.1 * weather_loss(estimator, clear)["odds"]
 
@@ -96,6 +97,19 @@ def test_the_stage_learns_and_moves_the_estimator_alone(monkeypatch: pytest.Monk
     assert trained["log"] < untrained["log"] - 0.3  # half of the squared error, as decimal logarithm
     after = trainer.model.state_dict()
     assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"weather"}
+
+
+def test_odds_are_learnt_on_features_that_stay() -> None:
+    data = DataConfig(root="scenes")
+    config = TrainConfig(
+        "compact", "test", data, (replace(stage("weather_odds", 3), num_frames=5),), model={"weather": SIZES}
+    )
+    trainer = Trainer(config, PairSource(data, scenes()))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert [set(report.losses) for report in trainer.run_stage()] == [{"odds"}] * 3
+    after = trainer.model.state_dict()
+    moved = {name.rpartition(".")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {"weather.witness", "weather.judge"}
 
 
 def test_a_model_without_an_estimator_cannot_train_one() -> None:
