@@ -1,5 +1,6 @@
 """The weather estimator: what it promises whatever its weights are, and where a model uses it."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Generator
 
 from recofuse_core.checkpoint import load_pretrained
-from recofuse_core.degradations.recipes import degrade_vis
+from recofuse_core.degradations.recipes import VisKind, draw_fall
 from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import ExposureConfig
 from recofuse_core.model import ReCoFuse
 from recofuse_core.picture import Exposure
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
-from recofuse_core.weather import WeatherConfig, WeatherEstimator
+from recofuse_core.weather import CERTAIN, DOUBTFUL, WeatherConfig, WeatherEstimator
 from tests.core.tiny import GATED, images_of, pairs, tiny_model
 
 SMALL = WeatherConfig(channels=(4, 6, 8), blocks=(1, 1, 1))
@@ -67,11 +68,12 @@ def test_a_frame_that_is_judged_clear_comes_back_as_it_went_in() -> None:
     assert model.weather is not None
     model.weather.judge.weight.zero_()
     share = []
-    for log_odds in (-2.0, -1.0, 0.0, 2.0):
-        model.weather.judge.bias.fill_(log_odds)
+    halfway = (DOUBTFUL + CERTAIN) / 2
+    for probability in (0.9 * DOUBTFUL, 0.9 * halfway, halfway, 1.1 * CERTAIN):
+        model.weather.judge.bias.fill_(math.log(probability / (1 - probability)))
         share.append(float(model.weather(vis, ir).abs().mean()))
     assert share[0] == 0 < share[1] < share[2] < share[3]
-    assert share[2] == pytest.approx(share[3] / 2, rel=1e-5)
+    assert share[2] == pytest.approx(share[3] / 2, rel=1e-4)
     assert share[3] == pytest.approx(float(model.weather.find(vis, ir).added.abs().mean()), rel=1e-5)
 
 
@@ -105,15 +107,18 @@ def test_sizes_must_make_sense(values: dict[str, tuple[int, int, int]]) -> None:
 
 @pytest.mark.parametrize("kind", ["downpour", "snowfall"])
 def test_the_shipped_weights_take_weather_off_and_leave_clear_frames_alone(kind: str) -> None:
-    """On generated streets, which no training saw; the squared error falls to less than half."""
+    """On generated streets, which no training saw: half of the squared error that streaks or flakes are, and more.
+
+    The veil that comes with them is not the estimator's business.
+    """
     model = load_pretrained().requires_grad_(False)
     before, after, untouched = [], [], []
-    for seed in (3, 4):
+    for seed in (2, 6):
         scene = make_scene(seed, 192, 256)
         vis, ir = scene.vis[None], scene.ir[None, :1]
-        fallen = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", [kind]).image[None]
-        before.append(float((fallen - vis).square().mean()))
-        after.append(float((model.clear(Pair(fallen, ir)).vis - vis).square().mean()))
+        fall = draw_fall(scene.vis, VisKind(kind), Generator().manual_seed(seed))
+        before.append(float((fall.image - fall.scene).square().mean()))
+        after.append(float((model.clear(Pair(fall.image[None], ir)).vis[0] - fall.scene).square().mean()))
         untouched.append(float((model.clear(Pair(vis, ir)).vis - vis).square().mean()))
-    assert sum(after) < 0.5 * sum(before)
+    assert sum(after) < 0.45 * sum(before)
     assert sum(untouched) < 0.1 * sum(before)
