@@ -7,7 +7,7 @@ above it. Same weights in every row; those of preset `paper` are random, which c
 On a CPU a run of three steps is taken apart by its own calls (encode, step, decode), in processor time of one thread,
 and longer runs are computed from the parts: `extrapolated` in the table. So a busy machine disturbs little, and 100
 steps of the baseline need not be waited for. On a GPU runs are timed by the clock, transfers included, and only those
-of 100 steps are computed from shorter ones.
+of 100 steps that are not recorded are computed from shorter ones.
 
 On a CPU the runtimes of the shipped weights follow, alone and beside busy processes (benchmarks/runtimes.py), and the
 last line says what they cost of torch's processor time.
@@ -44,8 +44,8 @@ from recofuse_core.evaluation import plots
 from recofuse_core.kernels.choice import KernelChoice
 from recofuse_core.model import PRESETS, Conditions, ReCoFuse, build_model, noise_like
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
-from recofuse_core.recording import ScheduleCache
-from recofuse_core.runtime import MAX_RECORDED_STEPS, Runtime
+from recofuse_core.programs import ScheduleCache
+from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import Pair, SamplerName
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ MAX_CPU_PIXELS = 640 * 480  # a batch of more is left out on a CPU, where nothin
 NAMED_SIZE = (640, 480)
 TIMED_STEPS = 3  # on a CPU
 MAX_COLD_S = 5.0
+MAX_TIMED_STEPS = 32  # on a GPU; longer runs are computed from short ones, unless they are recorded
 REPEATS = 5  # on a GPU, of each run
 
 # What the project asks of itself: docs/performance.md.
@@ -93,11 +94,12 @@ def ladder(on_gpu: bool) -> list[Variant]:
         ("bfloat16", {"half": True}),
     ]
     if on_gpu:
-        steps += [("both branches in one pass", {"stacked": True}), ("kernels that win here", {"kernels": "auto"})]
-    steps += [("default steps", {"sampler": None, "steps": None})]
-    if on_gpu:  # a graph holds a few steps, not a hundred
-        steps += [("recorded", {"recorded": True})]
-    steps += [("only the fused picture", {"outputs": ("fused",)})]
+        steps += [
+            ("both branches in one pass", {"stacked": True}),
+            ("kernels that win here", {"kernels": "auto"}),
+            ("recorded", {"recorded": True}),
+        ]
+    steps += [("default steps", {"sampler": None, "steps": None}), ("only the fused picture", {"outputs": ("fused",)})]
     variants = [Variant("baseline")]
     for name, changes in steps:
         variants.append(replace(variants[-1], name=f"+ {name}", **changes))
@@ -343,7 +345,8 @@ class Candidate:
     def whole_runs(self, vis: Tensor, ir: Tensor) -> Timing:
         """Runs on a GPU by the clock: of the asked length unless it is long, and two others for what a step costs."""
         asked = self.model.plan(steps=self.variant.steps, sampler=self.variant.sampler).timesteps
-        short, long = (4, 12) if self.runtime else (2, 6)
+        # A step costs the difference between two runs of one kind: recorded ones of a few steps are another.
+        short, long = (12, 24) if self.variant.recorded else (4, 12) if self.runtime else (2, 6)
 
         def median_s(steps: int) -> float:
             for _ in range(3):  # the second records
@@ -352,7 +355,8 @@ class Candidate:
 
         short_s, long_s = median_s(short), median_s(long)
         step_s = (long_s - short_s) / (long - short)
-        whole_s = median_s(len(asked)) if len(asked) <= MAX_RECORDED_STEPS else None
+        is_timed = self.variant.recorded or len(asked) <= MAX_TIMED_STEPS
+        whole_s = median_s(len(asked)) if is_timed else None
         return Timing(short_s - short * step_s, step_s, whole_s)
 
 

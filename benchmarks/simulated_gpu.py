@@ -34,7 +34,8 @@ from benchmarks.engine import BATCHES, NAMED_SIZE, Ceilings, count_costs
 from recofuse_core.kernels.choice import KernelChoice, use_kernels
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model
 from recofuse_core.picture import ALL_OUTPUTS, Exposure, OutputName
-from recofuse_core.recording import EagerRecorder, NoiseCache, Program, ProgramKey, Results, ScheduleCache
+from recofuse_core.programs import MAX_UNROLLED_STEPS, ProgramKey, Supplies, build_program
+from recofuse_core.recording import EagerRecorder, Results
 from recofuse_core.runtime import Precision, Runtime, frozen_copy
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from recofuse_core.tiling import TilingConfig
@@ -308,14 +309,17 @@ class SimulatedRecorder(EagerRecorder):
 
     def __init__(self, *, warms_up: bool = False) -> None:
         self.capture = Capture()
+        self.parts: list[list[Operation]] = []  # of every recording
         self._warms_up = warms_up
 
     def record(self, function: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
         """See Recorder."""
         if self._warms_up:
             function()
+        num_before = len(self.capture.operations)
         with self.capture:
             results = function()
+        self.parts.append(self.capture.operations[num_before:])
         return lambda: None, results
 
 
@@ -343,7 +347,7 @@ def on_device(
 
 
 @torch.inference_mode()
-def captured(
+def recorded(
     model: ReCoFuse,
     batch: int = 1,
     height: int = 480,
@@ -355,14 +359,21 @@ def captured(
     outputs: Collection[OutputName] = ALL_OUTPUTS,
     tiling: TilingConfig | None = None,
     exposure: Exposure = "as_shot",
-) -> Capture:
-    """What the capture of one run of a model from `on_device` would be."""
+    is_long: bool = False,
+) -> SimulatedRecorder:
+    """The recordings of one kind of run of a model from `on_device`. is_long: as for many steps, however few."""
     plan = model.plan(steps=steps, sampler=sampler, outputs=outputs, tiling=tiling, exposure=exposure)
     recorder = SimulatedRecorder(warms_up=plan.tiles(height, width))  # what tiles are weighed by is made once
     with simulation():
-        key = ProgramKey(plan, batch, height, width, levels)
-        Program(model, key, DEVICE, recorder, ScheduleCache(model), NoiseCache(DEVICE))
-    return recorder.capture
+        key = ProgramKey.of(plan, batch, height, width, levels=levels)
+        key = replace(key, plan=replace(plan, timesteps=())) if is_long else key
+        build_program(model, key, DEVICE, recorder, Supplies(model, DEVICE))
+    return recorder
+
+
+def captured(model: ReCoFuse, batch: int = 1, height: int = 480, width: int = 640, **options: Any) -> Capture:
+    """What the captures of `recorded` would be."""
+    return recorded(model, batch, height, width, **options).capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,30 +399,16 @@ class Demand:
 def run_operations(
     config: ModelConfig, batch: int, precision: Precision = "bfloat16", **options: Any
 ) -> list[Operation]:
-    """The operations of a run at 640x480 with a preset's own sampler and steps.
-
-    All steps but the first and the last are alike, so a run of many is put together from one of three.
-    """
+    """The operations of a run at 640x480 with a preset's own sampler and steps."""
     model = on_device(config, precision, stacked=options.pop("stacked", True), kernels=options.pop("kernels", "eager"))
     width, height = NAMED_SIZE
-
-    def of(steps: int) -> list[Operation]:
-        return captured(model, batch, height, width, steps=steps, **options).operations
-
-    if config.steps <= 3:
-        return of(config.steps)
-    three = of(3)
-    return three + _difference(three, of(2)) * (config.steps - 3)
-
-
-def _difference(longer: list[Operation], shorter: list[Operation]) -> list[Operation]:
-    """The operations by which a run is longer than another of one step less."""
-    counts: dict[Operation, int] = {}
-    for operation in longer:
-        counts[operation] = counts.get(operation, 0) + 1
-    for operation in shorter:
-        counts[operation] = counts.get(operation, 0) - 1
-    return list(itertools.chain.from_iterable([operation] * count for operation, count in counts.items()))
+    parts = recorded(model, batch, height, width, steps=config.steps, **options).parts
+    if config.steps <= MAX_UNROLLED_STEPS:
+        return parts[0]
+    begin, step, end = parts
+    # Before every step its numbers and its conditioning are put in place; noise is not counted.
+    put = [Operation("copy_", 1, 0, 0, is_half=False)] * 2
+    return [*begin, *(put + step) * config.steps, *end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,6 +480,7 @@ def all_captures() -> Iterator[tuple[str, Capture]]:
             yield name, captured(model, 2, *SMALL_SIZE, **options, exposure=exposures[levels])
             if outputs == ALL_OUTPUTS:
                 yield f"{name} tiled", captured(model, 1, 64, 96, **options, tiling=SMALL_TILES)
+                yield f"{name} long", captured(model, 2, *SMALL_SIZE, **options, is_long=True)
 
 
 # --- what is left to the host -----------------------------------------------------------------------------------------
@@ -498,12 +496,13 @@ class HostRecorder(SimulatedRecorder):
     def upload(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """See Recorder."""
 
-    def run(self, replay: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], None]) -> None:
         """See Recorder."""
 
-    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
         """See Recorder. The last result says whether all is finite."""
         pairs[-1][0].fill_(True)
+        return lambda: None
 
 
 def host_ms(batch: int = 8, repeats: int = 15) -> float:

@@ -53,6 +53,7 @@ from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
 from recofuse_core.weather import STRIDE, WeatherConfig, WeatherEstimator
 
 Coupling = Literal["every_step", "late", "none"]
+GPU_TILE_BATCH = 8  # tiles of a large frame at a time
 
 
 @dataclass(frozen=True)
@@ -312,30 +313,48 @@ class ReCoFuse(nn.Module):
         it, so that a run can be captured. Raises ShapeError for `previous` of another size.
         """
         levels = vis.dtype == torch.uint8
+        networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled)
+        size = (int(vis.shape[-2]), int(vis.shape[-1]))
+        finish = Finishing(self, levels=levels)
+        frames = self.prepared(vis, ir, plan.exposure)
+        pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous)
+        output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
+        return output, finish.is_finite
+
+    def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> Pair:
+        """Images of `run` as they are encoded: without weather, lit if asked, toned, padded, three channels each."""
         frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
-        images = self.normalise(self.light(frames) if plan.exposure == "lit" else frames)
-        padded = Pair(
+        images = self.normalise(self.light(frames) if exposure == "lit" else frames)
+        return Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")
             .expand(-1, 3, -1, -1)
             .contiguous(memory_format=torch.channels_last),
         )
-        flags: list[Tensor] = []
 
-        def finish(name: OutputName, decoded: Tensor) -> Tensor:
-            flags.append(torch.isfinite(decoded).all())
-            image = decoded.clamp(0.0, 1.0)
-            if name == "fused":
-                image = widen_range(image, self.config.widening)
-            elif name == "ir":
-                image = image.mean(dim=1, keepdim=True)
-            return (image * 255).round().byte() if levels else image
 
-        networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled)
-        size = (int(vis.shape[-2]), int(vis.shape[-1]))
-        pictures, clean = run(networks, self.sde, plan, padded, size, draw, finish, previous)
-        output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
-        return output, torch.stack(flags).all()
+class Finishing:
+    """What becomes of decoded images, and whether all of them are finite so far."""
+
+    def __init__(self, model: ReCoFuse, *, levels: bool) -> None:
+        self._widening = model.config.widening
+        self._levels = levels
+        self._flags: list[Tensor] = []
+
+    def __call__(self, name: OutputName, decoded: Tensor) -> Tensor:
+        """See picture.Finish."""
+        self._flags.append(torch.isfinite(decoded).all())
+        image = decoded.clamp(0.0, 1.0)
+        if name == "fused":
+            image = widen_range(image, self._widening)
+        elif name == "ir":
+            image = image.mean(dim=1, keepdim=True)
+        return (image * 255).round().byte() if self._levels else image
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Without dimensions; nothing waits for it."""
+        return torch.stack(self._flags).all()
 
 
 class TorchNetworks:
@@ -370,6 +389,16 @@ class TorchNetworks:
     def contiguous(self, part: Tensor) -> Tensor:
         """See Networks."""
         return part.contiguous()
+
+    @property
+    def tile_batch(self) -> int:
+        """See Networks. A GPU takes as long for one tile as for a few; a CPU gains nothing by batches."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return 1 if on_cpu else GPU_TILE_BATCH
+
+    def together(self, parts: Sequence[Tensor]) -> Tensor:
+        """See Networks."""
+        return torch.cat(list(parts))
 
     def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """See Canvas."""

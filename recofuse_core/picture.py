@@ -146,6 +146,25 @@ class Networks(Canvas, Protocol):
     def contiguous(self, part: Array) -> Array:
         """A part that was cut from an array, in memory of its own if the networks are faster so."""
 
+    @property
+    def tile_batch(self) -> int:
+        """How many tiles of large frames the networks do best at a time."""
+
+    def together(self, parts: Sequence[Array]) -> Array:
+        """Parts of one shape as one batch."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Both frames as their networks see them: degraded latents (B, C, h, w) and skips."""
+
+    mu: Pair
+    vis_skips: Skips
+    ir_skips: Skips
+
+
+Finish = Callable[[OutputName, Array], Array]
+
 
 def run(
     networks: Networks,
@@ -154,7 +173,7 @@ def run(
     frames: Pair,
     size: tuple[int, int],
     draw: NoiseSource,
-    finish: Callable[[OutputName, Array], Array],
+    finish: Finish,
     previous: Pair | None = None,
 ) -> tuple[dict[OutputName, Array], Pair]:
     """The pictures that a plan asks for, and the restored latents.
@@ -163,25 +182,11 @@ def run(
     like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what is kept of it. `previous` holds
     clean latents to start from at the plan's first step, in place of mu. Raises ShapeError for one of another size.
     """
-    grid = (frames.vis.shape[-2] // LATENT_FACTOR, frames.vis.shape[-1] // LATENT_FACTOR)
-    frame = _Frame(networks, grid, plan.tiling if plan.tiles(*size) else None)
-    vis_mu, vis_skips = frame.encode(frames.vis)
-    ir_mu, ir_skips = frame.encode(frames.ir)
-    mu = Pair(vis_mu, ir_mu)
-    state = _start(sde, mu, draw(), previous, plan.timesteps[0])
-    clean = SAMPLERS[plan.sampler](frame.predict, sde, state, mu, draw, plan.timesteps)
-
-    def decode(name: OutputName, latent: Array, skips: Skips) -> Array:
-        return finish(name, frame.decode(latent, skips)[..., : size[0], : size[1]])
-
-    pictures: dict[OutputName, Array] = {}
-    if "fused" in plan.outputs:
-        pictures["fused"] = decode("fused", frame.fuse(clean), networks.fuse_skips(vis_skips, ir_skips))
-    if "vis" in plan.outputs:
-        pictures["vis"] = decode("vis", clean.vis, vis_skips)
-    if "ir" in plan.outputs:
-        pictures["ir"] = decode("ir", clean.ir, ir_skips)
-    return pictures, clean
+    frame = Frame(networks, plan, size)
+    encoded = frame.encode(frames)
+    state = _start(sde, encoded.mu, draw(), previous, plan.timesteps[0])
+    clean = SAMPLERS[plan.sampler](frame.predict, sde, state, encoded.mu, draw, plan.timesteps)
+    return frame.pictures(clean, encoded, finish), clean
 
 
 def _start(sde: MeanRevertingSDE, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
@@ -195,74 +200,130 @@ def _start(sde: MeanRevertingSDE, mu: Pair, noise: Pair, previous: Pair | None, 
     return Pair(*states)
 
 
-class _Frame:
-    """Applies the networks to a whole latent grid, tile by tile where it is larger than the limit."""
+class Frame:
+    """Applies the networks to whole frames of a size, tile by tile where a plan says so.
 
-    def __init__(self, networks: Networks, grid: tuple[int, int], tiling: TilingConfig | None) -> None:
+    Tiles are of one size, so as many at a time as the networks do best are a batch.
+    """
+
+    def __init__(self, networks: Networks, plan: FusionPlan, size: tuple[int, int]) -> None:
         self.networks = networks
-        self.grid = grid
+        self.plan = plan
+        self.size = size
+        self.grid = latent_size(*size)
         self.tiles: tuple[Tile, ...] = ()
-        if tiling is not None:
-            self.tiles = plan_tiles(*grid, tiling.tile // LATENT_FACTOR, tiling.overlap // LATENT_FACTOR)
+        if plan.tiles(*size):
+            tile, overlap = plan.tiling.tile // LATENT_FACTOR, plan.tiling.overlap // LATENT_FACTOR
+            self.tiles = plan_tiles(*self.grid, tile, overlap)
 
-    def _join(self, parts: Iterator[tuple[Array, ...]]) -> tuple[Array, ...]:
-        """Join the results of all tiles, each a tuple of arrays of any scales; one tile's tuple is alive at a time."""
+    def encode(self, frames: Pair) -> Encoded:
+        """What `run` begins with."""
+        vis_mu, vis_skips = self._encode(frames.vis)
+        ir_mu, ir_skips = self._encode(frames.ir)
+        return Encoded(Pair(vis_mu, ir_mu), vis_skips, ir_skips)
+
+    def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
+        """One coupled evaluation."""
+        if not self.tiles:
+            return self.networks.predict(state, mu, t)
+        kinds: list[PredictionKind] = []
+
+        def of_tiles(*parts: Array) -> tuple[Array, ...]:
+            prediction = self.networks.predict(Pair(*parts[:2]), Pair(*parts[2:]), t)
+            kinds.append(prediction.kind)
+            # Who predicts the clean latent needs no start; coupled branches have one start.
+            starts = prediction.start[: 1 + (prediction.start.vis is not prediction.start.ir)]
+            return (*prediction.output, *(starts if prediction.kind == "noise" else ()))
+
+        def cut(tile: Tile) -> tuple[Array, ...]:
+            return tuple(self.networks.contiguous(tile.cut(array, 1)) for array in (*state, *mu))
+
+        vis, ir, *starts = self._of_all(cut, of_tiles)
+        start = Pair(starts[0], starts[-1]) if starts else state
+        return Prediction(start, Pair(vis, ir), kinds[0])
+
+    def pictures(self, clean: Pair, encoded: Encoded, finish: Finish) -> dict[OutputName, Array]:
+        """What `run` ends with."""
+
+        def decode(name: OutputName, latent: Array, skips: Skips) -> Array:
+            return finish(name, self._decode(latent, skips)[..., : self.size[0], : self.size[1]])
+
+        pictures: dict[OutputName, Array] = {}
+        vis_skips, ir_skips = encoded.vis_skips, encoded.ir_skips
+        if "fused" in self.plan.outputs:
+            pictures["fused"] = decode("fused", self._fuse(clean), self.networks.fuse_skips(vis_skips, ir_skips))
+        if "vis" in self.plan.outputs:
+            pictures["vis"] = decode("vis", clean.vis, vis_skips)
+        if "ir" in self.plan.outputs:
+            pictures["ir"] = decode("ir", clean.ir, ir_skips)
+        return pictures
+
+    def _of_all(
+        self, cut: Callable[[Tile], tuple[Array, ...]], call: Callable[..., tuple[Array, ...]]
+    ) -> tuple[Array, ...]:
+        """Call with what is cut from every tile, and join the results, arrays of any scales.
+
+        Only one batch of tiles is alive at a time.
+        """
         mosaics: list[Mosaic] = []
-        for tile, part in zip(self.tiles, parts, strict=True):
+        for group, parts, batch in self._batches(cut):
+            results = call(*parts)
             if not mosaics:
-                scales = [array.shape[-2] // (tile.bottom - tile.top) for array in part]
+                scales = [array.shape[-2] // (group[0].bottom - group[0].top) for array in results]
                 mosaics = [Mosaic(self.networks, self.tiles, self.grid, scale) for scale in scales]
-            for mosaic, array in zip(mosaics, part, strict=True):
-                mosaic.add(tile, array)
+            for mosaic, array in zip(mosaics, results, strict=True):
+                for place, tile in enumerate(group):
+                    mosaic.add(tile, array[place * batch : (place + 1) * batch])
         return tuple(mosaic.joined() for mosaic in mosaics)
 
-    def encode(self, image: Array) -> tuple[Array, Skips]:
+    def _batches(
+        self, cut: Callable[[Tile], tuple[Array, ...]]
+    ) -> Iterator[tuple[tuple[Tile, ...], tuple[Array, ...], int]]:
+        """Tiles that go together, what was cut from them as one batch, and how much of it one tile has."""
+        start = 0
+        while start < len(self.tiles):
+            first = cut(self.tiles[start])
+            batch = len(first[0])
+            most = max(1, self.networks.tile_batch // batch)
+            left = len(self.tiles) - start
+            count = -(-left // -(-left // most))  # batches as even as can be
+            group = self.tiles[start : start + count]
+            if count == 1:
+                yield group, first, batch
+            else:
+                cuts = zip(first, *map(cut, group[1:]), strict=True)
+                yield group, tuple(map(self.networks.together, cuts)), batch
+            start += count
+
+    def _encode(self, image: Array) -> tuple[Array, Skips]:
         if not self.tiles:
             return self.networks.encode(image)
 
-        def parts() -> Iterator[tuple[Array, ...]]:
-            for tile in self.tiles:
-                latent, skips = self.networks.encode(tile.cut(image, LATENT_FACTOR))
-                yield latent, *skips
+        def of_tiles(part: Array) -> tuple[Array, ...]:
+            latent, skips = self.networks.encode(part)
+            return (latent, *skips)
 
-        latent, *skips = self._join(parts())
+        latent, *skips = self._of_all(lambda tile: (tile.cut(image, LATENT_FACTOR),), of_tiles)
         return latent, tuple(skips)
 
-    def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
-        if not self.tiles:
-            return self.networks.predict(state, mu, t)
-        predictions = (self.networks.predict(self._cut(tile, state), self._cut(tile, mu), t) for tile in self.tiles)
-        kinds: list[PredictionKind] = []
-
-        def parts() -> Iterator[tuple[Array, ...]]:
-            for prediction in predictions:
-                kinds.append(prediction.kind)
-                yield *prediction.start, *prediction.output
-
-        start_vis, start_ir, output_vis, output_ir = self._join(parts())
-        return Prediction(Pair(start_vis, start_ir), Pair(output_vis, output_ir), kinds[0])
-
-    def fuse(self, clean: Pair) -> Array:
+    def _fuse(self, clean: Pair) -> Array:
         if not self.tiles:
             return self.networks.fuse(clean)
-        (latent,) = self._join((self.networks.fuse(self._cut(tile, clean)),) for tile in self.tiles)
+        (latent,) = self._of_all(
+            lambda tile: tuple(self.networks.contiguous(tile.cut(array, 1)) for array in clean),
+            lambda vis, ir: (self.networks.fuse(Pair(vis, ir)),),
+        )
         return latent
 
-    def decode(self, latent: Array, skips: Skips) -> Array:
+    def _decode(self, latent: Array, skips: Skips) -> Array:
         if not self.tiles:
             return self.networks.decode(latent, skips)
         rows, _ = self.grid
-
-        def parts() -> Iterator[tuple[Array, ...]]:
-            for tile in self.tiles:
-                tile_skips = tuple(tile.cut(skip, skip.shape[-2] // rows) for skip in skips)
-                yield (self.networks.decode(tile.cut(latent, 1), tile_skips),)
-
-        (image,) = self._join(parts())
+        (image,) = self._of_all(
+            lambda tile: (tile.cut(latent, 1), *(tile.cut(skip, skip.shape[-2] // rows) for skip in skips)),
+            lambda part, *part_skips: (self.networks.decode(part, part_skips),),
+        )
         return image
-
-    def _cut(self, tile: Tile, pair: Pair) -> Pair:
-        return Pair(*(self.networks.contiguous(tile.cut(array, 1)) for array in pair))
 
 
 def padded(side: int) -> int:

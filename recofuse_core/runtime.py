@@ -38,16 +38,9 @@ from recofuse_core.picture import (
     require_finite,
     seed_list,
 )
-from recofuse_core.recording import (
-    CudaRecorder,
-    EagerRecorder,
-    NoiseCache,
-    Program,
-    ProgramCache,
-    ProgramKey,
-    Recorder,
-    ScheduleCache,
-)
+from recofuse_core.program_cache import ProgramCache
+from recofuse_core.programs import Pending, ProgramKey, Supplies, build_program
+from recofuse_core.recording import CudaRecorder, EagerRecorder, Recorder
 from recofuse_core.sampler import SamplerName
 from recofuse_core.stacked import StackedDenoiser
 from recofuse_core.tiling import TilingConfig
@@ -57,8 +50,6 @@ Precision = Literal["auto", "float32", "bfloat16"]
 # Parts of a parameter's name. Time vectors are made once a schedule; tone curves, lighting and the two convolutions
 # read and write pixels, and bfloat16 near 1 is as coarse as an 8-bit level.
 KEPT_IN_FLOAT32 = frozenset({"tone", "exposure", "time", "time_projection", "init_conv", "final_conv"})
-
-MAX_RECORDED_STEPS = 32  # a graph of 100 published steps would hold a quarter of a million nodes
 
 
 def native_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -121,7 +112,7 @@ class Runtime:
         with full_float32():
             self.kernels = use_kernels(self.model, kernels)  # what was chosen, in words
         self.batch_sizes = tuple(sorted(batch_sizes))
-        self._conditions = ScheduleCache(self.model)
+        self._supplies = supplies = Supplies(self.model, self.device)
         self._programs: ProgramCache | None = None
         if on_gpu if graphs is None else graphs:
             if max_graphs < 1:
@@ -129,10 +120,9 @@ class Runtime:
             used = recorder or (CudaRecorder(self.device) if on_gpu else EagerRecorder())
             if not max_graph_bytes and on_gpu:
                 max_graph_bytes = torch.cuda.mem_get_info(self.device)[0] // 2
-            noise = NoiseCache(self.device)
             self._programs = ProgramCache(
                 max_graphs,
-                lambda key: Program(self.model, key, self.device, used, self._conditions, noise),
+                lambda key: build_program(self.model, key, self.device, used, supplies),
                 max_bytes=max_graph_bytes,
                 is_deferred=defers_recording,
             )
@@ -183,10 +173,31 @@ class Runtime:
         exposure: Exposure = "as_shot",
     ) -> FusionOutput:
         """See `ReCoFuse.fuse`. The images may lie on the host or on the device; the result lies where they do."""
+        options = {"steps": steps, "sampler": sampler, "outputs": outputs, "coupled": coupled, "tiling": tiling}
+        return self.submit(vis, ir, seeds=seeds, exposure=exposure, **options).result()  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def submit(
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        *,
+        steps: int | None = None,
+        sampler: SamplerName | None = None,
+        seeds: int | Sequence[int] = 0,
+        outputs: Collection[OutputName] = ALL_OUTPUTS,
+        coupled: bool = True,
+        tiling: TilingConfig | None = None,
+        exposure: Exposure = "as_shot",
+    ) -> Pending:
+        """`fuse`, without waiting for the result where the run is recorded: the next batch can be submitted meanwhile.
+
+        The result may be waited for on another thread. Two runs may be under way; a third waits for the first.
+        """
         plan = self.model.plan(
             steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling, exposure=exposure
         )
-        return self._fuse(vis, ir, plan, seeds, record=False)
+        return self._submit(vis, ir, plan, seeds, record=False)
 
     @torch.inference_mode()
     def record(
@@ -208,28 +219,31 @@ class Runtime:
         dtype = torch.uint8 if levels else torch.float32
         for batch, height, width in shapes:
             vis = torch.zeros(batch, 3, height, width, dtype=dtype)
-            self._fuse(vis, vis[:, :1], plan, 0, record=True)
+            self._submit(vis, vis[:, :1], plan, 0, record=True).result()
 
-    def _fuse(
+    def _submit(
         self, vis: Tensor, ir: Tensor, plan: FusionPlan, seeds: int | Sequence[int], *, record: bool
-    ) -> FusionOutput:
+    ) -> Pending:
         batch, height, width = require_pair(vis, ir)
         each_seed = seed_list(seeds, batch)
-        is_recordable = len(plan.timesteps) <= MAX_RECORDED_STEPS and not plan.tiles(height, width)
         with full_float32():
-            if self._programs is not None and is_recordable:
+            if self._programs is not None:
                 size = next((size for size in self.batch_sizes if size >= batch), batch)
-                key = ProgramKey(plan, size, height, width, vis.dtype == torch.uint8)
+                key = ProgramKey.of(plan, size, height, width, levels=vis.dtype == torch.uint8)
                 if (program := self._programs.get(key, record=record)) is not None:
                     fill = size - batch
-                    output = program(_filled(vis, fill), _filled(ir, fill), each_seed + each_seed[-1:] * fill)
-                    return _first(output, batch) if fill else output
-            return self._eager(vis, ir, plan, each_seed)
+                    filled = each_seed + each_seed[-1:] * fill
+                    pending = program.submit(_filled(vis, fill), _filled(ir, fill), filled, plan.timesteps)
+                    return Pending(lambda: _first(pending.result(), batch)) if fill else pending
+            output = self._eager(vis, ir, plan, each_seed)
+            return Pending(lambda: output)
 
     def _eager(self, vis: Tensor, ir: Tensor, plan: FusionPlan, seeds: Sequence[int]) -> FusionOutput:
         like = torch.empty(self.model.latent_shape(len(vis), *vis.shape[-2:]), device=self.device)
         draw = noise_like(seeds, like)
-        output, is_finite = self.model.run(vis.to(self.device), ir.to(self.device), plan, draw, self._conditions)
+        output, is_finite = self.model.run(
+            vis.to(self.device), ir.to(self.device), plan, draw, self._supplies.conditions
+        )
         require_finite(is_finite)
         return FusionOutput(*(_moved(image, vis.device) for image in (output.fused, output.vis, output.ir)))
 

@@ -160,7 +160,7 @@ def euler(
     on_step: OnStep | None = None,
 ) -> Pair:
     """The published sampler: Euler-Maruyama on the coupled reverse SDE, noise at every step, the last included."""
-    for t, end in _jumps(timesteps):
+    for t, end in jumps(timesteps):
         prediction = predict(state, mu, t)
         start, noise = prediction.start, prediction.output
         if prediction.kind == "clean":
@@ -187,7 +187,7 @@ def posterior(
 ) -> Pair:
     """Ancestral sampling: each jump draws x_end given x_t and the estimated x_0."""
     estimate = _Estimates(predict, sde, mu)
-    for t, end in _jumps(timesteps):
+    for t, end in jumps(timesteps):
         clean = estimate(state, t)
         draws = draw()
         state = Pair(
@@ -236,7 +236,7 @@ def _solve_ode(
     previous: Pair | None = None
     previous_span = 0.0
     estimate = _Estimates(predict, sde, mu)
-    for t, end in _jumps(timesteps):
+    for t, end in jumps(timesteps):
         clean = estimate(state, t)
         span = float(sde.log_snr[end] - sde.log_snr[t])  # infinite for the last jump, which ends at the estimate itself
         target = clean
@@ -259,7 +259,7 @@ def late_start(sde: MeanRevertingSDE, steps: int) -> int:
     return max(min(steps, sde.num_steps), round(0.6 * sde.num_steps))
 
 
-def _jumps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
+def jumps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
     """(from, to) of every jump, the last one to 0."""
     return list(zip(timesteps, [*timesteps[1:], 0], strict=True))
 

@@ -239,6 +239,12 @@ class GraphNetworks:
         """See Networks; what a graph is given is contiguous anyhow."""
         return part
 
+    tile_batch = 1  # more at a time are no faster on a processor
+
+    def together(self, parts: Sequence[Floats]) -> Floats:
+        """See Networks."""
+        return np.concatenate(parts)
+
     def zeros(self, shape: tuple[int, ...], like: Floats) -> Floats:
         """See Canvas."""
         return np.zeros(shape, like.dtype)

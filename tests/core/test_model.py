@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.losses import chroma, luma
-from recofuse_core.model import WIDENING_GAIN, ModelConfig, ReCoFuse, noise_like, widen_range
+from recofuse_core.model import WIDENING_GAIN, ModelConfig, ReCoFuse, TorchNetworks, noise_like, widen_range
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
 from recofuse_core.sampler import SAMPLERS, Pair, Prediction, SamplerName
 from recofuse_core.tiling import TilingConfig
@@ -262,6 +262,27 @@ def test_networks_must_agree_on_the_latent() -> None:
         replace(GATED, fusion=replace(GATED.fusion, latent_channels=5))
     with pytest.raises(ConfigError, match="default steps"):
         replace(GATED, steps=101)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch"), [(GATED, 1), (GATED, 2), (PUBLISHED, 1)], ids=["gated", "two", "published"]
+)
+@pytest.mark.parametrize("coupled", [True, False])
+def test_tiles_together_are_tiles_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, config: ModelConfig, batch: int, coupled: bool
+) -> None:
+    """Six tiles, four pairs of them at most in a batch: three and three, or two and two and two."""
+    model = tiny_model(config)
+    vis, ir = pairs(batch, 80, 112)
+    tiling = TilingConfig(max_pixels=32 * 32, tile=48, overlap=16)
+    options: dict[str, Any] = {"tiling": tiling, "coupled": coupled, "steps": 2, "sampler": "ode2"}
+    one_by_one = model.fuse(vis, ir, **options)
+    batches: list[int] = []
+    monkeypatch.setattr(TorchNetworks, "tile_batch", 4)
+    encode = model.autoencoder.encode
+    model.autoencoder.encode = lambda image: (batches.append(len(image)), encode(image))[1]  # type: ignore[method-assign]
+    assert largest_difference(model.fuse(vis, ir, **options), one_by_one) < 2e-5
+    assert batches == ([3, 3] if batch == 1 else [4, 4, 4]) * 2
 
 
 def test_tiling_reaches_the_model() -> None:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from recofuse_core import load_pretrained
-from recofuse_core import recording as module_of_recording
+from recofuse_core import programs as module_of_programs
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model, noise_like
-from recofuse_core.recording import EagerRecorder, NoiseCache, ProgramCache, Results
+from recofuse_core.program_cache import ProgramCache
+from recofuse_core.programs import MAX_UNROLLED_STEPS, NoiseCache
+from recofuse_core.recording import EagerRecorder, Results
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SAMPLERS, NoiseSource, SamplerName
 from recofuse_core.tiling import TilingConfig
-from tests.core.tiny import CONFIGS, images_of, largest_difference, pairs, rms_difference, tiny_model
+from tests.core.tiny import CONFIGS, PUBLISHED, images_of, largest_difference, pairs, rms_difference, tiny_model
 
 
 class CountingRecorder(EagerRecorder):
@@ -42,14 +44,13 @@ class CountingRecorder(EagerRecorder):
         self.events.append("upload")
         super().upload(pairs)
 
-    def run(self, replay: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], None]) -> None:
         self.events.append("run")
-        super().run(replay)
+        super().run(work)
 
-    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
         self.events.append("download")
-        for target, result in pairs:
-            target.copy_(result)
+        return super().download(pairs)
 
 
 def recording(model: ReCoFuse, **options: object) -> tuple[Runtime, CountingRecorder]:
@@ -70,7 +71,7 @@ class BrokenRecorder(CountingRecorder):
     def record(self, function: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
         self.num_tried += 1
         replay, results = super().record(function)
-        if len(results[0]) in self.batches:
+        if results and len(results[0]) in self.batches:
             raise self.error
         return replay, results
 
@@ -117,7 +118,7 @@ def test_noise_is_drawn_once_a_seed_and_bounded(monkeypatch: pytest.MonkeyPatch)
         drawn.extend(seeds)
         return noise_like(seeds, like)
 
-    monkeypatch.setattr(module_of_recording, "noise_like", counted)
+    monkeypatch.setattr(module_of_programs, "noise_like", counted)
     shape = (4, 4, 6)
     size = 2 * 2 * 4 * 4 * 6 * 4  # two draws of both modalities, float32
     noise = NoiseCache(torch.device("cpu"), max_bytes=2 * size)
@@ -199,14 +200,151 @@ def test_batches_are_filled_up_to_the_next_recorded_size(batch: int) -> None:
     assert recorder.num_recorded == 3  # 6 is above all sizes: it ran eagerly
 
 
-def test_tiled_frames_and_long_runs_are_not_recorded() -> None:
-    runtime, recorder = recording(tiny_model())
+@CONFIGS
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_long_run_is_one_step_recorded_and_replayed(config: ModelConfig, sampler: SamplerName) -> None:
+    """One recording serves any number of steps; pictures and noise are the eager run's, but for rounding."""
+    model = tiny_model(config)
+    runtime, recorder = recording(model)
+    runtime.record([(2, 32, 40)], sampler=sampler, steps=30)
+    for steps, seeds in ((10, [5, 6]), (9, [7, 5])):
+        vis, ir = pairs(2, 32, 40, seed=steps)
+        options: dict[str, Any] = {"sampler": sampler, "steps": steps, "seeds": seeds}
+        output = runtime.fuse(vis, ir, **options)
+        # Random weights that predict noise blow up what rounding leaves; another draw of noise would be 0.1.
+        assert rms_difference(output, model.fuse(vis, ir, **options)) < (1e-3 if config is PUBLISHED else 1e-5)
+    assert largest_difference(output, runtime.fuse(vis, ir, **options)) == 0  # nothing is left of the run before
+    assert (runtime.num_recorded, recorder.num_recorded) == (1, 3)
+
+
+def test_branches_that_are_not_coupled_are_stepped_apart() -> None:
+    model = tiny_model(PUBLISHED)
+    runtime, _ = recording(model)
+    vis, ir = pairs(1, 32, 32)
+    options: dict[str, Any] = {"sampler": "ode1", "steps": MAX_UNROLLED_STEPS + 1, "coupled": False}
+    for _ in range(2):
+        output = runtime.fuse(vis, ir, **options)
+    assert runtime.num_recorded == 1
+    assert largest_difference(output, model.fuse(vis, ir, **options)) < 1e-4
+
+
+def test_the_published_hundred_steps_are_recorded() -> None:
+    model = tiny_model(PUBLISHED)
+    runtime, recorder = recording(model)
+    runtime.record([(1, 32, 32)], sampler="euler", steps=20)
+    vis, ir = pairs(1, 32, 32)
+    eager = model.fuse(vis, ir, sampler="euler", steps=100, seeds=3)
+    assert rms_difference(runtime.fuse(vis, ir, sampler="euler", steps=100, seeds=3), eager) < 1e-3
+    assert recorder.num_recorded == 3  # a beginning, a step, an end
+
+
+@pytest.mark.parametrize("steps", [MAX_UNROLLED_STEPS - 1, MAX_UNROLLED_STEPS + 1])
+def test_large_frames_are_recorded(steps: int) -> None:
+    model = tiny_model()
+    runtime, recorder = recording(model)
     vis, ir = pairs(1, 64, 96)
     tiling = TilingConfig(max_pixels=32 * 32, tile=64, overlap=32)
     for _ in range(3):
-        runtime.fuse(vis, ir, tiling=tiling)
-        runtime.fuse(vis, ir, sampler="euler", steps=40)
-    assert recorder.num_recorded == 0
+        output = runtime.fuse(vis, ir, tiling=tiling, steps=steps)
+    assert largest_difference(output, model.fuse(vis, ir, tiling=tiling, steps=steps)) < 2e-5
+    assert recorder.num_recorded == (3 if steps > MAX_UNROLLED_STEPS else 1)
+
+
+class SlowRecorder(CountingRecorder):
+    """A device that has not begun with a run when the next is uploaded: what is waited for is done then, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: list[Callable[[], None]] = []
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.queue.append(lambda: super(SlowRecorder, self).run(work))
+
+    def download(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+        is_done = []
+
+        def copy() -> None:
+            super(SlowRecorder, self).download(pairs)
+            is_done.append(True)
+
+        def wait() -> None:
+            while not is_done:
+                self.queue.pop(0)()
+
+        self.queue.append(copy)
+        return wait
+
+
+@pytest.mark.parametrize("steps", [2, MAX_UNROLLED_STEPS + 1])
+def test_a_batch_is_brought_while_another_runs(steps: int) -> None:
+    model, recorder = tiny_model(), SlowRecorder()
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder)
+    runtime.record([(2, 32, 48)], sampler="posterior", steps=steps)
+    recorder.events.clear()
+    options: dict[str, Any] = {"sampler": "posterior", "steps": steps}
+    started = []
+    for seed in range(5):
+        vis, ir = pairs(2, 32, 48, seed=seed)
+        started.append((runtime.submit(vis, ir, seeds=[seed, seed + 1], **options), vis.clone(), ir.clone(), seed))
+        vis.fill_(77)  # what was handed in is the caller's again
+        ir.fill_(77)
+        if seed == 1:
+            assert recorder.events == ["upload", "upload"]  # neither has begun
+    for pending, vis, ir, seed in (started[index] for index in (4, 0, 2, 1, 3)):
+        expected = model.fuse(vis, ir, seeds=[seed, seed + 1], **options)
+        assert largest_difference(pending.result(), expected) < (2e-4 if steps > MAX_UNROLLED_STEPS else 1e-6)
+    assert recorder.queue == []
+
+
+def test_a_run_that_failed_says_so_to_whoever_asks_for_it_alone() -> None:
+    model, recorder = tiny_model(), SlowRecorder()
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder)
+    runtime.record([(1, 32, 32)])
+    vis, ir = pairs(1, 32, 32)
+    broken = vis.clone()
+    broken[0, 1, 3, 3] = float("inf")
+    pending = [runtime.submit(image, ir) for image in (broken, vis, vis, broken)]
+    for number, one in enumerate(pending):
+        if number in (0, 3):
+            with pytest.raises(NumericsError, match="not finite"):
+                one.result()
+        else:
+            assert largest_difference(one.result(), model.fuse(vis, ir)) == 0
+    with pytest.raises(RuntimeError, match="asked for twice"):
+        pending[1].result()
+
+
+def test_noise_of_long_runs_is_drawn_by_step_and_one_seed_of_a_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(seeds: Sequence[int], like: Tensor) -> NoiseSource:
+        draw = noise_like(seeds, like)
+
+        def count() -> Any:
+            drawn.extend(seeds)
+            return draw()
+
+        return count
+
+    monkeypatch.setattr(module_of_programs, "noise_like", counted)
+    noise = NoiseCache(torch.device("cpu"))
+    shape = (4, 2, 3)
+    first = noise.one_by_one([7, 8, 7], 3, shape)
+    next(first)
+    assert drawn == [7, 8]
+    steps = [next(first), next(first)]
+    assert list(first) == []
+    assert drawn == [7, 8] * 3
+    again = list(noise.one_by_one([8, 7], 3, shape))
+    assert drawn == [7, 8] * 3 + [8] * 3
+    for one, other in zip(steps, again[1:], strict=True):
+        assert all(torch.equal(one[seed], other[seed]) for seed in (7, 8))
+    assert torch.equal(noise(8, 3, shape), torch.stack([step[8] for step in again]))
+    assert len(drawn) == 9
+    small = NoiseCache(torch.device("cpu"), max_bytes=4 * 3 * 2 * 24 - 1)
+    for _ in range(2):
+        list(small.one_by_one([7], 3, shape))
+    assert len(drawn) == 9 + 6  # too much to be kept
 
 
 @pytest.mark.parametrize(
@@ -374,9 +512,9 @@ def test_bytes_of_a_program_are_its_own_or_what_the_pool_grew_by() -> None:
         assert runtime._programs is not None
         sizes.append(runtime._programs.size_bytes)
     draws = 2 * 4 * 4 * 4 * 4  # one draw for both modalities, four channels of 4x4, float32
-    images = 4 * 32 * 32 * (4 + 3 + 3 + 1)
-    assert sizes[0] == 2 * (images + 1) + draws  # the flag is a byte; all but noise on the host, too
-    assert sizes[1] == images + 1 + (1 << 30)
+    images = 4 * 32 * 32 * (4 + 3 + 3 + 1) + 1  # the flag is a byte
+    assert sizes[0] == 5 * images + draws  # what the run sees, and two sets of it on the device and on the host
+    assert sizes[1] == 4 * images + (1 << 30)
 
 
 def test_a_recorded_run_reports_what_is_not_finite_and_recovers() -> None:

@@ -8,7 +8,7 @@ import torch
 from recofuse_core import load_pretrained
 from recofuse_core.errors import ConfigError
 from recofuse_core.model import ModelConfig
-from recofuse_core.recording import ScheduleCache
+from recofuse_core.programs import ScheduleCache
 from recofuse_core.runtime import Runtime, frozen_copy, native_dtype
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from recofuse_core.scenes.scene import make_scene

@@ -1,0 +1,500 @@
+"""Recorded runs: their buffers, and how a batch goes through them.
+
+A run of few steps is one recording. Of a longer one the beginning, one step and the end are recorded; the step is
+replayed with its numbers, its conditioning and its noise in buffers (stepping.py). So a run of 100 steps is as small
+as one of one, and one recording serves any number of steps.
+
+A batch is `submit`ted and its result waited for, so that the next one can be put into the other set of buffers
+meanwhile. Levels lie as files and cameras have them, channel beside channel (B, H, W, C), on the host, on the device
+and in the results: nothing is transposed on the host, and what is copied is copied as one block.
+"""
+
+import functools
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recofuse_core.model import Conditioning, Conditions, Finishing, ReCoFuse, TorchNetworks, noise_like
+from recofuse_core.picture import (
+    ALL_OUTPUTS,
+    Encoded,
+    Frame,
+    FusionOutput,
+    FusionPlan,
+    OutputName,
+    require_finite,
+)
+from recofuse_core.recording import Recorder, Results
+from recofuse_core.sampler import Pair, num_draws
+from recofuse_core.stepping import Numbers, advanced, limits_of, table
+
+MAX_UNROLLED_STEPS = 8  # of one recording; a step of the published model is a thousand kernels
+
+
+@dataclass(frozen=True)
+class ProgramKey:
+    """What a recorded run is good for. The dtype and device are the runtime's.
+
+    plan: without time steps for a program that runs any number of them.
+    """
+
+    plan: FusionPlan
+    batch: int
+    height: int
+    width: int
+    levels: bool
+
+    @classmethod
+    def of(cls, plan: FusionPlan, batch: int, height: int, width: int, *, levels: bool) -> "ProgramKey":
+        """The key of a plan for images of a size."""
+        is_long = len(plan.timesteps) > MAX_UNROLLED_STEPS
+        return cls(replace(plan, timesteps=()) if is_long else plan, batch, height, width, levels)
+
+
+# --- what runs are given ----------------------------------------------------------------------------------------------
+
+
+class NoiseCache:
+    """The noise of seeds, drawn once and kept on the device: most requests name no seed, and so the same one."""
+
+    def __init__(self, device: torch.device, max_bytes: int = 256 * 1024**2) -> None:
+        self._device = device
+        self._max_bytes = max_bytes
+        self._drawn: OrderedDict[tuple[int, int, tuple[int, ...]], Tensor] = OrderedDict()  # used longest ago first
+
+    def __call__(self, seed: int, count: int, shape: Sequence[int]) -> Tensor:
+        """(count, 2, *shape): what `noise_like` draws for one item of `shape` (C, h, w), vis and ir."""
+        key = (seed, count, tuple(shape))
+        if key not in self._drawn:
+            draw = noise_like([seed], torch.empty(1, *shape))
+            self._keep(key, torch.stack([torch.cat(draw()) for _ in range(count)]).to(self._device))
+        self._drawn.move_to_end(key)
+        return self._drawn[key]
+
+    def one_by_one(self, seeds: Sequence[int], count: int, shape: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """The same by draw: (2, *shape) for every seed, drawn when it is wanted. One new seed is kept, if it has room.
+
+        What is drawn here is long: the seeds of a batch may be too much for the device at once.
+        """
+        different = list(dict.fromkeys(seeds))
+        size = 4 * count * 2 * torch.Size(shape).numel()
+        new = [seed for seed in different if (seed, count, tuple(shape)) not in self._drawn]
+        kept = new[0] if new and size <= self._max_bytes else None
+        sources = {seed: self._drawn_in_turn(seed, count, shape, keep=seed == kept) for seed in different}
+        for _ in range(count):
+            yield {seed: next(source) for seed, source in sources.items()}
+        for source in sources.values():
+            next(source, None)  # so that what is to be kept is
+
+    def _drawn_in_turn(self, seed: int, count: int, shape: Sequence[int], *, keep: bool) -> Iterator[Tensor]:
+        key = (seed, count, tuple(shape))
+        if (known := self._drawn.get(key)) is not None:
+            self._drawn.move_to_end(key)
+            yield from known
+            return
+        draw = noise_like([seed], torch.empty(1, *shape))
+        all_of_it: list[Tensor] = []
+        for _ in range(count):
+            drawn = torch.cat(draw()).to(self._device, non_blocking=True)
+            if keep:
+                all_of_it.append(drawn)
+            yield drawn
+        if keep:
+            self._keep(key, torch.stack(all_of_it))
+
+    def _keep(self, key: tuple[int, int, tuple[int, ...]], drawn: Tensor) -> None:
+        self._drawn[key] = drawn
+        while len(self._drawn) > 1 and num_bytes(self._drawn.values()) > self._max_bytes:
+            self._drawn.popitem(last=False)
+
+
+class ScheduleCache:
+    """The conditioning of every time step that was asked for: at most T + 1 entries, for weights that never change.
+
+    The tensors of an entry lie in one block, `packed`, so that another step is put in place by a single copy.
+    """
+
+    ALIGNMENT = 128  # bytes; products and kernels want whole vectors
+
+    def __init__(self, model: ReCoFuse) -> None:
+        self._model = model
+        self._made: dict[int, tuple[Tensor, Conditioning]] = {}
+
+    def __call__(self, t: int) -> Conditioning:
+        """The conditioning of step t for the whole batch."""
+        return self._entry(t)[1]
+
+    def packed(self, t: int) -> Tensor:
+        """The bytes of it."""
+        return self._entry(t)[0]
+
+    def seen_in(self, block: Tensor) -> Conditioning:
+        """What a copy of `packed` holds."""
+        offsets = iter(self._offsets(self._entry(0)[1]))
+        return _mapped(self._entry(0)[1], lambda like: _view(block, next(offsets), like))  # type: ignore[no-any-return]
+
+    def _entry(self, t: int) -> tuple[Tensor, Conditioning]:
+        if t not in self._made:
+            made = self._model.condition(t)
+            block = torch.cat([self._padded_bytes(tensor) for tensor in _leaves(made)])
+            offsets = iter(self._offsets(made))
+            self._made[t] = block, _mapped(made, lambda like: _view(block, next(offsets), like))
+        return self._made[t]
+
+    def _offsets(self, conditioning: Conditioning) -> Iterator[int]:
+        offset = 0
+        for tensor in _leaves(conditioning):
+            yield offset
+            offset += -(-num_bytes([tensor]) // self.ALIGNMENT) * self.ALIGNMENT
+
+    def _padded_bytes(self, tensor: Tensor) -> Tensor:
+        content = tensor.contiguous().flatten().view(torch.uint8)
+        return torch.cat([content, content.new_zeros(-len(content) % self.ALIGNMENT)])
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tree of tuples with every tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    parts = [_mapped(part, change) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def _leaves(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    for part in tree:
+        yield from _leaves(part)
+
+
+def _view(block: Tensor, offset: int, like: Tensor) -> Tensor:
+    return block[offset : offset + num_bytes([like])].view(like.dtype).view(like.shape)
+
+
+class Tables:
+    """The numbers of the steps of runs (stepping.py), on the device."""
+
+    MAX_KEPT = 64
+
+    def __init__(self, model: ReCoFuse, device: torch.device) -> None:
+        self._of = functools.partial(table, model.sde, kind=model.config.denoiser.prediction)
+        self._device = device
+        self._made: OrderedDict[FusionPlan, Tensor] = OrderedDict()
+
+    def __call__(self, plan: FusionPlan) -> Tensor:
+        """(steps, numbers)."""
+        if plan not in self._made:
+            rows = self._of(sampler=plan.sampler, timesteps=plan.timesteps)
+            self._made[plan] = torch.from_numpy(rows).to(self._device)
+            while len(self._made) > self.MAX_KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(plan)
+        return self._made[plan]
+
+
+class Supplies:
+    """What all programs of a model share."""
+
+    def __init__(self, model: ReCoFuse, device: torch.device) -> None:
+        self.conditions = ScheduleCache(model)
+        self.noise = NoiseCache(device)
+        self.tables = Tables(model, device)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Pending:
+    """A run that was started. Its result may be asked for from any thread, once."""
+
+    def __init__(self, finish: Callable[[], FusionOutput]) -> None:
+        self._finish: Callable[[], FusionOutput] | None = finish
+        self._output: FusionOutput | None = None
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+
+    def settle(self) -> None:
+        """Wait until the run has ended, however it ended."""
+        with self._lock:
+            if self._finish is None:
+                return
+            try:
+                self._output = self._finish()
+            except Exception as error:  # noqa: BLE001 - it is raised to whoever asks for the result
+                self._error = error
+            self._finish = None
+
+    def result(self) -> FusionOutput:
+        """Wait, and give the result or raise what the run failed with."""
+        self.settle()
+        output, error, self._output, self._error = self._output, self._error, None, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # else this frame and the error hold each other
+        if output is None:
+            raise RuntimeError("the result of a run was asked for twice")
+        return output
+
+
+class _Buffers:
+    """One batch on its way: host memory and the device's, in and out."""
+
+    def __init__(self, inputs: Sequence[Tensor], results: Sequence[Tensor], recorder: Recorder) -> None:
+        self.host_inputs = [_host_like(tensor, recorder) for tensor in inputs]
+        self.inputs = [torch.empty_like(tensor).zero_() for tensor in inputs]
+        self.results = [torch.empty_like(tensor) for tensor in results]
+        self.host_results = [_host_like(tensor, recorder) for tensor in results]
+        self.pending: Pending | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(num_bytes, (self.host_inputs, self.inputs, self.results, self.host_results)))
+
+
+class Program(ABC):
+    """What was recorded for one kind of run, and two sets of buffers to reach it."""
+
+    NUM_SETS = 2
+
+    def __init__(
+        self, model: ReCoFuse, key: ProgramKey, device: torch.device, recorder: Recorder, supplies: Supplies
+    ) -> None:
+        self._model = model
+        self._key = key
+        self._recorder = recorder
+        self._supplies = supplies
+        reserved_before = recorder.reserved_bytes()
+        dtype = torch.uint8 if key.levels else torch.float32
+        self._layout = torch.channels_last if key.levels else torch.contiguous_format
+        self._images = [
+            torch.zeros(key.batch, channels, key.height, key.width, dtype=dtype, device=device).contiguous(
+                memory_format=self._layout
+            )
+            for channels in (3, 1)
+        ]
+        self._names = [name for name in ALL_OUTPUTS if name in key.plan.outputs]
+        self._static = list(self._images)
+        self._results = self._record(device)
+        self._sets = [_Buffers(self._images, self._results, recorder) for _ in range(self.NUM_SETS)]
+        self._turn = 0
+        # Programs share a pool, so this is what it added to it, but never less than what is its own.
+        own = num_bytes(self._static) + num_bytes(self._results)
+        grown = recorder.reserved_bytes() - reserved_before
+        self.size_bytes = max(own, grown) + sum(buffers.size_bytes for buffers in self._sets)
+
+    @abstractmethod
+    def _record(self, device: torch.device) -> Results:
+        """Make the other static buffers, record what is to be replayed; the pictures, and whether they are finite."""
+
+    @abstractmethod
+    def _replay(self, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Callable[[], None]:
+        """What is to be run once the images are in place. What it reads is made already."""
+
+    def submit(self, vis: Tensor, ir: Tensor, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Pending:
+        """Start a run of images of the program's shape, on the host or on the device; the result lies where they do.
+
+        Images are copied or held until it has ended. Waits for the run before the last, whose buffers this one takes.
+        """
+        buffers = self._sets[self._turn]
+        self._turn = (self._turn + 1) % len(self._sets)
+        if buffers.pending is not None:
+            buffers.pending.settle()
+        is_on_host = vis.device.type == "cpu"
+        sources = [vis, ir]
+        if is_on_host:
+            for host, source in zip(buffers.host_inputs, sources, strict=True):
+                host.copy_(source)
+            sources = buffers.host_inputs
+        self._recorder.upload(list(zip(buffers.inputs, sources, strict=True)))
+        replay = self._replay(seeds, timesteps)
+
+        def work() -> None:
+            _copy(buffers.inputs, self._images)
+            replay()
+            _copy(self._results, buffers.results)
+
+        self._recorder.run(work)
+        targets = buffers.host_results if is_on_host else [torch.empty_like(result) for result in buffers.results]
+        wait = self._recorder.download(list(zip(targets, buffers.results, strict=True)))
+        held = [] if is_on_host else sources
+        buffers.pending = Pending(functools.partial(self._finished, wait, targets, held, is_on_host))
+        return buffers.pending
+
+    @torch.inference_mode()
+    def _finished(
+        self, wait: Callable[[], None], targets: list[Tensor], held: list[Tensor], is_on_host: bool
+    ) -> FusionOutput:
+        wait()
+        held.clear()
+        *pictures, is_finite = targets
+        require_finite(is_finite)
+        if is_on_host:
+            pictures = [picture.clone() for picture in pictures]
+        named = dict(zip(self._names, pictures, strict=True))
+        return FusionOutput(named.get("fused"), named.get("vis"), named.get("ir"))
+
+    def _laid_out(self, pictures: dict[OutputName, Tensor], is_finite: Tensor) -> Results:
+        return *(pictures[name].contiguous(memory_format=self._layout) for name in self._names), is_finite
+
+
+class WholeProgram(Program):
+    """A run of few steps in one recording."""
+
+    def _record(self, device: torch.device) -> Results:
+        model, key, conditions = self._model, self._key, self._supplies.conditions
+        shape = model.latent_shape(key.batch, key.height, key.width)
+        self._noise = noise = torch.zeros(key.plan.num_draws, 2, *shape, device=device)
+        self._static.append(noise)
+        self._seeds: list[int] = []  # whose noise lies there
+        for t in (*key.plan.timesteps, 0):
+            conditions(t)  # made before the recording, which may not copy from the host
+        vis, ir = self._images
+
+        def compute() -> Results:
+            draws = iter(noise)
+            output, is_finite = model.run(vis, ir, key.plan, lambda: Pair(*next(draws)), conditions)
+            return self._laid_out({name: getattr(output, name) for name in self._names}, is_finite)
+
+        self._run, results = self._recorder.record(compute)
+        return results
+
+    def _replay(self, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Callable[[], None]:
+        def replay() -> None:
+            known: Sequence[int | None] = self._seeds or [None] * len(seeds)
+            self._seeds = []  # nobody knows what lies there if this fails
+            count, shape = len(self._noise), self._noise.shape[-3:]
+            for item, (seed, before) in enumerate(zip(seeds, known, strict=True)):
+                if seed != before:
+                    self._noise[:, :, item].copy_(self._supplies.noise(seed, count, shape))
+            self._seeds = list(seeds)
+            self._run()
+
+        return replay
+
+
+class SteppedProgram(Program):
+    """A run of any number of steps: a beginning, one step and an end."""
+
+    def _record(self, device: torch.device) -> Results:
+        model, key, supplies = self._model, self._key, self._supplies
+        sampler, size = key.plan.sampler, (key.height, key.width)
+        batch, channels, height, width = model.latent_shape(key.batch, *size)
+        is_second_order = sampler == "ode2"
+        is_limited = model.config.denoiser.prediction == "noise" and sampler != "euler"
+
+        def both(count: int = batch) -> Tensor:
+            """Of both modalities, channels last as the networks have them."""
+            return torch.zeros(2, count, height, width, channels, device=device).permute(0, 1, 4, 2, 3)
+
+        self._noise, state, mu, previous = both(), both(), both(), both(batch if is_second_order else 0)
+        self._row = torch.zeros(len(Numbers._fields), device=device)
+        self._block = torch.zeros_like(supplies.conditions.packed(0))
+        low, high = (torch.zeros(2, key.batch, 1, 1, 1, device=device) for _ in range(2))
+        self._static += [self._noise, state, mu, previous, self._row, self._block, low, high]
+        numbers = Numbers(*self._row)
+        conditioning = supplies.conditions.seen_in(self._block)
+        frame = self._frame(lambda t: conditioning)
+        noise = self._noise
+        vis, ir = self._images
+
+        def begin() -> Results:
+            encoded = frame.encode(model.prepared(vis, ir, key.plan.exposure))
+            for degraded, place in zip(encoded.mu, mu, strict=True):
+                place.copy_(degraded)
+            for limit, place in zip(limits_of(mu) if is_limited else (), (low, high), strict=is_limited):
+                place.copy_(limit)
+            state.copy_(torch.addcmul(mu, noise, numbers.spread))
+            if is_second_order:
+                previous.zero_()
+            return (*encoded.vis_skips, *encoded.ir_skips)
+
+        def step() -> Results:
+            prediction = frame.predict(Pair(*state), Pair(*mu), 0)  # of the time step in the block
+            new, clean = advanced(
+                sampler, numbers, prediction, state, mu, limits=(low, high), previous=previous, draw=noise
+            )
+            state.copy_(new)
+            if is_second_order:
+                previous.copy_(clean)
+            return ()
+
+        def end() -> Results:
+            count = len(skips) // 2
+            finish = Finishing(model, levels=key.levels)
+            encoded = Encoded(Pair(*mu), skips[:count], skips[count:])
+            pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish)
+            return self._laid_out(pictures, finish.is_finite)
+
+        self._begin, skips = self._recorder.record(begin)
+        self._step, _ = self._recorder.record(step)
+        self._end, results = self._recorder.record(end)
+        self._static += skips
+        return results
+
+    def _frame(self, conditions: Conditions) -> Frame:
+        networks = TorchNetworks(self._model, conditions, coupled=self._key.plan.coupled)
+        return Frame(networks, self._key.plan, (self._key.height, self._key.width))
+
+    def _replay(self, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Callable[[], None]:
+        supplies, plan = self._supplies, replace(self._key.plan, timesteps=timesteps)
+        rows = supplies.tables(plan)
+        blocks = [supplies.conditions.packed(t) for t in timesteps]
+        draws = supplies.noise.one_by_one(seeds, plan.num_draws, self._noise.shape[-3:])
+        draws_each = num_draws(plan.sampler, 1) > 1
+
+        def replay() -> None:
+            self._row.copy_(rows[0])
+            self._put_noise(next(draws), seeds)
+            self._begin()
+            for row, block in zip(rows, blocks, strict=True):
+                self._row.copy_(row)
+                self._block.copy_(block)
+                if draws_each:
+                    self._put_noise(next(draws), seeds)
+                self._step()
+            next(draws, None)
+            self._end()
+
+        return replay
+
+    def _put_noise(self, drawn: dict[int, Tensor], seeds: Sequence[int]) -> None:
+        if len(drawn) == 1:
+            self._noise.copy_(drawn[seeds[0]][:, None])
+            return
+        for item, seed in enumerate(seeds):
+            self._noise[:, item].copy_(drawn[seed])
+
+
+def build_program(
+    model: ReCoFuse, key: ProgramKey, device: torch.device, recorder: Recorder, supplies: Supplies
+) -> Program:
+    """Record what a key stands for."""
+    kind = WholeProgram if key.plan.timesteps else SteppedProgram
+    return kind(model, key, device, recorder, supplies)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def _host_like(tensor: Tensor, recorder: Recorder) -> Tensor:
+    """A host buffer of a tensor's shape and layout."""
+    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return recorder.host_buffer(tensor.shape, tensor.dtype)
+    batch, channels, height, width = tensor.shape
+    return recorder.host_buffer((batch, height, width, channels), tensor.dtype).permute(0, 3, 1, 2)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
