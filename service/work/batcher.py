@@ -96,11 +96,12 @@ class Batcher(Generic[Item]):
         late = [waiting.id for waiting in self._waiting.values() if waiting.deadline_s <= now_s]
         return [self._waiting.pop(job_id).item for job_id in late]
 
-    def next_batch(self, now_s: float, *, num_coming: int = 0) -> list[Item] | None:
+    def next_batch(self, now_s: float, *, num_coming: int = 0, is_busy: bool = False) -> list[Item] | None:
         """The jobs to run on an engine that is idle now, most urgent first; None: nothing to run yet.
 
-        num_coming: jobs that will be added soon (being decoded); without any, nothing waits. Expired jobs never come
-        out of here; `remove_expired` hands them over.
+        num_coming: jobs that will be added soon (being decoded); without any, nothing waits. is_busy: the engine is
+        not idle, so that only a full batch is worth bringing: others may still grow. Expired jobs never come out of
+        here; `remove_expired` hands them over.
         """
         alive = [waiting for waiting in self._waiting.values() if waiting.deadline_s > now_s]
         if not alive:
@@ -109,7 +110,7 @@ class Batcher(Generic[Item]):
         bucket = alive[0].bucket
         max_batch = self.max_batch(alive[0].frame, now_s)
         batch = [waiting for waiting in alive if waiting.bucket == bucket][:max_batch]
-        if num_coming and len(batch) < max_batch and now_s < self._due_s(alive):
+        if len(batch) < max_batch and (is_busy or (num_coming and now_s < self._due_s(alive))):
             return None
         return [self._waiting.pop(waiting.id).item for waiting in batch]
 

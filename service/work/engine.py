@@ -8,8 +8,9 @@ here stand in for it where the service itself is measured.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self, get_args
+from typing import Protocol, Self, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,16 @@ class Engine(Protocol):
         Item i depends on its own images and seeds[i] alone. Raises OutOfMemoryError (a smaller batch may work),
         InvalidInputError (the shape can never work), InternalError, and EngineBrokenError (nothing works any more).
         """
+
+
+@runtime_checkable
+class OverlappingEngine(Protocol):
+    """An engine that can be given the next pass while one runs; two may be under way."""
+
+    def start(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+    ) -> Callable[[], dict[Part, Pixels]]:
+        """Begin what `Engine.fuse` does; what is returned waits for the pictures, on any thread. Both raise as it."""
 
 
 class NullEngine:

@@ -9,7 +9,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from service.work.engine import EngineBrokenError, EngineInfo, PassOptions, Pixe
 
 if TYPE_CHECKING:
     from recofuse_core import Runtime
+    from recofuse_core.programs import Pending
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -119,22 +122,20 @@ class TorchEngine:
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""
-        try:
-            return self._fused(vis, ir, options, seeds)
-        except Exception as error:
-            translated = _translated(error, vis.shape)
-            if translated is None:
-                raise
-        # Out here, so that an error of memory is tied to none of torch's as its context.
-        try:
-            raise translated
-        finally:
-            del translated  # else this frame and the error hold each other
+        return self.start(vis, ir, options, seeds)()
 
-    def _fused(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def start(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+    ) -> Callable[[], dict[Part, Pixels]]:
+        """See OverlappingEngine."""
+        pending = _in_our_words(lambda: self._submitted(vis, ir, options, seeds), vis.shape)
+        shape = vis.shape
+        return lambda: _in_our_words(lambda: _pictures(pending, options), shape)
+
+    def _submitted(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> Pending:
         import torch
 
-        output = self._loaded().fuse(
+        return self._loaded().submit(
             torch.from_numpy(vis).permute(0, 3, 1, 2),
             torch.from_numpy(ir).unsqueeze(1),
             steps=options.steps,
@@ -143,12 +144,31 @@ class TorchEngine:
             outputs=tuple(part.value for part in options.parts),
             exposure=options.exposure,
         )
-        return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
 
     def _loaded(self) -> Runtime:
         if self._runtime is None:
             raise InternalError("the model is not loaded")
         return self._runtime
+
+
+def _pictures(pending: Pending, options: PassOptions) -> dict[Part, Pixels]:
+    output = pending.result()
+    return {part: _to_pixels(getattr(output, part.value)) for part in options.parts}
+
+
+def _in_our_words(call: Callable[[], Answer], shape: tuple[int, ...]) -> Answer:
+    """What a call returns; it raises what `Engine.fuse` may."""
+    try:
+        return call()
+    except Exception as error:
+        translated = _translated(error, shape)
+        if translated is None:
+            raise
+    # Out here, so that an error of memory is tied to none of torch's as its context.
+    try:
+        raise translated
+    finally:
+        del translated  # else this frame and the error hold each other
 
 
 def _to_pixels(levels: Any) -> Pixels:

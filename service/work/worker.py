@@ -1,7 +1,8 @@
 """A worker: take, decode, model, encode, finish; three stages that overlap, so that the model seldom waits.
 
-Decoding and encoding run on a few threads, the model on one, and everything else on the event loop, so no lock is
-needed. A job is held from take to finish; `max_held` bounds how many, and with them the memory and what a crash delays.
+Decoding and encoding run on a few threads, the model on one (an engine that can be given the next pass while one runs
+is waited for on another), and everything else on the event loop, so no lock is needed. A job is held from take to
+finish; `max_held` bounds how many, and with them the memory and what a crash delays.
 
 What goes wrong with one job stays with it: undecodable images end at the decoder, a pass that fails is halved until the
 culprit is alone, and one that runs out of memory is halved until it fits. A stopped worker takes nothing new, finishes
@@ -20,15 +21,14 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from recofuse_host.processors import read_processors
 from recofuse_host.threads import Threads
-from recofuse_images.reader import Pair
-from service.queue.contract import Clock, JobQueue, Lease
+from service.queue.contract import Clock, JobQueue
 from service.terms import images
 from service.terms.errors import (
     FAULTS,
@@ -41,52 +41,28 @@ from service.terms.errors import (
     UnavailableError,
 )
 from service.terms.jobs import FusionJob, FusionResult, Part, Stage, WorkerInfo, printable
-from service.terms.measures import MEDIA_TYPES, Alignment
+from service.terms.measures import MEDIA_TYPES
 from service.terms.settings import Settings
 from service.watch import logs
 from service.watch.metrics import DropReason, Metrics
-from service.watch.tracing import NO_JOB_TRACE, NO_TRACES, JobTrace, Tracer
+from service.watch.tracing import NO_TRACES, Tracer
 from service.work import steadying
 from service.work.batcher import Batcher, BatchPolicy, Waiting
-from service.work.engine import Engine, EngineBrokenError, PassOptions
+from service.work.engine import Engine, EngineBrokenError, OverlappingEngine, PassOptions
+from service.work.held import Held
 
 if TYPE_CHECKING:
-    from recofuse_images.measures import Measured
     from recofuse_images.steady import Floats
-    from recofuse_rigs.warp import Warp
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Pictures = dict[Part, images.Pixels]
 
 CANCEL_AGAIN_S = 0.5
 DOES_NOT_FIT_S = 600.0  # how long a batch that did not fit is not tried again: somebody else may have had the memory
+MAX_UNDER_WAY = 2  # passes: one runs, the next is brought
 BACK_OFF_S = (0.05, 2.0)  # first and longest pause between two tries to reach the queue
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """One job in this worker's hands."""
-
-    lease: Lease
-    pair: Pair | None = None
-    warp: Warp | None = None  # by which infrared came into the visible frame, if its cameras are not registered
-    ir_scale: tuple[float, float] = (0.0, 0.0)  # what is black and white in the pair's infrared
-    measured: Measured | None = None  # the values of that, if the job asks for some
-    ready_s: float = 0.0
-    timings_s: dict[Stage, float] = field(default_factory=dict)
-    is_running: bool = False  # in the model or beyond
-    ir_source: str = ""  # of the pair, which is let go of before its result is there
-    warnings: tuple[str, ...] = ()
-    alignment: Alignment | None = None
-    track: str = ""
-    given: Floats | None = None  # cell means of the pair, if it is a frame of a steady stream
-    trace: JobTrace = NO_JOB_TRACE
-
-    @property
-    def has_pictures(self) -> bool:
-        """Whether the engine is done with it."""
-        return self.is_running and self.pair is None
 
 
 class Worker:
@@ -109,9 +85,9 @@ class Worker:
         self._clock = clock
         self._tracer = tracer
         self.id = settings.worker.id or f"{socket.gethostname()}-{os.getpid()}"
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._num_decoding = 0
-        self._batcher: Batcher[_Held] = Batcher(self._policy(()))
+        self._batcher: Batcher[Held] = Batcher(self._policy(()))
         self.warm = asyncio.Event()  # the model is loaded and has run, and its device is not lost
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()  # something the model loop should look at
@@ -123,6 +99,10 @@ class Worker:
         self._num_codec_threads = settings.worker.codec_threads or self._processors.share(settings.worker.per_host)
         self._codecs = Threads(self._num_codec_threads, "codec")
         self._model = Threads(1, "model")
+        self._results = Threads(1, "results")
+        self._num_under_way = 0  # passes that the engine has begun, and whose pictures are waited for
+        self._busy_until = 0.0
+        self._lost: EngineBrokenError | None = None
 
     @property
     def is_warm(self) -> bool:
@@ -175,6 +155,7 @@ class Worker:
         finally:
             self._codecs.shutdown()
             self._model.shutdown()
+            self._results.shutdown()
 
     async def _serve(self, info: WorkerInfo) -> None:
         loops = [asyncio.create_task(loop()) for loop in (self._heartbeat_loop, self._model_loop)]
@@ -231,6 +212,9 @@ class Worker:
     async def _hand_back(self) -> None:
         # Those of the failed pass count as tried: a pair that takes down every worker it meets must come to an end.
         for was_tried in (False, True):
+            while was_tried and self._num_under_way:  # the pass before may have its pictures yet
+                self._changed.clear()
+                await self._changed.wait()
             lost = [held for held in self._held.values() if not held.has_pictures and held.is_running is was_tried]
             await self._queue.release([held.lease for held in lost], was_tried=was_tried)
             for held in lost:
@@ -262,14 +246,14 @@ class Worker:
                 if (known := self._held.get(lease.job.id)) is not None:
                     known.lease = lease  # our own job came back after a stall; the work on it goes on
                     continue
-                held = _Held(lease=lease, trace=self._tracer.job(lease, now))
+                held = Held(lease=lease, trace=self._tracer.job(lease, now))
                 held.timings_s[Stage.QUEUE] = max(0.0, now - lease.job.created_s)
                 self._held[lease.job.id] = held
                 self._num_decoding += 1
                 self._spawn(self._decode(held))
             self._metrics.jobs_held.set(len(self._held))
 
-    async def _decode(self, held: _Held) -> None:
+    async def _decode(self, held: Held) -> None:
         job = held.lease.job
         try:
             if await self._is_unwanted(held):
@@ -313,12 +297,18 @@ class Worker:
             now = self._clock()
             for held in self._batcher.remove_expired(now):
                 self._spawn(self._drop_expired(held))
-            batch = self._batcher.next_batch(now, num_coming=self._num_decoding)
+            if self._lost is not None:
+                raise self._lost
+            is_busy = self._num_under_way > 0
+            batch = None
+            if self._num_under_way < MAX_UNDER_WAY:
+                batch = self._batcher.next_batch(now, num_coming=self._num_decoding, is_busy=is_busy)
             if batch is None:
-                if not len(self._batcher) and not self._num_decoding and self._engine.has_preparation:
+                is_idle = not (is_busy or len(self._batcher) or self._num_decoding)
+                if is_idle and self._engine.has_preparation:
                     await self._prepare()
                     continue
-                due_s = self._batcher.due_s(now)
+                due_s = None if is_busy else self._batcher.due_s(now)
                 timeout_s = None if due_s is None else max(0.0, due_s - now)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s):
@@ -340,7 +330,7 @@ class Worker:
         except Exception:  # passes work without
             logger.exception("the engine could not make something ready")
 
-    async def _run_batch(self, batch: list[_Held]) -> None:
+    async def _run_batch(self, batch: list[Held]) -> None:
         now = self._clock()
         for held in batch:
             held.is_running = True
@@ -353,31 +343,68 @@ class Worker:
         except EngineBrokenError:
             raise  # ends the worker, not the jobs
         except Exception as error:  # noqa: BLE001 - one job's failure must not reach its neighbours, whatever it is
-            if len(batch) == 1:
-                self._fail(batch[0], error)
+            if not self._is_to_be_split(batch, error):
                 return
-            logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
-            if isinstance(error, OutOfMemoryError):
-                size = self._batcher.policy.padded(len(batch))
-                self._batcher.limit(self._frame(batch[0]), size // 2, self._clock() + DOES_NOT_FIT_S)
             parts = None
         if parts is None:
             # Out of the `except`, where nothing knows the error any more: its traceback holds all that the failed pass
             # had in memory, and the halves need the room.
             await self._split(batch)
+        elif isinstance(parts, dict):
+            self._hand_on(batch, parts, started)
+        else:
+            self._num_under_way += 1
+            self._spawn(self._collect(batch, parts, started))
+
+    async def _collect(self, batch: list[Held], wait: Callable[[], Pictures], started: float) -> None:
+        """What becomes of a pass that runs while the next one is brought."""
+        try:
+            parts = await self._results.run(wait)
+        except EngineBrokenError as error:
+            self._lost = error
             return
-        seconds = time.perf_counter() - started
-        self._metrics.engine_busy_seconds.inc(seconds)
+        except Exception as error:  # noqa: BLE001 - as above
+            if not self._is_to_be_split(batch, error):
+                return
+            parts = None
+        finally:
+            del wait  # it may hold what the failed pass had in memory
+            self._num_under_way -= 1
+            self._changed.set()
+        if parts is not None:
+            self._hand_on(batch, parts, started)
+            return
+        try:
+            await self._split(batch)
+        except EngineBrokenError as error:
+            self._lost = error
+            self._changed.set()
+
+    def _is_to_be_split(self, batch: list[Held], error: Exception) -> bool:
+        """What is to be done after a failure; a job that fails alone is told so here."""
+        if len(batch) == 1:
+            self._fail(batch[0], error)
+            return False
+        logger.warning("batch is split after a failure", extra={"size": len(batch), "error": type(error).__name__})
+        if isinstance(error, OutOfMemoryError):
+            size = self._batcher.policy.padded(len(batch))
+            self._batcher.limit(self._frame(batch[0]), size // 2, self._clock() + DOES_NOT_FIT_S)
+        return True
+
+    def _hand_on(self, batch: list[Held], parts: Pictures, started: float) -> None:
+        ended = time.perf_counter()
+        self._metrics.engine_busy_seconds.inc(ended - max(started, self._busy_until))  # passes may overlap
+        self._busy_until = ended
         self._metrics.batch_size.observe(len(batch))
         self._metrics.padded_items.inc(self._batcher.policy.padded(len(batch)) - len(batch))
         for index, held in enumerate(batch):
-            held.timings_s[Stage.MODEL] = seconds
-            held.trace.stage(Stage.MODEL, seconds, batch_size=len(batch))
+            held.timings_s[Stage.MODEL] = ended - started
+            held.trace.stage(Stage.MODEL, ended - started, batch_size=len(batch))
             held.pair = None
             self._spawn(self._encode(held, {part: stack[index] for part, stack in parts.items()}, len(batch)))
 
-    def _forward(self, batch: list[_Held], options: PassOptions) -> dict[Part, images.Pixels]:
-        """On the model's thread: stack, fill up to a size that the engine likes, run."""
+    def _forward(self, batch: list[Held], options: PassOptions) -> Pictures | Callable[[], Pictures]:
+        """On the model's thread: stack, fill up to a size that the engine likes, run. Or begin to, and what waits."""
         pairs = [held.pair for held in batch if held.pair is not None]
         seeds = [held.lease.job.options.seed for held in batch]
         num_fill = self._batcher.policy.padded(len(pairs)) - len(pairs)
@@ -385,15 +412,17 @@ class Worker:
         seeds += [seeds[-1]] * num_fill
         vis = np.stack([pair.vis for pair in pairs])
         ir = np.stack([pair.ir for pair in pairs])
+        if isinstance(self._engine, OverlappingEngine):
+            return self._engine.start(vis, ir, options, seeds)
         return self._engine.fuse(vis, ir, options, seeds)
 
-    async def _split(self, batch: list[_Held]) -> None:
+    async def _split(self, batch: list[Held]) -> None:
         self._metrics.batches_split.inc()
         middle = len(batch) // 2
         await self._run_batch(batch[:middle])
         await self._run_batch(batch[middle:])
 
-    def _fail(self, held: _Held, error: Exception) -> None:
+    def _fail(self, held: Held, error: Exception) -> None:
         if not isinstance(error, InvalidInputError | OutOfMemoryError):
             logger.error("the model failed", exc_info=error, extra={"request_ids": [held.lease.job.request_id]})
         reported = error if isinstance(error, ServiceError) else InternalError(INTERNAL_MESSAGE)
@@ -401,7 +430,7 @@ class Worker:
 
     # stage 3: encode and finish
 
-    async def _encode(self, held: _Held, pictures: dict[Part, images.Pixels], batch_size: int) -> None:
+    async def _encode(self, held: Held, pictures: dict[Part, images.Pixels], batch_size: int) -> None:
         job, info = held.lease.job, self._info
         started = time.perf_counter()
         try:
@@ -438,7 +467,7 @@ class Worker:
         await self._finish(held, result)
 
     def _encoded(
-        self, held: _Held, pictures: dict[Part, images.Pixels]
+        self, held: Held, pictures: dict[Part, images.Pixels]
     ) -> tuple[images.Finished, dict[Part, bytes], bytes]:
         job, seen = held.lease.job, b""
         if job.means is not None and held.given is not None:
@@ -447,7 +476,7 @@ class Worker:
         encoded = {part: self._codec.encode(job, part, pixels) for part, pixels in finished.pictures.items()}
         return finished, encoded, seen
 
-    async def _finish(self, held: _Held, result: FusionResult) -> None:
+    async def _finish(self, held: Held, result: FusionResult) -> None:
         is_visible = await self._patiently(lambda: self._queue.finish(held.lease, result))
         if is_visible:
             self._metrics.jobs_finished.labels(result.status).inc()
@@ -457,7 +486,7 @@ class Worker:
 
     # dropping what nobody wants
 
-    async def _is_unwanted(self, held: _Held) -> bool:
+    async def _is_unwanted(self, held: Held) -> bool:
         """Drop the job if it is past its deadline or cancelled."""
         if held.lease.job.is_expired(self._clock()):
             await self._drop_expired(held)
@@ -467,18 +496,18 @@ class Worker:
             return True
         return False
 
-    async def _drop_expired(self, held: _Held) -> None:
+    async def _drop_expired(self, held: Held) -> None:
         self._metrics.jobs_dropped.labels(DropReason.EXPIRED).inc()
         late = TimedOutError("the job's deadline passed before the model reached it")
         await self._finish(held, FusionResult.failed(held.lease.job.id, late, held.timings_s))
 
-    def _drop(self, held: _Held, reason: DropReason) -> None:
+    def _drop(self, held: Held, reason: DropReason) -> None:
         self._metrics.jobs_dropped.labels(reason).inc()
         self._batcher.remove(held.lease.job.id)
         held.trace.end(reason)
         self._let_go(held)
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: Held) -> None:
         self._held.pop(held.lease.job.id, None)
         self._metrics.jobs_held.set(len(self._held))
         self._room.set()
@@ -514,11 +543,11 @@ class Worker:
         batch = self._settings.batch
         return BatchPolicy(batch.max_batch, batch.max_wait_s, batch.starvation_s, sizes)
 
-    def _pass_options(self, held: _Held) -> PassOptions:
+    def _pass_options(self, held: Held) -> PassOptions:
         asked = held.lease.job.options
         return replace(PassOptions.of(asked, self._engine.info), parts=images.needed_parts(asked, held.warp))
 
-    def _frame(self, held: _Held) -> tuple[int, int, tuple[Part, ...]]:
+    def _frame(self, held: Held) -> tuple[int, int, tuple[Part, ...]]:
         """What decides how much memory one job of a pass needs."""
         job = held.lease.job
         return job.width, job.height, images.needed_parts(job.options, held.warp)

@@ -280,7 +280,12 @@ def test_tiles_together_are_tiles_one_by_one(
     batches: list[int] = []
     monkeypatch.setattr(TorchNetworks, "tile_batch", 4)
     encode = model.autoencoder.encode
-    model.autoencoder.encode = lambda image: (batches.append(len(image)), encode(image))[1]  # type: ignore[method-assign]
+
+    def counted(image: Tensor) -> Any:
+        batches.append(len(image))
+        return encode(image)
+
+    monkeypatch.setattr(model.autoencoder, "encode", counted)
     assert largest_difference(model.fuse(vis, ir, **options), one_by_one) < 2e-5
     assert batches == ([3, 3] if batch == 1 else [4, 4, 4]) * 2
 

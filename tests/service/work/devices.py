@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recofuse_core.picture import FusionOutput, ModelInfo, OutputName
+from recofuse_core.programs import Pending
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings
@@ -66,6 +67,10 @@ class MeteredRuntime:
     batches: list[int] = field(default_factory=list)
     info = ModelInfo("metered", "1", "", 3, "ode2", 0)
 
+    def submit(self, *images: Tensor, **options: Any) -> Pending:
+        output = self.fuse(*images, **options)
+        return Pending(lambda: output)
+
     def fuse(self, vis: Tensor, ir: Tensor, *, outputs: Collection[OutputName], **options: object) -> FusionOutput:
         self.batches.append(len(vis))
         latents = [self.device.allocate(len(vis)) for _ in range(2)]
@@ -94,10 +99,12 @@ class MeteredEngine(TorchEngine):
 
     def warm_up(self) -> None: ...
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def start(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+    ) -> Callable[[], dict[Part, Pixels]]:
         self.started.set()
         assert self.gate.wait(30)
-        return super().fuse(vis, ir, options, seeds)
+        return super().start(vis, ir, options, seeds)
 
 
 def cuda_error(words: str) -> RuntimeError:

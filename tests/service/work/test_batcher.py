@@ -103,6 +103,13 @@ def test_a_full_batch_does_not_wait() -> None:
     assert crowd(*map(job, range(5))).next_batch(0.0, num_coming=9) == [0, 1, 2, 3]
 
 
+def test_a_busy_engine_is_brought_full_batches_alone() -> None:
+    crowded = crowd(*map(job, range(5)))
+    assert crowded.next_batch(9.0, is_busy=True) == [0, 1, 2, 3]
+    assert crowded.next_batch(9.0, is_busy=True) is None
+    assert crowded.next_batch(9.0) == [4]
+
+
 def test_the_earliest_deadline_goes_first_within_a_class() -> None:
     batcher = crowd(job(1), job(2, by=3.0), job(3, by=2.0), job(4, priority=Priority.HIGH), job(5, by=0.5))
     assert batcher.next_batch(1.0) == [4, 3, 2, 1]

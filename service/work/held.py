@@ -1,0 +1,42 @@
+"""What a worker knows of one job from take to finish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from recofuse_images.reader import Pair
+from service.queue.contract import Lease
+from service.terms.jobs import Stage
+from service.terms.measures import Alignment
+from service.watch.tracing import NO_JOB_TRACE, JobTrace
+
+if TYPE_CHECKING:
+    from recofuse_images.measures import Measured
+    from recofuse_images.steady import Floats
+    from recofuse_rigs.warp import Warp
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One job in this worker's hands."""
+
+    lease: Lease
+    pair: Pair | None = None
+    warp: Warp | None = None  # by which infrared came into the visible frame, if its cameras are not registered
+    ir_scale: tuple[float, float] = (0.0, 0.0)  # what is black and white in the pair's infrared
+    measured: Measured | None = None  # the values of that, if the job asks for some
+    ready_s: float = 0.0
+    timings_s: dict[Stage, float] = field(default_factory=dict)
+    is_running: bool = False  # in the model or beyond
+    ir_source: str = ""  # of the pair, which is let go of before its result is there
+    warnings: tuple[str, ...] = ()
+    alignment: Alignment | None = None
+    track: str = ""
+    given: Floats | None = None  # cell means of the pair, if it is a frame of a steady stream
+    trace: JobTrace = NO_JOB_TRACE
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the engine is done with it."""
+        return self.is_running and self.pair is None
