@@ -220,6 +220,11 @@ class Pending:
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is to be waited for."""
+        return self._finish is None
+
     def settle(self) -> None:
         """Wait until the run has ended, however it ended."""
         with self._lock:
@@ -256,6 +261,10 @@ class _Buffers:
         self.pending: Pending | None = None
 
     @property
+    def is_free(self) -> bool:
+        return self.pending is None or self.pending.is_settled
+
+    @property
     def size_bytes(self) -> int:
         return sum(map(num_bytes, (self.host_inputs, self.inputs, self.results, self.host_results)))
 
@@ -285,7 +294,6 @@ class Program(ABC):
         self._static = list(self._images)
         self._results = self._record(device)
         self._sets = [_Buffers(self._images, self._results, recorder) for _ in range(self.NUM_SETS)]
-        self._turn = 0
         # Programs share a pool, so this is what it added to it, but never less than what is its own.
         own = num_bytes(self._static) + num_bytes(self._results)
         grown = recorder.reserved_bytes() - reserved_before
@@ -304,10 +312,7 @@ class Program(ABC):
 
         Images are copied or held until it has ended. Waits for the run before the last, whose buffers this one takes.
         """
-        buffers = self._sets[self._turn]
-        self._turn = (self._turn + 1) % len(self._sets)
-        if buffers.pending is not None:
-            buffers.pending.settle()
+        buffers = self._free_set()
         is_on_host = vis.device.type == "cpu"
         sources = [vis, ir]
         if is_on_host:
@@ -328,6 +333,17 @@ class Program(ABC):
         held = [] if is_on_host else sources
         buffers.pending = Pending(functools.partial(self._finished, wait, targets, held, is_on_host))
         return buffers.pending
+
+    def _free_set(self) -> _Buffers:
+        """One that nothing is under way in, the one used longest ago if that takes waiting."""
+        free = next(
+            (each for each in reversed(self._sets) if each.is_free), self._sets[0]
+        )  # the last is still in caches
+        if free.pending is not None:
+            free.pending.settle()
+        self._sets.remove(free)
+        self._sets.append(free)
+        return free
 
     @torch.inference_mode()
     def _finished(
