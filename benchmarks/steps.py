@@ -23,7 +23,8 @@ from recofuse_core.data import Pair, PairFiles, find_pairs, read_pair, to_float,
 from recofuse_core.devices import named_device
 from recofuse_core.evaluation import plots, protocol
 from recofuse_core.evaluation.quality import fusion_scores, psnr
-from recofuse_core.runtime import Precision, Runtime
+from recofuse_core.precision import Precision
+from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SamplerName
 
 if TYPE_CHECKING:

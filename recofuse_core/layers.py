@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HALVES = (torch.bfloat16, torch.float16)
 MAX_ROWS_OF_PRODUCT = 1024
 HEAD_MULTIPLE = 16  # channels of an attention head are filled up to a multiple of it
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
@@ -73,7 +74,7 @@ class ChannelNorm(nn.Module):
 
 
 def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution. With few positions in bfloat16 a matrix product over the rows is the faster form of it.
+    """A 1x1 convolution. With few positions in half precision a matrix product over the rows is the faster form of it.
 
     A CPU convolution rearranges its weights on every call, which is most of the time of a wide layer on a small grid.
     """
@@ -93,7 +94,7 @@ def halve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _is_product_faster(x: Tensor, conv: nn.Conv2d, num_rows: int) -> bool:
-    return conv.weight.dtype == torch.bfloat16 and (x.device.type != "cpu" or num_rows <= MAX_ROWS_OF_PRODUCT)
+    return conv.weight.dtype in HALVES and (x.device.type != "cpu" or num_rows <= MAX_ROWS_OF_PRODUCT)
 
 
 def gate(x: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 `Runtime(model).fuse(...)` computes what `model.fuse(...)` does, through the same `ReCoFuse.run` and the same samplers.
 It may prepare what it does because its weights no longer change. What it adds:
 
-- networks in bfloat16 where the device has it natively. States, mu, noise and all SDE arithmetic stay float32, and so
-  do norm statistics, time embeddings, the published autoencoder's first and last convolution, which see pixels, and on
-  a CPU the fusion module, which is no faster in bfloat16 there.
+- networks in half precision where the device has it natively (precision.py). States, mu, noise and all SDE arithmetic
+  stay float32, and so do norm statistics, time embeddings, the published autoencoder's first and last convolution,
+  which see pixels, and on a CPU the fusion module, which is no faster in half precision there.
 - the conditioning of every time step, made once.
 - on a GPU, both branches in one pass (stacked.py), blocks on kernels of our own where these win (kernels/), and the
   whole run of a shape recorded once as a CUDA graph with static buffers (recording.py).
@@ -17,9 +17,7 @@ picture but for roundings, most of them of one level.
 A runtime is used from one thread at a time, and so is a device's default stream meanwhile.
 """
 
-import copy
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,57 +36,23 @@ from recofuse_core.picture import (
     require_finite,
     seed_list,
 )
+from recofuse_core.precision import Precision, choose_dtype, frozen_copy
 from recofuse_core.program_cache import ProgramCache
 from recofuse_core.programs import Pending, ProgramKey, Supplies, build_program
 from recofuse_core.recording import CudaRecorder, EagerRecorder, Recorder
 from recofuse_core.sampler import SamplerName
-from recofuse_core.stacked import StackedDenoiser
 from recofuse_core.tiling import TilingConfig
-
-Precision = Literal["auto", "float32", "bfloat16"]
-
-# Parts of a parameter's name. Time vectors are made once a schedule; tone curves, lighting and the two convolutions
-# read and write pixels, and bfloat16 near 1 is as coarse as an 8-bit level.
-KEPT_IN_FLOAT32 = frozenset({"tone", "exposure", "time", "time_projection", "init_conv", "final_conv"})
-
-
-def native_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of the networks: for "auto" bfloat16 where the device computes in it natively, else float32.
-
-    Raises ConfigError for an unknown precision.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capabilities = torch.cpu.get_capabilities()
-            has_bfloat16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    if precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-def frozen_copy(model: ReCoFuse, dtype: torch.dtype, *, stacked: bool) -> ReCoFuse:
-    """A model for inference alone, its networks in `dtype`, its branches stacked if asked; `model` stays as it is."""
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    kept = KEPT_IN_FLOAT32 | {"fusion"} if next(model.parameters()).device.type == "cpu" else KEPT_IN_FLOAT32
-    for name, parameter in frozen.named_parameters():
-        if kept.isdisjoint(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    if stacked:
-        frozen.denoiser = StackedDenoiser(frozen.denoiser)  # type: ignore[assignment]  # the same two methods
-    return frozen
 
 
 class Runtime:
     """A model whose weights are final, on the device where it lies, ready to be run many times.
 
-    precision: of the networks. graphs: None records runs on a GPU and not elsewhere. max_graphs, max_graph_bytes: how
-    many recorded runs are held, and their bytes; 0 bytes: half of what the GPU has free now. defers_recording: a shape
-    that comes again is recorded by `record_due`, not within `fuse`. batch_sizes: what batches of recorded runs are
-    filled up to, ascending; larger ones run as they are. stacked: both branches in one pass, None for a GPU alone.
-    kernels: "auto" tries ours against torch's on a GPU, in seconds, and takes what wins. recorder: for tests.
+    precision: of the networks, see precision.py. graphs: None records runs on a GPU and not elsewhere. max_graphs,
+    max_graph_bytes: how many recorded runs are held, and their bytes; 0 bytes: half of what the GPU has free now.
+    defers_recording: a shape that comes again is recorded by `record_due`, not within `fuse`. batch_sizes: what batches
+    of recorded runs are filled up to, ascending; larger ones run as they are. stacked: both branches in one pass, None
+    for a GPU alone. kernels: "auto" tries ours against torch's on a GPU, in seconds, and takes what wins. recorder: for
+    tests.
     """
 
     def __init__(
@@ -107,9 +71,10 @@ class Runtime:
     ) -> None:
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
-        self.dtype = native_dtype(precision, self.device)
-        self.model = frozen_copy(model, self.dtype, stacked=on_gpu if stacked is None else stacked)
+        is_stacked = on_gpu if stacked is None else stacked
         with full_float32():
+            self.dtype, self.why_dtype = choose_dtype(model, precision, stacked=is_stacked)
+            self.model = frozen_copy(model, self.dtype, stacked=is_stacked)
             self.kernels = use_kernels(self.model, kernels)  # what was chosen, in words
         self.batch_sizes = tuple(sorted(batch_sizes))
         self._supplies = supplies = Supplies(self.model, self.device)

@@ -267,8 +267,10 @@ class EngineSettings(Group):
         "installed and the weights have graphs beside them, as the shipped ones do, and torch elsewhere",
     )
     num_threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: as many as the process may use")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="of the networks; auto: bfloat16 where the device computes in it natively"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="of the networks; auto: half precision where the device computes in it natively, on a GPU float16 "
+        "or bfloat16, whichever proves closer to float32 at the start",
     )
     kernels: Literal["auto", "eager", "triton"] = Field(
         default="auto",

@@ -56,9 +56,9 @@ def choose_runtime(settings: EngineSettings, root: Path = Path("/")) -> tuple[Ru
     if settings.device.startswith("cuda"):
         _require("torch")
         return "torch", f"device {settings.device}"
-    if settings.precision == "bfloat16":
+    if settings.precision in ("bfloat16", "float16"):
         _require("torch")
-        return "torch", "precision bfloat16"
+        return "torch", f"precision {settings.precision}"
     if not has_torch:
         return "onnx", "torch is not installed"
     if not has_onnx:

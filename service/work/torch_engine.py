@@ -81,6 +81,8 @@ class TorchEngine:
             defers_recording=True,
             batch_sizes=settings.batch_sizes,
         )
+        dtype = str(self._runtime.dtype).removeprefix("torch.")
+        logger.info("precision of the networks", extra={"dtype": dtype, "why": self._runtime.why_dtype})
         logger.info("blocks of the model run on", extra={"kernels": self._runtime.kernels})
 
     def warm_up(self) -> None:

@@ -41,7 +41,7 @@ from benchmarks.simulated_gpu import (
 from recofuse_core.kernels.choice import KernelChoice
 from recofuse_core.model import PRESETS, ReCoFuse
 from recofuse_core.picture import Exposure, OutputName
-from recofuse_core.runtime import Precision
+from recofuse_core.precision import Precision
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from service.command.cli import app
 

@@ -1,15 +1,17 @@
 """The runtime computes what the model computes: frozen, in half precision, and on a GPU."""
 
 import copy
+import re
 
 import pytest
 import torch
 
-from recofuse_core import load_pretrained
+from recofuse_core import load_pretrained, precision
 from recofuse_core.errors import ConfigError
 from recofuse_core.model import ModelConfig
+from recofuse_core.precision import DTYPES, choose_dtype, frozen_copy, measure, native_dtypes, trial_frames
 from recofuse_core.programs import ScheduleCache
-from recofuse_core.runtime import Runtime, frozen_copy, native_dtype
+from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from recofuse_core.scenes.scene import make_scene
 from tests.core.tiny import CONFIGS, PUBLISHED, images_of, largest_difference, pairs, tiny_model
@@ -89,11 +91,85 @@ def test_latents_cross_every_border_in_float32(config: ModelConfig) -> None:
 
 
 def test_precision_by_name() -> None:
-    assert native_dtype("float32", CPU) == torch.float32
-    assert native_dtype("bfloat16", CPU) == torch.bfloat16
-    assert native_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
-    with pytest.raises(ConfigError, match="precision must be auto, float32 or bfloat16, got 'float16'"):
-        native_dtype("float16", CPU)  # type: ignore[arg-type]
+    model = tiny_model()
+    for name, dtype in DTYPES.items():
+        assert choose_dtype(model, name, stacked=False) == (dtype, "as asked")  # type: ignore[arg-type]
+    dtype, _ = choose_dtype(model, "auto", stacked=False)
+    assert dtype == (native_dtypes(CPU) or (torch.float32,))[0]
+    with pytest.raises(ConfigError, match="precision must be auto, float32, bfloat16, float16, got 'int8'"):
+        Runtime(model, precision="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((9, 0), (torch.float16, torch.bfloat16)),
+        ((8, 0), (torch.float16, torch.bfloat16)),
+        ((7, 5), (torch.float16,)),
+        ((6, 1), ()),
+    ],
+    ids=str,
+)
+def test_what_a_card_computes_in(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: tuple[torch.dtype, ...]
+) -> None:
+    asked: list[torch.device] = []
+
+    def told(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", told)
+    assert native_dtypes(torch.device("cuda:1")) == expected
+    assert asked == [torch.device("cuda:1")]  # and not of the current one
+
+
+def test_the_half_precision_that_is_closer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "TRIAL_SIZE", (32, 48))
+    dtype, why = precision.closest_dtype(tiny_model(), (torch.bfloat16, torch.float16), stacked=True)
+    assert dtype == torch.float16
+    assert re.fullmatch(r"bfloat16 is off by [\d.]+ levels, .*; float16 is off by [\d.]+ levels, .*", why)
+
+
+def test_weights_too_large_for_float16_do_not_run_in_it() -> None:
+    """Values may grow sixteen times on frames that were not tried."""
+    model = tiny_model()
+    for parameter in model.denoiser.vis.intro.parameters():
+        parameter.data *= 8000
+    dtype, why = precision.closest_dtype(model, (torch.float16,), stacked=False)
+    assert dtype == torch.float32
+    assert "too narrow for these weights: float16 is off by" in why
+
+
+def test_a_card_without_bfloat16_refuses_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    card = torch.device("cuda")
+    with pytest.raises(ConfigError, match=r"precision=bfloat16: this GPU .* take float16 or auto"):
+        precision.named_dtype("bfloat16", card)
+    assert precision.named_dtype("float16", card) == torch.float16
+    assert precision.named_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_the_shipped_weights_have_room_in_float16_and_are_closer_in_it() -> None:
+    """Every network in half precision, as on a GPU."""
+    half, brain = measure(
+        load_pretrained("compact"), (torch.float16, torch.bfloat16), stacked=True, size=(48, 64), everywhere=True
+    )
+    assert half.is_sound
+    assert half.largest < torch.finfo(torch.float16).max / 500
+    assert half.error < 0.1 / 255
+    assert half.error < brain.error / 4
+    assert brain.is_sound
+
+
+def test_frames_to_try_a_model_on_use_the_whole_range() -> None:
+    vis, ir = trial_frames((48, 64))
+    assert (vis.shape, ir.shape) == ((3, 3, 48, 64), (3, 1, 48, 64))
+    for frames in (vis, ir):
+        assert float(frames.min()) >= 0
+        assert float(frames.max()) <= 1
+    assert float(vis[1].mean()) < 0.15
+    assert set(vis[2].unique().tolist()) == {0.0, 1.0}
 
 
 def test_a_schedule_is_made_once() -> None:

@@ -11,7 +11,8 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.kernels import choice
 from recofuse_core.kernels.choice import Form, Trial, places, relative_rms, seen_calls, tried, use_kernels, use_winners
 from recofuse_core.model import ReCoFuse
-from recofuse_core.runtime import Runtime, frozen_copy
+from recofuse_core.precision import frozen_copy
+from recofuse_core.runtime import Runtime
 from recofuse_core.stacked import StackedBlock
 from tests.core.kernels.blocks import drawn
 from tests.core.tiny import tiny_model

@@ -35,6 +35,7 @@ def machine(root: Path, *, flags: str = "avx2 fma", has_gpu: bool = False) -> Pa
         ({}, BOTH, {"flags": "avx512f avx512_bf16"}, "torch"),
         ({"precision": "float32"}, BOTH, {"flags": "avx512f avx512_bf16"}, "onnx"),
         ({"precision": "bfloat16"}, BOTH, {}, "torch"),
+        ({"precision": "float16"}, BOTH, {}, "torch"),
         ({}, ("onnxruntime",), {"has_gpu": True}, "onnx"),
         ({}, ("torch",), {}, "torch"),
         ({"model": "other"}, BOTH, {}, "torch"),
