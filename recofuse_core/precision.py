@@ -145,7 +145,7 @@ def _pictures(model: ReCoFuse, size: tuple[int, int]) -> list[Tensor]:
     device = next(model.parameters()).device
     vis, ir = trial_frames(size)
     plan = model.plan(steps=min(TRIAL_STEPS, model.config.steps))
-    draw = noise_like([0] * len(vis), torch.empty(model.latent_shape(*vis.shape[:1], *size), device=device))
+    draw = noise_like([0] * len(vis), torch.empty(model.latent_shape(len(vis), *size), device=device))
     output, is_finite = model.run(vis.to(device), ir.to(device), plan, draw)
     if not bool(is_finite):
         return [torch.full((1,), torch.nan)] * 3

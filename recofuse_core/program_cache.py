@@ -5,11 +5,28 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from recofuse_core.faults import Fault, fault_of, let_go
 from recofuse_core.programs import Program, ProgramKey
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a runtime has done so far, and holds now. Runs are of batches; programs hold host memory, too."""
+
+    recorded_runs: int = 0
+    eager_runs: int = 0
+    recordings: int = 0
+    failed_recordings: int = 0
+    evictions: int = 0
+    recording_s: float = 0.0
+    programs: int = 0
+    program_bytes: int = 0
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
 
 
 class ProgramCache:
@@ -54,6 +71,10 @@ class ProgramCache:
         self._num_lookups = 0
         self._num_failed_captures = 0
         self._record_from_s = -math.inf
+        self._num_recordings = 0
+        self._num_failures = 0
+        self._num_evictions = 0
+        self._recording_s = 0.0
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -65,6 +86,18 @@ class ProgramCache:
     def size_bytes(self) -> int:
         """Bytes that all programs hold."""
         return sum(program.size_bytes for program in self._programs.values())
+
+    @property
+    def activity(self) -> Activity:
+        """What was recorded, and what is held."""
+        return Activity(
+            recordings=self._num_recordings,
+            failed_recordings=self._num_failures,
+            evictions=self._num_evictions,
+            recording_s=self._recording_s,
+            programs=len(self),
+            program_bytes=self.size_bytes,
+        )
 
     @property
     def is_off(self) -> bool:
@@ -121,7 +154,7 @@ class ProgramCache:
 
     def _record(self, key: ProgramKey) -> Program | None:
         while self._programs and self._is_full():
-            del self._programs[self._victim()]  # before the recording, which takes over its memory
+            self._evict(self._victim())  # before the recording, which takes over its memory
         self._due.pop(key, None)
         started_s = self._clock()
         try:
@@ -131,6 +164,7 @@ class ProgramCache:
             if fault is Fault.BROKEN:
                 raise
             let_go(error)
+            self._num_failures += 1
             self._refused.add(key)
             self._num_failed_captures += fault is not Fault.MEMORY
             reason = str(error).partition("\n")[0]
@@ -140,12 +174,18 @@ class ProgramCache:
             return None
         finally:
             ended_s = self._clock()
+            self._recording_s += ended_s - started_s
             self._record_from_s = ended_s + (ended_s - started_s) * (1 / self.RECORDING_SHARE - 1)
         self._programs[key] = program
+        self._num_recordings += 1
         # What is too large for all others together stays: it was worth it.
         while len(self._programs) > 1 and 0 < self._max_bytes < self.size_bytes:
-            del self._programs[min((k for k in self._programs if k != key), key=lambda k: self._uses.get(k, 0))]
+            self._evict(min((k for k in self._programs if k != key), key=lambda k: self._uses.get(k, 0)))
         return program
+
+    def _evict(self, key: ProgramKey) -> None:
+        del self._programs[key]
+        self._num_evictions += 1
 
     def _count(self, key: ProgramKey, uses: int) -> None:
         self._uses[key] = self._uses.get(key, 0) + uses

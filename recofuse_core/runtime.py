@@ -18,6 +18,7 @@ A runtime is used from one thread at a time, and so is a device's default stream
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from recofuse_core.picture import (
     seed_list,
 )
 from recofuse_core.precision import Precision, choose_dtype, frozen_copy
-from recofuse_core.program_cache import ProgramCache
+from recofuse_core.program_cache import Activity, ProgramCache
 from recofuse_core.programs import Pending, ProgramKey, Supplies, build_program
 from recofuse_core.recording import CudaRecorder, EagerRecorder, Recorder
 from recofuse_core.sampler import SamplerName
@@ -79,6 +80,8 @@ class Runtime:
         self.batch_sizes = tuple(sorted(batch_sizes))
         self._supplies = supplies = Supplies(self.model, self.device)
         self._programs: ProgramCache | None = None
+        self._num_recorded_runs = 0
+        self._num_eager_runs = 0
         if on_gpu if graphs is None else graphs:
             if max_graphs < 1:
                 raise ConfigError(f"max_graphs must be at least 1, got {max_graphs}")
@@ -111,6 +114,19 @@ class Runtime:
     def num_recorded(self) -> int:
         """Recorded runs that are held."""
         return 0 if self._programs is None else len(self._programs)
+
+    @property
+    def activity(self) -> Activity:
+        """What was done so far, and is held now. May be asked for from any thread."""
+        made = Activity() if self._programs is None else self._programs.activity
+        on_gpu = self.device.type == "cuda"
+        return replace(
+            made,
+            recorded_runs=self._num_recorded_runs,
+            eager_runs=self._num_eager_runs,
+            allocated_bytes=torch.cuda.memory_allocated(self.device) if on_gpu else 0,
+            reserved_bytes=torch.cuda.memory_reserved(self.device) if on_gpu else 0,
+        )
 
     @property
     def has_due(self) -> bool:
@@ -197,9 +213,11 @@ class Runtime:
                 key = ProgramKey.of(plan, size, height, width, levels=vis.dtype == torch.uint8)
                 if (program := self._programs.get(key, record=record)) is not None:
                     fill = size - batch
+                    self._num_recorded_runs += 1
                     filled = each_seed + each_seed[-1:] * fill
                     pending = program.submit(_filled(vis, fill), _filled(ir, fill), filled, plan.timesteps)
                     return Pending(lambda: _first(pending.result(), batch)) if fill else pending
+            self._num_eager_runs += 1
             output = self._eager(vis, ir, plan, each_seed)
             return Pending(lambda: output)
 

@@ -20,6 +20,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from service.queue.contract import QueueStats
+from service.terms.activity import EngineActivity
 from service.terms.errors import ErrorCode
 from service.terms.jobs import JobStatus, Priority, Stage, WorkerInfo
 from service.terms.measures import Alignment
@@ -60,6 +61,28 @@ class WorkerState(StrEnum):
 
     WARM = "warm"
     WARMING = "warming"
+
+
+class RunForm(StrEnum):
+    """How a pass ran: as a recording that was replayed, or operation by operation."""
+
+    RECORDED = "recorded"
+    EAGER = "eager"
+
+
+class RecordingOutcome(StrEnum):
+    """What became of an attempt to record a kind of pass."""
+
+    MADE = "made"
+    FAILED = "failed"
+
+
+class MemoryUse(StrEnum):
+    """Bytes of the device: in use by tensors now, taken from it by this process, or held by recordings."""
+
+    ALLOCATED = "allocated"
+    RESERVED = "reserved"
+    PROGRAMS = "programs"
 
 
 class Metrics:
@@ -120,6 +143,22 @@ class Metrics:
         self.engine_busy_seconds = Counter(
             "recofuse_engine_busy_seconds", "Time that the engine computed.", registry=registry
         )
+        self.engine_runs = Counter(
+            "recofuse_engine_runs", "Passes by how they ran (recorded on a GPU).", ["form"], registry=registry
+        )
+        self.engine_recordings = Counter(
+            "recofuse_engine_recordings", "Attempts to record a kind of pass.", ["outcome"], registry=registry
+        )
+        self.engine_recording_seconds = Counter(
+            "recofuse_engine_recording_seconds", "Time spent on recording.", registry=registry
+        )
+        self.engine_programs = Gauge("recofuse_engine_programs", "Recordings that are held.", registry=registry)
+        self.engine_evictions = Counter(
+            "recofuse_engine_evictions", "Recordings given up for others.", registry=registry
+        )
+        self.engine_memory_bytes = Gauge(
+            "recofuse_engine_memory_bytes", "Memory of the engine's GPU, by use.", ["use"], registry=registry
+        )
         self.queue_depth = Gauge("recofuse_queue_depth", "Waiting jobs.", ["priority"], registry=registry)
         self.queue_leased = Gauge("recofuse_queue_leased", "Jobs at workers.", registry=registry)
         self.queue_bytes = Gauge("recofuse_queue_bytes", "Bytes that count for the queue's bound.", registry=registry)
@@ -146,6 +185,8 @@ class Metrics:
                 self.jobs_finished.labels(status)
         for reason in DropReason:
             self.jobs_dropped.labels(reason)
+        self._engine_seen = EngineActivity()
+        self.observe_engine(self._engine_seen)
         for stage in Stage:
             self.stage_seconds.labels(stage)
         for mode in FlowMode:
@@ -176,6 +217,21 @@ class Metrics:
         self.rig_moved_pixels.labels(rig).observe(alignment.moved_px * 640 / width)
         if alignment.residual_px is not None:
             self.rig_residual_pixels.labels(rig).observe(alignment.residual_px * 640 / width)
+
+    def observe_engine(self, activity: EngineActivity) -> None:
+        """Show what the engine of this process has done since it was asked last, and holds."""
+        seen, self._engine_seen = self._engine_seen, activity
+        self.engine_runs.labels(RunForm.RECORDED).inc(activity.recorded_runs - seen.recorded_runs)
+        self.engine_runs.labels(RunForm.EAGER).inc(activity.eager_runs - seen.eager_runs)
+        self.engine_recordings.labels(RecordingOutcome.MADE).inc(activity.recordings - seen.recordings)
+        failed = activity.failed_recordings - seen.failed_recordings
+        self.engine_recordings.labels(RecordingOutcome.FAILED).inc(failed)
+        self.engine_recording_seconds.inc(activity.recording_s - seen.recording_s)
+        self.engine_evictions.inc(activity.evictions - seen.evictions)
+        self.engine_programs.set(activity.programs)
+        self.engine_memory_bytes.labels(MemoryUse.ALLOCATED).set(activity.allocated_bytes)
+        self.engine_memory_bytes.labels(MemoryUse.RESERVED).set(activity.reserved_bytes)
+        self.engine_memory_bytes.labels(MemoryUse.PROGRAMS).set(activity.program_bytes)
 
     def set_queue(self, stats: QueueStats) -> None:
         """Show a snapshot of the queue."""

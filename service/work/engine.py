@@ -15,6 +15,7 @@ from typing import Protocol, Self, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from service.terms.activity import EngineActivity
 from service.terms.errors import InvalidInputError
 from service.terms.jobs import DEFAULT_EXPOSURE, Exposure, FusionOptions, Part, Sampler
 
@@ -108,6 +109,14 @@ class OverlappingEngine(Protocol):
         self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
     ) -> Callable[[], dict[Part, Pixels]]:
         """Begin what `Engine.fuse` does; what is returned waits for the pictures, on any thread. Both raise as it."""
+
+
+@runtime_checkable
+class TellingEngine(Protocol):
+    """An engine that says what it does."""
+
+    def activity(self) -> EngineActivity:
+        """So far, and now; from any thread, after `load`."""
 
 
 class NullEngine:

@@ -5,6 +5,7 @@ torch is imported when it loads, not before, so that a process without a model s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 
+from service.terms.activity import EngineActivity
 from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
 from service.terms.jobs import Exposure, Part
 from service.terms.settings import EngineSettings
@@ -121,6 +123,10 @@ class TorchEngine:
             if isinstance(translated, EngineBrokenError):
                 raise translated from error
             raise
+
+    def activity(self) -> EngineActivity:
+        """See TellingEngine."""
+        return EngineActivity(**dataclasses.asdict(self._loaded().activity))
 
     def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
         """See Engine."""

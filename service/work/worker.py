@@ -48,7 +48,7 @@ from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_TRACES, Tracer
 from service.work import steadying
 from service.work.batcher import Batcher, BatchPolicy, Waiting
-from service.work.engine import Engine, EngineBrokenError, OverlappingEngine, PassOptions
+from service.work.engine import Engine, EngineBrokenError, OverlappingEngine, PassOptions, TellingEngine
 from service.work.held import Held
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class Worker:
                 started_s=started_s,
             )
             self._metrics.set_model(self._info)
+            self._observe_engine()
             # Known to the front ends before anyone is told that this worker is warm.
             await self._announce(self._info)
             self.warm.set()
@@ -329,6 +330,11 @@ class Worker:
             raise
         except Exception:  # passes work without
             logger.exception("the engine could not make something ready")
+        self._observe_engine()
+
+    def _observe_engine(self) -> None:
+        if isinstance(self._engine, TellingEngine):
+            self._metrics.observe_engine(self._engine.activity())
 
     async def _run_batch(self, batch: list[Held]) -> None:
         now = self._clock()
@@ -395,6 +401,7 @@ class Worker:
         ended = time.perf_counter()
         self._metrics.engine_busy_seconds.inc(ended - max(started, self._busy_until))  # passes may overlap
         self._busy_until = ended
+        self._observe_engine()
         self._metrics.batch_size.observe(len(batch))
         self._metrics.padded_items.inc(self._batcher.policy.padded(len(batch)) - len(batch))
         for index, held in enumerate(batch):

@@ -402,6 +402,23 @@ def test_a_deferred_runtime_records_when_told() -> None:
     assert recorder.events == ["upload", "run", "download"]
 
 
+def test_a_runtime_tells_what_it_does() -> None:
+    model, recorder = tiny_model(), BrokenRecorder(RuntimeError("no such algorithm"), 2)
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder, max_graphs=1, defers_recording=True)
+    runtime.record([(1, 32, 32), (2, 32, 32)])
+    told = runtime.activity
+    assert (told.recordings, told.failed_recordings, told.programs, told.evictions) == (1, 1, 0, 1)
+    assert (told.recorded_runs, told.eager_runs) == (1, 1)
+    runtime.record([(1, 32, 48)])
+    for _ in range(3):
+        runtime.fuse(*pairs(1, 32, 48))
+    told = runtime.activity
+    assert (told.recordings, told.programs, told.recorded_runs, told.eager_runs) == (2, 1, 5, 1)
+    assert told.recording_s > 0
+    assert told.program_bytes > 4 * 4 * 32 * 48 * 8
+    assert Runtime(model, precision="float32").activity.programs == 0
+
+
 class Shelf:
     """A cache of programs that are but a size; a recording takes ten seconds. recorded: their keys in order."""
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.load import ask, fuse_request, scrape
 from benchmarks.processes import Stack, can_split, split
+from service.terms.activity import EngineActivity
 from service.watch.gpu import GAUGES, watch_gpus
 from service.watch.metrics import Metrics
 from tests.fakes import pair
@@ -60,6 +61,32 @@ def test_a_gpu_tells_its_memory() -> None:
     assert used is not None
     assert total is not None
     assert 0 < used < total
+
+
+def test_what_an_engine_does_is_counted_from_what_it_tells_in_all() -> None:
+    metrics = Metrics(CollectorRegistry())
+    metrics.observe_engine(EngineActivity(recorded_runs=3, eager_runs=1, recordings=2, recording_s=1.5, programs=2))
+    later = EngineActivity(
+        recorded_runs=10, eager_runs=1, recordings=2, failed_recordings=1, evictions=1, recording_s=2.0, programs=1,
+        program_bytes=5, allocated_bytes=6, reserved_bytes=7,
+    )  # fmt: skip
+    metrics.observe_engine(later)
+    metrics.observe_engine(later)
+    expected = {
+        'runs_total{form="recorded"}': 10.0,
+        'runs_total{form="eager"}': 1.0,
+        'recordings_total{outcome="made"}': 2.0,
+        'recordings_total{outcome="failed"}': 1.0,
+        "evictions_total": 1.0,
+        "recording_seconds_total": 2.0,
+        "programs": 1.0,
+        'memory_bytes{use="programs"}': 5.0,
+        'memory_bytes{use="allocated"}': 6.0,
+        'memory_bytes{use="reserved"}': 7.0,
+    }
+    lines = metrics.render()[0].decode().splitlines()
+    for name, value in expected.items():
+        assert f"recofuse_engine_{name} {value}" in lines
 
 
 async def finished(stack: Stack, num_jobs: int) -> list[dict[str, float]]:

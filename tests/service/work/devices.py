@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recofuse_core.picture import FusionOutput, ModelInfo, OutputName
+from recofuse_core.program_cache import Activity
 from recofuse_core.programs import Pending
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
@@ -65,6 +66,7 @@ class MeteredRuntime:
     has_due: bool = False
     can_light: bool = False
     batches: list[int] = field(default_factory=list)
+    activity: Activity = field(default_factory=Activity)
     info = ModelInfo("metered", "1", "", 3, "ode2", 0)
 
     def submit(self, *images: Tensor, **options: Any) -> Pending:

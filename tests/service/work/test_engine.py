@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recofuse_core.picture import ModelInfo
+from recofuse_core.program_cache import Activity
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings, Settings
@@ -17,6 +18,7 @@ from service.work.engine import EngineBrokenError, PassOptions, Pixels
 from service.work.engines import build_engine
 from service.work.torch_engine import TorchEngine
 from tests.fakes import FakeEngine
+from tests.service.work.devices import MeteredDevice, MeteredEngine, MeteredRuntime
 from tests.service.work.workers import fresh, held_back, results, until, working
 
 Shape = tuple[int, int, int]
@@ -82,6 +84,17 @@ def test_the_batcher_and_the_engine_agree_on_sizes(
     built = build_engine(settings)
     assert isinstance(built, TorchEngine)
     assert built._settings.batch_sizes == expected
+
+
+async def test_a_worker_tells_what_its_engine_does() -> None:
+    engine = MeteredEngine(MeteredRuntime(MeteredDevice(9), activity=Activity(recorded_runs=4, programs=2)))
+    async with working(engine) as (queue, worker):
+        jobs = fresh(1)
+        await queue.submit(jobs[0])
+        await results(queue, jobs)
+        told = worker._metrics.registry.get_sample_value
+        assert told("recofuse_engine_runs_total", {"form": "recorded"}) == 4
+        assert told("recofuse_engine_programs") == 2
 
 
 @dataclass
