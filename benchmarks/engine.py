@@ -41,6 +41,7 @@ from benchmarks.straightforward import straightforward
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.devices import named_device
 from recofuse_core.evaluation import plots
+from recofuse_core.faults import let_go
 from recofuse_core.kernels.choice import KernelChoice
 from recofuse_core.model import PRESETS, Conditions, ReCoFuse, build_model, noise_like
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
@@ -397,9 +398,15 @@ def preset_model(name: str, device: torch.device) -> ReCoFuse:
 
 
 def measure(
-    model: ReCoFuse, preset: str, size: tuple[int, int], batch: int, device: torch.device, ceilings: Ceilings
+    model: ReCoFuse,
+    preset: str,
+    size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    ceilings: Ceilings,
+    say: Callable[[str], None] = print,
 ) -> Iterator[Row]:
-    """All variants of one case, the baseline first."""
+    """All variants of one case, the baseline first; ratios are 0 where that does not fit the memory."""
     width, height = size
     generator = torch.Generator().manual_seed(1)
     vis = torch.rand(batch, 3, height, width, generator=generator)
@@ -412,8 +419,14 @@ def measure(
         steps = len(plan.timesteps)
         _reset_peak(device)
         on_gpu = device.type == "cuda"
-        timing = candidate.whole_runs(vis, ir) if on_gpu else candidate.taken_apart(vis, ir)
+        try:
+            timing = candidate.whole_runs(vis, ir) if on_gpu else candidate.taken_apart(vis, ir)
+        except torch.OutOfMemoryError as error:
+            let_go(error)  # later variants need less
+            say(f"{preset:8} {width:>4}x{height:<4} {batch:>3}  {variant.name:<28} does not fit the memory")
+            continue
         run_s = timing.run_s(steps)
+        alone = float(variant.name == "baseline")
         row = Row(
             preset=preset,
             width=width,
@@ -425,13 +438,13 @@ def measure(
             step_ms=1e3 * timing.step_s / batch,
             image_ms=1e3 * run_s / batch,
             images_s=batch / run_s,
-            step_ratio=1.0 if base is None else base.step_ms * batch / (1e3 * timing.step_s),
-            ratio=1.0 if base is None else base.image_ms * batch / (1e3 * run_s),
+            step_ratio=base.step_ms * batch / (1e3 * timing.step_s) if base else alone,
+            ratio=base.image_ms * batch / (1e3 * run_s) if base else alone,
             peak_mib=_peak_mib(device),
             roofline=costs.floor_s(batch, steps, len(variant.outputs), ceilings) / run_s,
             extrapolated=timing.whole_s is None,
         )
-        base = base or row
+        base = base or (row if variant.name == "baseline" else None)
         yield row
 
 
@@ -545,12 +558,9 @@ def run(
         for preset, size, batch in cases(on_gpu, is_quick, presets) if only is None else only:
             if preset not in models:
                 models = {preset: preset_model(preset, chosen)}
-            try:
-                for row in measure(models[preset], preset, size, batch, chosen, ceilings):
-                    rows.append(row)
-                    say(row.text())
-            except torch.OutOfMemoryError:
-                say(f"{preset:8} {size[0]:>4}x{size[1]:<4} {batch:>3}  the next variant does not fit the memory")
+            for row in measure(models[preset], preset, size, batch, chosen, ceilings, say):
+                rows.append(row)
+                say(row.text())
         compact_s, compared = None, None
         if not on_gpu and "compact" in presets:
             compared = runtimes.run(num_threads=num_threads, say=say)

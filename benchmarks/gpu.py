@@ -1,13 +1,17 @@
 """Everything that only a GPU can show, in one command of under ten minutes: `make check-gpu`.
 
-The tests marked `gpu`, the engine's table at 640x480 with the targets of docs/performance.md, and what the service
-keeps of the engine's throughput. Without a GPU nothing is checked, and it says so with status 2.
+The tests marked `gpu`; which half precision is closer to float32; the ways to run the branches beside each other
+(stacked or apart, torch's kernels or ours), which must agree; drills of a GPU that fails (benchmarks/gpu_drills.py);
+recorded runs under compute-sanitizer, where that is installed; the engine's table at 640x480 with the targets of
+docs/performance.md; and what the service keeps of the engine's throughput. Without a GPU nothing is checked, and it
+says so with status 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +22,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NO_GPU = 2
+PROCESS_TIMEOUT_S = 90.0
+MAX_DIFFERENCE = 1.0  # levels, rms: the ways differ by rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the three, with the line that says how it went."""
+    """One of them, with the line that says how it went."""
 
     name: str
     passed: bool
@@ -38,6 +44,88 @@ def run_tests() -> tuple[bool, str]:
     lines = [line for line in done.stdout.splitlines() if " passed" in line or " failed" in line or "error" in line]
     summary = lines[-1].strip("= ") if lines else "no test ran"
     return done.returncode == 0 and "skipped" not in summary, summary
+
+
+def run_precision() -> tuple[bool, str]:
+    """How far the shipped weights are from float32 in each half precision, as the start of a model decides by it."""
+    from recofuse_core.checkpoint import load_pretrained
+    from recofuse_core.precision import choose_dtype
+
+    dtype, why = choose_dtype(load_pretrained("compact", device="cuda"), "auto", stacked=True)
+    return dtype.itemsize == 2, f"{str(dtype).removeprefix('torch.')} is taken: {why}"
+
+
+def run_forms(device: str = "cuda", *, size: tuple[int, int] = (640, 480), repeats: int = 5) -> tuple[bool, str]:
+    """The shipped weights with branches stacked or apart, on torch's kernels or those that win: pictures must agree."""
+    import torch
+
+    from recofuse_core.checkpoint import load_pretrained
+    from recofuse_core.kernels.choice import KernelChoice
+    from recofuse_core.picture import OutputName
+    from recofuse_core.runtime import Runtime
+
+    fused: tuple[OutputName, ...] = ("fused",)
+    ways: list[tuple[str, bool, KernelChoice]] = [
+        ("apart", False, "eager"),
+        ("stacked", True, "eager"),
+        ("apart, kernels that win", False, "auto"),
+        ("stacked, kernels that win", True, "auto"),
+    ]
+    model = load_pretrained("compact", device=device)
+    width, height = size
+    generator = torch.Generator().manual_seed(0)
+    told, worst = [], 0.0
+    expected = None
+    for name, stacked, kernels in ways:
+        runtime = Runtime(model, stacked=stacked, kernels=kernels)
+        times = []
+        for batch in (1, 8):
+            generator.manual_seed(batch)
+            levels = torch.randint(0, 256, (batch, 4, height // 8, width // 8), generator=generator, dtype=torch.uint8)
+            images = levels.repeat_interleave(8, 2).repeat_interleave(8, 3)
+            runtime.record([(batch, height, width)], outputs=fused, levels=True)
+            spent = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                found = runtime.fuse(images[:, :3], images[:, 3:], outputs=fused).fused
+                spent.append(time.perf_counter() - started)
+            times.append(f"{1e3 * min(spent):.1f}")
+        assert found is not None
+        expected = found if expected is None else expected
+        worst = max(worst, float((found.float() - expected.float()).square().mean().sqrt()))
+        told.append(f"{name} {' and '.join(times)} ms ({runtime.kernels})")
+    return worst < MAX_DIFFERENCE, f"batches of 1 and 8: {'; '.join(told)}; apart by at most {worst:.2f} levels (rms)"
+
+
+def run_drills() -> tuple[bool, str]:
+    """Each in a process of its own: afterwards nothing works there, or memory is short."""
+    lines, all_passed = [], True
+    for name in ("memory", "lost"):
+        passed, line = _in_process([sys.executable, "-m", "benchmarks.gpu_drills", name])
+        all_passed &= passed
+        lines.append(f"{name}: {line}")
+    return all_passed, "; ".join(lines)
+
+
+def run_sanitizer() -> tuple[bool, str]:
+    """Recorded runs under compute-sanitizer, which comes with CUDA's toolkit and not with its driver."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return True, "compute-sanitizer is not installed: NOT RUN"
+    watched = [sys.executable, "-m", "benchmarks.gpu_drills", "replays"]
+    return _in_process([tool, "--tool", "memcheck", "--error-exitcode", "9", *watched])
+
+
+def _in_process(command: list[str]) -> tuple[bool, str]:
+    """Whether a command ended well, and its last line."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return False, f"has not ended after {PROCESS_TIMEOUT_S:.0f} s"
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-4000:], sep="")
+    lines = (done.stdout if done.stdout.strip() else done.stderr).strip().splitlines()
+    return done.returncode == 0, lines[-1] if lines else f"status {done.returncode}"
 
 
 def run_engine() -> tuple[bool, str]:
@@ -64,7 +152,7 @@ def has_gpu() -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all three, whatever becomes of each; returns 0 if all passed."""
+    """Run all parts, whatever becomes of each; returns 0 if all passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--json", type=Path, help="where all of it goes")
     path: Path | None = parser.parse_args(arguments).json
@@ -72,7 +160,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu: NOT CHECKED: torch sees no GPU here")
         return NO_GPU
     parts: list[Part] = []
-    for name, check in (("tests", run_tests), ("engine", run_engine), ("kept", run_kept)):
+    checks = {
+        "tests": run_tests,
+        "precision": run_precision,
+        "forms": run_forms,
+        "drills": run_drills,
+        "sanitizer": run_sanitizer,
+        "engine": run_engine,
+        "kept": run_kept,
+    }
+    for name, check in checks.items():
         started = time.monotonic()
         try:
             passed, line = check()

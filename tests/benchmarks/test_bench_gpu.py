@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from benchmarks import gpu, kept
+from benchmarks import gpu, gpu_drills, kept
+from recofuse_core.runtime import Runtime
+from service.terms.settings import EngineSettings
+from tests.fakes import FakeEngine
+from tests.service.work.devices import MeteredDevice, MeteredEngine, MeteredRuntime, cuda_error
 
 
 def test_without_a_gpu_nothing_counts_as_checked(
@@ -23,16 +30,72 @@ def test_one_failure_fails_the_check_and_the_rest_runs(
 ) -> None:
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu, "run_tests", lambda: (True, "9 passed"))
+    for part in ("precision", "forms", "drills", "sanitizer"):
+        monkeypatch.setattr(gpu, f"run_{part}", lambda: (True, "well"))
     monkeypatch.setattr(gpu, "run_engine", lambda: 1 / 0)
     monkeypatch.setattr(gpu, "run_kept", lambda: (True, "kept 99 %"))
     assert gpu.main(["--json", str(tmp_path / "out.json")]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("gpu: tests passed: 9 passed | engine FAILED: ZeroDivisionError: ")
+    assert last.startswith("gpu: tests passed: 9 passed | precision passed: well | forms passed: well | ")
+    assert " | engine FAILED: ZeroDivisionError: " in last
     assert last.endswith(" | kept passed: kept 99 %")
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [part["passed"] for part in written["parts"]] == [True, False, True]
+    assert [part["passed"] for part in written["parts"]] == [True, True, True, True, True, False, True]
     monkeypatch.setattr(gpu, "run_engine", lambda: (True, "fast"))
     assert gpu.main([]) == 0
+
+
+@pytest.mark.parametrize(("room", "passed"), [(11, True), (100, False), (2, False)])
+def test_the_drill_of_memory_wants_batches_to_be_halved_and_all_jobs_answered(room: int, passed: bool) -> None:
+    found, line = gpu_drills.drill_memory(MeteredEngine(MeteredRuntime(MeteredDevice(room))))
+    assert found is passed, line
+
+
+def test_the_drill_of_a_lost_device_wants_the_worker_to_end_and_no_job_to_fail() -> None:
+    broken = threading.Event()
+    runtime = MeteredRuntime(
+        MeteredDevice(1000), faults=lambda _: cuda_error("device-side assert triggered") if broken.is_set() else None
+    )
+    engine = gpu_drills.DyingEngine(EngineSettings(), broken.set)
+    engine._runtime = cast(Runtime, runtime)
+    engine.load = engine.warm_up = lambda: None  # type: ignore[method-assign]
+    passed, line = gpu_drills.drill_lost(engine)
+    assert passed, line
+    assert re.fullmatch(r"\d+ of 28 jobs answered before, 0 failed, \d+ wait; the worker ended", line)
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(), FakeEngine(poison_seeds=frozenset({12}))], ids=["sound", "failing"])
+def test_the_drill_of_a_lost_device_sees_an_engine_that_goes_on(engine: FakeEngine) -> None:
+    passed, line = gpu_drills.drill_lost(engine)
+    assert not passed
+    assert line.endswith("the worker went on")
+
+
+def test_ways_to_run_the_branches_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed, line = gpu.run_forms("cpu", size=(64, 48), repeats=1)
+    assert passed, line
+    assert all(f"{way} " in line for way in ("apart", "stacked", "apart, kernels that win"))
+    monkeypatch.setattr(gpu, "MAX_DIFFERENCE", -1.0)
+    assert not gpu.run_forms("cpu", size=(64, 48), repeats=1)[0]
+
+
+def test_compute_sanitizer_is_used_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.run_sanitizer() == (True, "compute-sanitizer is not installed: NOT RUN")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$@"\nexit $WITH\n')
+    tool.chmod(0o755)
+    for status, passed in (("0", True), ("9", False)):
+        monkeypatch.setenv("WITH", status)
+        found, line = gpu.run_sanitizer()
+        assert found is passed
+        assert line.startswith("--tool memcheck --error-exitcode 9 ")
+        assert line.endswith("-m benchmarks.gpu_drills replays")
+
+
+def test_a_part_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PROCESS_TIMEOUT_S", 0.2)
+    assert gpu._in_process(["sleep", "30"]) == (False, "has not ended after 0 s")
 
 
 @pytest.mark.slow
