@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,7 +50,10 @@ class Served:
 async def serve(engine: Engine, num_jobs: int = NUM_JOBS, size: tuple[int, int] = SIZE) -> Served:
     """Give a worker jobs until all are answered or its engine is lost."""
     # Full batches wherever there are jobs enough, however slowly they are decoded.
-    values = {"worker": {"id": "drill", "drain_timeout_s": 20.0}, "batch": {"max_wait_s": 5.0}}
+    values: dict[str, dict[str, Any]] = {
+        "worker": {"id": "drill", "drain_timeout_s": 20.0},
+        "batch": {"max_wait_s": 5.0},
+    }
     settings = Settings.from_values(values)
     queue, metrics = MemoryQueue(settings.queue), new_metrics()
     worker = Worker(queue, engine, settings, metrics)

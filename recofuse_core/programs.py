@@ -117,7 +117,8 @@ class NoiseCache:
 class ScheduleCache:
     """The conditioning of every time step that was asked for: at most T + 1 entries, for weights that never change.
 
-    The tensors of an entry lie in one block, `packed`, so that another step is put in place by a single copy.
+    The tensors of an entry lie in one block, `packed`, so that another step is put in place by a single copy. Recorded
+    runs read where they lie: no entry may go while a program lives.
     """
 
     ALIGNMENT = 128  # bytes; products and kernels want whole vectors

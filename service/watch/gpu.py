@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterable
 
 import pynvml
 from prometheus_client import CollectorRegistry
@@ -25,6 +27,10 @@ GAUGES = {
     "recofuse_gpu_temperature_celsius": "Temperature of a GPU.",
 }
 
+# The UUID is what nvidia-smi, DCGM and CUDA_VISIBLE_DEVICES know, too; numbers differ by who counts.
+LABELS = ["gpu", "model", "uuid"]
+MAX_AGE_S = 1.0
+
 
 def watch_gpus(registry: CollectorRegistry) -> int:
     """Add the GPUs' metrics to a registry; returns how many GPUs there are. Without a driver: 0, and no metrics."""
@@ -35,21 +41,32 @@ def watch_gpus(registry: CollectorRegistry) -> int:
         logger.debug("there are no GPU metrics", extra={"reason": str(error)})
         return 0
     if num_gpus:
-        registry.register(_GpuCollector(num_gpus))
+        registry.register(GpuCollector(num_gpus))
     return num_gpus
 
 
-class _GpuCollector(Collector):
-    def __init__(self, num_gpus: int) -> None:
+class GpuCollector(Collector):
+    """Asks the driver, once a second at most: it may take tens of milliseconds, and whoever serves metrics waits."""
+
+    def __init__(self, num_gpus: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_gpus = num_gpus
+        self._clock = clock
+        self._told: list[Metric] = []
+        self._told_s = -math.inf
 
     def collect(self) -> Iterable[Metric]:
         """What each GPU can tell; what it cannot is left out."""
-        families = {name: GaugeMetricFamily(name, text, labels=["gpu", "model"]) for name, text in GAUGES.items()}
+        if self._clock() >= self._told_s + MAX_AGE_S:
+            self._told = list(self._ask())
+            self._told_s = self._clock()
+        return self._told
+
+    def _ask(self) -> Iterable[Metric]:
+        families = {name: GaugeMetricFamily(name, text, labels=LABELS) for name, text in GAUGES.items()}
         for index in range(self._num_gpus):
             with contextlib.suppress(pynvml.NVMLError):
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                labels = [str(index), str(pynvml.nvmlDeviceGetName(handle))]
+                labels = [str(index), str(pynvml.nvmlDeviceGetName(handle)), str(pynvml.nvmlDeviceGetUUID(handle))]
                 for name, value in _readings(handle).items():
                     families[name].add_metric(labels, value)
         return families.values()

@@ -24,7 +24,7 @@ from service.terms.activity import EngineActivity
 from service.terms.errors import ErrorCode
 from service.terms.jobs import JobStatus, Priority, Stage, WorkerInfo
 from service.terms.measures import Alignment
-from service.watch.gpu import GAUGES
+from service.watch.gpu import GAUGES, LABELS
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -262,7 +262,8 @@ class Metrics:
                 name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
                 labels = ", ".join(f"`{label}`" for label in metric._labelnames)
                 rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
-        rows += [f"| `{name}` | gauge | `gpu`, `model` | {meaning} |" for name, meaning in GAUGES.items()]
+        labels = ", ".join(f"`{label}`" for label in LABELS)
+        rows += [f"| `{name}` | gauge | {labels} | {meaning} |" for name, meaning in GAUGES.items()]
         return "\n".join(rows)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:

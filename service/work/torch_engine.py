@@ -29,6 +29,7 @@ Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 5e-4
+GPU_HOST_THREADS = 4  # copies into pinned memory are all that is left to them
 
 
 class TorchEngine:
@@ -57,6 +58,8 @@ class TorchEngine:
 
     def load(self) -> None:
         """See Engine."""
+        import torch
+
         from recofuse_core import Runtime, load_pretrained
         from recofuse_core.devices import named_device
         from recofuse_core.threads import use_threads
@@ -64,12 +67,17 @@ class TorchEngine:
 
         settings = self._settings
         self._device = named_device(self._device)
+        on_gpu = self._device.startswith("cuda")
         threads = use_threads(settings.num_threads, num_sharing=self._per_host)
+        if on_gpu and not settings.num_threads and threads.count > GPU_HOST_THREADS:
+            threads = dataclasses.replace(use_threads(GPU_HOST_THREADS), why="enough beside a GPU")
         logger.info(
             "threads of the model",
             extra={"threads": threads.count, "why": threads.why, "waiting": sleep_while_waiting().told()},
         )
-        if self._device.startswith("cuda"):
+        if on_gpu:
+            if ":" in self._device:  # else this thread makes a context on the first GPU, too, half a gigabyte there
+                torch.cuda.set_device(self._device)
             # The model's thread gives Python's lock away some eight times a batch, and would wait 5 ms each time for
             # a thread that is busy in Python.
             sys.setswitchinterval(SWITCH_INTERVAL_S)

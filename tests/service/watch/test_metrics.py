@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from benchmarks.load import ask, fuse_request, scrape
 from benchmarks.processes import Stack, can_split, split
 from service.terms.activity import EngineActivity
-from service.watch.gpu import GAUGES, watch_gpus
+from service.watch.gpu import GAUGES, GpuCollector, watch_gpus
 from service.watch.metrics import Metrics
 from tests.fakes import pair
 
@@ -51,12 +51,42 @@ def test_without_a_gpu_its_metrics_are_absent_and_nothing_fails() -> None:
     assert list(registry.collect()) == []
 
 
+def test_the_driver_is_asked_once_a_second_and_names_cards_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def handle(index: int) -> int:
+        asked.append(index)
+        return index
+
+    def refused(_: int) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)  # as a slice of a card does
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda _: "card")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda index: f"GPU-{index}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda index: 1000 * (index + 1))
+    for name in ("MemoryInfo", "UtilizationRates"):
+        monkeypatch.setattr(pynvml, f"nvmlDeviceGet{name}", refused)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTemperature", lambda index, _: refused(index))
+    now_s = 5.0
+    registry = CollectorRegistry()
+    registry.register(GpuCollector(2, clock=lambda: now_s))
+    asked.clear()
+    for moment, expected in ((6.5, 2), (7.4, 2), (7.6, 4)):
+        now_s = moment
+        labels = {"gpu": "1", "model": "card", "uuid": "GPU-1"}
+        assert registry.get_sample_value("recofuse_gpu_power_watts", labels) == 2
+        assert registry.get_sample_value("recofuse_gpu_memory_used_bytes", labels) is None
+        assert len(asked) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="there is no GPU here")
 def test_a_gpu_tells_its_memory() -> None:
     registry = CollectorRegistry()
     assert watch_gpus(registry) > 0
-    labels = {"gpu": "0", "model": str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))}
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    labels = {"gpu": "0", "model": str(pynvml.nvmlDeviceGetName(handle)), "uuid": str(pynvml.nvmlDeviceGetUUID(handle))}
     used, total = (registry.get_sample_value(f"recofuse_gpu_memory_{kind}_bytes", labels) for kind in ("used", "total"))
     assert used is not None
     assert total is not None

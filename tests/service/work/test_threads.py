@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from recofuse_host.processors import Processors
 from recofuse_host.waiting import sleep_while_waiting
 from service.command.processes import new_metrics
 from service.queue.memory import MemoryQueue
-from service.terms.settings import Settings
+from service.terms.settings import EngineSettings, Settings
 from service.work import worker as workers
 from service.work.engines import build_engine
+from service.work.torch_engine import TorchEngine
 from service.work.worker import Worker
 from tests.core.tiny import GATED, tiny_model
 from tests.fakes import FakeEngine
@@ -75,3 +78,24 @@ def test_threads_of_the_model(
     (said,) = [record for record in caplog.records if record.message == "threads of the model"]
     assert (said.__dict__["threads"], said.__dict__["why"]) == (expected, why)
     assert said.__dict__["waiting"] == sleep_while_waiting().told()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(0, 4), (9, 9)])
+def test_a_worker_with_a_gpu_needs_few_threads_and_makes_no_context_on_another(
+    monkeypatch: pytest.MonkeyPatch, asked: int, expected: int
+) -> None:
+    """The GPU is there by name alone: what would use it is replaced."""
+    used: list[object] = []
+    set_threads: list[int] = []
+    monkeypatch.setattr(threads, "_TORCHS_OWN", 32)
+    monkeypatch.setattr(threads, "read_processors", lambda: Processors(64, None))
+    monkeypatch.setattr(torch, "set_num_threads", set_threads.append)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr("recofuse_core.devices.named_device", lambda name: name)
+    monkeypatch.setattr("recofuse_core.load_pretrained", lambda name, device: used.append(device), raising=False)
+    runtime = SimpleNamespace(dtype=torch.float16, why_dtype="closer", kernels="eager")
+    monkeypatch.setattr("recofuse_core.Runtime", lambda model, **options: runtime, raising=False)
+    TorchEngine(EngineSettings(device="cuda:1", num_threads=asked)).load()
+    assert used == ["cuda:1", "cuda:1"]  # first this thread's device, then the model
+    assert set_threads[-1] == expected
