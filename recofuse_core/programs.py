@@ -294,10 +294,10 @@ class Program(ABC):
         self._names = [name for name in ALL_OUTPUTS if name in key.plan.outputs]
         self._static = list(self._images)
         self._results = self._record(device)
-        self._sets = [_Buffers(self._images, self._results, recorder) for _ in range(self.NUM_SETS)]
         # Programs share a pool, so this is what it added to it, but never less than what is its own.
         own = num_bytes(self._static) + num_bytes(self._results)
         grown = recorder.reserved_bytes() - reserved_before
+        self._sets = [_Buffers(self._images, self._results, recorder) for _ in range(self.NUM_SETS)]
         self.size_bytes = max(own, grown) + sum(buffers.size_bytes for buffers in self._sets)
 
     @abstractmethod
