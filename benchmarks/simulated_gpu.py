@@ -60,6 +60,10 @@ OF_OURS: dict[str, Callable[[Any], int]] = {
     "attend": lambda args: 2 * args[0].shape[0] * args[1].shape[-1] ** 2,
     "product_add": lambda args: 2 * args[0].numel() * args[2].shape[-1],
     "finish": lambda args: 4 * 2 * args[2].numel() * args[2].shape[-1],
+    "project": lambda args: 4 * args[0].numel() * args[2].shape[-1] // args[4] ** 2,
+    **dict.fromkeys(("beside", "tile_sums", "norm_coefficients", "norm_silu", "channel_pools"), lambda args: 0),
+    **dict.fromkeys(("channel_attention", "spatial_maps", "weigh"), lambda args: 0),
+    "spatial_gate": lambda args: 2 * args[4].numel() * args[5][0, 0].numel(),
 }
 LAUNCH_S = 2e-6  # from one kernel to the next that waits for it, within a graph
 
@@ -415,7 +419,7 @@ def run_operations(
 class Count:
     """One line of the committed table: a preset at 640x480 in bfloat16, its own steps, the fused picture alone.
 
-    blocks: what they run on, torch's kernels ("eager") or ours ("triton").
+    blocks: what they and the fusion module run on, torch's kernels ("eager") or ours ("triton").
     """
 
     preset: str

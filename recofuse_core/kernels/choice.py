@@ -1,7 +1,7 @@
-"""Which blocks of a model run on our kernels: those that agree with their twins on this card and are faster there.
+"""Which parts of a model run on our kernels: those that agree with their twins on this card and are faster there.
 
 No kernel is trusted on its word. Before a model serves anything, it runs once as it is, on a frame of the usual size;
-what came to its blocks is given to their replacements, too, and both are timed as recorded graphs. One block of each
+what came to its parts is given to their replacements, too, and both are timed as recorded graphs. One block of each
 kind and width speaks for the others. What cannot be compiled, disagrees or loses is not used, and the log says why.
 """
 
@@ -19,6 +19,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.faults import Fault, fault_of
 from recofuse_core.layers import GatedConvBlock
 from recofuse_core.model import ReCoFuse, noise_like
+from recofuse_core.networks import LatentFusion
 from recofuse_core.stacked import StackedBlock, StackedDenoiser
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ TimeMs = Callable[[Callable[[], Tensor]], float]
 
 
 class Form(NamedTuple):
-    """Blocks that do alike."""
+    """Parts that do alike: blocks of one width, or the fusion module."""
 
     kind: str
     channels: int
@@ -43,7 +44,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A block in a model that has a replacement."""
+    """A part of a model that has a replacement."""
 
     parent: nn.Module
     name: str
@@ -81,7 +82,7 @@ def has_triton() -> bool:
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """All blocks of a model that have a replacement, in the order of the model; not those that went into a stack."""
+    """All parts of a model that have a replacement, in the order of the model; not those that went into a stack."""
     stacks = [module for module in model.modules() if isinstance(module, StackedDenoiser)]
     emptied = {id(module) for stack in stacks for module in stack.branches.modules()}
     for parent in list(model.modules()):
@@ -106,7 +107,7 @@ def use_kernels(model: ReCoFuse, choice: KernelChoice) -> str:
         if choice == "triton":
             raise ConfigError("kernels=triton: Triton is not installed here; torch for CUDA brings it")
         return "eager: Triton is not installed"
-    if choice == "auto" and _dtype(model) == torch.float32:
+    if choice == "auto" and all(_dtype(place.block) == torch.float32 for place in places(model)):
         return "eager: the networks are in float32"
     if choice == "triton":
         if device.type == "cpu" and not _is_interpreted():
@@ -116,7 +117,7 @@ def use_kernels(model: ReCoFuse, choice: KernelChoice) -> str:
 
 
 def replace_all(model: nn.Module, forms: frozenset[Form] | None = None) -> str:
-    """Replace every block, or those of some forms; returns what was replaced, in words."""
+    """Replace every part, or those of some forms; returns what was replaced, in words."""
     counts: dict[Form, int] = {}
     for place in list(places(model)):
         if forms is None or place.form in forms:
@@ -133,7 +134,7 @@ def use_winners(
     batches: tuple[int, ...] = TRIAL_BATCHES,
     size: tuple[int, int] = TRIAL_SIZE,
 ) -> str:
-    """Try the kernels on every form of block and use those that agree and win. time_ms: of a call."""
+    """Try the kernels on every form and use those that agree and win. time_ms: of a call."""
     started = time.monotonic()
     won = set()
     for form, calls in seen_calls(model, batches, size).items():
@@ -170,47 +171,50 @@ def use_winners(
 def seen_calls(
     model: ReCoFuse, batches: tuple[int, ...], size: tuple[int, int] = TRIAL_SIZE
 ) -> dict[Form, tuple[nn.Module, list[tuple[Any, ...]]]]:
-    """One block of each form, and what came to it in runs of one step over noise, one run for every batch size."""
+    """One part of each form, and what came to it in runs of one step over noise, one run for every batch size."""
     device = next(model.parameters()).device
     chosen: dict[Form, Place] = {}
     for place in places(model):
         chosen.setdefault(place.form, place)
     calls: dict[Form, list[tuple[Any, ...]]] = {form: [] for form in chosen}
 
-    def kept(form: Form, count: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if len(calls[form]) < count:
-                calls[form].append(arguments)
+    def keep_calls(place: Place, count: int) -> Callable[[], None]:
+        """Keep the first arguments that come, until there are `count`; returns what ends that."""
+        call = _entry(place.block)
 
-        return hook
+        def kept(*arguments: Any) -> Any:
+            if len(calls[place.form]) < count:
+                calls[place.form].append(arguments)
+            return call(*arguments)
+
+        setattr(place.block, call.__name__, kept)
+        return lambda: delattr(place.block, call.__name__)
 
     generator = torch.Generator().manual_seed(0)
     for count, batch in enumerate(batches, start=1):
-        hooks = [place.block.register_forward_pre_hook(kept(form, count)) for form, place in chosen.items()]
+        ends = [keep_calls(place, count) for place in chosen.values()]
         try:
             images = torch.rand(batch, 4, *size, generator=generator).to(device)
             like = torch.empty(model.latent_shape(batch, *size), device=device)
             draw = noise_like([0] * batch, like)
             model.run(images[:, :3], images[:, 3:], model.plan(steps=1), draw)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for end in ends:
+                end()
     return {form: (chosen[form].block, inputs) for form, inputs in calls.items() if inputs}
 
 
 @torch.inference_mode()
 def tried(form: Form, block: nn.Module, inputs: list[tuple[Any, ...]], time_ms: TimeMs) -> Trial:
-    """Compare a block and its replacement on inputs; times are summed over them, of the error the greatest counts."""
-    fused = _replacement(block)
+    """Compare a part and its replacement on inputs; times are summed over them, of the error the greatest counts."""
+    eager_call, fused_call = _entry(block), _entry(_replacement(block))
     error, eager_ms, fused_ms = 0.0, 0.0, 0.0
-    dtype = torch.float32
     for arguments in inputs:
-        expected, found = block(*arguments), fused(*arguments)
-        dtype = expected.dtype
+        expected, found = eager_call(*arguments), fused_call(*arguments)
         error = max(error, relative_rms(found, expected, arguments[0]))
-        eager_ms += time_ms(lambda given=arguments: block(*given))  # type: ignore[misc]
-        fused_ms += time_ms(lambda given=arguments: fused(*given))  # type: ignore[misc]
-    return Trial(form, error, TOLERANCES[dtype], eager_ms, fused_ms)
+        eager_ms += time_ms(lambda given=arguments: eager_call(*given))  # type: ignore[misc]
+        fused_ms += time_ms(lambda given=arguments: fused_call(*given))  # type: ignore[misc]
+    return Trial(form, error, TOLERANCES[_dtype(block)], eager_ms, fused_ms)
 
 
 def relative_rms(found: Tensor, expected: Tensor, given: Tensor) -> float:
@@ -245,14 +249,13 @@ def graph_ms(call: Callable[[], Tensor]) -> float:
     return float(min(spent))
 
 
-def _dtype(model: ReCoFuse) -> torch.dtype:
-    """Of the blocks; a few other parameters are float32 whatever the precision."""
-    for place in places(model):
-        if isinstance(place.block, StackedBlock):
-            return place.block.get_buffer("expand1_weight").dtype
-        if isinstance(place.block, GatedConvBlock):
-            return place.block.expand1.weight.dtype
-    return torch.float32
+def _dtype(block: nn.Module) -> torch.dtype:
+    """Of what a part computes in; what it takes and gives may be float32."""
+    if isinstance(block, StackedBlock):
+        return block.get_buffer("expand1_weight").dtype
+    first = block.intro if isinstance(block, LatentFusion) else block.expand1
+    assert isinstance(first, nn.Conv2d)
+    return first.weight.dtype
 
 
 def _form(block: nn.Module) -> Form | None:
@@ -260,14 +263,25 @@ def _form(block: nn.Module) -> Form | None:
         return Form("stacked block", block.channels)
     if isinstance(block, GatedConvBlock):
         return Form("block", block.expand1.in_channels)
+    if isinstance(block, LatentFusion):
+        return Form("fusion", block.intro.out_channels)
     return None
+
+
+def _entry(block: nn.Module) -> Callable[..., Tensor]:
+    """What a model calls of a part, or of its replacement."""
+    entry: Callable[..., Tensor] = getattr(block, "fuse", block.forward)
+    return entry
 
 
 def _replacement(block: nn.Module) -> nn.Module:
     from recofuse_core.kernels.blocks import FusedBlock, FusedConvBlock
+    from recofuse_core.kernels.fusion import FusedLatentFusion
 
     if isinstance(block, StackedBlock):
         return FusedBlock(block)
+    if isinstance(block, LatentFusion):
+        return FusedLatentFusion(block)
     assert isinstance(block, GatedConvBlock)
     return FusedConvBlock(block)
 

@@ -1,4 +1,4 @@
-"""What each kernel computes, said with torch's own operations. See operations.py for the shapes."""
+"""What each kernel computes, said with torch's own operations. See operations.py and its like for the shapes."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recofuse_core.kernels import fusion_operations as operations
 from recofuse_core.kernels.operations import TILE
 
 
@@ -63,3 +64,120 @@ def finish(
 def _gated(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return first * second
+
+
+# --- the fusion module, see fusion_operations.py ----------------------------------------------------------------------
+
+
+def project(vis: Tensor, ir: Tensor, weight: Tensor, bias: Tensor, pool: int, swapped: bool) -> Tensor:
+    """Mean and product."""
+    images = torch.stack([ir, vis] if swapped else [vis, ir]).to(weight.dtype)
+    means = F.avg_pool2d(images.flatten(0, 1), pool, ceil_mode=True, count_include_pad=False)
+    rows = _unflat(means.flatten(2).mT, 0, images.shape[0])
+    return rows @ weight[:, None] + bias[:, None, None]
+
+
+def beside(mixed: Tensor, vis: Tensor, ir: Tensor) -> Tensor:
+    """Addition and concatenation."""
+    asked = torch.stack([vis, ir]).to(mixed.dtype).flatten(3).mT  # (2, B, N, C)
+    return torch.cat(list(mixed[..., : vis.shape[1]] + asked), dim=-1)
+
+
+def tile_sums(x: Tensor, bias: Tensor) -> Tensor:
+    """Sums over tiles, and of squares."""
+    return _tile_sums(x[None].float() + bias.float())
+
+
+def norm_coefficients(
+    sums: Tensor, gain: Tensor, shift: Tensor, bias: Tensor, groups: int, eps: float, num_rows: int
+) -> Tensor:
+    """Means and variances of groups, put together from those of tiles."""
+    filled = torch.full((sums.shape[2],), float(operations.TILE), device=sums.device)
+    filled[-1] = num_rows - operations.TILE * (len(filled) - 1)
+    filled = filled[:, None, None]
+    by_group = _unflat(sums, -1, groups)  # (n, B, T, 2, groups, members)
+    total, within = by_group.unbind(3)
+    count = num_rows * by_group.shape[-1]
+    mean = total.sum(dim=(2, 4), keepdim=True) / count
+    variance = (within + filled * (total / filled - mean).square()).sum(dim=(2, 4), keepdim=True) / count
+    inverse = (variance + eps).rsqrt().expand_as(total[:, :, :1]).flatten(3)[:, :, 0]  # (n, B, W)
+    times = gain.float()[:, None] * inverse
+    before = bias.float()[:, None] - mean.expand_as(total[:, :, :1]).flatten(3)[:, :, 0]
+    return torch.stack([times, shift.float()[:, None] + before * times], dim=2)
+
+
+def norm_silu(x: Tensor, coefficients: Tensor) -> Tensor:
+    """One line."""
+    return F.silu(x.float() * coefficients[:, :, :1] + coefficients[:, :, 1:]).to(x.dtype)
+
+
+def channel_pools(parts: Sequence[Tensor], bias: Tensor, modulation: Tensor) -> Tensor:
+    """Sums and maxima over tiles."""
+    rows = _modulated(parts, bias, modulation)
+    missing = (0, 0, 0, -rows.shape[2] % operations.TILE)
+    tiles = operations.num_tiles(rows.shape[2])
+    sums = _unflat(F.pad(rows, missing), 2, tiles).sum(dim=3)
+    return torch.stack([sums, _unflat(F.pad(rows, missing, value=-torch.inf), 2, tiles).amax(dim=3)], dim=3)
+
+
+def channel_attention(pools: Tensor, squeeze: Tensor, excite: Tensor, num_rows: int) -> Tensor:
+    """Two layers, twice."""
+    both = torch.stack([pools[:, :, :, 0].sum(dim=2) / num_rows, pools[:, :, :, 1].amax(dim=2)])  # (2, n, B, W)
+    logits: Tensor = (F.relu(both @ squeeze.float()) @ excite.float()).sum(dim=0)
+    return logits.sigmoid()
+
+
+def spatial_maps(parts: Sequence[Tensor], bias: Tensor, modulation: Tensor, attention: Tensor) -> Tensor:
+    """Mean and maximum."""
+    rows = _modulated(parts, bias, modulation) * attention[:, :, None]
+    return torch.stack([rows.mean(dim=-1), rows.amax(dim=-1)], dim=-1)
+
+
+def spatial_gate(
+    parts: Sequence[Tensor],
+    bias: Tensor,
+    modulation: Tensor,
+    attention: Tensor,
+    maps: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Convolution, sigmoid, product."""
+    side = weight.shape[-1]
+    images = _unflat(maps, 2, height).permute(1, 0, 4, 2, 3).flatten(1, 2)  # (B, 2 n, h, w)
+    logits = F.conv2d(images, weight.float(), offset.float(), padding=side // 2, groups=len(weight))
+    opened = logits.sigmoid().flatten(2).mT.permute(2, 0, 1)[..., None]  # (n, B, N, 1)
+    rows = _modulated(parts, bias, modulation) * attention[:, :, None] * opened
+    return rows.to(parts[0].dtype), _tile_sums(rows)
+
+
+def weigh(ir_logits: Tensor, vis_logits: Tensor, bias: Tensor, vis: Tensor, ir: Tensor) -> Tensor:
+    """Sigmoid, product, sum."""
+    shape, added = vis.shape, bias.float()
+    of_ir = (ir_logits.float() + added[0]).sigmoid().mT.reshape(shape) * ir
+    of_vis = (vis_logits.float() + added[1]).sigmoid().mT.reshape(shape) * vis
+    return of_ir + of_vis
+
+
+def _modulated(parts: Sequence[Tensor], bias: Tensor, modulation: Tensor) -> Tensor:
+    shift, scale = modulation.float()[:, :, None, None].unbind(1)  # (n, 1, 1, W)
+    return (torch.stack(list(parts)).float() + bias.float()[:, None, None]) * (scale + 1) + shift
+
+
+def _tile_sums(rows: Tensor) -> Tensor:
+    """Of (n, B, N, W) in float32."""
+    num_rows = rows.shape[2]
+    is_there = torch.arange(num_rows + -num_rows % operations.TILE, device=rows.device) < num_rows
+    is_there = is_there.view(-1, operations.TILE, 1)
+    tiles = _unflat(F.pad(rows, (0, 0, 0, -num_rows % operations.TILE)), 2, operations.num_tiles(num_rows))
+    total = tiles.sum(dim=3)
+    apart = (tiles - (total / is_there.sum(dim=1))[:, :, :, None]) * is_there
+    return torch.stack([total, apart.square().sum(dim=3)], dim=3)
+
+
+def _unflat(x: Tensor, dim: int, count: int) -> Tensor:
+    """One dimension as two, of which the first is of `count`."""
+    made: Tensor = x.unflatten(dim, (count, -1))  # type: ignore[no-untyped-call]
+    return made
