@@ -25,6 +25,7 @@ from recofuse_core.stacked import StackedBlock, StackedDenoiser
 logger = logging.getLogger(__name__)
 
 KernelChoice = Literal["auto", "eager", "triton"]
+KINDS = ("block", "stacked block", "fusion")  # what there are kernels for
 
 TRIAL_SIZE = (480, 640)  # height, width
 TRIAL_BATCHES = (1, 8)

@@ -57,6 +57,8 @@ def info(
     facts.add_section()
     for name, told in (("runtime", f"{runtime} ({why})"), *_threads(settings, runtime).items()):
         facts.add_row(name, Text(told))
+    for name, told in _kernels(settings).items():
+        facts.add_row(Text(f"kernels.{name}"), Text(told))
     out.print(facts)
 
 
@@ -67,6 +69,21 @@ def _devices() -> dict[str, str]:
     from recofuse_core.devices import observe, told
 
     return told(observe())
+
+
+def _kernels(settings: Settings) -> dict[str, str]:
+    """Whether the model would run on kernels of our own, and what they need; nothing without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    from recofuse_core.devices import choose, observe
+    from recofuse_core.errors import DeviceError
+    from recofuse_core.kernels.needs import look, told
+
+    try:
+        on_gpu = choose(settings.engine.device, observe()).device.startswith("cuda")
+    except DeviceError:
+        on_gpu = False
+    return told(settings.engine.kernels, look(), on_gpu=on_gpu)
 
 
 def _threads(settings: Settings, runtime: str) -> dict[str, str]:

@@ -39,6 +39,18 @@ def test_info_says_how_it_would_run_here(weights: Path) -> None:
     assert "999 share them" in divided
 
 
+def test_info_says_what_kernels_of_our_own_would_need(weights: Path) -> None:
+    shown = run("info", str(weights), COLUMNS="200", RECOFUSE_ENGINE__KERNELS="eager", RECOFUSE_ENGINE__DEVICE="cpu")
+    rows = dict(line.strip("│ ").split("│") for line in shown.stdout.splitlines() if "kernels." in line)
+    found = {name.strip(): told.strip() for name, told in rows.items()}
+    assert found["kernels.asked"] == "eager"
+    assert found["kernels.used"] == "none, as asked"
+    assert found["kernels.written for"] == "block, stacked block, fusion"
+    assert "kernels.Triton" in found
+    asked = run("info", str(weights), COLUMNS="200", RECOFUSE_ENGINE__DEVICE="cpu")
+    assert "none: they are for a GPU" in asked.stdout
+
+
 def test_an_argument_wins_over_the_environment(weights: Path) -> None:
     assert_one_line(run("info", "elsewhere.bin", RECOFUSE_WEIGHTS=str(weights)), "elsewhere.bin")
 
