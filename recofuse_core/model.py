@@ -137,6 +137,7 @@ class ReCoFuse(nn.Module):
         self.tone = None if config.tone is None else ToneEstimator(config.tone)
         self.exposure = None if config.exposure is None else ExposureEstimator(config.exposure)
         self.weather = None if config.weather is None else WeatherEstimator(config.weather)
+        self.finish = Finish(config.widening)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
             name=name,
@@ -337,24 +338,21 @@ class Finishing:
     """What becomes of decoded images, and whether all of them are finite so far."""
 
     def __init__(self, model: ReCoFuse, *, levels: bool) -> None:
-        self._widening = model.config.widening
+        self._finish = model.finish
         self._levels = levels
         self._flags: list[Tensor] = []
 
     def __call__(self, name: OutputName, decoded: Tensor) -> Tensor:
         """See picture.Finish."""
-        self._flags.append(torch.isfinite(decoded).all())
-        image = decoded.clamp(0.0, 1.0)
-        if name == "fused":
-            image = widen_range(image, self._widening)
-        elif name == "ir":
-            image = image.mean(dim=1, keepdim=True)
-        return (image * 255).round().byte() if self._levels else image
+        image: Tensor
+        image, is_finite = self._finish(decoded, name, self._levels)
+        self._flags.append(is_finite)
+        return image
 
     @property
     def is_finite(self) -> Tensor:
         """Without dimensions; nothing waits for it."""
-        return torch.stack(self._flags).all()
+        return functools.reduce(torch.logical_and, self._flags)
 
 
 class TorchNetworks:
@@ -437,15 +435,43 @@ def widen_range(image: Tensor, share: float) -> Tensor:
         return image
     y = luma(image)
     cells = average_to(y, WIDENING_GRID).flatten(1).sort(dim=1).values[:, :, None, None]
-    tail = round(WIDENING_TAIL * cells.shape[1])
-    low, high = cells[:, tail : tail + 1], cells[:, -tail - 1 : cells.shape[1] - tail]
+    first, last = widening_ranks(cells.shape[1])
+    return widened(image, y, cells[:, first : first + 1], cells[:, last : last + 1], share, WIDENING_GAIN)
+
+
+def widening_ranks(num_cells: int) -> tuple[int, int]:
+    """The places, among sorted cells, of those at which the range of luma begins and ends."""
+    tail = round(WIDENING_TAIL * num_cells)
+    return tail, num_cells - tail - 1
+
+
+def widened(image: Tensor, y: Tensor, low: Tensor, high: Tensor, share: float, most: float) -> Tensor:
+    """`widen_range` with luma and both ends (B, 1, 1, 1) of it known. most: the gain."""
     used = (high - low).clamp(1e-6, 1 - 1e-6)
     unused = 1 - used
-    moved = ((WIDENING_GAIN - 1) * used / unused).clamp(max=share)
+    moved = ((most - 1) * used / unused).clamp(max=share)
     # How far luma moves: outwards by the share of its way at and beyond either end, and in between along a line.
     between = (moved * unused / used) * (y - low) - moved * low
     change = torch.maximum(-moved * y, torch.minimum(between, moved * (1 - y)))
     return (image + change).clamp(0.0, 1.0)
+
+
+class Finish(nn.Module):
+    """What becomes of a decoded image. It has no weights: a place for what runs this otherwise (kernels/ends.py)."""
+
+    def __init__(self, widening: float) -> None:
+        super().__init__()
+        self.widening = widening
+
+    def forward(self, decoded: Tensor, name: OutputName, levels: bool) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), not clamped, to the picture in [0, 1] or levels; and whether all of it is finite."""
+        is_finite = torch.isfinite(decoded).all()
+        image = decoded.clamp(0.0, 1.0)
+        if name == "fused":
+            image = widen_range(image, self.widening)
+        elif name == "ir":
+            image = image.mean(dim=1, keepdim=True)
+        return (image * 255).round().byte() if levels else image, is_finite
 
 
 def _unit_range(image: Tensor) -> Tensor:

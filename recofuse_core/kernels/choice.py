@@ -18,26 +18,28 @@ from torch import Tensor, nn
 from recofuse_core.errors import ConfigError
 from recofuse_core.faults import Fault, fault_of
 from recofuse_core.layers import GatedConvBlock
-from recofuse_core.model import ReCoFuse, noise_like
+from recofuse_core.model import Finish, ReCoFuse, noise_like
 from recofuse_core.networks import LatentFusion
 from recofuse_core.stacked import StackedBlock, StackedDenoiser
 
 logger = logging.getLogger(__name__)
 
 KernelChoice = Literal["auto", "eager", "triton"]
-KINDS = ("block", "stacked block", "fusion")  # what there are kernels for
+KINDS = ("block", "stacked block", "fusion", "end")  # what there are kernels for
 
 TRIAL_SIZE = (480, 640)  # height, width
 TRIAL_BATCHES = (1, 8)
 NUM_TIMED = 5  # calls of a block in one graph
 # Greatest rms of the difference, as a part of the rms of what the block adds to its input: a few roundings.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# For levels, one value in a hundred off by one.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.uint8: 1e-3}
 
-TimeMs = Callable[[Callable[[], Tensor]], float]
+Result = Tensor | tuple[Tensor, ...]
+TimeMs = Callable[[Callable[[], Result]], float]
 
 
 class Form(NamedTuple):
-    """Parts that do alike: blocks of one width, or the fusion module."""
+    """Parts that do alike: blocks of one width, the fusion module, the end of a run."""
 
     kind: str
     channels: int
@@ -195,7 +197,7 @@ def seen_calls(
     for count, batch in enumerate(batches, start=1):
         ends = [keep_calls(place, count) for place in chosen.values()]
         try:
-            images = torch.rand(batch, 4, *size, generator=generator).to(device)
+            images = torch.randint(256, (batch, 4, *size), dtype=torch.uint8, generator=generator).to(device)
             like = torch.empty(model.latent_shape(batch, *size), device=device)
             draw = noise_like([0] * batch, like)
             model.run(images[:, :3], images[:, 3:], model.plan(steps=1), draw)
@@ -209,13 +211,14 @@ def seen_calls(
 def tried(form: Form, block: nn.Module, inputs: list[tuple[Any, ...]], time_ms: TimeMs) -> Trial:
     """Compare a part and its replacement on inputs; times are summed over them, of the error the greatest counts."""
     eager_call, fused_call = _entry(block), _entry(_replacement(block))
-    error, eager_ms, fused_ms = 0.0, 0.0, 0.0
+    error, tolerance, eager_ms, fused_ms = 0.0, 0.0, 0.0, 0.0
     for arguments in inputs:
-        expected, found = eager_call(*arguments), fused_call(*arguments)
+        expected, found = _image(eager_call(*arguments)), _image(fused_call(*arguments))
+        tolerance = TOLERANCES[expected.dtype if expected.dtype == torch.uint8 else _dtype(block)]
         error = max(error, relative_rms(found, expected, arguments[0]))
         eager_ms += time_ms(lambda given=arguments: eager_call(*given))  # type: ignore[misc]
         fused_ms += time_ms(lambda given=arguments: fused_call(*given))  # type: ignore[misc]
-    return Trial(form, error, TOLERANCES[_dtype(block)], eager_ms, fused_ms)
+    return Trial(form, error, tolerance, eager_ms, fused_ms)
 
 
 def relative_rms(found: Tensor, expected: Tensor, given: Tensor) -> float:
@@ -226,7 +229,7 @@ def relative_rms(found: Tensor, expected: Tensor, given: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def graph_ms(call: Callable[[], Tensor]) -> float:
+def graph_ms(call: Callable[[], Result]) -> float:
     """Milliseconds of one call within a recorded graph, least of three."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -254,6 +257,8 @@ def _dtype(block: nn.Module) -> torch.dtype:
     """Of what a part computes in; what it takes and gives may be float32."""
     if isinstance(block, StackedBlock):
         return block.get_buffer("expand1_weight").dtype
+    if isinstance(block, Finish):
+        return torch.float32
     first = block.intro if isinstance(block, LatentFusion) else block.expand1
     assert isinstance(first, nn.Conv2d)
     return first.weight.dtype
@@ -266,23 +271,32 @@ def _form(block: nn.Module) -> Form | None:
         return Form("block", block.expand1.in_channels)
     if isinstance(block, LatentFusion):
         return Form("fusion", block.intro.out_channels)
+    if isinstance(block, Finish):
+        return Form("end", 3)
     return None
 
 
-def _entry(block: nn.Module) -> Callable[..., Tensor]:
+def _image(result: Result) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _entry(block: nn.Module) -> Callable[..., Result]:
     """What a model calls of a part, or of its replacement."""
-    entry: Callable[..., Tensor] = getattr(block, "fuse", block.forward)
+    entry: Callable[..., Result] = getattr(block, "fuse", block.forward)
     return entry
 
 
 def _replacement(block: nn.Module) -> nn.Module:
     from recofuse_core.kernels.blocks import FusedBlock, FusedConvBlock
+    from recofuse_core.kernels.ends import FusedFinish
     from recofuse_core.kernels.fusion import FusedLatentFusion
 
     if isinstance(block, StackedBlock):
         return FusedBlock(block)
     if isinstance(block, LatentFusion):
         return FusedLatentFusion(block)
+    if isinstance(block, Finish):
+        return FusedFinish(block)
     assert isinstance(block, GatedConvBlock)
     return FusedConvBlock(block)
 

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recofuse_core.kernels import fusion_operations as operations
+from recofuse_core.kernels import picture_operations
 from recofuse_core.kernels.operations import TILE
+from recofuse_core.losses import luma
+from recofuse_core.model import widened
 
 
 def norm_product(
@@ -181,3 +184,32 @@ def _unflat(x: Tensor, dim: int, count: int) -> Tensor:
     """One dimension as two, of which the first is of `count`."""
     made: Tensor = x.unflatten(dim, (count, -1))  # type: ignore[no-untyped-call]
     return made
+
+
+# --- the end of a run, see picture_operations.py ----------------------------------------------------------------------
+
+
+def luma_cells(image: Tensor, grid: int) -> Tensor:
+    """Clamp, luma, mean."""
+    return F.adaptive_avg_pool2d(luma(image.clamp(0.0, 1.0)), grid).flatten(1)
+
+
+def ranked(values: Tensor, first: int, last: int) -> Tensor:
+    """All of it sorted."""
+    return values.sort(dim=1).values[:, [first, last]]
+
+
+def paint(
+    image: Tensor, ends: Tensor | None, share: float, gain: float, grey: bool, levels: bool
+) -> tuple[Tensor, Tensor]:
+    """As `Finish`, with the ends known."""
+    missing = -image[0, 0].numel() % picture_operations.TILE
+    tiles = F.pad(torch.isfinite(image).all(dim=1).flatten(1), (0, missing), value=True)
+    made = image.clamp(0.0, 1.0)
+    if ends is not None:
+        low, high = (end.view(-1, 1, 1, 1) for end in ends.unbind(1))
+        made = widened(made, luma(made), low, high, share, gain)
+    made = made.mean(dim=1, keepdim=True) if grey else made
+    return (made * 255).round().byte() if levels else made, tiles.view(len(tiles), -1, picture_operations.TILE).all(
+        dim=-1
+    )

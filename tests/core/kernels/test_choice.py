@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from recofuse_core.errors import ConfigError
 from recofuse_core.kernels import choice
 from recofuse_core.kernels.choice import Form, Trial, places, relative_rms, seen_calls, tried, use_kernels, use_winners
-from recofuse_core.model import ReCoFuse
+from recofuse_core.model import Finish, ReCoFuse
 from recofuse_core.networks import LatentFusion
 from recofuse_core.precision import frozen_copy
 from recofuse_core.runtime import Runtime
@@ -31,7 +31,7 @@ def test_every_block_that_runs_has_a_replacement() -> None:
     assert forms.count(Form("stacked block", 16)) == 2
     assert forms.count(Form("stacked block", 32)) == 1
     assert forms.count(Form("block", 8)) == forms.count(Form("block", 16)) == 2  # of the autoencoder, none of a branch
-    assert forms.count(Form("fusion", 16)) == 1
+    assert forms.count(Form("fusion", 16)) == forms.count(Form("end", 3)) == 1
 
 
 def test_on_a_cpu_torch_runs_the_blocks() -> None:
@@ -74,7 +74,7 @@ class Doubled(nn.Module):
     def forward(self, x: Tensor, *modulation: object) -> Tensor:
         if self.off < 0:
             raise RuntimeError("no C compiler")
-        added: Tensor = choice._entry(self.block)(x, *modulation) - x
+        added = choice._image(choice._entry(self.block)(x, *modulation)) - x
         return x + (1 + self.off) * added
 
 
@@ -87,14 +87,26 @@ class DoubledFusion(Doubled):
         return self.block.conditioning(timesteps)  # type: ignore[operator]
 
 
+class DoubledFinish(Doubled):
+    """The same of the end of a run."""
+
+    def forward(self, decoded: Tensor, *wishes: object) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.off < 0:
+            raise RuntimeError("no C compiler")
+        image, is_finite = self.block(decoded, *wishes)
+        return image if self.off == 0 else (1 + self.off) * image, is_finite
+
+
 def doubled(block: nn.Module, off: float) -> nn.Module:
+    if isinstance(block, Finish):
+        return DoubledFinish(block, off)
     return (DoubledFusion if isinstance(block, LatentFusion) else Doubled)(block, off)
 
 
 @pytest.mark.parametrize(
     ("off", "times", "kernels", "said"),
     [
-        (0.0, [2.0, 1.0], "triton: 1 fusion of 16, 2 block of 8", "kernels tried"),
+        (0.0, [2.0, 1.0], "triton: 1 fusion of 16, 1 end of 3, 2 block of 8", "kernels tried"),
         (0.0, [1.0, 2.0], "eager", "kernels tried"),  # slower
         (0.01, [2.0, 1.0], "eager", "kernels tried"),  # wrong
         (-1.0, [2.0, 1.0], "eager", "kernels cannot be used"),
@@ -113,7 +125,7 @@ def test_what_agrees_and_wins_is_used(
     model = stacked_model()
     turns = 0
 
-    def time_ms(call: Callable[[], Tensor]) -> float:
+    def time_ms(call: Callable[[], choice.Result]) -> float:
         nonlocal turns
         turns += 1
         return times[(turns - 1) % 2]

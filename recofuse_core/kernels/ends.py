@@ -1,0 +1,24 @@
+"""The end of a run on our kernels: from decoded images to what is asked for, in two launches or four."""
+
+from torch import Tensor, nn
+
+from recofuse_core.kernels import picture_operations as operations
+from recofuse_core.model import WIDENING_GAIN, WIDENING_GRID, Finish, widening_ranks
+from recofuse_core.picture import OutputName
+
+
+class FusedFinish(nn.Module):
+    """`Finish`."""
+
+    def __init__(self, block: Finish) -> None:
+        super().__init__()
+        self.widening = block.widening
+
+    def forward(self, decoded: Tensor, name: OutputName, levels: bool) -> tuple[Tensor, Tensor]:
+        """See Finish."""
+        ends = None
+        if name == "fused" and self.widening:
+            cells = operations.luma_cells(decoded, WIDENING_GRID)
+            ends = operations.ranked(cells, *widening_ranks(cells.shape[1]))
+        image, is_finite = operations.paint(decoded, ends, self.widening, WIDENING_GAIN, name == "ir", levels)
+        return image, is_finite.all()
