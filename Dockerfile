@@ -37,6 +37,13 @@ COPY deploy/requirements-runtime-cpu.txt deploy/requirements-runtime-cu130.txt .
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
     --only-binary :all: --no-deps --require-hashes --target /opt/model -r "requirements-runtime-${VARIANT}.txt" \
     && rm -rf /opt/model/torch/test /opt/model/torch/bin/test_* /opt/model/torch/bin/protoc* /opt/model/torch/include
+# Triton compiles launchers of kernels where they run. Its C compiler is a wheel like the others; what is not for glibc on
+# Linux is left out. docs/operations.md says which folder it needs besides.
+RUN if [ -d /opt/model/ziglang ]; then cd /opt/model/ziglang/lib \
+    && rm -rf docs libcxx libcxxabi libtsan libc/darwin libc/mingw libc/musl libc/wasi \
+    && find libc/include -mindepth 1 -maxdepth 1 ! -name '*-linux-gnu' ! -name '*-linux-any' ! -name '*glibc*' -exec rm -r {} + \
+    && printf '#!/bin/sh\nexec /opt/model/ziglang/zig cc -target "$(uname -m)-linux-gnu.2.28" "$@"\n' > /opt/model/bin/triton-cc \
+    && chmod 755 /opt/model/bin/triton-cc; fi
 COPY deploy/requirements-worker.txt ./
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
     --only-binary :all: --no-deps --require-hashes --target /opt/model -r requirements-worker.txt
@@ -90,11 +97,12 @@ FROM runtime AS worker
 COPY --from=worker-packages /opt/model /opt/model
 COPY --from=application /opt/recofuse /opt/recofuse
 # Which GPUs a container sees is for whoever starts it to say. What it sees of their driver is for the image: CUDA, and the
-# driver's own report (NVML), but no graphics.
+# driver's own report (NVML), but no graphics. CC is for Triton, and there with torch alone.
 ENV PYTHONPATH=/opt/recofuse:/opt/model \
     RECOFUSE_WORKER__METRICS_HOST=0.0.0.0 \
     RECOFUSE_WORKER__METRICS_PORT=9000 \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    CC=/opt/model/bin/triton-cc
 EXPOSE 9000
 # Loading and warming the model may take minutes on a cold disk.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s \

@@ -1,6 +1,7 @@
 """The Dockerfile's front end without Docker: its own COPY and RUN lines in a folder, and what they made, started.
 
-`make check-deploy` runs this; it installs some fifty packages into a fresh environment and so needs a package index.
+`make check-deploy` runs this; it installs some fifty packages into a fresh environment and so needs a package index. Of
+the worker for GPUs it tries the compiler alone.
 """
 
 from __future__ import annotations
@@ -111,3 +112,56 @@ def test_the_front_ends_image_serves_without_torch(image: Path) -> None:
         finally:
             api.stop()
             redis.kill()
+
+
+def test_the_gpu_images_compiler_makes_what_triton_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own source, by the wheel and the lines of the image, against a driver that has its names alone."""
+    build = pytest.importorskip("triton.runtime.build", reason="Triton is not installed")
+    driver = Path(build.__file__).parents[1] / "backends" / "nvidia"
+    (entry,) = re.findall(
+        r"^ziglang==(?:.*\\\n)*.*\n", (ROOT / "deploy/requirements-runtime-cu130.txt").read_text("utf-8"), re.M
+    )
+    (tmp_path / "list.txt").write_text(entry)
+    model = tmp_path / "opt" / "model"
+    (model / "bin").mkdir(parents=True)
+    words = ["install", "--only-binary", ":all:", "--no-deps", "--require-hashes", "--target", str(model)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *words, "-r", "list.txt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode and any(word in done.stderr.lower() for word in OFFLINE):
+        missing("a package index")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in _lines_of(("worker-packages",)) if "ziglang" in line and line.startswith("RUN")]
+    subprocess.run(line.removeprefix("RUN ").replace("/opt/", f"{tmp_path}/opt/"), shell=True, check=True)
+    (compiler,) = re.findall(r"\bCC=/(\S+)", "\n".join(_lines_of(("worker",))))
+    monkeypatch.setenv("CC", str(tmp_path / compiler))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = (driver / "driver.c").read_text()
+    (tmp_path / "cuda.c").write_text(
+        "".join(
+            f"int {name}(void) {{ return 0; }}\n" for name in sorted(set(re.findall(r"\bcu[A-Z]\w+(?=\()", source)))
+        )
+    )
+    cuda = tmp_path / "libcuda.so.1"
+    words = ["-shared", "-fPIC", f"-Wl,-soname,{cuda.name}", "cuda.c", "-o", cuda.name]
+    subprocess.run([tmp_path / compiler, *words], cwd=tmp_path, check=True)
+    made = build._build(
+        "cuda_utils",
+        str(driver / "driver.c"),
+        str(tmp_path),
+        [str(tmp_path)],
+        [str(driver / "include")],
+        [cuda.name],
+        [],
+    )
+    code = (
+        "import ctypes, importlib.util as u, sys; ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL);"
+        "spec = u.spec_from_file_location('cuda_utils', sys.argv[2]); module = u.module_from_spec(spec);"
+        "spec.loader.exec_module(module); print(module.load_binary)"
+    )
+    said = subprocess.run([sys.executable, "-c", code, cuda, made], capture_output=True, text=True, check=True).stdout
+    assert "load_binary" in said

@@ -20,7 +20,7 @@ from tests.extras import distributions
 ROOT = Path(__file__).parents[2]
 LISTS = ("api", "build", "runtime-cpu", "runtime-cu130", "worker")
 PIN = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[\w.+]+)(?P<hashes>(?: --hash=sha256:[0-9a-f]{64})+)")
-OF_A_GPU_BUILD = re.compile(r"triton|cuda-[a-z-]+|nvidia-[a-z0-9-]+")
+OF_A_GPU_BUILD = re.compile(r"triton|ziglang|cuda-[a-z-]+|nvidia-[a-z0-9-]+")
 # torch asks for it, for those who build extensions; an image has nothing that installs packages.
 LEFT_OUT = {"setuptools"}
 # redis asks for it on the first releases of Python 3.11 alone.
@@ -95,8 +95,8 @@ def test_a_worker_has_what_its_extras_bring_and_nothing_twice() -> None:
     of_torch = {name for name in on_gpu if not OF_A_GPU_BUILD.fullmatch(name)}  # what is installed here may be a CPU's
     needed = distributions("server", "otel", "torch") - LEFT_OUT - api - worker
     assert of_torch == {name for name in needed if not OF_A_GPU_BUILD.fullmatch(name)}
-    assert {"torch", "triton", "nvidia-cuda-runtime"} <= on_gpu
-    assert "torch" not in on_cpu
+    assert {"torch", "triton", "ziglang", "nvidia-cuda-runtime"} <= on_gpu
+    assert not {"torch", "ziglang"} & on_cpu
 
 
 def test_the_name_of_the_gpu_variant_is_its_cuda() -> None:
