@@ -39,11 +39,13 @@ RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
     && rm -rf /opt/model/torch/test /opt/model/torch/bin/test_* /opt/model/torch/bin/protoc* /opt/model/torch/include
 # Triton compiles launchers of kernels where they run. Its C compiler is a wheel like the others; what is not for glibc on
 # Linux is left out. docs/operations.md says which folder it needs besides.
-RUN if [ -d /opt/model/ziglang ]; then cd /opt/model/ziglang/lib \
-    && rm -rf docs libcxx libcxxabi libtsan libc/darwin libc/mingw libc/musl libc/wasi \
-    && find libc/include -mindepth 1 -maxdepth 1 ! -name '*-linux-gnu' ! -name '*-linux-any' ! -name '*glibc*' -exec rm -r {} + \
-    && printf '#!/bin/sh\nexec /opt/model/ziglang/zig cc -target "$(uname -m)-linux-gnu.2.28" "$@"\n' > /opt/model/bin/triton-cc \
-    && chmod 755 /opt/model/bin/triton-cc; fi
+RUN if [ -d /opt/model/ziglang ]; then \
+    find /opt/model/ziglang/lib /opt/model/ziglang/lib/libc -mindepth 1 -maxdepth 1 -regextype posix-extended \
+    -regex '.*/(docs|libcxx|libcxxabi|libtsan|darwin|mingw|musl|wasi)' -exec rm -r {} + \
+    && find /opt/model/ziglang/lib/libc/include -mindepth 1 -maxdepth 1 \
+    ! -name '*-linux-gnu' ! -name '*-linux-any' ! -name '*glibc*' -exec rm -r {} + \
+    && { echo '#!/bin/sh'; echo "exec /opt/model/ziglang/zig cc -target $(uname -m)-linux-gnu.2.28 \"\$@\""; } \
+    > /opt/model/bin/triton-cc && chmod 755 /opt/model/bin/triton-cc; fi
 COPY deploy/requirements-worker.txt ./
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
     --only-binary :all: --no-deps --require-hashes --target /opt/model -r requirements-worker.txt
