@@ -175,6 +175,9 @@ class GrpcProtocol:
                 num_pairs=rig.num_pairs,
                 method=rig.method,
                 date=rig.date,
+                matrix=tuple(rig.matrix),
+                has_distortion=rig.has_distortion,
+                parallax_px=rig.parallax_px if rig.HasField("parallax_px") else None,
             )
             for rig in answer.rigs
         ]

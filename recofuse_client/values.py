@@ -326,7 +326,9 @@ class Rig:
 
     is_sure: whether its calibration would swear to it. spread_px: how far corners move when that is repeated on parts
     of its pairs; residual_px: what is left between the edges of both; visible pixels. date: such as 2026-01-31, or
-    empty.
+    empty. matrix: row by row, infrared pixels to visible ones of these sizes; empty from an older server.
+    has_distortion: whether the infrared lens bends besides. parallax_px: bounds what `align="refine"` may move; None
+    for the usual 2 % of the visible width.
     """
 
     name: str
@@ -339,6 +341,9 @@ class Rig:
     num_pairs: int
     method: str
     date: str
+    matrix: tuple[float, ...] = ()
+    has_distortion: bool = False
+    parallax_px: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ async def test_a_rig_goes_as_name_file_text_or_matrix(serving: Serving, kind: st
         (told,) = await client.rigs()
         assert told == rc.Rig(
             name="roof", vis_size=(64, 48), ir_size=(80, 80), overlap=round(rig.overlap, 3), is_sure=True,
-            spread_px=0.0, residual_px=0.0, num_pairs=0, method="matrix", date="",
+            spread_px=0.0, residual_px=0.0, num_pairs=0, method="matrix", date="", matrix=rig.matrix,
         )  # fmt: skip
         with pytest.raises(rc.InvalidInputError, match="rig: there is no rig cellar; there are roof"):
             await client.fuse(VIS, counts, rig="cellar")

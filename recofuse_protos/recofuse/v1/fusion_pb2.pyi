@@ -1507,6 +1507,9 @@ class Rig(_message.Message):
     NUM_PAIRS_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     DATE_FIELD_NUMBER: _builtins.int
+    MATRIX_FIELD_NUMBER: _builtins.int
+    HAS_DISTORTION_FIELD_NUMBER: _builtins.int
+    PARALLAX_PX_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     vis_width: _builtins.int
     """pixels that it was calibrated at; pictures of the same aspect ratio are accepted"""
@@ -1526,6 +1529,14 @@ class Rig(_message.Message):
     """scenes, corners, checkerboard or matrix"""
     date: _builtins.str
     """such as 2026-01-31; may be empty"""
+    has_distortion: _builtins.bool
+    """whether the infrared lens bends besides"""
+    parallax_px: _builtins.float
+    """bounds what ALIGN_REFINE may move; absent: the usual 2 % of the visible width"""
+    @_builtins.property
+    def matrix(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """row by row, infrared pixels of its size to visible ones of its size"""
+
     def __init__(
         self,
         *,
@@ -1541,11 +1552,16 @@ class Rig(_message.Message):
         num_pairs: _builtins.int = ...,
         method: _builtins.str = ...,
         date: _builtins.str = ...,
+        matrix: _abc.Iterable[_builtins.float] | None = ...,
+        has_distortion: _builtins.bool = ...,
+        parallax_px: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_parallax_px", b"_parallax_px", "parallax_px", b"parallax_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "ir_height", b"ir_height", "ir_width", b"ir_width", "is_sure", b"is_sure", "method", b"method", "name", b"name", "num_pairs", b"num_pairs", "overlap", b"overlap", "residual_px", b"residual_px", "spread_px", b"spread_px", "vis_height", b"vis_height", "vis_width", b"vis_width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallax_px", b"_parallax_px", "date", b"date", "has_distortion", b"has_distortion", "ir_height", b"ir_height", "ir_width", b"ir_width", "is_sure", b"is_sure", "matrix", b"matrix", "method", b"method", "name", b"name", "num_pairs", b"num_pairs", "overlap", b"overlap", "parallax_px", b"parallax_px", "residual_px", b"residual_px", "spread_px", b"spread_px", "vis_height", b"vis_height", "vis_width", b"vis_width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__parallax_px: _TypeAlias = _typing.Literal["parallax_px"]  # noqa: Y015
+    _WhichOneofArgType__parallax_px: _TypeAlias = _typing.Literal["_parallax_px", b"_parallax_px"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parallax_px) -> _WhichOneofReturnType__parallax_px | None: ...
 
 Global___Rig: _TypeAlias = Rig  # noqa: Y015

@@ -254,7 +254,7 @@ def job_message(view: JobView) -> pb.Job:
 
 def rig_message(rig: Rig) -> pb.Rig:
     """A rig as clients see it."""
-    told = ("name", "is_sure", "spread_px", "residual_px", "num_pairs", "method", "date")
+    told = ("name", "is_sure", "spread_px", "residual_px", "num_pairs", "method", "date", "matrix", "parallax_px")
     (vis_width, vis_height), (ir_width, ir_height) = rig.vis_size, rig.ir_size
     return pb.Rig(
         vis_width=vis_width,
@@ -262,6 +262,7 @@ def rig_message(rig: Rig) -> pb.Rig:
         ir_width=ir_width,
         ir_height=ir_height,
         overlap=round(rig.overlap, 3),
+        has_distortion=rig.distortion is not None,
         **{name: getattr(rig, name) for name in told},
     )
 

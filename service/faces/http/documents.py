@@ -67,13 +67,17 @@ class RigDocument(BaseModel):
     num_pairs: int
     method: str
     date: str
+    matrix: tuple[float, ...]
+    has_distortion: bool
+    parallax_px: float | None
 
     @classmethod
     def of(cls, rig: Rig) -> RigDocument:
         """What is told of a rig."""
         return cls(
-            **{name: getattr(rig, name) for name in cls.model_fields if name != "overlap"},
+            **{name: getattr(rig, name) for name in cls.model_fields if name not in ("overlap", "has_distortion")},
             overlap=round(rig.overlap, 3),
+            has_distortion=rig.distortion is not None,
         )
 
 

@@ -275,13 +275,14 @@ async def test_rigs_are_listed_by_every_face(rigged: Ways) -> None:
     (told,) = (await rigged.server.client.get("/v1/rigs")).json()["rigs"]
     assert (told["name"], told["vis_size"], told["ir_size"], told["is_sure"]) == ("roof", [256, 192], [200, 160], True)
     assert told["overlap"] == round(SCENE.rig.overlap, 3)
-    assert "matrix" not in told
+    assert told["matrix"] == list(SCENE.rig.matrix)
+    assert (told["has_distortion"], told["parallax_px"]) == (False, None)
     async with rc.AsyncClient(f"grpc://{rigged.server.grpc_address}") as client:
         over_grpc = await client.rigs()
     async with rc.AsyncClient(str(rigged.server.client.base_url)) as client:
         assert await client.rigs() == over_grpc
     (listed,) = over_grpc
-    assert asdict(listed) == told | {"vis_size": (256, 192), "ir_size": (200, 160)}
+    assert asdict(listed) == told | {"vis_size": (256, 192), "ir_size": (200, 160), "matrix": SCENE.rig.matrix}
     config = (await rigged.server.client.get("/v2/models/recofuse/config")).json()["parameters"]
     assert config["rigs"] == {"string_value": "roof"}
 

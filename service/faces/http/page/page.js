@@ -1,9 +1,11 @@
 // The playground: choose a pair, fuse it, compare. Text of the server is only ever shown as text.
 
+import { Aligner } from "./align.js";
 import { Client, Problem } from "./client.js";
 import { curlOf, pictureOfNpy, sizeOf, unzip, whyUnseen } from "./files.js";
 import { Viewer } from "./viewer.js";
 
+const HAND = ":hand";  // in place of a rig's name, which holds no colon
 const SAMPLES = [["night", "Night"], ["haze", "Haze"], ["noise", "Noise"], ["dusk", "Dusk"]];
 const INPUTS = { vis: "Visible", ir: "Infrared" };
 const ROLES = Object.keys(INPUTS);
@@ -18,6 +20,9 @@ const $ = id => document.getElementById(id);
 const form = $("form");
 const client = new Client();
 const viewer = new Viewer($("stage"), pixel => { $("zoom").value = pixel === null ? "–" : `${Math.round(pixel * 100)} %`; });
+
+const aligner = new Aligner($("aligner"), () => showCommand());
+let namedRig = "";  // what was chosen last before `HAND`
 
 const pair = { vis: null, ir: null };  // { file, url, note, href }: href of a sample, url empty without a preview
 let size = [4, 3];
@@ -141,6 +146,7 @@ function showPair() {
   for (const button of document.querySelectorAll(".samples button")) button.setAttribute("aria-pressed", "false");
   size = pair.vis?.dimensions ?? pair.ir?.dimensions ?? [4, 3];
   showPictures(["vis-in", "ir-in"]);
+  aligner.show(pair.vis, pair.ir);
   showCommand();
 }
 
@@ -258,7 +264,8 @@ function chosenOptions() {
     "align", "alarm", "outline", "metadata", "seed", "vis_range", "ir_range",
   ];
   for (const name of names) {
-    const value = form.elements[name].value.trim();
+    let value = form.elements[name].value.trim();
+    if (value === HAND) value = aligner.rig;
     if (name === "colour_range" && !isOverlay()) continue;
     if (name === "outline" && !form.elements.alarm.value.trim()) continue;
     if (value && value !== OWN[name]) options.push([name, value]);
@@ -272,6 +279,11 @@ async function fuse() {
   if (missing) {
     complain(new Problem({ title: "A picture is missing", detail: `Choose the ${INPUTS[missing].toLowerCase()} picture first.` }));
     $(missing).focus();
+    return;
+  }
+  if (form.elements.rig.value === HAND && !aligner.rig) {
+    complain(new Problem({ title: "Nothing is laid by hand", detail: "These files have no preview here; choose a rig, or none." }));
+    form.elements.rig.focus();
     return;
   }
   complain(null);
@@ -383,14 +395,14 @@ async function showModel() {
   }
 }
 
-// The choice of rigs, if there are any; what was chosen stays so.
+// The choice of rigs; what was chosen stays so.
 function showRigs(rigs) {
   const select = form.elements.rig, chosen = select.value;
-  select.replaceChildren(select.options[0]);
+  select.replaceChildren(select.options[0], select.options[1]);
   for (const rig of rigs)
     select.append(new Option(`${rig.name}, covers ${Math.round(100 * rig.overlap)} %${rig.is_sure ? "" : ", unsure"}`, rig.name));
-  select.value = rigs.some(rig => rig.name === chosen) ? chosen : "";
-  $("rig-field").hidden = !rigs.length;
+  select.value = chosen === HAND || rigs.some(rig => rig.name === chosen) ? chosen : "";
+  aligner.rigs = rigs;
   showCommand();
 }
 
@@ -443,6 +455,11 @@ form.addEventListener("input", () => {
   $("colour-range-field").hidden = !isOverlay();
   showCommand();
 });
+form.elements.rig.addEventListener("change", ({ target }) => {
+  if (target.value === HAND) aligner.beginWith(namedRig);
+  else namedRig = target.value;
+  $("aligner").hidden = target.value !== HAND;
+});
 $("cancel").addEventListener("click", () => running?.abort());
 addEventListener("pagehide", () => running?.abort());
 $("key").addEventListener("input", event => { client.key = event.target.value.trim(); });
@@ -452,7 +469,7 @@ for (const side of ["left", "right"])
 for (const radio of document.getElementsByName("layout"))
   radio.addEventListener("change", () => {
     viewer.layout = radio.value;
-    for (const label of document.querySelectorAll(".side")) label.hidden = radio.value === "panes";
+    for (const label of $("tools").querySelectorAll(".side")) label.hidden = radio.value === "panes";
   });
 $("zoom-in").addEventListener("click", () => viewer.zoomIn());
 $("zoom-out").addEventListener("click", () => viewer.zoomOut());

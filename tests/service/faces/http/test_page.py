@@ -23,12 +23,13 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from benchmarks.processes import all_in_one
 from recofuse_images.colours import greyed, overlaid
 from recofuse_images.measures import outlined
-from recofuse_rigs.rig import Rig, to_json
+from recofuse_rigs.rig import Distortion, Rig, corners_of, flat, from_json, mapped, matrix_of, to_json
+from recofuse_rigs.warp import warp_of
 from service.command.environment import API_KEY_VARIABLE
 from service.command.processes import serve_all_in_one
 from service.terms.settings import Settings
@@ -378,6 +379,7 @@ def test_no_width_overflows_and_each_scheme_is_its_own(opened: Opener, address: 
     page = opened(address, color_scheme=scheme, reduced_motion="reduce")
     page.locator("#options").evaluate("details => { details.open = true; }")
     give(page, (f"{'a-very-long-name-' * 12}.png", VIS), ("ir.png", IR))
+    page.select_option("[name=rig]", label="laid by hand")
     fuse(page)
     for width in (320, 360, 768, 1280):
         page.set_viewport_size({"width": width, "height": 800})
@@ -458,13 +460,12 @@ def test_what_was_read_of_the_infrared_file_is_shown(opened: Opener) -> None:
 def test_a_rig_is_chosen_where_there_are_any(opened: Opener, address: str, tmp_path: Path) -> None:
     page = opened(address)
     expect(page.locator("#model")).not_to_be_empty()
-    expect(page.locator("#rig-field")).to_be_hidden()
+    assert page.locator("[name=rig] option").all_inner_texts() == ["none", "laid by hand"]
     rig = Rig((128, 96), (80, 80), (0.8, 0.0, 30.0, 0.0, 0.8, 10.0, 0.0, 0.0, 1.0), is_sure=False)
     (tmp_path / "roof.json").write_text(to_json(rig))
     with all_in_one({**QUIET, "engine": {"kind": "null"}, "rigs": {"directory": str(tmp_path)}}) as stack:
         page = opened("http://{}:{}".format(*stack.address))
-        expect(page.locator("#rig-field")).to_be_visible()
-        assert page.locator("[name=rig] option").all_inner_texts() == ["none", "roof, covers 33 %, unsure"]
+        expect(page.locator("[name=rig] option")).to_have_text(["none", "laid by hand", "roof, covers 33 %, unsure"])
         give(page, ("street.png", VIS), ("ir.png", file_of(picture(80, 80, channels=1))))
         page.select_option("[name=rig]", "roof")
         page.select_option("[name=align]", "refine")
@@ -475,6 +476,162 @@ def test_a_rig_is_chosen_where_there_are_any(opened: Opener, address: str, tmp_p
         (warning,) = page.locator("#warnings li").all_inner_texts()
         assert "unsure" in warning
         assert pixels(downloaded(page, "street-fused.png")).shape == (96, 128, 3)
+
+
+def laid(page: Page) -> NDArray[np.float64]:
+    """The matrix of what is laid by hand."""
+    return matrix_of(page.locator("#aligner .matrix").inner_text())
+
+
+def corner(page: Page, name: str) -> tuple[float, float]:
+    x, y = (float(page.get_by_label(f"{name}, {axis}", exact=True).input_value()) for axis in "xy")
+    return x, y
+
+
+def drag(page: Page, handle: Locator, x: float, y: float) -> None:
+    box = handle.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + x, box["y"] + box["height"] / 2 + y, steps=3)
+    page.mouse.up()
+
+
+def test_infrared_is_laid_by_hand_and_fused_so(opened: Opener, address: str) -> None:
+    page = opened(address)
+    ir = picture(80, 80, channels=1)
+    give(page, ("street.png", VIS), ("ir.png", file_of(ir)))
+    expect(page.locator("#aligner")).to_be_hidden()
+    page.select_option("[name=rig]", label="laid by hand")
+    np.testing.assert_allclose(laid(page), [[1.2, 0, 16.1], [0, 1.2, 0.1], [0, 0, 1]])  # scaled to fit, in the middle
+    ring, upper_left = page.get_by_role("button", name="All of infrared"), page.get_by_role("button", name="Upper left")
+    ring.focus()
+    for keys, moved in (("ArrowRight", (17.1, 0.1)), ("Shift+ArrowDown", (17.1, 10.1)), ("ArrowUp", (17.1, 9.1))):
+        page.keyboard.press(keys)
+        assert corner(page, "Upper left") == moved
+        assert laid(page)[:2, 2].tolist() == pytest.approx(moved)
+    page.keyboard.press("-")
+    np.testing.assert_allclose(laid(page)[:2, :2], np.eye(2) * 1.2 / 1.01, atol=1e-7)
+    page.keyboard.press("+")
+    upper_left.focus()
+    page.keyboard.press("Shift+ArrowLeft")
+    assert corner(page, "Upper left") == (7.1, 9.1)
+    assert corner(page, "Lower right") == (111.9, 103.9)
+    assert abs(laid(page)[2, :2]).max() > 1e-6  # no longer straight
+    page.get_by_label("Lower right, y").fill("99,5")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    np.testing.assert_allclose(mapped(laid(page), corners_of((80, 80)))[[0, 2]], [[7.1, 9.1], [111.9, 99.5]], atol=1e-5)
+    # A place that folds the picture over is none.
+    page.get_by_label("Upper left, x").fill("150")
+    page.keyboard.press("Tab")
+    expect(page.locator("#aligner .told")).to_contain_text("folded")
+    assert corner(page, "Upper left") == (7.1, 9.1)
+    scale = page.locator("#aligner .vis").evaluate("image => image.getBoundingClientRect().width / 128")
+    before = corner(page, "Upper right")
+    drag(page, page.get_by_role("button", name="Upper right"), -20, 10)
+    after = corner(page, "Upper right")
+    assert np.subtract(after, before) == pytest.approx([-20 / scale, 10 / scale], abs=0.06)
+    drag(page, ring, 15, 0)
+    assert np.subtract(corner(page, "Upper right"), after) == pytest.approx([15 / scale, 0], abs=0.06)
+    # What is shown is where the matrix lays it: the middle of every handle, and the bounds of the picture.
+    boxes = {name: page.locator(f"#aligner {name}").bounding_box() for name in (".vis", ".ir")}
+    placed = mapped(laid(page), np.array([[-0.5, -0.5], [79.5, -0.5], [79.5, 79.5], [-0.5, 79.5]])) + 0.5
+    vis_box, ir_box = boxes[".vis"], boxes[".ir"]
+    assert vis_box is not None
+    assert ir_box is not None
+    shown = placed.min(axis=0) * scale + (vis_box["x"], vis_box["y"])
+    assert (ir_box["x"], ir_box["y"]) == pytest.approx(tuple(shown), abs=0.1)
+    assert (ir_box["width"], ir_box["height"]) == pytest.approx(tuple(np.ptp(placed, axis=0) * scale), abs=0.1)
+    matrix = laid(page)
+    expect(page.locator("#command")).to_contain_text(f"rig={page.locator('#aligner .matrix').inner_text().replace(' ', '')}")
+    fuse(page)
+    rig = Rig((128, 96), (80, 80), flat(matrix))
+    np.testing.assert_array_equal(pixels(downloaded(page, "street-ir-restored.png")), warp_of(rig).apply(ir))
+    saved = from_json(downloaded(page, "rig.json"))
+    np.testing.assert_allclose(saved.array, matrix, atol=1e-9)
+    assert (saved.vis_size, saved.ir_size, saved.method, saved.is_sure) == ((128, 96), (80, 80), "corners", False)
+
+
+def test_laying_by_hand_begins_with_a_rig(opened: Opener, tmp_path: Path) -> None:
+    lens = Distortion((80.0, 80.0), (40.0, 40.0), (0.1, 0.0, 0.0, 0.0, 0.0))
+    rigs = {
+        "bent": Rig((128, 96), (80, 80), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), distortion=lens),
+        "roof": Rig((256, 192), (160, 160), (1.0, 0.1, 30.0, 0.0, 1.1, 10.0, 0.0, 1e-4, 1.0), parallax_px=5.0),
+        "wide": Rig((200, 100), (80, 80), (1.0, 0.0, 30.0, 0.0, 1.0, 10.0, 0.0, 0.0, 1.0)),
+    }
+    for name, rig in rigs.items():
+        (tmp_path / f"{name}.json").write_text(to_json(rig))
+    with all_in_one({**QUIET, "engine": {"kind": "null"}, "rigs": {"directory": str(tmp_path)}}) as stack:
+        page = opened("http://{}:{}".format(*stack.address))
+        give(page, ("street.png", VIS), ("ir.png", file_of(picture(80, 80, channels=1))))
+        page.select_option("[name=rig]", "roof")
+        page.select_option("[name=rig]", label="laid by hand")
+        begin = page.get_by_label("Begin with")
+        expect(begin).to_have_value("roof")
+        expect(begin.locator("option[disabled]")).to_have_text("bent, whose lens bends")
+        own = rigs["roof"].resized((128, 96), (80, 80))
+        np.testing.assert_allclose(laid(page), own.array, rtol=1e-7, atol=1e-9)
+        saved = from_json(downloaded(page, "rig.json"))
+        assert saved.parallax_px == 2.5
+        expect(page.locator("#command")).to_contain_text('"parallax_px":2.5')
+        fuse(page)
+        assert pixels(downloaded(page, "street-fused.png")).shape == (96, 128, 3)
+        # What was laid stays for other pictures of these sizes, and begins anew for others.
+        page.get_by_role("button", name="All of infrared").press("ArrowLeft")
+        moved = laid(page)
+        give(page, ("next.png", VIS), ("ir.png", file_of(picture(80, 80, channels=1, seed=4))))
+        np.testing.assert_array_equal(laid(page), moved)
+        page.get_by_role("button", name="Begin again").click()
+        np.testing.assert_allclose(laid(page), own.array, rtol=1e-7, atol=1e-9)
+        begin.select_option("wide")
+        expect(page.locator("#aligner .told")).to_contain_text("wide is for pictures of another shape, 200 × 100 and 80 × 80")
+        np.testing.assert_allclose(laid(page), [[1.2, 0, 16.1], [0, 1.2, 0.1], [0, 0, 1]])
+        expect(page.locator("#command")).not_to_contain_text("parallax_px")
+
+
+def test_what_is_laid_by_hand_is_seen_in_three_ways(opened: Opener, address: str) -> None:
+    page = opened(address, errors=0)
+    edge = np.zeros((60, 80), np.uint8)
+    edge[:, 40:] = 200
+    give(page, ("street.png", VIS), ("ir.png", file_of(edge)))
+    page.select_option("[name=rig]", label="laid by hand")
+    infrared, opacity = page.locator("#aligner .ir"), page.get_by_label("Opacity")
+    assert infrared.evaluate("image => getComputedStyle(image).opacity") == "0.5"
+    opacity.press("ArrowRight")
+    assert infrared.evaluate("image => getComputedStyle(image).opacity") == "0.51"
+    page.check("[name=view][value=blink]")
+    assert infrared.evaluate("image => getComputedStyle(image).animationName") == "blink"
+    expect(opacity).to_be_disabled()
+    page.check("[name=view][value=edges]")
+    expect(infrared).to_be_hidden()
+    canvas = page.locator("#aligner canvas")
+    until(lambda: canvas.evaluate("canvas => canvas.width") == 80)
+    opaque = canvas.evaluate(
+        """canvas => {
+          const { data } = canvas.getContext("2d").getImageData(0, 30, 80, 1);
+          return [...Array(80).keys()].filter(x => data[4 * x + 3] > 200);
+        }"""
+    )
+    assert opaque == [39, 40]
+    # Closer: the corner that is used is in the middle, and a pixel is four times as large.
+    vis, plate = page.locator("#aligner .vis"), page.locator("#aligner .plate")
+    wide = vis.evaluate("image => image.getBoundingClientRect().width")
+    page.get_by_role("button", name="Lower right").focus()
+    page.get_by_role("button", name="Closer").click()
+    assert vis.evaluate("image => image.getBoundingClientRect().width") == pytest.approx(4 * wide)
+    handle, around = page.get_by_role("button", name="Lower right").bounding_box(), plate.bounding_box()
+    assert handle is not None
+    assert around is not None
+    assert handle["x"] + handle["width"] / 2 == pytest.approx(around["x"] + around["width"] / 2, abs=0.6)
+    assert handle["y"] + handle["height"] / 2 == pytest.approx(around["y"] + around["height"] / 2, abs=0.6)
+    # What cannot be seen cannot be laid, and is not sent as if it were registered.
+    give(page, ("street.png", VIS), ("deep.png", file_of(edge.astype(np.uint16) * 100)))
+    expect(page.locator("#aligner")).to_contain_text("no preview")
+    expect(plate).to_be_hidden()
+    page.click("#fuse")
+    expect(page.get_by_role("alert")).to_contain_text("no preview")
+    expect(page.locator("[name=rig]")).to_be_focused()
 
 
 def test_colours_are_chosen_with_their_range(opened: Opener, address: str) -> None:
