@@ -226,12 +226,19 @@ def bench_alignment(
     parallax: Annotated[
         int, typer.Option(min=0, help="Instead: what align=refine makes of so many streets with depth.")
     ] = 0,
+    cost: Annotated[
+        int, typer.Option(min=0, help="Instead: what a rig adds to a frame's time, in so many rounds.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """How well `calibrate` finds moved infrared, beside ECC and SIFT; on generated streets and on your pairs."""
-    from benchmarks import alignment
+    from benchmarks import alignment, rig_cost
 
+    if cost:
+        if not rig_cost.run(rounds=cost, json_path=json_path, say=typer.echo).all_met:
+            raise typer.Exit(1)
+        return
     if parallax:
         from benchmarks.parallax import run
 

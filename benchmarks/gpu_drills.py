@@ -126,7 +126,7 @@ class DyingEngine(TorchEngine):
     def start(
         self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
     ) -> Callable[[], dict[Part, Pixels]]:
-        """See OverlappingEngine."""
+        """See PipelinedEngine."""
         self._num_passes += 1
         if self._num_passes == 3:
             self._break_device()

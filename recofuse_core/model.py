@@ -29,6 +29,7 @@ from recofuse_core.networks import (
     build_autoencoder,
     pad_to_multiple,
 )
+from recofuse_core.overlap import Overlap
 from recofuse_core.picture import (
     ALL_OUTPUTS,
     LATENT_FACTOR,
@@ -306,19 +307,22 @@ class ReCoFuse(nn.Module):
         draw: NoiseSource,
         conditions: Conditions | None = None,
         previous: Pair | None = None,
+        overlap: Overlap | None = None,
     ) -> tuple[FusionOutput, Tensor]:
         """What `fuse` computes, for checked arguments: the images, and whether all of them are finite (no dimensions).
 
         `draw` gives noise of `latent_shape`; `conditions` gives the conditioning of a step; `previous` holds clean
-        latents to start from at the plan's first step, in place of mu. Nothing here waits for the device or copies to
-        it, so that a run can be captured. Raises ShapeError for `previous` of another size.
+        latents to start from at the plan's first step, in place of mu; `overlap` says where infrared was measured, if
+        not everywhere. Nothing here waits for the device or, but for `overlap`, copies to it, so that a run can be
+        captured. Raises ShapeError for `previous` of another size.
         """
         levels = vis.dtype == torch.uint8
         networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled)
         size = (int(vis.shape[-2]), int(vis.shape[-1]))
-        finish = Finishing(self, levels=levels)
+        finish = Finishing(self, levels=levels, tone=None if overlap is None else overlap.tone)
         frames = self.prepared(vis, ir, plan.exposure)
-        pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous)
+        blend = None if overlap is None else overlap.blend
+        pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous, blend)
         output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
         return output, finish.is_finite
 
@@ -335,17 +339,26 @@ class ReCoFuse(nn.Module):
 
 
 class Finishing:
-    """What becomes of decoded images, and whether all of them are finite so far."""
+    """What becomes of decoded images, and whether all of them are finite so far.
 
-    def __init__(self, model: ReCoFuse, *, levels: bool) -> None:
+    tone: (B, 1, H, W), how far the range of the fused image is widened; None for wholly.
+    """
+
+    def __init__(self, model: ReCoFuse, *, levels: bool, tone: Tensor | None = None) -> None:
         self._finish = model.finish
         self._levels = levels
+        self._tone = tone
         self._flags: list[Tensor] = []
 
     def __call__(self, name: OutputName, decoded: Tensor) -> Tensor:
         """See picture.Finish."""
         image: Tensor
-        image, is_finite = self._finish(decoded, name, self._levels)
+        if name == "fused" and self._tone is not None:
+            narrow, is_finite = self._finish(decoded, "vis", False)
+            image = narrow + self._tone * (widen_range(narrow, self._finish.widening) - narrow)
+            image = (image * 255).round().byte() if self._levels else image
+        else:
+            image, is_finite = self._finish(decoded, name, self._levels)
         self._flags.append(is_finite)
         return image
 

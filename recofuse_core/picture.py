@@ -164,6 +164,7 @@ class Encoded:
 
 
 Finish = Callable[[OutputName, Array], Array]
+Blend = Callable[[Array, Array], Array]
 
 
 def run(
@@ -175,18 +176,20 @@ def run(
     draw: NoiseSource,
     finish: Finish,
     previous: Pair | None = None,
+    blend: Blend | None = None,
 ) -> tuple[dict[OutputName, Array], Pair]:
     """The pictures that a plan asks for, and the restored latents.
 
     frames: prepared (lit, toned), padded, ir in three channels; size: theirs before the padding. `draw` gives noise
     like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what is kept of it. `previous` holds
     clean latents to start from at the plan's first step, in place of mu. Raises ShapeError for one of another size.
+    `blend` makes of features of the fused picture and of the visible one those of what is decoded as the fused one.
     """
     frame = Frame(networks, plan, size)
     encoded = frame.encode(frames)
     state = _start(sde, encoded.mu, draw(), previous, plan.timesteps[0])
     clean = SAMPLERS[plan.sampler](frame.predict, sde, state, encoded.mu, draw, plan.timesteps)
-    return frame.pictures(clean, encoded, finish), clean
+    return frame.pictures(clean, encoded, finish, blend), clean
 
 
 def _start(sde: MeanRevertingSDE, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
@@ -242,7 +245,9 @@ class Frame:
         start = Pair(starts[0], starts[-1]) if starts else state
         return Prediction(start, Pair(vis, ir), kinds[0])
 
-    def pictures(self, clean: Pair, encoded: Encoded, finish: Finish) -> dict[OutputName, Array]:
+    def pictures(
+        self, clean: Pair, encoded: Encoded, finish: Finish, blend: Blend | None = None
+    ) -> dict[OutputName, Array]:
         """What `run` ends with."""
 
         def decode(name: OutputName, latent: Array, skips: Skips) -> Array:
@@ -251,7 +256,10 @@ class Frame:
         pictures: dict[OutputName, Array] = {}
         vis_skips, ir_skips = encoded.vis_skips, encoded.ir_skips
         if "fused" in self.plan.outputs:
-            pictures["fused"] = decode("fused", self._fuse(clean), self.networks.fuse_skips(vis_skips, ir_skips))
+            latent, skips = self._fuse(clean), self.networks.fuse_skips(vis_skips, ir_skips)
+            if blend is not None:
+                latent, skips = blend(latent, clean.vis), tuple(map(blend, skips, vis_skips))
+            pictures["fused"] = decode("fused", latent, skips)
         if "vis" in self.plan.outputs:
             pictures["vis"] = decode("vis", clean.vis, vis_skips)
         if "ir" in self.plan.outputs:

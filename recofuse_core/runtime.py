@@ -20,13 +20,16 @@ A runtime is used from one thread at a time, and so is a device's default stream
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError
 from recofuse_core.kernels.choice import KernelChoice, use_kernels
 from recofuse_core.model import ReCoFuse, noise_like, require_pair
+from recofuse_core.overlap import Overlap, require_overlap
 from recofuse_core.picture import (
     ALL_OUTPUTS,
     Exposure,
@@ -152,10 +155,15 @@ class Runtime:
         coupled: bool = True,
         tiling: TilingConfig | None = None,
         exposure: Exposure = "as_shot",
+        overlap: NDArray[np.uint8] | None = None,
     ) -> FusionOutput:
-        """See `ReCoFuse.fuse`. The images may lie on the host or on the device; the result lies where they do."""
+        """See `ReCoFuse.fuse`. The images may lie on the host or on the device; the result lies where they do.
+
+        overlap: (B, H, W, 2), where infrared was measured, as `Overlap` has it; None for everywhere. Such runs are not
+        recorded.
+        """
         options = {"steps": steps, "sampler": sampler, "outputs": outputs, "coupled": coupled, "tiling": tiling}
-        return self.submit(vis, ir, seeds=seeds, exposure=exposure, **options).result()  # type: ignore[arg-type]
+        return self.submit(vis, ir, seeds=seeds, exposure=exposure, overlap=overlap, **options).result()  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def submit(
@@ -170,6 +178,7 @@ class Runtime:
         coupled: bool = True,
         tiling: TilingConfig | None = None,
         exposure: Exposure = "as_shot",
+        overlap: NDArray[np.uint8] | None = None,
     ) -> Pending:
         """`fuse`, without waiting for the result where the run is recorded: the next batch can be submitted meanwhile.
 
@@ -178,7 +187,7 @@ class Runtime:
         plan = self.model.plan(
             steps=steps, sampler=sampler, outputs=outputs, coupled=coupled, tiling=tiling, exposure=exposure
         )
-        return self._submit(vis, ir, plan, seeds, record=False)
+        return self._submit(vis, ir, plan, seeds, record=False, overlap=overlap)
 
     @torch.inference_mode()
     def record(
@@ -203,12 +212,21 @@ class Runtime:
             self._submit(vis, vis[:, :1], plan, 0, record=True).result()
 
     def _submit(
-        self, vis: Tensor, ir: Tensor, plan: FusionPlan, seeds: int | Sequence[int], *, record: bool
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        plan: FusionPlan,
+        seeds: int | Sequence[int],
+        *,
+        record: bool,
+        overlap: NDArray[np.uint8] | None = None,
     ) -> Pending:
         batch, height, width = require_pair(vis, ir)
         each_seed = seed_list(seeds, batch)
+        if overlap is not None:
+            require_overlap(overlap, batch, height, width)
         with full_float32():
-            if self._programs is not None:
+            if self._programs is not None and overlap is None:
                 size = next((size for size in self.batch_sizes if size >= batch), batch)
                 key = ProgramKey.of(plan, size, height, width, levels=vis.dtype == torch.uint8)
                 if (program := self._programs.get(key, record=record)) is not None:
@@ -218,15 +236,22 @@ class Runtime:
                     pending = program.submit(_filled(vis, fill), _filled(ir, fill), filled, plan.timesteps)
                     return Pending(lambda: _first(pending.result(), batch)) if fill else pending
             self._num_eager_runs += 1
-            output = self._eager(vis, ir, plan, each_seed)
+            output = self._eager(vis, ir, plan, each_seed, overlap)
             return Pending(lambda: output)
 
-    def _eager(self, vis: Tensor, ir: Tensor, plan: FusionPlan, seeds: Sequence[int]) -> FusionOutput:
+    def _eager(
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        plan: FusionPlan,
+        seeds: Sequence[int],
+        overlap: NDArray[np.uint8] | None = None,
+    ) -> FusionOutput:
         like = torch.empty(self.model.latent_shape(len(vis), *vis.shape[-2:]), device=self.device)
         draw = noise_like(seeds, like)
-        output, is_finite = self.model.run(
-            vis.to(self.device), ir.to(self.device), plan, draw, self._supplies.conditions
-        )
+        partial = None if overlap is None else Overlap(overlap, lambda array: torch.from_numpy(array).to(self.device))
+        on_device = vis.to(self.device), ir.to(self.device)
+        output, is_finite = self.model.run(*on_device, plan, draw, self._supplies.conditions, overlap=partial)
         require_finite(is_finite)
         return FusionOutput(*(_moved(image, vis.device) for image in (output.fused, output.vis, output.ir)))
 

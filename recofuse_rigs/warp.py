@@ -75,6 +75,20 @@ class Warp:
         return self._both_weights[1]
 
     @property
+    def overlap(self) -> NDArray[np.uint8]:
+        """(H, W, 2): both weights as levels, 255 for 1: how a model is told where infrared counts."""
+        if self.of_rig is not None:
+            return self.of_rig.overlap
+        return self._kept_overlap if self.maps is not None else self._made_overlap()
+
+    @functools.cached_property
+    def _kept_overlap(self) -> NDArray[np.uint8]:
+        return self._made_overlap()
+
+    def _made_overlap(self) -> NDArray[np.uint8]:
+        return np.rint(np.stack(self._made_weights(), axis=-1) * 255).astype(np.uint8)
+
+    @property
     def _both_weights(self) -> tuple[Weights, Weights]:
         if self.of_rig is not None:
             return self.of_rig._both_weights
@@ -92,7 +106,7 @@ class Warp:
     @property
     def size_bytes(self) -> int:
         """Bytes of all that is kept, weights included that are not made yet."""
-        return self.coverage.size * (1 if self.maps is None else 1 + 2 * 4 + 2 * 4)
+        return self.coverage.size * (1 if self.maps is None else 1 + 2 * 4 + 2 * 4 + 2)
 
     def apply(self, infrared: NDArray[Any]) -> NDArray[Any]:
         """(H, W) or (H, W, C) of the infrared camera, any depth, on the visible grid at the same depth.

@@ -37,14 +37,15 @@ class FakeEngine(NullEngine):
     """Returns its input, and remembers how it was asked.
 
     poison_seeds: a pass that holds one of them fails. max_fit: larger passes run out of memory. gate: passes wait
-    until it is set. exposures: those that it offers. batches: the seeds of every pass that was tried, in order;
-    options: what they had in common.
+    until it is set. exposures: those that it offers. blends: told of an overlap, it shows its shares as the fused
+    picture. batches: the seeds of every pass that was tried, in order; options: what they had in common.
     """
 
     poison_seeds: frozenset[int] = frozenset()
     max_fit: int = 1 << 30
     batch_sizes: tuple[int, ...] = ()
     exposures: tuple[Exposure, ...] = get_args(Exposure)
+    blends: bool = False
     gate: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)
     batches: list[list[int]] = field(default_factory=list)
@@ -56,13 +57,15 @@ class FakeEngine(NullEngine):
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo("fake", "7", "none", 3, "ode1", batch_sizes=self.batch_sizes, exposures=self.exposures)
+        return EngineInfo("fake", "7", "none", 3, "ode1", self.batch_sizes, self.exposures, self.blends)
 
     def load(self) -> None:
         if self.on_load is not None:
             self.on_load()
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         self.batches.append(list(seeds))
         self.options.append(options)
         self.started.set()
@@ -71,7 +74,10 @@ class FakeEngine(NullEngine):
             raise OutOfMemoryError(f"{len(seeds)} do not fit")
         if self.poison_seeds & set(seeds):
             raise RuntimeError("poisoned")
-        return super().fuse(vis, ir, options, seeds)
+        pictures = super().fuse(vis, ir, options, seeds, overlap)
+        if overlap is not None:
+            pictures[Part.FUSED] = overlap[..., [0, 1, 1]]
+        return pictures
 
 
 class TellingCodec(images.FileCodec):

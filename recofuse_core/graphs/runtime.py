@@ -21,6 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from recofuse_core.errors import CheckpointError, ShapeError
+from recofuse_core.overlap import Overlap, require_overlap
 from recofuse_core.picture import (
     ALL_OUTPUTS,
     Defaults,
@@ -152,13 +153,19 @@ class GraphRuntime:
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         tiling: TilingConfig | None = None,
         exposure: Exposure = "as_shot",
+        overlap: NDArray[np.uint8] | None = None,
     ) -> FusionOutput:
         """See `ReCoFuse.fuse`; images and results are numpy arrays: vis (B, 3, H, W), ir (B, 1, H, W).
 
+        overlap: (B, H, W, 2), where infrared was measured, as `Overlap` has it; None for everywhere.
         Raises MemoryError for a batch that does not fit, too.
         """
         batch, height, width = _require_pair(vis, ir)
         plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, tiling=tiling, exposure=exposure)
+        partial: Overlap | None = None
+        if overlap is not None:
+            require_overlap(overlap, batch, height, width)
+            partial = Overlap(overlap, lambda array: array)
         shape = (self.facts.latent_channels, *latent_size(height, width))
         draw = seeded_noise(seed_list(seeds, batch), shape, lambda noise: noise)
         networks = self._networks
@@ -169,7 +176,8 @@ class GraphRuntime:
             require_finite(np.isfinite(decoded).all())
             image = decoded.clip(0, 1)
             if name == "fused":
-                image = networks.widen(image)
+                widened = networks.widen(image)
+                image = widened if partial is None else image + partial.tone * (widened - image)
             elif name == "ir":
                 image = image.mean(axis=1, keepdims=True)
             if not is_levels:
@@ -178,7 +186,8 @@ class GraphRuntime:
             np.rint(image, out=image)
             return image.astype(np.uint8)
 
-        pictures, _ = run(networks, self.sde, plan, frames, (height, width), draw, finish)
+        blend = None if partial is None else partial.blend
+        pictures, _ = run(networks, self.sde, plan, frames, (height, width), draw, finish, blend=blend)
         return FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"))
 
 

@@ -135,11 +135,14 @@ def fuse_files(
         read = images.decode_asked(vis, ir, asked, limits, rigged)
     inputs = read.pair
     with _measured(costs, Stage.MODEL):
-        needed = replace(options, parts=images.needed_parts(asked, read.warp))
-        batch = engine.fuse(inputs.vis[None], inputs.ir[None], needed, [asked.seed])
+        blends = engine.info.blends
+        needed = replace(options, parts=images.needed_parts(asked, read.warp, blends=blends))
+        told = read.warp if blends and images.is_partial(asked, read.warp) else None
+        overlap = None if told is None else told.overlap[None]
+        batch = engine.fuse(inputs.vis[None], inputs.ir[None], needed, [asked.seed], overlap)
     with _measured(costs, Stage.ENCODE):
         made = {part: batch[part][0] for part in needed.parts}
-        answer = images.finished(made, asked, read.warp, inputs.ir_scale, inputs.measured)
+        answer = images.finished(made, asked, read.warp, inputs.ir_scale, inputs.measured, blends=blends)
         for part, path in outputs.items():
             write_picture(path, answer.pictures[part], codec)
             if asked.metadata == "keep":

@@ -229,17 +229,23 @@ def _check_units(options: FusionOptions, measured: Measured) -> None:
         )
 
 
-def needed_parts(options: FusionOptions, warp: Warp | None) -> tuple[Part, ...]:
+def is_partial(options: FusionOptions, warp: Warp | None) -> bool:
+    """Whether these options ask for a fused picture in which infrared ends."""
+    is_fused = Part.FUSED in options.output.parts and options.colour not in OVERLAYS
+    return is_fused and warp is not None and not warp.is_whole
+
+
+def needed_parts(options: FusionOptions, warp: Warp | None, *, blends: bool = False) -> tuple[Part, ...]:
     """What the model must give for what these options ask for.
 
-    Where infrared ends, the fused picture takes the restored vis; an overlay is made of both restored ones alone, and
-    values of the restored ir.
+    Where infrared ends, the fused picture takes the restored vis, unless the engine blends both before they are
+    pictures; an overlay is made of both restored ones alone, and values of the restored ir.
     """
     parts, colour, is_measured = options.output.parts, options.colour, options.is_measured
     needed = {*parts, Part.IR} if is_measured else set(parts)
     if Part.FUSED in parts and colour in OVERLAYS:
         needed = needed - {Part.FUSED} | {Part.VIS, Part.IR}
-    elif Part.FUSED in parts and warp is not None and not warp.is_whole:
+    elif is_partial(options, warp) and not blends:
         needed |= {Part.VIS}
     return tuple(part for part in Part if part in needed)
 
@@ -261,11 +267,13 @@ def finished(
     warp: Warp | None,
     ir_scale: tuple[float, float],
     measured: Measured | None = None,
+    *,
+    blends: bool = False,
 ) -> Finished:
     """The wanted parts of what the model gave, the fused picture in the wanted colours, and what is told of values.
 
     It is without infrared where there was none. ir_scale: the source values that are black and white in ir. measured:
-    those values, if options ask for something that needs them.
+    those values, if options ask for something that needs them. blends: as for `needed_parts`.
     """
     parts = options.output.parts
     is_doubtful = False
@@ -273,7 +281,7 @@ def finished(
         from recofuse_images import measures  # not above: front ends measure nothing, and go without OpenCV
 
         ir_scale, is_doubtful = measures.fitted_scale(measured, pictures[Part.IR])
-    if Part.FUSED in parts and (fused := _fused(pictures, options, warp, ir_scale)) is not None:
+    if Part.FUSED in parts and (fused := _fused(pictures, options, warp, ir_scale, blends=blends)) is not None:
         pictures = {**pictures, Part.FUSED: fused}
     warnings = (_DOUBT,) if is_doubtful else ()
     if measured is None or (options.values is None and options.alarm is None):
@@ -354,18 +362,22 @@ def _values_file(
 
 
 def _fused(
-    pictures: Mapping[Part, Pixels], options: FusionOptions, warp: Warp | None, ir_scale: tuple[float, float]
+    pictures: Mapping[Part, Pixels],
+    options: FusionOptions,
+    warp: Warp | None,
+    ir_scale: tuple[float, float],
+    *,
+    blends: bool,
 ) -> Pixels | None:
     """None where it is the model's own."""
-    is_partial = warp is not None and not warp.is_whole
     if options.colour in OVERLAYS:
         from recofuse_images.colours import overlaid  # not above: front ends draw nothing, and go without OpenCV
 
-        weights = warp.weights if warp is not None and is_partial else None
+        weights = warp.weights if warp is not None and not warp.is_whole else None
         overlay = cast("Overlay", options.colour)
         return overlaid(pictures[Part.VIS], pictures[Part.IR], overlay, ir_scale, options.colour_range, weights)
     fused = None
-    if warp is not None and is_partial:
+    if warp is not None and not warp.is_whole and not blends:
         fused = warp.blended(pictures[Part.FUSED], pictures[Part.VIS])
     if options.colour == "grey":
         from recofuse_images.colours import greyed

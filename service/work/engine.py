@@ -31,6 +31,8 @@ class EngineInfo:
     """What is running.
 
     batch_sizes: the sizes that it runs best, ascending; empty if it does not care. exposures: those that it offers.
+    blends: whether it makes the fused picture the visible one where infrared was not measured; with others that is done
+    to their pictures.
     """
 
     model_name: str
@@ -40,6 +42,7 @@ class EngineInfo:
     default_sampler: Sampler
     batch_sizes: tuple[int, ...] = ()
     exposures: tuple[Exposure, ...] = get_args(Exposure)
+    blends: bool = False
 
     @property
     def default_exposure(self) -> Exposure:
@@ -49,12 +52,16 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """What all jobs of one forward pass have in common, defaults filled in."""
+    """What all jobs of one forward pass have in common, defaults filled in.
+
+    is_partial: infrared was not measured everywhere, and the engine is told where.
+    """
 
     steps: int
     sampler: Sampler
     parts: tuple[Part, ...]
     exposure: Exposure
+    is_partial: bool = False
 
     @classmethod
     def of(cls, options: FusionOptions, engine: EngineInfo) -> Self:
@@ -93,20 +100,23 @@ class Engine(Protocol):
     def prepare(self) -> None:
         """Make one thing ready that passes have shown to be wanted, while nothing else is to do."""
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         """From vis (B, H, W, 3) and ir (B, H, W) to the asked parts: fused and vis (B, H, W, 3), ir (B, H, W).
 
-        Item i depends on its own images and seeds[i] alone. Raises OutOfMemoryError (a smaller batch may work),
+        Item i depends on its own images and seeds[i] alone. overlap: (B, H, W, 2), how far detail and tone of the fused
+        picture count, 0 to 255; for engines that blend. Raises OutOfMemoryError (a smaller batch may work),
         InvalidInputError (the shape can never work), InternalError, and EngineBrokenError (nothing works any more).
         """
 
 
 @runtime_checkable
-class OverlappingEngine(Protocol):
+class PipelinedEngine(Protocol):
     """An engine that can be given the next pass while one runs; two may be under way."""
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         """Begin what `Engine.fuse` does; what is returned waits for the pictures, on any thread. Both raise as it."""
 
@@ -141,7 +151,9 @@ class NullEngine:
     def prepare(self) -> None:
         """Nothing to prepare."""
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         """See Engine."""
         return {part: ir if part is Part.IR else vis for part in options.parts}
 
@@ -158,7 +170,9 @@ class FixedCostEngine(NullEngine):
         """See Engine."""
         return EngineInfo("fixed", "1", "none", default_steps=1, default_sampler="ode1")
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         """See Engine."""
         time.sleep(self._batch_s + len(vis) * self._item_s)
-        return super().fuse(vis, ir, options, seeds)
+        return super().fuse(vis, ir, options, seeds, overlap)

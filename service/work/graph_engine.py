@@ -41,6 +41,7 @@ class GraphEngine:
             default_steps=model.default_steps,
             default_sampler=model.default_sampler,
             exposures=get_args(Exposure) if runtime.can_light else ("as_shot",),
+            blends=True,
         )
 
     def load(self) -> None:
@@ -70,7 +71,9 @@ class GraphEngine:
     def prepare(self) -> None:
         """Nothing to prepare."""
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         """See Engine."""
         from recofuse_core.errors import CoreError, ShapeError
 
@@ -83,6 +86,7 @@ class GraphEngine:
                 seeds=seeds,
                 outputs=tuple(part.value for part in options.parts),
                 exposure=options.exposure,
+                overlap=overlap,
             )
         except ShapeError as error:
             raise InvalidInputError(str(error)) from error

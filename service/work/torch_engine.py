@@ -54,6 +54,7 @@ class TorchEngine:
             default_sampler=model.default_sampler,
             batch_sizes=runtime.batch_sizes if runtime.records else (),
             exposures=get_args(Exposure) if runtime.can_light else ("as_shot",),
+            blends=not runtime.records,  # such runs are not recorded
         )
 
     def load(self) -> None:
@@ -136,19 +137,23 @@ class TorchEngine:
         """See TellingEngine."""
         return EngineActivity(**dataclasses.asdict(self._loaded().activity))
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         """See Engine."""
-        return self.start(vis, ir, options, seeds)()
+        return self.start(vis, ir, options, seeds, overlap)()
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
-        """See OverlappingEngine."""
-        pending = _in_our_words(lambda: self._submitted(vis, ir, options, seeds), vis.shape)
+        """See PipelinedEngine."""
+        pending = _in_our_words(lambda: self._submitted(vis, ir, options, seeds, overlap), vis.shape)
         shape = vis.shape
         return lambda: _in_our_words(lambda: _pictures(pending, options), shape)
 
-    def _submitted(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> Pending:
+    def _submitted(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None
+    ) -> Pending:
         import torch
 
         return self._loaded().submit(
@@ -159,6 +164,7 @@ class TorchEngine:
             seeds=seeds,
             outputs=tuple(part.value for part in options.parts),
             exposure=options.exposure,
+            overlap=overlap,
         )
 
     def _loaded(self) -> Runtime:

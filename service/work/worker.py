@@ -48,7 +48,7 @@ from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_TRACES, Tracer
 from service.work import steadying
 from service.work.batcher import Batcher, BatchPolicy, Waiting
-from service.work.engine import Engine, EngineBrokenError, OverlappingEngine, PassOptions, TellingEngine
+from service.work.engine import Engine, EngineBrokenError, PipelinedEngine, PassOptions, TellingEngine
 from service.work.held import Held
 
 if TYPE_CHECKING:
@@ -419,9 +419,13 @@ class Worker:
         seeds += [seeds[-1]] * num_fill
         vis = np.stack([pair.vis for pair in pairs])
         ir = np.stack([pair.ir for pair in pairs])
-        if isinstance(self._engine, OverlappingEngine):
-            return self._engine.start(vis, ir, options, seeds)
-        return self._engine.fuse(vis, ir, options, seeds)
+        overlap = None
+        if options.is_partial:
+            overlaps = [held.warp.overlap for held in batch if held.warp is not None]
+            overlap = np.stack(overlaps + overlaps[-1:] * num_fill)
+        if isinstance(self._engine, PipelinedEngine):
+            return self._engine.start(vis, ir, options, seeds, overlap)
+        return self._engine.fuse(vis, ir, options, seeds, overlap)
 
     async def _split(self, batch: list[Held]) -> None:
         self._metrics.batches_split.inc()
@@ -479,7 +483,8 @@ class Worker:
         job, seen = held.lease.job, b""
         if job.means is not None and held.given is not None:
             pictures, seen = steadying.steadied(pictures, held.given, job.means, job.options)
-        finished = images.finished(pictures, job.options, held.warp, held.ir_scale, held.measured)
+        blends = self._engine.info.blends
+        finished = images.finished(pictures, job.options, held.warp, held.ir_scale, held.measured, blends=blends)
         encoded = {part: self._codec.encode(job, part, pixels) for part, pixels in finished.pictures.items()}
         return finished, encoded, seen
 
@@ -551,13 +556,15 @@ class Worker:
         return BatchPolicy(batch.max_batch, batch.max_wait_s, batch.starvation_s, sizes)
 
     def _pass_options(self, held: Held) -> PassOptions:
-        asked = held.lease.job.options
-        return replace(PassOptions.of(asked, self._engine.info), parts=images.needed_parts(asked, held.warp))
+        asked, info = held.lease.job.options, self._engine.info
+        parts = images.needed_parts(asked, held.warp, blends=info.blends)
+        is_partial = info.blends and images.is_partial(asked, held.warp)
+        return replace(PassOptions.of(asked, info), parts=parts, is_partial=is_partial)
 
     def _frame(self, held: Held) -> tuple[int, int, tuple[Part, ...]]:
         """What decides how much memory one job of a pass needs."""
         job = held.lease.job
-        return job.width, job.height, images.needed_parts(job.options, held.warp)
+        return job.width, job.height, images.needed_parts(job.options, held.warp, blends=self._engine.info.blends)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(_guarded(work))

@@ -89,6 +89,16 @@ def test_weather_comes_off_as_with_torch(graphs: GraphRuntime, model: Runtime) -
     assert fused(graphs, model, images) < 1e-4
 
 
+def test_a_partly_covered_frame_is_that_of_torch(graphs: GraphRuntime, model: Runtime) -> None:
+    shares = np.linspace(0, 1.4, 130).clip(0, 1)[None, None, :, None] * [255, 511]
+    overlap = np.broadcast_to(shares.clip(0, 255).astype(np.uint8), (2, 90, 130, 2))
+    assert fused(graphs, model, pairs(2, 90, 130), overlap=overlap) < 1e-4
+    tiling = TilingConfig(max_pixels=64 * 64, tile=64, overlap=16)
+    assert fused(graphs, model, pairs(2, 90, 130), overlap=overlap, outputs=["fused"], tiling=tiling) < 1e-4
+    with pytest.raises(ShapeError, match="overlap"):
+        graphs.fuse(*(image.numpy() for image in pairs(1, 90, 130)), overlap=overlap)
+
+
 def test_it_says_what_the_model_is(graphs: GraphRuntime, model: Runtime) -> None:
     assert graphs.info == model.info
 

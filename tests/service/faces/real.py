@@ -26,5 +26,7 @@ class RealEngine(FakeEngine):
     def warm_up(self) -> None:
         self.core.warm_up()
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
-        return self.core.fuse(vis, ir, options, seeds)
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
+        return self.core.fuse(vis, ir, options, seeds, overlap)

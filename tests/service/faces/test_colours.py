@@ -46,9 +46,11 @@ def text_of(given: Range | None) -> str:
 class WideningEngine(FakeEngine):
     """Gives back infrared of twice the contrast, as the model does of dull frames."""
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
         widened = np.clip(2 * ir.astype(int) - 110, 0, 255).astype(np.uint8)
-        return super().fuse(vis, widened, options, seeds)
+        return super().fuse(vis, widened, options, seeds, overlap)
 
 
 @dataclass

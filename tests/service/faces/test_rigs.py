@@ -23,7 +23,7 @@ from recofuse_protos.inference.v2 import inference_pb2_grpc
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from recofuse_rigs.rig import Rig, to_json
-from recofuse_rigs.warp import Warps
+from recofuse_rigs.warp import Warps, warp_of
 from service.terms import images
 from service.terms.errors import ErrorCode
 from service.terms.jobs import FusionOptions, Part
@@ -198,6 +198,29 @@ async def test_the_worker_warps_once_and_asks_the_model_for_what_the_blend_needs
     answer = await rigged.server.client.post("/v1/fuse", files=FILES, data=data)
     np.testing.assert_array_equal(np.load(io.BytesIO(answer.content)), expected.pair.ir)
     assert [options.parts for options in engine.options[1:]] == [(Part.IR,)]
+
+
+async def test_an_engine_that_blends_is_told_where_infrared_lies(serving: Serving, folder: Path) -> None:
+    async with serving(FakeEngine(blends=True), rigs={"directory": str(folder)}, batch={"max_batch": 4}) as server:
+        warp = warp_of(SCENE.rig)
+        shares = np.stack([warp.weights, warp.tone_weights, warp.tone_weights], axis=-1)
+        asked = {"format": "npy", "rig": "roof", "ir_range": IR_RANGE}
+
+        async def fused(**more: str) -> Pixels:
+            answer = await server.client.post("/v1/fuse", files=FILES, data=asked | more)
+            return np.asarray(np.load(io.BytesIO(answer.raise_for_status().content)))
+
+        np.testing.assert_array_equal(await fused(), np.rint(255 * shares))
+        engine = server.engine
+        assert isinstance(engine, FakeEngine)
+        assert [(options.parts, options.is_partial) for options in engine.options] == [((Part.FUSED,), True)]
+        # A shift of nothing covers all, so there is nothing to tell; colours are laid over vis as ever.
+        np.testing.assert_array_equal(await fused(rig="1.6,0,0,0,1.6,0,0,0,1"), SCENE.vis)
+        await fused(colour="iron")
+        assert [(options.parts, options.is_partial) for options in engine.options[1:]] == [
+            ((Part.FUSED,), False),
+            ((Part.VIS, Part.IR), False),
+        ]
 
 
 def rig_file(**changes: object) -> str:

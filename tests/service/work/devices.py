@@ -102,11 +102,11 @@ class MeteredEngine(TorchEngine):
     def warm_up(self) -> None: ...
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         self.started.set()
         assert self.gate.wait(30)
-        return super().start(vis, ir, options, seeds)
+        return super().start(vis, ir, options, seeds, overlap)
 
 
 def cuda_error(words: str) -> RuntimeError:

@@ -115,8 +115,10 @@ class PreparingEngine(FakeEngine):
         if self.error is not None:
             raise self.error
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
-        answer = super().fuse(vis, ir, options, seeds)
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
+        answer = super().fuse(vis, ir, options, seeds, overlap)
         self.calls.append("pass")
         self.is_due = True
         return answer

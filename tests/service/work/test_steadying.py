@@ -22,8 +22,10 @@ from tests.service.work.workers import SETTINGS, fresh, results, working
 class BrighteningEngine(FakeEngine):
     """Every pass is eight levels brighter than the one before, as far as there is room."""
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
-        pictures = super().fuse(vis, ir, options, seeds)
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
+        pictures = super().fuse(vis, ir, options, seeds, overlap)
         more = 8 * (len(self.batches) - 1)
         return {
             part: np.minimum(picture.astype(np.uint16) // 2 + 60 + more, 255).astype(np.uint8)

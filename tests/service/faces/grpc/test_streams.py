@@ -437,8 +437,10 @@ async def test_a_client_that_takes_no_answers_is_given_up(facing: Facing) -> Non
 class WanderingEngine(FakeEngine):
     """As NullEngine, every second pass a little brighter."""
 
-    def fuse(self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]) -> dict[Part, Pixels]:
-        pictures = super().fuse(vis, ir, options, seeds)
+    def fuse(
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+    ) -> dict[Part, Pixels]:
+        pictures = super().fuse(vis, ir, options, seeds, overlap)
         more = 9 * (len(self.batches) % 2)
         return {
             part: np.minimum(picture.astype(np.uint16) + more, 255).astype(np.uint8)
