@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from recofuse_images.writer import jpeg_bytes
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
+from recofuse_rigs.camera import seen_by
+from recofuse_rigs.rig import Rig, to_json
 from service.faces.grpc.ledger import quantile
 from service.terms.jobs import Exposure
 from service.watch.metrics import FlowMode
@@ -53,7 +55,10 @@ CHANNEL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CameraPlan:
-    """What the cameras do. size: (width, height), pixels. steps, exposure: None asks for the model's own."""
+    """What the cameras do. size: (width, height), pixels. steps, exposure: None asks for the model's own.
+
+    rig: how infrared lies in the visible frame, and which the server is told; None for registered cameras.
+    """
 
     num_streams: int = 16
     fps: float = 25.0
@@ -64,6 +69,7 @@ class CameraPlan:
     answer: AnswerFormat = "jpeg"
     steps: int | None = None
     exposure: Exposure | None = None
+    rig: Rig | None = None
     max_in_flight: int = 0
     seed: int = 0
     num_frames: int = 25  # of the loop
@@ -140,6 +146,7 @@ class CameraReport:
             "answer": plan.answer,
             "steps": plan.steps,
             "exposure": plan.exposure,
+            "has_rig": plan.rig is not None,
             "num_sent": self.total("num_sent"),
             "num_fused": self.total("num_fused"),
             "num_failed": self.total("num_failed"),
@@ -190,18 +197,20 @@ def degraded_clip(
 
 
 def render_loop(plan: CameraPlan) -> list[list[tuple[pb.Image, pb.Image]]]:
-    """The frames of every scene as messages (vis, ir)."""
+    """The frames of every scene as messages (vis, ir). Raises BadRigError for a rig of another shape than the size."""
     width, height = plan.size
+    rig = None if plan.rig is None else plan.rig.resized(plan.size, plan.rig.ir_size)
     loops = []
     for scene in range(plan.num_scenes):
         _, frames = degraded_clip(plan.seed + scene, plan.num_frames, height, width)
-        loops.append([(_image(vis, plan.encoding), _image(ir, plan.encoding)) for vis, ir in frames])
+        levels = ((_levels(vis), _levels(ir)[..., 0]) for vis, ir in frames)
+        seen = ((vis, ir if rig is None else seen_by(rig, ir)) for vis, ir in levels)
+        loops.append([(message_of(vis, plan.encoding), message_of(ir, plan.encoding)) for vis, ir in seen])
     return loops
 
 
-def _image(picture: Tensor, encoding: Encoding) -> pb.Image:
-    levels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-    return message_of(np.ascontiguousarray(levels[..., 0] if levels.shape[2] == 1 else levels), encoding)
+def _levels(picture: Tensor) -> NDArray[np.uint8]:
+    return np.ascontiguousarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def message_of(pixels: NDArray[np.uint8], encoding: Encoding) -> pb.Image:
@@ -350,6 +359,7 @@ class _Camera:
             format=pb.ImageFormat.Value(f"IMAGE_FORMAT_{plan.answer.upper()}"),
             steps=plan.steps,
             exposure=pb.Exposure.Value(f"EXPOSURE_{(plan.exposure or 'unspecified').upper()}"),
+            rig="" if plan.rig is None else to_json(plan.rig, indent=None),
         )
         return pb.StreamOptions(
             fuse=fuse,

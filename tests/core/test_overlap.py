@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from recofuse_core import Runtime
 from recofuse_core.errors import ShapeError
 from recofuse_core.graphs.runtime import GraphRuntime
+from recofuse_core.model import ModelConfig
 from recofuse_core.overlap import Overlap
 from recofuse_rigs.rig import Rig
 from recofuse_rigs.warp import Warp, warp_of
-from tests.core.tiny import CONFIGS, ModelConfig, pairs, tiny_model
+from tests.core.tiny import CONFIGS, pairs, tiny_model
 from tests.rigs.streets import street
 
 Floats = NDArray[np.float32]

@@ -14,6 +14,7 @@ from recofuse_images.picture import Picture
 from recofuse_images.scale import ir_levels
 from recofuse_images.writer import png_bytes
 from recofuse_rigs import warp as warp_module
+from recofuse_rigs.camera import seen_by
 from recofuse_rigs.errors import BadRigError
 from recofuse_rigs.pairs import read_aligned, warped_picture
 from recofuse_rigs.rig import Distortion, Rig
@@ -59,6 +60,34 @@ def test_a_lens_is_undone() -> None:
     expected = lens.apply(np.array([[5.0, 40.0]]))[0]
     assert warp.maps is not None
     assert np.allclose(warp.maps[:, 40, 5], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rig",
+    [
+        Rig((320, 240), (320, 240), (0.9, 0.05, 20.0, -0.05, 0.9, 10.0, 1e-5, 0.0, 1.0)),
+        Rig((320, 240), (100, 80), (2.8, 0.1, 12.0, 0.0, 2.7, 14.0, 0.0, 0.0, 1.0)),
+        Rig(
+            (320, 240),
+            (320, 240),
+            (0.8, 0.0, 30.0, 0.0, 0.8, 25.0, 0.0, 0.0, 1.0),
+            distortion=Distortion((300.0, 300.0), (160.0, 120.0), (-0.2, 0.02, 0.001, 0.0, 0.0)),
+        ),
+    ],
+    ids=["fine", "coarse", "bent"],
+)
+def test_what_a_rigs_camera_sees_is_laid_where_it_was(rig: Rig) -> None:
+    columns, rows = np.meshgrid(np.arange(320), np.arange(240))
+    scene = (30000 + 9000 * np.sin(columns / 15) + 9000 * np.cos(rows / 12)).astype(np.uint16)
+    seen = seen_by(rig, scene)
+    assert (seen.shape, seen.dtype) == (rig.ir_size[::-1], np.uint16)
+    warp = warp_of(rig)
+    inside = cv2.erode(warp.coverage.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
+    assert inside.mean() > 0.4
+    off = np.abs(warp.apply(seen).astype(float) - scene)[inside]
+    assert off.max() < 600  # a pixel aside is 600 and more: 9000 / 15
+    with pytest.raises(BadRigError, match="240x320"):
+        seen_by(rig, scene.T)
 
 
 def test_other_sizes_are_refused() -> None:

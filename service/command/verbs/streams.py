@@ -44,6 +44,12 @@ def simulate_cameras(
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
     exposure: Exposure = None,
+    rig: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A rig file: infrared is sent as that rig's camera sees it, and the server is told."
+        ),
+    ] = None,
     max_in_flight: Annotated[int, typer.Option(min=0, help="Frames of a stream at work; 0: the server's default.")] = 0,
     engine: Annotated[
         str | None, typer.Option(metavar="core|null|fixed", help="Of the own server; fixed has a constant cost.")
@@ -59,6 +65,7 @@ def simulate_cameras(
     import json
     import tempfile
 
+    from recofuse_rigs.rig import from_file
     from service.command.cameras import CameraPlan, render_loop, simulate
     from service.command.demo import free_port, server_process
     from service.watch.metrics import FlowMode
@@ -82,6 +89,7 @@ def simulate_cameras(
         answer=cast("Any", answer),
         steps=steps,
         exposure=cast("Any", exposure),
+        rig=None if rig is None else from_file(rig),
         max_in_flight=max_in_flight,
         seed=seed,
     )

@@ -8,14 +8,18 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks import streams
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_rigs.rig import Rig
+from recofuse_rigs.warp import warp_of
 from service.command.cameras import CameraPlan, message_of, render_loop, simulate
 from service.watch.metrics import FlowMode
 from tests.fakes import picture
@@ -113,6 +117,27 @@ def test_scenes_move_and_are_encoded() -> None:
     assert len({frame.tobytes() for frame in frames if frame is not None}) == 6
     raw = render_loop(plan(FlowMode.ALL, size=(96, 64), num_frames=1, num_scenes=1))[0][0]
     assert (len(raw[0].raw.data), len(raw[1].raw.data)) == (96 * 64 * 3, 96 * 64)
+
+
+async def test_cameras_see_through_a_rig_that_puts_them_right(serving: Serving) -> None:
+    size, rig = (96, 64), Rig((192, 128), (40, 32), (4.0, 0.2, 15.0, -0.1, 3.9, 6.0, 1e-4, 0.0, 1.0))
+    asked = plan(FlowMode.ALL, num_streams=1, seconds=0.5, size=size, num_frames=1, num_scenes=1, rig=rig)
+    ((vis, ir),) = render_loop(asked)[0]
+    ((_, registered),) = render_loop(replace(asked, rig=None))[0]
+    assert (ir.raw.width, ir.raw.height, vis.raw.width, vis.raw.height) == (40, 32, *size)
+    seen = np.frombuffer(ir.raw.data, np.uint8).reshape(32, 40)
+    whole = np.frombuffer(registered.raw.data, np.uint8).reshape(64, 96).astype(float)
+    warp = warp_of(rig.resized(size, (40, 32)))
+    covered = warp.coverage
+
+    def off(laid: NDArray[np.uint8]) -> float:
+        return float(np.abs(cv2.blur(laid.astype(float), (5, 5)) - cv2.blur(whole, (5, 5)))[covered].mean())
+
+    assert off(warp.apply(seen)) < 0.5 * off(cv2.resize(seen, size))
+    async with serving(grpc={"port": 0}) as server:
+        report = await simulate([server.grpc_address], asked, [[(vis, ir)]])
+    assert report.total("num_fused") == report.total("num_sent") > 0
+    assert report.figures["has_rig"]
 
 
 def test_the_command_starts_a_server_of_its_own(tmp_path: Path) -> None:
