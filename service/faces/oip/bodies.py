@@ -96,6 +96,9 @@ def answer_body(answer: InferAnswer, request: InferRequest) -> tuple[bytes, int 
         elif tensor.datatype == "BYTES":
             files = split_elements(tensor.data, math.prod(tensor.shape), tensor.name)
             entry["data"] = [base64.b64encode(content).decode() for content in files]
+        elif tensor.datatype == "FP32":
+            values = np.frombuffer(tensor.data, "<f4").tolist()
+            entry["data"] = [value if math.isfinite(value) else None for value in values]
         else:
             entry["data"] = np.frombuffer(tensor.data, np.uint8).tolist()
         entries.append(entry)

@@ -21,7 +21,7 @@ from service.faces.http.hangup import CLIENT_CLOSED, unless_hung_up
 from service.faces.http.problems import problems
 from service.faces.oip.bodies import answer_body, split_body
 from service.faces.oip.inference import Inference
-from service.faces.oip.tensors import INPUTS, OUTPUTS, PARAMETERS, InferAnswer, InferRequest
+from service.faces.oip.tensors import INPUTS, OUTPUTS, PARAMETERS, VALUES, InferAnswer, InferRequest
 from service.terms.errors import ErrorCode, UnavailableError
 from service.terms.jobs import Colour, Exposure
 from service.terms.settings import LimitSettings, Settings
@@ -79,12 +79,12 @@ _REQUEST: dict[str, Any] = {
         },
         "outputs": {
             "type": ["array", "null"],
-            "description": "default: all of them",
+            "description": "default: all pictures",
             "items": {
                 "type": "object",
                 "required": ["name"],
                 "properties": {
-                    "name": {"type": "string", "enum": list(OUTPUTS)},
+                    "name": {"type": "string", "enum": [*OUTPUTS, VALUES]},
                     "parameters": {**_PARAMETERS, "description": "binary_data: as binary data after the JSON"},
                 },
             },
@@ -109,8 +109,8 @@ _ANSWER: dict[str, Any] = {
                 "type": "object",
                 "required": ["name", "datatype", "shape"],
                 "properties": {
-                    "name": {"type": "string", "enum": list(OUTPUTS)},
-                    "datatype": {"type": "string", "enum": ["UINT8", "BYTES"]},
+                    "name": {"type": "string", "enum": [*OUTPUTS, VALUES]},
+                    "datatype": {"type": "string", "enum": ["UINT8", "FP32", "BYTES"]},
                     "shape": _SHAPE,
                     "parameters": _PARAMETERS,
                     "data": {"type": "array"},

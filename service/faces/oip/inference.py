@@ -14,7 +14,7 @@ from service.access.held import Holding
 from service.faces.gateway import FusionRequest, Gateway, Readiness
 from service.faces.oip.plan import Plan, plan_of, tensors_of, told_of
 from service.faces.oip.statistics import Statistics
-from service.faces.oip.tensors import INPUTS, OUTPUTS, InferAnswer, InferRequest
+from service.faces.oip.tensors import INPUTS, OUTPUTS, VALUES, InferAnswer, InferRequest
 from service.terms import images
 from service.terms.errors import (
     InvalidInputError,
@@ -27,6 +27,7 @@ from service.terms.jobs import FusionResult, Part, WorkerInfo
 from service.terms.settings import Settings
 
 MODEL = "recofuse"  # whichever model is served; its own name is accepted as well
+_LEVEL_CHARS, _FLOAT_CHARS = 4, 24  # of a number in JSON with its comma, at most
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
 
 
@@ -99,8 +100,11 @@ class Inference:
                 {"name": "ir", "datatype": "UINT8", "shape": [-1, -1, -1, 1]},
             ],
             "outputs": [
-                {"name": output, "datatype": "UINT8", "shape": [-1, -1, -1, 1 if part is Part.IR else 3]}
-                for output, part in OUTPUTS.items()
+                *(
+                    {"name": output, "datatype": "UINT8", "shape": [-1, -1, -1, 1 if part is Part.IR else 3]}
+                    for output, part in OUTPUTS.items()
+                ),
+                {"name": VALUES, "datatype": "FP32", "shape": [-1, -1, -1, 1]},
             ],
         }
 
@@ -123,8 +127,11 @@ class Inference:
                 {"name": "ir", "data_type": "TYPE_UINT8", "format": "FORMAT_NHWC", "dims": [-1, -1, 1]},
             ],
             "output": [
-                {"name": output, "data_type": "TYPE_UINT8", "dims": [-1, -1, 1 if part is Part.IR else 3]}
-                for output, part in OUTPUTS.items()
+                *(
+                    {"name": output, "data_type": "TYPE_UINT8", "dims": [-1, -1, 1 if part is Part.IR else 3]}
+                    for output, part in OUTPUTS.items()
+                ),
+                {"name": VALUES, "data_type": "TYPE_FP32", "dims": [-1, -1, 1]},
             ],
             "parameters": {key: {"string_value": text} for key, text in texts.items()},
         }
@@ -168,8 +175,10 @@ class Inference:
                 f"vis holds images of {shown}, which are no tensor together; send them one by one, or name a format"
             )
         width, height = sizes[0]
-        num_values = sum(1 if OUTPUTS[name] is Part.IR else 3 for name in as_json) * width * height * len(sizes)
-        if 4 * num_values > self._settings.limits.max_json_bytes:  # three digits and a comma at most
+        num_each = {name: 1 if OUTPUTS.get(name, Part.IR) is Part.IR else 3 for name in as_json}
+        num_values = sum(num_each.values()) * width * height * len(sizes)
+        num_chars = sum(count * (_FLOAT_CHARS if name == VALUES else _LEVEL_CHARS) for name, count in num_each.items())
+        if num_chars * width * height * len(sizes) > self._settings.limits.max_json_bytes:
             raise PayloadTooLargeError(
                 f"{num_values} values are too many for JSON; ask for binary_data, or for one output, or name a format"
             )

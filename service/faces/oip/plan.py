@@ -18,6 +18,7 @@ from service.faces.oip.tensors import (
     INPUTS,
     MAX_MESSAGE_CHARS,
     OUTPUTS,
+    VALUES,
     InferRequest,
     Parameter,
     Tensor,
@@ -30,6 +31,7 @@ from service.terms.jobs import (
     FusionResult,
     ImageFormat,
     Output,
+    Part,
     PixelFormat,
     Priority,
     RawLayout,
@@ -52,12 +54,16 @@ class _Images:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request comes to. are_files: whether the outputs are encoded files rather than pixels."""
+    """What a request comes to. are_files: whether pictures are encoded files rather than pixels.
+
+    are_values_files: likewise of the output VALUES.
+    """
 
     requests: list[FusionRequest]
     outputs: tuple[str, ...]
     is_batched: bool
     are_files: bool
+    are_values_files: bool = False
 
 
 def plan_of(request: InferRequest, limits: LimitSettings) -> Plan:
@@ -79,6 +85,8 @@ def plan_of(request: InferRequest, limits: LimitSettings) -> Plan:
     if len(vis.payloads) != len(ir.payloads):
         raise InvalidInputError(f"vis holds {len(vis.payloads)} images and ir {len(ir.payloads)}; accepted are pairs")
     outputs = tuple(request.outputs or OUTPUTS)
+    if VALUES in request.parameters and VALUES not in outputs:
+        outputs += (VALUES,)
     options, priority, timeout_s, are_files = _options_of(request.parameters, outputs)
     rig = _rig_of(request.parameters)
     current, num_pairs = request_id.get(), len(vis.payloads)
@@ -97,7 +105,8 @@ def plan_of(request: InferRequest, limits: LimitSettings) -> Plan:
         )
         for index, (vis_bytes, ir_bytes) in enumerate(zip(vis.payloads, ir.payloads, strict=True))
     ]
-    return Plan(requests, outputs, vis.is_batched or ir.is_batched, are_files)
+    are_values_files = are_files or options.values != "npy"
+    return Plan(requests, outputs, vis.is_batched or ir.is_batched, are_files, are_values_files)
 
 
 def _images_of(tensor: Tensor, limits: LimitSettings) -> _Images:
@@ -156,7 +165,10 @@ def _options_of(
         if name in parameters:
             values[name] = tuple(str(parameters[name]).split(","))
     values["format"] = parameters.get("format", ImageFormat.NPY)
-    values["output"] = Output(OUTPUTS[outputs[0]].value) if len(outputs) == 1 else Output.ALL
+    if VALUES in outputs:
+        values["values"] = parameters.get(VALUES, "npy")
+    pictures = [OUTPUTS[name] for name in outputs if name != VALUES] or [Part.IR]  # of which values are made
+    values["output"] = Output(pictures[0].value) if len(pictures) == 1 else Output.ALL
     try:
         options = FusionOptions.model_validate(values)
     except ValidationError as error:
@@ -197,8 +209,9 @@ def tensors_of(results: Sequence[FusionResult], plan: Plan) -> tuple[Tensor, ...
     """The wanted outputs, each with a dimension for the pairs if an input had one."""
     tensors = []
     for name in plan.outputs:
-        contents = [result.images[OUTPUTS[name]] for result in results]
-        if plan.are_files:
+        is_values = name == VALUES
+        contents = [result.values if is_values else result.images[OUTPUTS[name]] for result in results]
+        if plan.are_values_files if is_values else plan.are_files:
             shape = (len(contents),) if plan.is_batched else ()
             tensors.append(Tensor(name, "BYTES", shape, join_elements(contents)))
             continue
@@ -206,8 +219,9 @@ def tensors_of(results: Sequence[FusionResult], plan: Plan) -> tuple[Tensor, ...
         height, width = arrays[0].shape[:2]
         channels = 1 if arrays[0].ndim == 2 else 3
         batch = (len(arrays),) if plan.is_batched else ()
-        data = b"".join(pixels.tobytes() for pixels in arrays)
-        tensors.append(Tensor(name, "UINT8", (*batch, height, width, channels), data))
+        datatype, kind = ("FP32", "<f4") if is_values else ("UINT8", "u1")
+        data = b"".join(pixels.astype(kind, copy=False).tobytes() for pixels in arrays)
+        tensors.append(Tensor(name, datatype, (*batch, height, width, channels), data))
     return tuple(tensors)
 
 
@@ -223,6 +237,8 @@ def told_of(results: Sequence[FusionResult]) -> dict[str, str]:
     ]
     if lines:
         told["warnings"] = "\n".join(lines)
+    if any(result.values_unit is not None for result in results):
+        told["values_unit"] = ",".join(result.values_unit or "" for result in results)
     if any(result.alarm is not None for result in results):
         alarms = [None if result.alarm is None else result.alarm.model_dump() for result in results]
         told["alarms"] = json.dumps(alarms)

@@ -22,9 +22,10 @@ from service.terms.jobs import Part
 
 INPUTS: dict[str, tuple[str, ...]] = {"vis": ("UINT8", "BYTES"), "ir": ("UINT8", "UINT16", "BYTES")}  # and datatypes
 OUTPUTS: dict[str, Part] = {"fused": Part.FUSED, "vis_restored": Part.VIS, "ir_restored": Part.IR}
+VALUES = "values"  # the output that is no picture, and the parameter that says how it comes
 PARAMETERS = (
     "seed", "steps", "sampler", "exposure", "rig", "align", "colour", "colour_range", "degrees", "alarm", "outline",
-    "metadata", "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
+    VALUES, "metadata", "vis_range", "ir_range", "format", "priority", "timeout", "timeout_ms"
 )  # fmt: skip
 MAX_MESSAGE_CHARS = 1000
 MAX_NAME_CHARS = 64
@@ -48,7 +49,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """outputs: the wanted ones and whether each is wanted as binary data; empty asks for all of them."""
+    """outputs: the wanted ones and whether each is wanted as binary data; empty asks for all pictures."""
 
     inputs: tuple[Tensor, ...]
     outputs: Mapping[str, bool] = field(default_factory=dict)
@@ -61,7 +62,8 @@ class InferRequest:
 class InferAnswer:
     """model_name, model_version: of the model that made the first pair's pictures.
 
-    parameters: infrared_source, warnings, alarms and alignments, as docs/oip.md has them; empty with nothing to tell.
+    parameters: infrared_source, warnings, values_unit, alarms and alignments, as docs/oip.md has them, where there is
+    something to tell.
     """
 
     model_name: str
@@ -119,8 +121,8 @@ def parameters_of(given: Mapping[str, Any]) -> dict[str, Parameter]:
 
 def add_output(outputs: dict[str, bool], name: str, parameters: Mapping[str, Any], is_binary: bool) -> None:
     """Note a wanted output. Raises InvalidInputError."""
-    if name not in OUTPUTS:
-        raise InvalidInputError(f"there is no output {name[:40]!r}; accepted are {', '.join(OUTPUTS)}")
+    if name not in OUTPUTS and name != VALUES:
+        raise InvalidInputError(f"there is no output {name[:40]!r}; accepted are {', '.join((*OUTPUTS, VALUES))}")
     if name in outputs:
         raise InvalidInputError(f"the output {name} is asked for more than once")
     if "classification" in parameters:

@@ -86,13 +86,16 @@ def outputs_of(answer: httpx.Response) -> dict[str, Any]:
         if size is None:
             data = entry["data"]
             is_bytes = entry["datatype"] == "BYTES"
-            raw = join_elements(map(base64.b64decode, data)) if is_bytes else bytes(data)
+            is_float = entry["datatype"] == "FP32"
+            numbers = np.array(data, np.float32).tobytes() if is_float else b"" if is_bytes else bytes(data)
+            raw = join_elements(map(base64.b64decode, data)) if is_bytes else numbers
         else:
             raw, at = answer.content[at : at + size], at + size
         if entry["datatype"] == "BYTES":
             found[entry["name"]] = split_elements(raw, int(np.prod(entry["shape"])), "output")
         else:
-            found[entry["name"]] = np.frombuffer(raw, np.uint8).reshape(entry["shape"])
+            kind = "<f4" if entry["datatype"] == "FP32" else "u1"
+            found[entry["name"]] = np.frombuffer(raw, kind).reshape(entry["shape"])
     assert at == len(answer.content)
     return found
 

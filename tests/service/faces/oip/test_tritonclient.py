@@ -94,7 +94,7 @@ def test_tritonclient_finds_its_way(triton: tuple[Any, Any]) -> None:
     assert client.get_server_metadata(**more)["name"] == "recofuse"
     metadata = client.get_model_metadata("compact", **more)
     assert [one["name"] for one in metadata["inputs"]] == ["vis", "ir"]
-    assert [one["name"] for one in metadata["outputs"]] == ["fused", "vis_restored", "ir_restored"]
+    assert [one["name"] for one in metadata["outputs"]] == ["fused", "vis_restored", "ir_restored", "values"]
     assert [int(size) for size in metadata["inputs"][0]["shape"]] == [-1, -1, -1, 3]
     (version,) = metadata["versions"]
     assert client.is_model_ready("compact", version)
