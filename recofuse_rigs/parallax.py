@@ -17,8 +17,8 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from recofuse_images.codecs import cv2
 from recofuse_rigs.cues import Floats, Mask, cue_map
 from recofuse_rigs.errors import BadRigError
 from recofuse_rigs.refinement import Vector, likeness_surfaces, quadratics
-from recofuse_rigs.rig import Rig, Size
+from recofuse_rigs.rig import MAX_PARALLAX, Rig, Size
+from recofuse_rigs.search import GreyPair
 from recofuse_rigs.warp import Warp, hat_weights, warp_of
 
 NODES = (8, 6)  # columns, rows of a field
@@ -46,6 +47,9 @@ _MIN_GAIN = 0.03  # and its share of what the cells had in common
 _MIN_MOVED = 0.2  # pixels at the compared size: less is not worth it
 _MAX_FRAMES = 5  # that a stream's field is a mean of, about
 _VAST = 1e30
+_MIN_PAIRS = 4  # that tell a rig's bound
+_FARTHEST = 95  # percentile of a pair's nodes
+_ROOM = 1.4  # times the farthest: other scenes have nearer things
 _THUMB = (16, 12)
 _CUT = 24.0  # levels by which the thumbnails of one scene differ at the most
 
@@ -138,6 +142,26 @@ def refined_warp(
         None if residual is None else residual * per_pixel,
         Track((field / size[0]).astype(np.float32), thumbnail, num_frames),
     )
+
+
+def bound_of(pairs: Sequence[GreyPair], rig: Rig) -> float | None:
+    """How far off what is nearer or farther than the rig is right for lies in its pairs, visible pixels, with room.
+
+    For `parallax_px` of a rig. None where fewer than half of the pairs tell it clearly, and for fewer than four.
+    """
+    if len(pairs) < _MIN_PAIRS:
+        return None
+    most = MAX_PARALLAX * rig.vis_size[0]
+    warp = warp_of(replace(rig, parallax_px=most))
+    farthest = []
+    for pair in pairs:
+        refined = refined_warp(np.clip(pair.vis, 0, 255).astype(np.uint8), pair.ir, warp)
+        if refined.moved_px > 0 and refined.track is not None:
+            lengths = np.linalg.norm(refined.track.field, axis=2) * rig.vis_size[0]
+            farthest.append(float(np.percentile(lengths, _FARTHEST)))
+    if 2 * len(farthest) < len(pairs):
+        return None
+    return round(min(_ROOM * max(farthest), most), 1)
 
 
 def _compared_size(vis_size: Size) -> Size:

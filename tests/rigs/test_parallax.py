@@ -18,8 +18,9 @@ from recofuse_images.writer import png_bytes
 from recofuse_rigs import warp as warp_module
 from recofuse_rigs.errors import BadRigError
 from recofuse_rigs.pairs import read_aligned
-from recofuse_rigs.parallax import Refined, Track, refined_warp
+from recofuse_rigs.parallax import Refined, Track, bound_of, refined_warp
 from recofuse_rigs.rig import Distortion, Rig
+from recofuse_rigs.search import GreyPair
 from recofuse_rigs.warp import Warp, warp_of
 from tests.rigs.scenes import IR_SIZE, VIS_SIZE, moved, scene, truth
 
@@ -265,3 +266,24 @@ def test_files_are_refined_at_their_depth() -> None:
     registered = 7000 + 10 * ir.astype(float)
     left, was = (np.abs(each.infrared.picture.values - registered).mean() for each in (aligned, plain))
     assert left < 0.6 * was
+
+
+def streets(across_m: float, count: int = 5, right_m: float = 12.0) -> tuple[list[GreyPair], Rig, float]:
+    """Streets as cameras so far apart see them, a rig that is right for one distance, and how far off the rest lies."""
+    pairs, farthest, x = [], 0.0, 0.0
+    for seed in range(count):
+        views = two_views(seed, across_m=across_m, up_m=0.0, height=HEIGHT, width=WIDTH)
+        x = -views.focal * across_m
+        vis, ir = (np.asarray(side.numpy().mean(axis=0) * 255, np.float32) for side in (views.vis, views.ir))
+        pairs.append(GreyPair(vis, ir))
+        farthest = max(farthest, float(np.abs(x * (1 / views.depth_m.numpy() - 1 / right_m)).max()))
+    return pairs, Rig(VIS_SIZE, VIS_SIZE, (1.0, 0.0, -x / right_m, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)), farthest
+
+
+def test_pairs_tell_how_far_off_other_distances_lie() -> None:
+    pairs, rig, farthest = streets(0.12)
+    found = bound_of(pairs, rig)
+    assert found is not None
+    assert 0.8 * farthest <= found <= 1.6 * farthest
+    assert bound_of(pairs[:3], rig) is None  # too few
+    assert bound_of(streets(0.0)[0], REGISTERED) is None  # nothing is off, so nothing is told

@@ -80,7 +80,8 @@ def test_what_a_rigs_camera_sees_is_laid_where_it_was(rig: Rig) -> None:
     columns, rows = np.meshgrid(np.arange(320), np.arange(240))
     scene = (30000 + 9000 * np.sin(columns / 15) + 9000 * np.cos(rows / 12)).astype(np.uint16)
     seen = seen_by(rig, scene)
-    assert (seen.shape, seen.dtype) == (rig.ir_size[::-1], np.uint16)
+    assert seen.shape == rig.ir_size[::-1]
+    assert seen.dtype == np.uint16
     warp = warp_of(rig)
     inside = cv2.erode(warp.coverage.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
     assert inside.mean() > 0.4

@@ -48,6 +48,7 @@ def calibrate(
     require("cv2")
     from recofuse_images.writer import encoded
     from recofuse_rigs.calibration import calibrate as calibrated
+    from recofuse_rigs.parallax import bound_of
     from recofuse_rigs.rig import check_name, to_json
     from recofuse_rigs.sheet import calibration_sheet
     from recofuse_rigs.targets import from_boards, from_points
@@ -85,6 +86,9 @@ def calibrate(
             complain(f"{found[index].name}: contradicts the other pairs, and was left out")
         _require_sure(result.doubts, force)  # before it is made a rig, which it may be too wild to be
         rig, doubts = result.as_rig(), result.doubts
+        if rig.is_sure:
+            kept = [pair for index, pair in enumerate(pairs) if index not in result.left_out]
+            rig = replace(rig, parallax_px=bound_of(kept, rig))
     _require_sure(doubts, force)
     rig = replace(rig, name=name, date=today)
     for line in _summary(rig):
@@ -242,9 +246,11 @@ def _doubt_of_points(rig: Rig) -> str:
 
 
 def _summary(rig: Rig) -> list[str]:
+    parallax = [] if rig.parallax_px is None else [f"nearer and farther things may lie off by {rig.parallax_px:.1f} px"]
     return [
         f"{rig.name}: infrared {rig.ir_size[0]}x{rig.ir_size[1]} covers {rig.overlap:.0%} of the visible "
         f"{rig.vis_size[0]}x{rig.vis_size[1]}",
         f"from {rig.num_pairs} pairs: residual {rig.residual_px:.2f} px, spread {rig.spread_px:.2f} px, "
         f"{'sure' if rig.is_sure else 'unsure'}",
+        *parallax,
     ]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -130,7 +131,7 @@ async def test_cameras_see_through_a_rig_that_puts_them_right(serving: Serving) 
     warp = warp_of(rig.resized(size, (40, 32)))
     covered = warp.coverage
 
-    def off(laid: NDArray[np.uint8]) -> float:
+    def off(laid: NDArray[Any]) -> float:
         return float(np.abs(cv2.blur(laid.astype(float), (5, 5)) - cv2.blur(whole, (5, 5)))[covered].mean())
 
     assert off(warp.apply(seen)) < 0.5 * off(cv2.resize(seen, size))

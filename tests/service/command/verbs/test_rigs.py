@@ -12,7 +12,7 @@ from recofuse_images.reader import read_infrared
 from recofuse_images.writer import png_bytes
 from recofuse_rigs.rig import Rig, corners_of, from_json, mapped, to_json
 from tests.rigs.scenes import IR_SIZE, VIS_SIZE, moved, scene, truth
-from tests.rigs.test_parallax import leaning, off_by
+from tests.rigs.test_parallax import leaning, off_by, streets
 from tests.service.command.calls import assert_one_line, run
 
 
@@ -36,7 +36,7 @@ def test_a_rig_is_calibrated_and_applied(folder: Path) -> None:
     rig = from_json(file.read_bytes())
     corners = corners_of(IR_SIZE)
     assert np.linalg.norm(mapped(rig.array, corners) - mapped(truth(), corners), axis=1).mean() < 1
-    assert (rig.name, rig.num_pairs, rig.is_sure) == ("roof", 4, True)
+    assert (rig.name, rig.num_pairs, rig.is_sure, rig.parallax_px) == ("roof", 4, True, None)
     sheet = cv2.imread(str(folder / "rigs" / "roof_sheet.png"))
     assert sheet is not None
     assert sheet.shape[1] == 2 * VIS_SIZE[0]
@@ -49,6 +49,21 @@ def test_a_rig_is_calibrated_and_applied(folder: Path) -> None:
     inner = np.s_[80:160, 110:210]
     assert aligned.shape == registered.shape
     assert np.median(np.abs(aligned[inner].astype(int) - registered[inner])) < 30
+
+
+def test_a_rig_of_scenes_with_depth_knows_its_bound(tmp_path: Path) -> None:
+    for side in ("vis", "ir"):
+        (tmp_path / side).mkdir()
+    for seed, pair in enumerate(streets(0.12)[0]):
+        for side, grey in (("vis", pair.vis), ("ir", pair.ir)):
+            (tmp_path / side / f"{seed}.png").write_bytes(png_bytes(np.rint(grey).astype(np.uint8)))
+    file = tmp_path / "roof.json"
+    done = run("calibrate", "--vis", tmp_path / "vis", "--ir", tmp_path / "ir", "-o", file)
+    assert done.exit_code == 0, done.output
+    rig = from_json(file.read_bytes())
+    assert rig.parallax_px is not None
+    assert 1 < rig.parallax_px < 12
+    assert f"nearer and farther things may lie off by {rig.parallax_px:.1f} px" in done.stdout
 
 
 def test_what_is_unsure_is_written_by_force_alone(folder: Path) -> None:
