@@ -58,6 +58,10 @@ function laidBy(rig, vis, ir) {
   return cornersOf(ir).map(corner => resized(mapped(rig.matrix, resized(corner, ir, irOwn)), visOwn, vis));
 }
 
+// Values averaged over five that lie `stride` apart, by 1 4 6 4 1; those at the sides are of no use.
+const smoothed = (values, stride) => Float32Array.from(values, (value, at) =>
+  (values[at - 2 * stride] + 4 * values[at - stride] + 6 * value + 4 * values[at + stride] + values[at + 2 * stride]) / 16 || 0);
+
 // The edges of a picture, opaque where they are strong, on a canvas that is at most MAX_EDGES_SIDE wide and high.
 function drawEdges(canvas, image) {
   const scale = Math.min(1, MAX_EDGES_SIDE / Math.max(image.naturalWidth, image.naturalHeight));
@@ -66,10 +70,11 @@ function drawEdges(canvas, image) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(image, 0, 0, width, height);
   const pixels = context.getImageData(0, 0, width, height), { data } = pixels;
-  const grey = Float32Array.from({ length: width * height }, (_, at) => data[4 * at] + data[4 * at + 1] + data[4 * at + 2]);
+  const levels = Float32Array.from({ length: width * height }, (_, at) => data[4 * at] + data[4 * at + 1] + data[4 * at + 2]);
+  const grey = smoothed(smoothed(levels, 1), width);
   const strengths = new Float32Array(width * height);
-  for (let y = 1; y < height - 1; y++)
-    for (let x = 1; x < width - 1; x++) {
+  for (let y = 3; y < height - 3; y++)
+    for (let x = 3; x < width - 3; x++) {
       const at = y * width + x, [above, below] = [at - width, at + width];
       const across = grey[above + 1] + 2 * grey[at + 1] + grey[below + 1] - grey[above - 1] - 2 * grey[at - 1] - grey[below - 1];
       const down = grey[below - 1] + 2 * grey[below] + grey[below + 1] - grey[above - 1] - 2 * grey[above] - grey[above + 1];
