@@ -124,13 +124,13 @@ class DyingEngine(TorchEngine):
         self._num_passes = 0
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         """See PipelinedEngine."""
         self._num_passes += 1
         if self._num_passes == 3:
             self._break_device()
-        return super().start(vis, ir, options, seeds)
+        return super().start(vis, ir, options, seeds, overlap)
 
 
 class TightEngine(TorchEngine):

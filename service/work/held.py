@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from recofuse_images.reader import Pair
 from service.queue.contract import Lease
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from recofuse_images.measures import Measured
     from recofuse_images.steady import Floats
     from recofuse_rigs.warp import Warp
+    from service.work.engine import Pixels
 
 
 @dataclass(slots=True, eq=False)
@@ -40,3 +44,25 @@ class Held:
     def has_pictures(self) -> bool:
         """Whether the engine is done with it."""
         return self.is_running and self.pair is None
+
+
+class Stacked(NamedTuple):
+    """What an engine is given for one pass, see `Engine.fuse`."""
+
+    vis: Pixels
+    ir: Pixels
+    seeds: list[int]
+    overlap: Pixels | None
+
+    @classmethod
+    def of(cls, batch: Sequence[Held], size: int, *, is_partial: bool) -> Stacked:
+        """The jobs of a batch, filled up with the last of them to a size. is_partial: infrared covers part of each."""
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        pairs = [held.pair for held in filled if held.pair is not None]
+        overlaps = [held.warp.overlap for held in filled if held.warp is not None] if is_partial else []
+        return cls(
+            np.stack([pair.vis for pair in pairs]),
+            np.stack([pair.ir for pair in pairs]),
+            [held.lease.job.options.seed for held in filled],
+            np.stack(overlaps) if overlaps else None,
+        )

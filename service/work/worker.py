@@ -24,8 +24,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from recofuse_host.processors import read_processors
 from recofuse_host.threads import Threads
 from service.queue.contract import Clock, JobQueue
@@ -48,8 +46,8 @@ from service.watch.metrics import DropReason, Metrics
 from service.watch.tracing import NO_TRACES, Tracer
 from service.work import steadying
 from service.work.batcher import Batcher, BatchPolicy, Waiting
-from service.work.engine import Engine, EngineBrokenError, PipelinedEngine, PassOptions, TellingEngine
-from service.work.held import Held
+from service.work.engine import Engine, EngineBrokenError, PassOptions, PipelinedEngine, TellingEngine
+from service.work.held import Held, Stacked
 
 if TYPE_CHECKING:
     from recofuse_images.steady import Floats
@@ -412,20 +410,10 @@ class Worker:
 
     def _forward(self, batch: list[Held], options: PassOptions) -> Pictures | Callable[[], Pictures]:
         """On the model's thread: stack, fill up to a size that the engine likes, run. Or begin to, and what waits."""
-        pairs = [held.pair for held in batch if held.pair is not None]
-        seeds = [held.lease.job.options.seed for held in batch]
-        num_fill = self._batcher.policy.padded(len(pairs)) - len(pairs)
-        pairs += [pairs[-1]] * num_fill
-        seeds += [seeds[-1]] * num_fill
-        vis = np.stack([pair.vis for pair in pairs])
-        ir = np.stack([pair.ir for pair in pairs])
-        overlap = None
-        if options.is_partial:
-            overlaps = [held.warp.overlap for held in batch if held.warp is not None]
-            overlap = np.stack(overlaps + overlaps[-1:] * num_fill)
+        stacked = Stacked.of(batch, self._batcher.policy.padded(len(batch)), is_partial=options.is_partial)
         if isinstance(self._engine, PipelinedEngine):
-            return self._engine.start(vis, ir, options, seeds, overlap)
-        return self._engine.fuse(vis, ir, options, seeds, overlap)
+            return self._engine.start(stacked.vis, stacked.ir, options, stacked.seeds, stacked.overlap)
+        return self._engine.fuse(stacked.vis, stacked.ir, options, stacked.seeds, stacked.overlap)
 
     async def _split(self, batch: list[Held]) -> None:
         self._metrics.batches_split.inc()
