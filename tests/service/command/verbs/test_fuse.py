@@ -156,7 +156,8 @@ def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:
     assert inside.mean() > 0.1
     assert outside.any()
     assert np.abs(fused - registered)[:, inside].mean() < 5
-    np.testing.assert_array_equal(fused[:, outside], vis[:, outside])
+    # not to the bit: both are blended before they are decoded, and the decoder sees all of a frame a little
+    assert np.abs(fused - vis)[:, outside].mean() < min(2.5, 0.5 * np.abs(registered - vis)[:, outside].mean())
     # along the border the picture is no rougher than the two that meet there
     border = (warp.weights < 0.5) & (warp.tone_weights > 0.9)
     steps = [

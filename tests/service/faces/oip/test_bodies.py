@@ -32,6 +32,7 @@ ENTRIES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(entries=ENTRIES, id_=st.text(max_size=20))
 def test_splitting_undoes_joining(entries: list[tuple[str, str, list[int], bytes]], id_: str) -> None:
     inputs = [
@@ -53,6 +54,7 @@ def read(body: bytes, header_length: str | None) -> None:
     plan_of(split_body(body, header_length, LIMITS), LIMITS)
 
 
+@settings(deadline=None)
 @given(body=st.binary(max_size=200), header_length=st.none() | st.text(max_size=8) | st.integers(-5, 300).map(str))
 def test_no_bytes_are_worse_than_refused(body: bytes, header_length: str | None) -> None:
     with pytest.raises(ServiceError):
@@ -66,7 +68,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     field=st.sampled_from(["id", "inputs", "outputs", "parameters", "name", "datatype", "shape", "data"]),
     value=JSON,

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recofuse_protos.inference.v2 import inference_pb2 as pb
@@ -21,6 +21,7 @@ from tests.service.conftest import Serving
 from tests.service.faces.oip.messages import IR_FILE, LIMITS, PIXELS, VIS, grpc_message, refusal_of
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_message_with_wrong_fields_is_read_or_refused(data: st.DataObject) -> None:
     """The same for gRPC: whatever parses as the message, however little sense it makes."""
