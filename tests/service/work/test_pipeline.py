@@ -30,7 +30,7 @@ class OverlappingFake(FakeEngine):
         self.failures = failures or {}
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int]
+        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         number = len(self.begun)
         self.begun.append(len(vis))
