@@ -5,6 +5,9 @@ An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that
 in place and in brightness (HDRNet, Gharbi et al., 2017), for what differs over the frame, such as fog over depth. Both
 start as the identity and are trained to leave a well exposed frame alone. docs/decisions/0015 tells why and how well.
 
+The same estimator tells the veil of fog, rain or snow (`Veil`) that tone curves left over a frame which is to stay as
+dark as it was: a second pair of heads on what the lighting is made of (docs/decisions/0031).
+
 What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
 the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.
 """
@@ -31,6 +34,7 @@ class ExposureConfig:
     width: int = 256  # of the layers between the quantiles and the curves
     channels: tuple[int, int, int] = (24, 32, 48)  # of the convolutions over the cells, at 1/2, 1/4 and 1/4 of them
     num_levels: int = 8  # of the bilateral grid, from black to white
+    lifts_veil: bool = False  # whether it tells a `Veil`, too
 
     def __post_init__(self) -> None:
         if self.cells < 8 or self.cells % 8:
@@ -40,6 +44,7 @@ class ExposureConfig:
 
 
 OFFSET_UNIT = 0.3
+DOUBTFUL, CERTAIN = 0.92, 0.98  # how probable a veil is where lifting it begins, and from where all of it is lifted
 
 
 class Lighting(NamedTuple):
@@ -101,8 +106,34 @@ class Lighting(NamedTuple):
         return entries[:, :, 0]
 
 
+class Veil(NamedTuple):
+    """What still lies between toned visible frames of a batch and their scene: curves and a grid that take it away.
+
+    share: (B,) in [0, 1], how much of it is lifted; 0 where there is hardly a veil, and the frame stays as it is.
+    """
+
+    lifting: Lighting
+    share: Tensor
+
+    def lifted(self, vis: Tensor) -> Tensor:
+        """Visible frames (B, 3, H, W) in [0, 1] without it, to the same."""
+        return vis + self.share[:, None, None, None] * (self.lifting.levels(vis) - vis)
+
+
+class Seen(NamedTuple):
+    """What an `ExposureEstimator` makes of a pair's cells, from which every head reads.
+
+    summary: (B, width), of the whole frame, for curves. frame: (B, channels + width), the means of all that was seen,
+    and the summary. places: (B, channels, h, w), for grids.
+    """
+
+    summary: Tensor
+    frame: Tensor
+    places: Tensor
+
+
 class ExposureEstimator(nn.Module):
-    """Gives the `Lighting` of a pair.
+    """Gives the `Lighting` of a pair, and its `Veil` if the configuration says so.
 
     The curves come from quantiles of all four averaged channels; the grid from convolutions over the cells, before and
     under the curves, and over their summary. The infrared frame sees through a veil, so it helps to tell one.
@@ -138,7 +169,13 @@ class ExposureEstimator(nn.Module):
         self.of_frame = nn.Linear(third + config.width, third)
         self.join = nn.Conv2d(third, third, 3, padding=1)
         self.grid_head = nn.Conv2d(third, 6 * config.num_levels, 1)
-        for head in (self.curve_head, self.grid_head):  # the identity to start from
+        heads: list[nn.Linear | nn.Conv2d] = [self.curve_head, self.grid_head]
+        if config.lifts_veil:
+            self.veil_curve_head = nn.Linear(config.width, 3 * 3)
+            self.veil_grid_head = nn.Conv2d(third, 6 * config.num_levels, 1)
+            self.veil_judge = nn.Linear(third + config.width, 1)
+            heads += [self.veil_curve_head, self.veil_grid_head, self.veil_judge]
+        for head in heads:  # the identity to start from
             nn.init.zeros_(head.weight)
             if head.bias is not None:
                 nn.init.zeros_(head.bias)
@@ -169,26 +206,63 @@ class ExposureEstimator(nn.Module):
         """The curves of three channels for (B, features), and the summary (B, width) that they come from."""
         scaled = (features - self.get_buffer("mean")) / self.get_buffer("std")
         summary = self.summary(scaled)
-        shift, gain, gamma = self.curve_head(summary)[:, :, None, None].chunk(3, dim=1)
-        return ToneCurves(self.SHIFT_UNIT * shift, gain.exp(), (self.GAMMA_UNIT * gamma).exp()), summary
+        return self._curves(self.curve_head(summary)), summary
 
     def lighting(self, cells: Tensor, features: Tensor) -> Lighting:
         """Curves and grid for cells (B, 4, cells, cells) and their features."""
+        seen = self.look(cells, features)
+        return Lighting(self._curves(self.curve_head(seen.summary)), self._grid(self.grid_head(seen.places)))
+
+    def look(self, cells: Tensor, features: Tensor) -> Seen:
+        """What every head reads, of cells (B, 4, cells, cells) and their features."""
         curves, summary = self.curves(features)
         batch, _, height, width = cells.shape
         row = torch.linspace(-1, 1, height, device=cells.device).view(1, 1, -1, 1).expand(batch, 1, height, width)
         seen = torch.cat([cells - self.MIDDLE, curves(cells[:, :3]) - self.MIDDLE, row], dim=1)
         near = self.near(seen)
         far = self.far(near)
-        frame = self.of_frame(torch.cat([far.mean(dim=(2, 3)), summary], dim=1))
-        far = F.interpolate(far + frame[:, :, None, None], near.shape[-2:], mode="bilinear", align_corners=False)
-        grid = self.grid_head(F.silu(self.join(near + far)))
-        return Lighting(curves, grid.unflatten(1, (6, self.config.num_levels)))
+        frame = torch.cat([far.mean(dim=(2, 3)), summary], dim=1)
+        of_frame = self.of_frame(frame)
+        far = F.interpolate(far + of_frame[:, :, None, None], near.shape[-2:], mode="bilinear", align_corners=False)
+        return Seen(summary, frame, F.silu(self.join(near + far)))
+
+    def lifting(self, seen: Seen) -> Lighting:
+        """What takes the veil off a frame, were there any. The model must have been made to lift it."""
+        curves = self._curves(self.veil_curve_head(seen.summary))
+        return Lighting(curves, self._grid(self.veil_grid_head(seen.places)))
+
+    def veil_log_odds(self, seen: Seen) -> Tensor:
+        """Log-odds that a veil lies over a frame, (B,)."""
+        log_odds: Tensor = self.veil_judge(seen.frame)[:, 0]
+        return log_odds
+
+    def veil(self, vis: Tensor, ir: Tensor) -> Veil:
+        """The veil over whole frames under tone curves: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
+        cells = self.average(vis, ir)
+        seen = self.look(cells, self.features(cells))
+        probability = torch.sigmoid(self.veil_log_odds(seen))
+        return Veil(self.lifting(seen), ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0))
+
+    def veil_heads(self) -> list[nn.Parameter]:
+        """The weights that tell and lift a veil; none in a model that does not."""
+        return [parameter for name, parameter in self.named_parameters() if name.startswith("veil_")]
+
+    def lighting_parameters(self) -> list[nn.Parameter]:
+        """All other weights."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("veil_")]
 
     def forward(self, vis: Tensor, ir: Tensor) -> Lighting:
         """The lighting of whole frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
         cells = self.average(vis, ir)
         return self.lighting(cells, self.features(cells))
+
+    def _curves(self, values: Tensor) -> ToneCurves:
+        shift, gain, gamma = values[:, :, None, None].chunk(3, dim=1)
+        return ToneCurves(self.SHIFT_UNIT * shift, gain.exp(), (self.GAMMA_UNIT * gamma).exp())
+
+    def _grid(self, values: Tensor) -> Tensor:
+        batch, _, height, width = values.shape
+        return values.view(batch, 6, self.config.num_levels, height, width)
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise

@@ -51,7 +51,7 @@ from recofuse_core.picture import (
 from recofuse_core.sampler import NoiseSource, Pair, Prediction, SamplerName, seeded_noise
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
-from recofuse_core.weather import STRIDE, WeatherConfig, WeatherEstimator
+from recofuse_core.weather import STRIDE, WeatherConfig, WeatherEstimator, without
 
 Coupling = Literal["every_step", "late", "none"]
 GPU_TILE_BATCH = 8  # tiles of a large frame at a time
@@ -106,7 +106,7 @@ PRESETS = {
         FusionConfig(latent_channels=16, context_pool=4),
         SDEConfig(),
         tone=ToneConfig(width=512),
-        exposure=ExposureConfig(),
+        exposure=ExposureConfig(lifts_veil=True),
         weather=WeatherConfig(),
         sampler="ode2",
         steps=2,
@@ -216,8 +216,21 @@ class ReCoFuse(nn.Module):
             return frames
         height, width = frames.vis.shape[-2:]
         padded = Pair(*(pad_to_multiple(image, STRIDE, "reflect") for image in frames))
-        added = self.weather(padded.vis, padded.ir)[..., :height, :width]
-        return Pair((frames.vis - added).clamp(0.0, 1.0), frames.ir)
+        seen = self.weather.look(padded.vis, padded.ir)
+        share = self.weather.share(seen.coarse)
+        if _is_nothing(share):
+            return frames
+        return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir)
+
+    def lift(self, images: Pair) -> Pair:
+        """Whole images under their tone curves without the veil that these left over the visible one.
+
+        They come back unchanged from a model that knows no veils.
+        """
+        if self.exposure is None or not self.exposure.config.lifts_veil:
+            return images
+        veil = self.exposure.veil(images.vis, images.ir)
+        return images if _is_nothing(veil.share) else Pair(veil.lifted(images.vis), images.ir)
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
@@ -327,9 +340,9 @@ class ReCoFuse(nn.Module):
         return output, finish.is_finite
 
     def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> Pair:
-        """Images of `run` as they are encoded: without weather, lit if asked, toned, padded, three channels each."""
+        """Images of `run` as they are encoded: without weather and veil or lit, toned, padded, three channels each."""
         frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
-        images = self.normalise(self.light(frames) if exposure == "lit" else frames)
+        images = self.normalise(self.light(frames)) if exposure == "lit" else self.lift(self.normalise(frames))
         return Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")
@@ -485,6 +498,14 @@ class Finish(nn.Module):
         elif name == "ir":
             image = image.mean(dim=1, keepdim=True)
         return (image * 255).round().byte() if levels else image, is_finite
+
+
+def _is_nothing(share: Tensor) -> bool:
+    """Whether nothing of what was found is wanted, (B,), so that its work can be left out.
+
+    Asked on processors alone: elsewhere it would wait for the device, and a graph has one way.
+    """
+    return share.device.type == "cpu" and not torch.compiler.is_exporting() and not bool(share.any())
 
 
 def _unit_range(image: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from recofuse_core.errors import ConfigError
 STRIDE = 16  # frames are reduced by as much; their sides must be multiples of it
 CELL = 4  # pixels a side that the first layer reads and the last one writes at once
 FAINT = 0.05  # of what is seen in the mean of a frame; less of it hardly counts
-DOUBTFUL, CERTAIN = 0.1, 0.25  # how probable weather is where taking it off begins, and from where all of it is taken
+DOUBTFUL, CERTAIN = 0.3, 0.6  # how probable weather is where taking it off begins, and from where all of it is taken
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class WeatherFound(NamedTuple):
 
     added: Tensor
     log_odds: Tensor
+
+
+class WeatherSeen(NamedTuple):
+    """What is seen of a pair at 1/4, 1/8 and 1/16 of its sides, each (B, C, h, w)."""
+
+    fine: Tensor
+    middle: Tensor
+    coarse: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -83,21 +91,30 @@ class WeatherEstimator(nn.Module):
 
         vis: (B, 3, H, W), ir: (B, 1, H, W), in [0, 1]; H and W multiples of 16. Computed in the dtype of the weights.
         """
-        found = self.find(vis, ir)
-        share = ((torch.sigmoid(found.log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
-        return found.added * share[:, None, None, None]
+        seen = self.look(vis, ir)
+        return self.added(seen) * self.share(seen.coarse)[:, None, None, None]
 
     def find(self, vis: Tensor, ir: Tensor) -> WeatherFound:
         """See forward. Whether there is any is told from the whole frame: one streak may be a wire or a scratch."""
-        fine, middle, coarse = self._encode(vis, ir)
-        log_odds = self.log_odds(coarse)
-        middle = self.decoder_middle(middle + F.pixel_shuffle(self.double_coarse(coarse), 2))
-        fine = self.decoder_fine(fine + F.pixel_shuffle(self.double_middle(middle), 2))
-        return WeatherFound(F.pixel_shuffle(self.head(fine), CELL).float(), log_odds)
+        seen = self.look(vis, ir)
+        return WeatherFound(self.added(seen), self.log_odds(seen.coarse))
 
-    def features(self, vis: Tensor, ir: Tensor) -> Tensor:
-        """What `log_odds` judges, (B, C, H/16, W/16); see forward."""
-        return self._encode(vis, ir)[-1]
+    def look(self, vis: Tensor, ir: Tensor) -> WeatherSeen:
+        """What the rest is told from; see forward."""
+        fine = self.encoder_fine(self.stem(torch.cat([vis, ir], dim=1).to(self.stem.weight.dtype)))
+        middle = self.encoder_middle(self.halve_fine(fine))
+        return WeatherSeen(fine, middle, self.bottom(self.halve_middle(middle)))
+
+    def share(self, coarse: Tensor) -> Tensor:
+        """How much of what was found is taken off each frame, (B,) in [0, 1]; 0 where there is hardly any weather."""
+        probability = torch.sigmoid(self.log_odds(coarse))
+        return ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
+
+    def added(self, seen: WeatherSeen) -> Tensor:
+        """What weather added to the visible frames, were there any, (B, 3, H, W) float32: most of the work."""
+        middle = self.decoder_middle(seen.middle + F.pixel_shuffle(self.double_coarse(seen.coarse), 2))
+        fine = self.decoder_fine(seen.fine + F.pixel_shuffle(self.double_middle(middle), 2))
+        return F.pixel_shuffle(self.head(fine), CELL).float()
 
     def log_odds(self, features: Tensor) -> Tensor:
         """Log-odds that there is weather in a frame of such features, (B,) float32."""
@@ -109,10 +126,10 @@ class WeatherEstimator(nn.Module):
         """The weights of `log_odds`."""
         return [*self.witness.parameters(), *self.judge.parameters()]
 
-    def _encode(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fine = self.encoder_fine(self.stem(torch.cat([vis, ir], dim=1).to(self.stem.weight.dtype)))
-        middle = self.encoder_middle(self.halve_fine(fine))
-        return fine, middle, self.bottom(self.halve_middle(middle))
+
+def without(vis: Tensor, added: Tensor, share: Tensor) -> Tensor:
+    """Visible frames (B, 3, H, W) in [0, 1] without a share (B,) of what weather added to them, to the same."""
+    return (vis - share[:, None, None, None] * added).clamp(0.0, 1.0)
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

@@ -49,7 +49,9 @@ from recofuse_host.processors import Threads, decide_threads, read_processors
 Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
 Images = Floats | Levels
-PartName = Literal["clear", "tone", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"]
+PartName = Literal[
+    "weather", "clear", "tone", "lift", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"
+]
 
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
 FACTS_KEY = "recofuse.about"  # of the metadata, in the graph `predict`
@@ -78,6 +80,7 @@ class Facts:
     widening: float
     can_light: bool
     clears: bool
+    lifts_veil: bool
     num_parameters: int
 
 
@@ -97,7 +100,9 @@ class GraphRuntime:
         self.facts = _facts_of(weights, predict)
         others: list[PartName] = ["tone", "encode", "fuse", "fuse_skips", "decode"]
         if self.facts.clears:
-            others.append("clear")
+            others += ["weather", "clear"]
+        if self.facts.lifts_veil:
+            others.append("lift")
         if self.facts.can_light:
             others.append("light")
         if self.facts.widening > 0:
@@ -210,12 +215,21 @@ class GraphNetworks:
         return results
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
-        """Frames without weather, lit if asked, under their tone curves, padded, ir in three channels."""
-        height, width = vis.shape[-2:]
-        if "clear" in self._sessions:
-            vis = self._run("clear", _padded(vis), _padded(ir))[0][..., :height, :width]
-        vis, ir = self._run("light" if exposure == "lit" else "tone", vis, ir)
+        """Frames without weather and veil or lit, under their tone curves, padded, ir in three channels."""
+        vis = self._clear(vis, ir)
+        vis, ir, *veil = self._run("light" if exposure == "lit" else "tone", vis, ir)
+        if veil and veil[0].any():
+            vis = self._run("lift", vis, *veil)[0]
         return Pair(_padded(vis), np.repeat(_padded(ir), 3, axis=1))
+
+    def _clear(self, vis: Floats, ir: Floats) -> Floats:
+        """The visible frames without weather: what it looks like is asked for only where there is any."""
+        if "weather" not in self._sessions:
+            return vis
+        height, width = vis.shape[-2:]
+        vis_sides = _padded(vis)
+        share, *seen = self._run("weather", vis_sides, _padded(ir))
+        return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width] if share.any() else vis
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
         """See Networks."""

@@ -11,7 +11,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.losses import GradientTarget, IntensityTarget
 from recofuse_core.model import PRESETS, ModelConfig
 
-StageName = Literal["weather", "weather_odds", "exposure", "tone", "autoencoder", "branches", "coupled"]
+StageName = Literal["weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled"]
 Updates = Literal["alternating", "decoupled", "joint", "separated"]
 
 
@@ -74,7 +74,7 @@ class StageConfig:
     gradient_target: GradientTarget = "maximum"
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
-    num_frames: int = 18_000  # weather_odds, exposure, tone: degraded frames that are drawn once and kept
+    num_frames: int = 18_000  # weather_odds, exposure, tone, veil: degraded frames that are drawn once and kept
     lit_probability: float = 0.0  # coupled: of a pair that comes lit, from the frames of the exposure stage
     swap_probability: float = 0.0  # exposure, tone: of meeting the infrared frame of another pair
     spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat

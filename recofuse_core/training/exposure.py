@@ -183,6 +183,7 @@ class FrameSource:
 
     def __init__(self, pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], references: References) -> None:
         self.infrared: list[np.ndarray] = []
+        self.scenes: list[Frame] = []  # all pairs, whatever they are
         self.photos = references.photos
         self.pools: dict[FrameKind, list[Frame]] = {kind: [] for kind in FrameKind}
         self.pools[FrameKind.DARK_PAIR] = references.dark
@@ -191,6 +192,7 @@ class FrameSource:
             self.infrared.append(ir)
             mean = float(vis.mean()) / 255
             frame = Frame(vis, vis, ir)
+            self.scenes.append(frame)
             if mean < TRUE_NIGHT:
                 self.pools[FrameKind.NIGHT].append(frame)
             elif low <= mean <= high and is_crisp(vis):
@@ -218,7 +220,7 @@ class FrameSource:
         weights = torch.tensor([SHARES[kind] for kind in self.kinds])
         kind = self.kinds[int(torch.multinomial(weights, 1, generator=generator))]
         pool = self.pools[kind]
-        given, lit, ir = self._cut(pool[_index(len(pool), generator)], side, generator)
+        given, lit, ir = self.cut(pool[_index(len(pool), generator)], side, generator)
         match kind:
             case FrameKind.DARK_PAIR:
                 if _chance(0.45, generator):
@@ -237,7 +239,7 @@ class FrameSource:
                     given = given.pow(Range(0.85, 1.25).draw(generator))
                 given = _cast(given, 0.3, generator)
             case FrameKind.FOG_PAIR if _chance(0.45, generator):
-                given = _fogged(lit, transmission(given, lit).pow(FOG_POWER.draw(generator)), generator)
+                given = fogged_again(given, lit, generator)
             case FrameKind.FOGGED:
                 depth = scene_depth(lit, generator)
                 given = _fogged(lit, (-FOG_DENSITY.draw(generator) * depth).exp(), generator)
@@ -247,7 +249,7 @@ class FrameSource:
                 pass
         return given, lit.clamp(0, 1), ir, kind
 
-    def _cut(self, frame: Frame, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def cut(self, frame: Frame, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The same part of all images of a frame, squeezed to S x S; infrared of another scene where it has none."""
         share, top, left = CROP.draw(generator), _rand(generator), _rand(generator)
         is_flipped = _chance(0.5, generator)
@@ -319,6 +321,11 @@ def _empty(side: int, generator: Generator) -> Tensor:
     tint = 1 + 0.15 * (torch.rand(3, 1, 1, generator=generator) - 0.5)
     clouds = F.interpolate(torch.rand(1, 3, 3, 3, generator=generator) - 0.5, side, mode="bilinear")[0]
     return (level * tint + (0.006 if is_black else 0.03) * clouds).clamp(0, 1)
+
+
+def fogged_again(hazy: Tensor, clear: Tensor, generator: Generator) -> Tensor:
+    """A clear frame in the fog of a hazy one of the same scene, (3, H, W), thinner or denser and of another light."""
+    return _fogged(clear, transmission(hazy, clear).pow(FOG_POWER.draw(generator)), generator)
 
 
 def _fogged(clear: Tensor, through: Tensor, generator: Generator) -> Tensor:

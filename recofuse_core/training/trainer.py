@@ -37,6 +37,7 @@ from recofuse_core.training.optimisation import WeightAverage, build_optimizer, 
 from recofuse_core.training.pairs import Batch, PairSource
 from recofuse_core.training.processes import ProcessGroup
 from recofuse_core.training.tone import ToneSamples, tone_loss
+from recofuse_core.training.veil import VeilSamples, VeilSource, veil_loss
 from recofuse_core.training.weather import (
     EVEN_ODDS,
     OddsSamples,
@@ -102,11 +103,13 @@ class Trainer:
         tone = [] if self.model.tone is None else list(self.model.tone.parameters())
         weather = [] if self.model.weather is None else list(self.model.weather.parameters())
         judges = [] if self.model.weather is None else self.model.weather.judges()
-        exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
+        veil = [] if self.model.exposure is None else self.model.exposure.veil_heads()
+        exposure = [] if self.model.exposure is None else self.model.exposure.lighting_parameters()
         trained = {
             "weather": weather,
             "weather_odds": judges,
             "exposure": exposure,
+            "veil": veil,
             "tone": tone,
             "autoencoder": list(autoencoder.parameters()),
             "branches": [p for m in others for p in m.parameters()],
@@ -128,6 +131,7 @@ class Trainer:
         self.tone_samples: ToneSamples | None = None
         self.light_samples: LightSamples | None = None
         self.odds_samples: OddsSamples | None = None
+        self.veil_samples: VeilSamples | None = None
         self.average = WeightAverage(self.model, self.config.ema_decay)
 
     def run_stage(self) -> Iterator[StepReport]:
@@ -141,6 +145,8 @@ class Trainer:
             self._draw_light_samples()
         if self.stage.name == "weather_odds" and self.model.weather is not None:
             self._draw_odds_samples(self.model.weather)
+        if self.stage.name == "veil":
+            self._draw_veil_samples()
         started = time.monotonic() - self.elapsed_s
         while (progress := self._progress()) < 1 and not self.is_exhausted:
             rate = learning_rate(self.stage, self.step, progress)
@@ -219,6 +225,22 @@ class Trainer:
         source = self._weather_source(EVEN_ODDS)
         self.odds_samples = OddsSamples.draw(estimator, source, self.stage.num_frames, self.stage.crop, generator)
 
+    def _draw_veil_samples(self) -> None:
+        """The stage's frames, from a generator of their own, as those of the tone stage."""
+        if self.frames is None:
+            raise ConfigError("the veil stage needs frames, from pairs and from data.references")
+        generator = Generator().manual_seed(self.config.seed + 4)
+        source = VeilSource(self.frames)
+        self.veil_samples = VeilSamples.draw(self.model, source, self.stage.num_frames, self.stage.crop, generator)
+
+    def _veil_update(self, samples: VeilSamples, estimator: ExposureEstimator) -> dict[str, float]:
+        """One step of the veil heads."""
+        chosen = torch.randint(len(samples.squared), (self.stage.batch_size,), generator=self.generator)
+        row, column = torch.randint(2, (2,), generator=self.generator).tolist()
+        terms = veil_loss(estimator, samples.take(chosen.to(self.device)).every_second_cell(row, column))
+        self._descend(_sum(terms), self.parameters)
+        return _reported(terms)
+
     def _weather_update(self, estimator: WeatherEstimator) -> dict[str, float]:
         """One step of either stage of the weather estimator."""
         stage = self.stage
@@ -248,6 +270,8 @@ class Trainer:
         stage = self.stage
         if stage.name in ("weather", "weather_odds") and self.model.weather is not None:
             return self._weather_update(self.model.weather)
+        if self.veil_samples is not None and self.model.exposure is not None:
+            return self._veil_update(self.veil_samples, self.model.exposure)
         if self.light_samples is not None and self.model.exposure is not None:
             return self._exposure_update(self.light_samples, self.model.exposure)
         if self.tone_samples is not None and self.model.tone is not None:

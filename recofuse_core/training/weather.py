@@ -24,10 +24,9 @@ SHARES = {VisKind.DOWNPOUR: 0.48, VisKind.SNOWFALL: 0.44, VisKind.RAIN: 0.04, Vi
 FALL_PROBABILITY = 0.76
 EVEN_ODDS = 0.5  # the same where nothing but whether there is weather is learnt
 STRENGTHS: tuple[Strength, ...] = ("light", "medium", "medium", "strong")
+NOISES = (VisKind.GAUSSIAN_NOISE, VisKind.GAUSSIAN_NOISE, VisKind.POISSON_NOISE)
 OTHER_KINDS = (
     VisKind.LOW_LIGHT,
-    VisKind.GAUSSIAN_NOISE,
-    VisKind.POISSON_NOISE,
     VisKind.JPEG,
     VisKind.HAZE,
     VisKind.FOG,
@@ -40,7 +39,8 @@ DARKER_LOG_GAMMA = Range(-0.3, 0.8)
 DARKER_LOG_GAIN = Range(-0.9, 0.1)
 GREY_PROBABILITY = 0.1
 SENSED_PROBABILITY = 0.3
-OTHER_PROBABILITY = 0.3  # of another degradation, of a frame that neither weather nor a camera's noise was put on
+NOISY_PROBABILITY = 0.35  # of plain noise in place of a camera's, behind weather or none: it looks like far snow
+OTHER_PROBABILITY = 0.3  # of another degradation, of a frame that neither weather nor noise was put on
 CLEAN_IR_PROBABILITY = 0.4
 PHOTO_ZOOM = Range(0.8, 2.2)  # of the part of a photograph that is taken, in sides of the square
 
@@ -85,6 +85,9 @@ class WeatherSource:
             given, added = fall.image, fall.image - fall.scene
         if _chance(SENSED_PROBABILITY, generator):
             given = sensed(given, generator)
+        elif _chance(NOISY_PROBABILITY, generator):
+            noise, amount = NOISES[_index(len(NOISES), generator)], STRENGTHS[_index(len(STRENGTHS), generator)]
+            given = degrade_vis(given.clamp(0, 1), generator, amount, [noise]).image
         elif kind is None and _chance(OTHER_PROBABILITY, generator):
             given = degrade_vis(clear, generator, strength, [OTHER_KINDS[_index(len(OTHER_KINDS), generator)]]).image
         return WeatherFrame(given.clamp(0, 1), low_ir, added)
@@ -101,7 +104,7 @@ class WeatherSource:
 
 
 FLOOR = 3e-4  # of the squared error: below it, less of it hardly counts
-CLEAR_WEIGHT = 0.25  # of what is found in frames without weather: `log_odds` keep it from them
+CLEAR_WEIGHT = 0.4  # of what is found in frames without weather: `log_odds` keep it from them
 ODDS_WEIGHT = 0.3
 
 
@@ -144,7 +147,7 @@ class OddsSamples:
             for _ in range(count):
                 frame = source.draw(1, side, generator)
                 features.append(
-                    estimator.features(frame.given.to(parameter.device), frame.ir.to(parameter.device)).half()
+                    estimator.look(frame.given.to(parameter.device), frame.ir.to(parameter.device)).coarse.half()
                 )
                 present.append(_has_weather(frame))
         return cls(torch.cat(features), torch.cat(present).to(parameter.device))

@@ -89,6 +89,15 @@ def test_weather_comes_off_as_with_torch(graphs: GraphRuntime, model: Runtime) -
     assert fused(graphs, model, images) < 1e-4
 
 
+def test_a_veil_is_lifted_as_with_torch(graphs: GraphRuntime, model: Runtime) -> None:
+    scene = make_scene(0, 150, 190)
+    vis = degrade_vis(scene.vis, Generator().manual_seed(0), "strong", ["fog"]).image[None]
+    images = vis, scene.ir[None, :1]
+    toned = model.model.normalise(model.model.clear(Pair(*images)))
+    assert float((model.model.lift(toned).vis - toned.vis).abs().mean()) > 0.01
+    assert fused(graphs, model, images) < 1e-3
+
+
 def test_a_partly_covered_frame_is_that_of_torch(graphs: GraphRuntime, model: Runtime) -> None:
     shares = np.linspace(0, 1.4, 130).clip(0, 1)[None, None, :, None] * [255, 511]
     overlap = np.broadcast_to(shares.clip(0, 255).astype(np.uint8), (2, 90, 130, 2))

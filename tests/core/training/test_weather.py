@@ -28,8 +28,8 @@ def source(photos: tuple[np.ndarray, ...] = ()) -> WeatherSource:
 
 
 def test_frames_have_weather_or_none_and_say_what_it_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weather, "SENSED_PROBABILITY", 0.0)
-    monkeypatch.setattr(weather, "OTHER_PROBABILITY", 0.0)
+    for name in ("SENSED_PROBABILITY", "NOISY_PROBABILITY", "OTHER_PROBABILITY"):
+        monkeypatch.setattr(weather, name, 0.0)
     batch = source().draw(32, SIDE, Generator().manual_seed(0))
     assert batch.given.shape == batch.added.shape == (32, 3, SIDE, SIDE)
     assert batch.ir.shape == (32, 1, SIDE, SIDE)
@@ -43,7 +43,8 @@ def test_frames_have_weather_or_none_and_say_what_it_added(monkeypatch: pytest.M
 
 def test_noise_of_the_camera_is_no_weather(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weather, "FALL_PROBABILITY", 0.0)
-    monkeypatch.setattr(weather, "OTHER_PROBABILITY", 1.0)
+    monkeypatch.setattr(weather, "SENSED_PROBABILITY", 0.0)
+    monkeypatch.setattr(weather, "NOISY_PROBABILITY", 1.0)
     batch = source().draw(16, SIDE, Generator().manual_seed(0))
     assert float(batch.added.abs().max()) == 0
     assert float(batch.given.flatten(1).std(dim=1).min()) > 0
@@ -51,8 +52,8 @@ def test_noise_of_the_camera_is_no_weather(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_photographs_come_in_beside_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weather, "FALL_PROBABILITY", 0.0)
-    for name in ("SENSED_PROBABILITY", "OTHER_PROBABILITY", "DARKER_PROBABILITY", "GREY_PROBABILITY"):
-        monkeypatch.setattr(weather, name, 0.0)
+    for name in ("SENSED", "NOISY", "OTHER", "DARKER", "GREY"):
+        monkeypatch.setattr(weather, f"{name}_PROBABILITY", 0.0)
     red = np.zeros((120, 90, 3), np.uint8)
     red[..., 0] = 200
     batch = source((red,)).draw(40, SIDE, Generator().manual_seed(0))

@@ -1,0 +1,110 @@
+"""What the veil heads learn from, and the stage that trains them."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from recofuse_core.errors import ConfigError
+from recofuse_core.model import ReCoFuse
+from recofuse_core.training import veil
+from recofuse_core.training.config import DataConfig, TrainConfig
+from recofuse_core.training.exposure import FrameSource, References
+from recofuse_core.training.pairs import PairSource
+from recofuse_core.training.trainer import Trainer
+from recofuse_core.training.veil import VeilKind, VeilSamples, VeilSource, veil_loss
+from tests.core.training.small import scenes, stage
+
+SIZES: dict[str, Any] = {"cells": 16, "num_quantiles": 6, "width": 12, "channels": (8, 8, 8), "num_levels": 3}
+SIDE = 32
+
+
+def frames() -> FrameSource:
+    """Three pairs, a fog over the first, and a photograph, half black and half bright, which is clear for certain."""
+    pairs = list(scenes())
+    photo = np.zeros((96, 128, 3), np.uint8)
+    photo[:, 64:] = 210
+    name, vis, _ = pairs[0]
+    return FrameSource(pairs, References(photos=[photo], foggy={name: vis // 2 + 110}))
+
+
+def trainer(steps: int = 4, num_frames: int = 12, **sizes: Any) -> Trainer:
+    data = DataConfig(root="scenes")
+    stages = (replace(stage("veil", steps), num_frames=num_frames, batch_size=8, learning_rate=1e-2, warmup_steps=2),)
+    config = TrainConfig("compact", "test", data, stages, model={"exposure": SIZES | sizes})
+    return Trainer(config, PairSource(data, scenes()), frames=frames())
+
+
+@pytest.mark.parametrize("kind", VeilKind)
+def test_every_kind_veils_a_frame_or_leaves_it(kind: VeilKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(veil, "SHARES", dict.fromkeys(VeilKind, 0.0) | {kind: 1.0})
+    for name in ("SENSED", "NOISY", "DUSK"):
+        monkeypatch.setattr(veil, f"{name}_PROBABILITY", 0.0)
+    source, generator = VeilSource(frames()), Generator().manual_seed(0)
+    drawn = [source.frame(SIDE, generator) for _ in range(6)]
+    for frame in drawn:
+        assert frame.kind is kind
+        assert frame.given.shape == frame.clear.shape == (3, SIDE, SIDE)
+        assert frame.ir.shape == (1, SIDE, SIDE)
+        assert 0 <= float(frame.given.min()) <= float(frame.given.max()) <= 1
+    if kind is not VeilKind.NONE:  # a veil takes contrast away
+        assert sum(float(frame.clear.std() - frame.given.std()) > 0 for frame in drawn) >= 5
+
+
+def test_a_frame_without_a_veil_is_asked_for_as_the_curves_leave_it() -> None:
+    model = trainer().model
+    source = VeilSource(frames())
+    samples = VeilSamples.draw(model, source, 30, SIDE, Generator().manual_seed(1))
+    assert samples.toned.shape == samples.clear.shape == (30, 3, 16, 16)
+    has_none = samples.squared == 0
+    assert 0 < int(has_none.sum()) < 15
+    assert torch.equal(samples.toned[has_none], samples.clear[has_none])
+    assert int((samples.squared > veil.IS_VEIL).sum()) > 10
+
+
+def test_the_stage_learns_and_moves_the_heads_alone() -> None:
+    learning = trainer(60, 40)
+    before = {name: value.clone() for name, value in learning.model.state_dict().items()}
+    reports = list(learning.run_stage())
+    assert set(reports[0].losses) == {"veil", "log", "spread", "odds"}
+    samples, estimator = learning.veil_samples, learning.model.exposure
+    assert samples is not None
+    assert estimator is not None
+    with torch.no_grad():
+        trained = veil_loss(estimator, samples)
+    after = learning.model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    heads = ("veil_curve_head", "veil_grid_head", "veil_judge")
+    assert moved == {f"exposure.{head}.{part}" for head in heads for part in ("weight", "bias")}
+    learning.model.load_state_dict(before)
+    with torch.no_grad():
+        untrained = veil_loss(estimator, samples)
+    assert float(trained["veil"]) < 0.92 * float(untrained["veil"])
+    assert float(trained["odds"]) < 0.9 * float(untrained["odds"])
+
+
+def test_a_stage_of_lighting_leaves_the_heads() -> None:
+    learning = trainer()
+    learning.config = replace(learning.config, stages=(stage("exposure", 2),))
+    learning.start_stage()
+    estimator = learning.model.exposure
+    assert estimator is not None
+    assert {id(parameter) for parameter in learning.parameters} == {
+        id(parameter) for parameter in estimator.lighting_parameters()
+    }
+    assert not any(parameter.requires_grad for parameter in estimator.veil_heads())
+
+
+def test_what_cannot_be_trained_is_named() -> None:
+    with pytest.raises(ConfigError, match="veil"):
+        trainer(lifts_veil=False)
+    learning = trainer()
+    learning.frames = None
+    with pytest.raises(ConfigError, match=r"data\.references"):
+        next(learning.run_stage())
+    model: ReCoFuse = trainer().model
+    with pytest.raises(ConfigError, match="at least 16 px"):
+        VeilSamples.draw(model, VeilSource(frames()), 1, 8, Generator().manual_seed(0))
