@@ -27,7 +27,7 @@ from service.command.processes import new_metrics
 from service.queue.memory import MemoryQueue
 from service.terms.jobs import FusionJob, FusionOptions, JobStatus, Part, new_job_id
 from service.terms.settings import EngineSettings, Settings
-from service.work.engine import Engine, EngineBrokenError, PassOptions, Pixels
+from service.work.engine import Engine, EngineBrokenError, Frames, PassOptions, Pixels
 from service.work.torch_engine import TorchEngine
 from service.work.worker import Worker
 
@@ -124,7 +124,7 @@ class DyingEngine(TorchEngine):
         self._num_passes = 0
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+        self, vis: Frames, ir: Frames, options: PassOptions, seeds: list[int], overlap: Frames | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         """See PipelinedEngine."""
         self._num_passes += 1

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,7 @@ class Conditioning(NamedTuple):
 
 
 Conditions = Callable[[int], Conditioning]
+Constants = dict[object, Any]  # by what they were made for
 
 
 class ReCoFuse(nn.Module):
@@ -321,16 +322,17 @@ class ReCoFuse(nn.Module):
         conditions: Conditions | None = None,
         previous: Pair | None = None,
         overlap: Overlap | None = None,
+        constants: Constants | None = None,
     ) -> tuple[FusionOutput, Tensor]:
         """What `fuse` computes, for checked arguments: the images, and whether all of them are finite (no dimensions).
 
         `draw` gives noise of `latent_shape`; `conditions` gives the conditioning of a step; `previous` holds clean
         latents to start from at the plan's first step, in place of mu; `overlap` says where infrared was measured, if
-        not everywhere. Nothing here waits for the device or, but for `overlap`, copies to it, so that a run can be
-        captured. Raises ShapeError for `previous` of another size.
+        not everywhere; `constants`: see TorchNetworks. Nothing here waits for the device or, once the constants are
+        there, copies to it, so that a run can be captured. Raises ShapeError for `previous` of another size.
         """
         levels = vis.dtype == torch.uint8
-        networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled)
+        networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled, constants=constants)
         size = (int(vis.shape[-2]), int(vis.shape[-1]))
         finish = Finishing(self, levels=levels, tone=None if overlap is None else overlap.tone)
         frames = self.prepared(vis, ir, plan.exposure)
@@ -382,12 +384,24 @@ class Finishing:
 
 
 class TorchNetworks:
-    """The networks of a model as `picture.run` calls them."""
+    """The networks of a model as `picture.run` calls them.
 
-    def __init__(self, model: ReCoFuse, conditions: Conditions, *, coupled: bool = True) -> None:
+    constants: what is made for a size alone and put on the device, kept here for as long as somebody reads it where it
+    lies. Else it is kept in a cache that others share.
+    """
+
+    def __init__(
+        self,
+        model: ReCoFuse,
+        conditions: Conditions,
+        *,
+        coupled: bool = True,
+        constants: Constants | None = None,
+    ) -> None:
         self.model = model
         self.conditions = conditions
         self.coupled = coupled
+        self.constants = {} if constants is None else constants
 
     def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
         """See Networks."""
@@ -430,7 +444,11 @@ class TorchNetworks:
 
     def ramps(self, spans: Spans, length: int, scale: int, like: Tensor) -> Ramps:
         """See Canvas. Made once for a device: a run that was made once copies nothing to it."""
-        return _ramps_on(like.device, spans, length, scale)
+        key = (spans, length, scale)
+        if key not in self.constants:
+            self.constants[key] = _ramps_on(like.device, *key)
+        made: Ramps = self.constants[key]
+        return made
 
 
 @functools.lru_cache(maxsize=256)

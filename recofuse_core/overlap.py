@@ -5,7 +5,8 @@ two bands. Detail of the fused one counts by a narrow share, which ends at the b
 differ in as a whole, their tone, counts by a wide one, which fades far outside of it (docs/decisions/0029).
 
 All of it is linear in the features and separates into rows and columns: averaging, blurring and spreading are matrices
-that are made here with numpy, for torch's tensors and numpy's arrays alike.
+that are made here with numpy. The rest is arithmetic that torch's tensors and numpy's arrays have alike, so that with
+torch all of it runs where the features lie, and can be recorded.
 
 Letters: B batch, H and W image size, C channels, h and w size of a latent or a skip.
 """
@@ -13,14 +14,14 @@ Letters: B batch, H and W image size, C channels, h and w size of a latent or a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_core.errors import ShapeError
-from recofuse_core.picture import PADDING
+from recofuse_core.picture import padded
 
 Floats = NDArray[np.float32]
 Array = Any  # of the runtime
@@ -31,27 +32,26 @@ COARSE_SIDE = 60  # cells of the shorter side, at which tone is told from detail
 TONE_SIGMA = 0.06  # of the shorter side: what is tone
 WIDER = 4  # times as far: the neighbourhood that counts where nothing near is known
 _TRUST = 0.01  # of that neighbourhood
+_IN_FULL = 0.998  # more than 254 of 255, and no more than what division makes of 255
 
 
 class Overlap:
     """What blends the features of one batch; `tone` (B, 1, H, W) is the wide share at the size of the pictures.
 
-    levels: (B, H, W, 2), how far detail and tone of the fused picture count, 0 to 255: detail not at all where
-    infrared was not measured, tone in full where it was. convert: from numpy to the runtime's arrays.
+    shares: (B, 2, H, W) float32, how far detail and tone of the fused picture count, 0 to 1: detail not at all where
+    infrared was not measured, tone in full where it was. matrix: from one of numpy to one of the runtime.
     """
 
-    def __init__(self, levels: NDArray[np.uint8], convert: Callable[[Floats], Array]) -> None:
-        self._convert = convert
-        shares = np.ascontiguousarray(levels.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
-        rows, columns = (-side % PADDING for side in shares.shape[-2:])
-        self._shares = np.pad(shares, ((0, 0), (0, 0), (0, rows), (0, columns)), "edge")
-        self.tone: Array = convert(np.ascontiguousarray(shares[:, 1:]))
+    def __init__(self, shares: Array, matrix: Callable[[Floats], Array]) -> None:
+        self._matrix = matrix
+        self._shares = shares
+        self.tone: Array = shares[:, 1:]
 
     def blend(self, fused: Array, vis: Array) -> Array:
         """The features (B, C, h, w) of both pictures as those of one, in the type and layout of `vis`."""
         size = (vis.shape[-2], vis.shape[-1])
         cells = _coarse(size)
-        detail, tone, known, near_share, wide_share = map(self._convert, self._at(size, cells))
+        detail, tone, known, near_share, wide_share = self._at(size, cells)
         difference = fused - vis
         seen = self._through(_averaging(cells, size), known * difference)
         near, wide = (self._through(_blurring(cells, reach), seen) for reach in (1, WIDER))
@@ -60,31 +60,32 @@ class Overlap:
         blended += detail * difference + (tone - detail) * smooth
         return blended
 
-    def _at(self, size: Size, cells: Size) -> tuple[Floats, ...]:
+    def _at(self, size: Size, cells: Size) -> tuple[Array, ...]:
         """Both shares and what is known, at the size of features; what the means of both reaches count for by cell."""
-        narrowing = _averaging(size, (self._shares.shape[-2], self._shares.shape[-1]))
-        shares = _through(narrowing, self._shares)
-        known = _through(narrowing, (self._shares[:, 1:] == 1).astype(np.float32))
-        seen = _through(_averaging(cells, size), known)
-        near, wide = (_through(_blurring(cells, reach), seen) for reach in (1, WIDER))
-        near_share = np.reciprocal(near + np.float32(_TRUST))
-        wide_share = near_share * np.float32(_TRUST) / np.maximum(wide, np.float32(1e-6))
+        narrowing = _narrowing(size, (self._shares.shape[-2], self._shares.shape[-1]))
+        shares = self._through(narrowing, self._shares)
+        known = self._through(narrowing, self.tone * (self.tone > _IN_FULL))
+        seen = self._through(_averaging(cells, size), known)
+        near, wide = (self._through(_blurring(cells, reach), seen) for reach in (1, WIDER))
+        near_share = 1 / (near + _TRUST)
+        wide_share = near_share * _TRUST / wide.clip(min=1e-6)
         return shares[:, :1], shares[:, 1:], known, near_share, wide_share
 
     def _through(self, matrices: Matrices, array: Array) -> Array:
-        down, across = map(self._convert, matrices)
+        down, across = map(self._matrix, matrices)
         return down @ array @ across.T
 
 
-def require_overlap(levels: NDArray[np.uint8], batch: int, height: int, width: int) -> None:
-    """Raise ShapeError unless these are the levels of a batch of pictures of a size."""
-    if levels.shape != (batch, height, width, 2):
-        raise ShapeError(f"the overlap must be (B, H, W, 2), here ({batch}, {height}, {width}, 2), got {levels.shape}")
+def shares_of(levels: NDArray[np.uint8]) -> Floats:
+    """The shares that `Overlap` takes, of (B, H, W, 2) in 255 steps."""
+    shares: Floats = np.ascontiguousarray(levels.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
+    return shares
 
 
-def _through(matrices: Matrices, array: Floats) -> Floats:
-    down, across = matrices
-    return np.asarray(down @ array @ across.T, np.float32)
+def require_overlap(shape: Sequence[int], batch: int, height: int, width: int) -> None:
+    """Raise ShapeError unless levels of this shape are those of a batch of pictures of a size."""
+    if tuple(shape) != (batch, height, width, 2):
+        raise ShapeError(f"the overlap must be (B, H, W, 2), here ({batch}, {height}, {width}, 2), got {tuple(shape)}")
 
 
 def _coarse(size: Size) -> Size:
@@ -94,6 +95,11 @@ def _coarse(size: Size) -> Size:
 
 def _averaging(new: Size, old: Size) -> Matrices:
     return _areas(new[0], old[0]), _areas(new[1], old[1])
+
+
+def _narrowing(new: Size, old: Size) -> Matrices:
+    """From a picture, filled up with its outer values as its features' frames are, to features."""
+    return _padded_areas(new[0], old[0]), _padded_areas(new[1], old[1])
 
 
 def _blurring(size: Size, reach: int) -> Matrices:
@@ -112,6 +118,15 @@ def _areas(new: int, old: int) -> Floats:
     starts = np.arange(old)
     covered = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
     return np.asarray(np.maximum(covered, 0) * (new / old), np.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _padded_areas(new: int, old: int) -> Floats:
+    """(new, old): `_areas` of a side that is filled up with its last value."""
+    areas = _areas(new, padded(old))
+    matrix = areas[:, :old].copy()
+    matrix[:, -1] += areas[:, old:].sum(axis=1)
+    return matrix
 
 
 @functools.lru_cache(maxsize=64)

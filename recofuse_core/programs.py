@@ -6,7 +6,8 @@ as one of one, and one recording serves any number of steps.
 
 A batch is `submit`ted and its result waited for, so that the next one can be put into the other set of buffers
 meanwhile. Levels lie as files and cameras have them, channel beside channel (B, H, W, C), on the host, on the device
-and in the results: nothing is transposed on the host, and what is copied is copied as one block.
+and in the results: nothing is transposed on the host. The host copies a frame once, to where the device takes it from;
+results are handed out where the device has put them.
 """
 
 import functools
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recofuse_core.model import Conditioning, Conditions, Finishing, ReCoFuse, TorchNetworks, noise_like
+from recofuse_core.frames import Images, is_on_host, put, together
+from recofuse_core.model import Conditioning, Conditions, Constants, Finishing, ReCoFuse, TorchNetworks, noise_like
+from recofuse_core.overlap import Floats, Overlap
 from recofuse_core.picture import (
     ALL_OUTPUTS,
     Encoded,
@@ -41,7 +44,7 @@ MAX_UNROLLED_STEPS = 8  # of one recording; a step of the published model is a t
 class ProgramKey:
     """What a recorded run is good for. The dtype and device are the runtime's.
 
-    plan: without time steps for a program that runs any number of them.
+    plan: without time steps for a program that runs any number of them. partial: infrared was not measured everywhere.
     """
 
     plan: FusionPlan
@@ -49,12 +52,15 @@ class ProgramKey:
     height: int
     width: int
     levels: bool
+    partial: bool = False
 
     @classmethod
-    def of(cls, plan: FusionPlan, batch: int, height: int, width: int, *, levels: bool) -> "ProgramKey":
+    def of(
+        cls, plan: FusionPlan, batch: int, height: int, width: int, *, levels: bool, partial: bool = False
+    ) -> "ProgramKey":
         """The key of a plan for images of a size."""
         is_long = len(plan.timesteps) > MAX_UNROLLED_STEPS
-        return cls(replace(plan, timesteps=()) if is_long else plan, batch, height, width, levels)
+        return cls(replace(plan, timesteps=()) if is_long else plan, batch, height, width, levels, partial)
 
 
 # --- what runs are given ----------------------------------------------------------------------------------------------
@@ -258,7 +264,6 @@ class _Buffers:
         self.host_inputs = [_host_like(tensor, recorder) for tensor in inputs]
         self.inputs = [torch.empty_like(tensor).zero_() for tensor in inputs]
         self.results = [torch.empty_like(tensor) for tensor in results]
-        self.host_results = [_host_like(tensor, recorder) for tensor in results]
         self.pending: Pending | None = None
 
     @property
@@ -267,7 +272,7 @@ class _Buffers:
 
     @property
     def size_bytes(self) -> int:
-        return sum(map(num_bytes, (self.host_inputs, self.inputs, self.results, self.host_results)))
+        return sum(map(num_bytes, (self.host_inputs, self.inputs, self.results)))
 
 
 class Program(ABC):
@@ -285,12 +290,16 @@ class Program(ABC):
         reserved_before = recorder.reserved_bytes()
         dtype = torch.uint8 if key.levels else torch.float32
         self._layout = torch.channels_last if key.levels else torch.contiguous_format
+        kinds = [(3, dtype, self._layout), (1, dtype, self._layout)]
+        if key.partial:
+            kinds.append((2, torch.uint8, torch.channels_last))
         self._images = [
-            torch.zeros(key.batch, channels, key.height, key.width, dtype=dtype, device=device).contiguous(
-                memory_format=self._layout
+            torch.zeros(key.batch, channels, key.height, key.width, dtype=kind, device=device).contiguous(
+                memory_format=layout
             )
-            for channels in (3, 1)
+            for channels, kind, layout in kinds
         ]
+        self._constants: Constants = {}
         self._names = [name for name in ALL_OUTPUTS if name in key.plan.outputs]
         self._static = list(self._images)
         self._results = self._record(device)
@@ -308,18 +317,19 @@ class Program(ABC):
     def _replay(self, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Callable[[], None]:
         """What is to be run once the images are in place. What it reads is made already."""
 
-    def submit(self, vis: Tensor, ir: Tensor, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Pending:
+    def submit(self, images: Sequence[Images], seeds: Sequence[int], timesteps: tuple[int, ...]) -> Pending:
         """Start a run of images of the program's shape, on the host or on the device; the result lies where they do.
 
-        Images are copied or held until it has ended. Waits for the run before the last, whose buffers this one takes.
+        images: vis, ir and, for one that is partial, the levels of `Overlap`. They are copied, or held until it has
+        ended. Waits for the run before the last, whose buffers this one takes.
         """
         buffers = self._free_set()
-        is_on_host = vis.device.type == "cpu"
-        sources = [vis, ir]
-        if is_on_host:
-            for host, source in zip(buffers.host_inputs, sources, strict=True):
-                host.copy_(source)
-            sources = buffers.host_inputs
+        from_host = is_on_host(images[0])
+        sources = []
+        for frames, buffer in zip(images, buffers.host_inputs, strict=True):
+            if is_on_host(frames):
+                put(frames, buffer)
+            sources.append(buffer if is_on_host(frames) else together(frames))
         self._recorder.upload(list(zip(buffers.inputs, sources, strict=True)))
         replay = self._replay(seeds, timesteps)
 
@@ -329,10 +339,13 @@ class Program(ABC):
             _copy(self._results, buffers.results)
 
         self._recorder.run(work)
-        targets = buffers.host_results if is_on_host else [torch.empty_like(result) for result in buffers.results]
+        # The caller's own. On the host torch takes such memory again once nothing that was handed out lies in it.
+        targets = [
+            _host_like(result, self._recorder) if from_host else torch.empty_like(result) for result in buffers.results
+        ]
         wait = self._recorder.download(list(zip(targets, buffers.results, strict=True)))
-        held = [] if is_on_host else sources
-        buffers.pending = Pending(functools.partial(self._finished, wait, targets, held, is_on_host))
+        held = [] if from_host else sources  # until they were read
+        buffers.pending = Pending(functools.partial(self._finished, wait, targets, held))
         return buffers.pending
 
     def _free_set(self) -> _Buffers:
@@ -347,17 +360,25 @@ class Program(ABC):
         return free
 
     @torch.inference_mode()
-    def _finished(
-        self, wait: Callable[[], None], targets: list[Tensor], held: list[Tensor], is_on_host: bool
-    ) -> FusionOutput:
+    def _finished(self, wait: Callable[[], None], targets: list[Tensor], held: list[Tensor]) -> FusionOutput:
         wait()
         held.clear()
         *pictures, is_finite = targets
         require_finite(is_finite)
-        if is_on_host:
-            pictures = [picture.clone() for picture in pictures]
         named = dict(zip(self._names, pictures, strict=True))
         return FusionOutput(named.get("fused"), named.get("vis"), named.get("ir"))
+
+    def _overlap(self) -> Overlap | None:
+        """What blends, of the levels that lie in the buffers now."""
+        return Overlap(self._images[2].float() / 255, self._on_device) if self._key.partial else None
+
+    def _on_device(self, matrix: Floats) -> Tensor:
+        """A matrix that is made once for good, and so lives as long as what is made of it."""
+        key = id(matrix)
+        if key not in self._constants:
+            self._constants[key] = torch.from_numpy(matrix).to(self._images[0].device), matrix
+        made: Tensor = self._constants[key][0]
+        return made
 
     def _laid_out(self, pictures: dict[OutputName, Tensor], is_finite: Tensor) -> Results:
         return *(pictures[name].contiguous(memory_format=self._layout) for name in self._names), is_finite
@@ -374,11 +395,19 @@ class WholeProgram(Program):
         self._seeds: list[int] = []  # whose noise lies there
         for t in (*key.plan.timesteps, 0):
             conditions(t)  # made before the recording, which may not copy from the host
-        vis, ir = self._images
+        vis, ir = self._images[:2]
 
         def compute() -> Results:
             draws = iter(noise)
-            output, is_finite = model.run(vis, ir, key.plan, lambda: Pair(*next(draws)), conditions)
+            output, is_finite = model.run(
+                vis,
+                ir,
+                key.plan,
+                lambda: Pair(*next(draws)),
+                conditions,
+                overlap=self._overlap(),
+                constants=self._constants,
+            )
             return self._laid_out({name: getattr(output, name) for name in self._names}, is_finite)
 
         self._run, results = self._recorder.record(compute)
@@ -421,7 +450,7 @@ class SteppedProgram(Program):
         conditioning = supplies.conditions.seen_in(self._block)
         frame = self._frame(lambda t: conditioning)
         noise = self._noise
-        vis, ir = self._images
+        vis, ir = self._images[:2]
 
         def begin() -> Results:
             encoded = frame.encode(model.prepared(vis, ir, key.plan.exposure))
@@ -446,9 +475,11 @@ class SteppedProgram(Program):
 
         def end() -> Results:
             count = len(skips) // 2
-            finish = Finishing(model, levels=key.levels)
+            overlap = self._overlap()
+            tone, blend = (None, None) if overlap is None else (overlap.tone, overlap.blend)
+            finish = Finishing(model, levels=key.levels, tone=tone)
             encoded = Encoded(Pair(*mu), skips[:count], skips[count:])
-            pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish)
+            pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish, blend)
             return self._laid_out(pictures, finish.is_finite)
 
         self._begin, skips = self._recorder.record(begin)
@@ -458,7 +489,7 @@ class SteppedProgram(Program):
         return results
 
     def _frame(self, conditions: Conditions) -> Frame:
-        networks = TorchNetworks(self._model, conditions, coupled=self._key.plan.coupled)
+        networks = TorchNetworks(self._model, conditions, coupled=self._key.plan.coupled, constants=self._constants)
         return Frame(networks, self._key.plan, (self._key.height, self._key.width))
 
     def _replay(self, seeds: Sequence[int], timesteps: tuple[int, ...]) -> Callable[[], None]:

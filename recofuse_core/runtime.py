@@ -20,15 +20,14 @@ A runtime is used from one thread at a time, and so is a device's default stream
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError
+from recofuse_core.frames import Images, Levels, are_levels, filled, require_images, together
 from recofuse_core.kernels.choice import KernelChoice, use_kernels
-from recofuse_core.model import ReCoFuse, noise_like, require_pair
+from recofuse_core.model import ReCoFuse, noise_like
 from recofuse_core.overlap import Overlap, require_overlap
 from recofuse_core.picture import (
     ALL_OUTPUTS,
@@ -145,8 +144,8 @@ class Runtime:
     @torch.inference_mode()
     def fuse(
         self,
-        vis: Tensor,
-        ir: Tensor,
+        vis: Images,
+        ir: Images,
         *,
         steps: int | None = None,
         sampler: SamplerName | None = None,
@@ -155,12 +154,12 @@ class Runtime:
         coupled: bool = True,
         tiling: TilingConfig | None = None,
         exposure: Exposure = "as_shot",
-        overlap: NDArray[np.uint8] | None = None,
+        overlap: Levels | Sequence[Levels] | None = None,
     ) -> FusionOutput:
         """See `ReCoFuse.fuse`. The images may lie on the host or on the device; the result lies where they do.
 
-        overlap: (B, H, W, 2), where infrared was measured, as `Overlap` has it; None for everywhere. Such runs are not
-        recorded.
+        vis, ir: levels also as frames of their own, see frames.py; what comes back is tensors all the same.
+        overlap: (B, H, W, 2), where infrared was measured, as `Overlap` has it in 255 steps; None for everywhere.
         """
         options = {"steps": steps, "sampler": sampler, "outputs": outputs, "coupled": coupled, "tiling": tiling}
         return self.submit(vis, ir, seeds=seeds, exposure=exposure, overlap=overlap, **options).result()  # type: ignore[arg-type]
@@ -168,8 +167,8 @@ class Runtime:
     @torch.inference_mode()
     def submit(
         self,
-        vis: Tensor,
-        ir: Tensor,
+        vis: Images,
+        ir: Images,
         *,
         steps: int | None = None,
         sampler: SamplerName | None = None,
@@ -178,7 +177,7 @@ class Runtime:
         coupled: bool = True,
         tiling: TilingConfig | None = None,
         exposure: Exposure = "as_shot",
-        overlap: NDArray[np.uint8] | None = None,
+        overlap: Levels | Sequence[Levels] | None = None,
     ) -> Pending:
         """`fuse`, without waiting for the result where the run is recorded: the next batch can be submitted meanwhile.
 
@@ -213,30 +212,32 @@ class Runtime:
 
     def _submit(
         self,
-        vis: Tensor,
-        ir: Tensor,
+        vis: Images,
+        ir: Images,
         plan: FusionPlan,
         seeds: int | Sequence[int],
         *,
         record: bool,
-        overlap: NDArray[np.uint8] | None = None,
+        overlap: Levels | Sequence[Levels] | None = None,
     ) -> Pending:
-        batch, height, width = require_pair(vis, ir)
+        batch, height, width = require_images(vis, ir)
         each_seed = seed_list(seeds, batch)
         if overlap is not None:
-            require_overlap(overlap, batch, height, width)
+            require_overlap((len(overlap), *overlap[0].shape), batch, height, width)
+        partial = overlap is not None
         with full_float32():
-            if self._programs is not None and overlap is None:
+            if self._programs is not None:
                 size = next((size for size in self.batch_sizes if size >= batch), batch)
-                key = ProgramKey.of(plan, size, height, width, levels=vis.dtype == torch.uint8)
+                key = ProgramKey.of(plan, size, height, width, levels=are_levels(vis), partial=partial)
                 if (program := self._programs.get(key, record=record)) is not None:
                     fill = size - batch
                     self._num_recorded_runs += 1
-                    filled = each_seed + each_seed[-1:] * fill
-                    pending = program.submit(_filled(vis, fill), _filled(ir, fill), filled, plan.timesteps)
+                    seeds_filled = each_seed + each_seed[-1:] * fill
+                    images = [filled(each, fill) for each in (vis, ir, overlap) if each is not None]
+                    pending = program.submit(images, seeds_filled, plan.timesteps)
                     return Pending(lambda: _first(pending.result(), batch)) if fill else pending
             self._num_eager_runs += 1
-            output = self._eager(vis, ir, plan, each_seed, overlap)
+            output = self._eager(together(vis), together(ir), plan, each_seed, overlap)
             return Pending(lambda: output)
 
     def _eager(
@@ -245,20 +246,18 @@ class Runtime:
         ir: Tensor,
         plan: FusionPlan,
         seeds: Sequence[int],
-        overlap: NDArray[np.uint8] | None = None,
+        overlap: Levels | Sequence[Levels] | None = None,
     ) -> FusionOutput:
         like = torch.empty(self.model.latent_shape(len(vis), *vis.shape[-2:]), device=self.device)
         draw = noise_like(seeds, like)
-        partial = None if overlap is None else Overlap(overlap, lambda array: torch.from_numpy(array).to(self.device))
+        partial = None
+        if overlap is not None:
+            shares = together(overlap).to(self.device).float() / 255
+            partial = Overlap(shares, lambda matrix: torch.from_numpy(matrix).to(self.device))
         on_device = vis.to(self.device), ir.to(self.device)
         output, is_finite = self.model.run(*on_device, plan, draw, self._supplies.conditions, overlap=partial)
         require_finite(is_finite)
         return FusionOutput(*(_moved(image, vis.device) for image in (output.fused, output.vis, output.ir)))
-
-
-def _filled(images: Tensor, count: int) -> Tensor:
-    """Append the last image `count` times."""
-    return torch.cat([images, images[-1:].expand(count, -1, -1, -1)]) if count else images
 
 
 def _first(output: FusionOutput, count: int) -> FusionOutput:

@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from recofuse_core.errors import CheckpointError, ShapeError
-from recofuse_core.overlap import Overlap, require_overlap
+from recofuse_core.overlap import Overlap, require_overlap, shares_of
 from recofuse_core.picture import (
     ALL_OUTPUTS,
     Defaults,
@@ -169,8 +169,8 @@ class GraphRuntime:
         plan = self.plan(steps=steps, sampler=sampler, outputs=outputs, tiling=tiling, exposure=exposure)
         partial: Overlap | None = None
         if overlap is not None:
-            require_overlap(overlap, batch, height, width)
-            partial = Overlap(overlap, lambda array: array)
+            require_overlap(overlap.shape, batch, height, width)
+            partial = Overlap(shares_of(overlap), lambda matrix: matrix)
         shape = (self.facts.latent_channels, *latent_size(height, width))
         draw = seeded_noise(seed_list(seeds, batch), shape, lambda noise: noise)
         networks = self._networks

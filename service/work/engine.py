@@ -8,7 +8,7 @@ here stand in for it where the service itself is measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, get_args, runtime_checkable
 
@@ -20,6 +20,7 @@ from service.terms.errors import InvalidInputError
 from service.terms.jobs import DEFAULT_EXPOSURE, Exposure, FusionOptions, Part, Sampler
 
 Pixels = NDArray[np.uint8]
+Frames = Pixels | Sequence[Pixels]  # (B, H, W, ...), or B of (H, W, ...)
 
 
 class EngineBrokenError(Exception):
@@ -116,9 +117,13 @@ class PipelinedEngine(Protocol):
     """An engine that can be given the next pass while one runs; two may be under way."""
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+        self, vis: Frames, ir: Frames, options: PassOptions, seeds: list[int], overlap: Frames | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
-        """Begin what `Engine.fuse` does; what is returned waits for the pictures, on any thread. Both raise as it."""
+        """Begin what `Engine.fuse` does; what is returned waits for the pictures, on any thread. Both raise as it.
+
+        Frames need not be stacked: the engine copies each to where it wants it, and needs them no more when this
+        returns.
+        """
 
 
 @runtime_checkable

@@ -46,23 +46,27 @@ class Held:
         return self.is_running and self.pair is None
 
 
-class Stacked(NamedTuple):
-    """What an engine is given for one pass, see `Engine.fuse`."""
+class PassInput(NamedTuple):
+    """What an engine is given for one pass, frame by frame, see `PipelinedEngine.start`."""
 
-    vis: Pixels
-    ir: Pixels
+    vis: list[Pixels]
+    ir: list[Pixels]
     seeds: list[int]
-    overlap: Pixels | None
+    overlap: list[Pixels] | None
 
     @classmethod
-    def of(cls, batch: Sequence[Held], size: int, *, is_partial: bool) -> Stacked:
+    def of(cls, batch: Sequence[Held], size: int, *, is_partial: bool) -> PassInput:
         """The jobs of a batch, filled up with the last of them to a size. is_partial: infrared covers part of each."""
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
         pairs = [held.pair for held in filled if held.pair is not None]
         overlaps = [held.warp.overlap for held in filled if held.warp is not None] if is_partial else []
         return cls(
-            np.stack([pair.vis for pair in pairs]),
-            np.stack([pair.ir for pair in pairs]),
+            [pair.vis for pair in pairs],
+            [pair.ir for pair in pairs],
             [held.lease.job.options.seed for held in filled],
-            np.stack(overlaps) if overlaps else None,
+            overlaps or None,
         )
+
+    def stacked(self) -> tuple[Pixels, Pixels, Pixels | None]:
+        """Both kinds of frames and the overlap, each as one array, see `Engine.fuse`."""
+        return np.stack(self.vis), np.stack(self.ir), None if self.overlap is None else np.stack(self.overlap)

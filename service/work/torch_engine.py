@@ -18,7 +18,7 @@ from service.terms.activity import EngineActivity
 from service.terms.errors import InternalError, InvalidInputError, OutOfMemoryError
 from service.terms.jobs import Exposure, Part
 from service.terms.settings import EngineSettings
-from service.work.engine import EngineBrokenError, EngineInfo, PassOptions, Pixels
+from service.work.engine import EngineBrokenError, EngineInfo, Frames, PassOptions, Pixels
 
 if TYPE_CHECKING:
     from recofuse_core import Runtime
@@ -54,7 +54,7 @@ class TorchEngine:
             default_sampler=model.default_sampler,
             batch_sizes=runtime.batch_sizes if runtime.records else (),
             exposures=get_args(Exposure) if runtime.can_light else ("as_shot",),
-            blends=not runtime.records,  # such runs are not recorded
+            blends=True,
         )
 
     def load(self) -> None:
@@ -144,21 +144,19 @@ class TorchEngine:
         return self.start(vis, ir, options, seeds, overlap)()
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+        self, vis: Frames, ir: Frames, options: PassOptions, seeds: list[int], overlap: Frames | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         """See PipelinedEngine."""
-        pending = _in_our_words(lambda: self._submitted(vis, ir, options, seeds, overlap), vis.shape)
-        shape = vis.shape
+        shape = (len(vis), *vis[0].shape)
+        pending = _in_our_words(lambda: self._submitted(vis, ir, options, seeds, overlap), shape)
         return lambda: _in_our_words(lambda: _pictures(pending, options), shape)
 
     def _submitted(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None
+        self, vis: Frames, ir: Frames, options: PassOptions, seeds: list[int], overlap: Frames | None
     ) -> Pending:
-        import torch
-
         return self._loaded().submit(
-            torch.from_numpy(vis).permute(0, 3, 1, 2),
-            torch.from_numpy(ir).unsqueeze(1),
+            vis,
+            ir,
             steps=options.steps,
             sampler=options.sampler,
             seeds=seeds,

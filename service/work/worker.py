@@ -47,7 +47,7 @@ from service.watch.tracing import NO_TRACES, Tracer
 from service.work import steadying
 from service.work.batcher import Batcher, BatchPolicy, Waiting
 from service.work.engine import Engine, EngineBrokenError, PassOptions, PipelinedEngine, TellingEngine
-from service.work.held import Held, Stacked
+from service.work.held import Held, PassInput
 
 if TYPE_CHECKING:
     from recofuse_images.steady import Floats
@@ -409,11 +409,12 @@ class Worker:
             self._spawn(self._encode(held, {part: stack[index] for part, stack in parts.items()}, len(batch)))
 
     def _forward(self, batch: list[Held], options: PassOptions) -> Pictures | Callable[[], Pictures]:
-        """On the model's thread: stack, fill up to a size that the engine likes, run. Or begin to, and what waits."""
-        stacked = Stacked.of(batch, self._batcher.policy.padded(len(batch)), is_partial=options.is_partial)
+        """On the model's thread: fill up to a size that the engine likes, stack, run. Or begin to, and what waits."""
+        given = PassInput.of(batch, self._batcher.policy.padded(len(batch)), is_partial=options.is_partial)
         if isinstance(self._engine, PipelinedEngine):
-            return self._engine.start(stacked.vis, stacked.ir, options, stacked.seeds, stacked.overlap)
-        return self._engine.fuse(stacked.vis, stacked.ir, options, stacked.seeds, stacked.overlap)
+            return self._engine.start(given.vis, given.ir, options, given.seeds, given.overlap)
+        vis, ir, overlap = given.stacked()
+        return self._engine.fuse(vis, ir, options, given.seeds, overlap)
 
     async def _split(self, batch: list[Held]) -> None:
         self._metrics.batches_split.inc()

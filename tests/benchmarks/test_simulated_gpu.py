@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,18 @@ def test_tiled_frames_can_be_captured(preset: str, way: Way) -> None:
 @pytest.mark.parametrize("exposure", ["as_shot", "lit"])
 def test_every_rendition_can_be_captured(exposure: Exposure) -> None:
     assert captured(small_model("compact", *SERVED), 2, *SMALL_SIZE, steps=1, exposure=exposure).flags == []
+
+
+@pytest.mark.parametrize(("preset", "way"), [("compact", OURS), ("paper", SERVED)], ids=str)
+@pytest.mark.parametrize("is_long", [False, True])
+def test_pairs_whose_infrared_ends_within_the_frame_can_be_captured(preset: str, way: Way, is_long: bool) -> None:
+    model = small_model(preset, *way)
+    options: dict[str, Any] = {"steps": 1, "outputs": FUSED, "is_long": is_long}
+    found = captured(model, 2, *SMALL_SIZE, is_partial=True, **options)
+    assert found.flags == []
+    whole = captured(model, 2, *SMALL_SIZE, **options).demand
+    twice = captured(model, 2, *SMALL_SIZE, **(options | {"outputs": ("fused", "vis")})).demand
+    assert whole.flops < found.demand.flops < (whole.flops + twice.flops) / 2  # one decoding, and some blending
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -200,6 +213,7 @@ def test_the_command_models_a_card(tmp_path: Path) -> None:
         assert 0 < row["floor_ms"] < row["modelled_ms"]
         assert row["launch_ms"] == pytest.approx(1e3 * LAUNCH_S * row["kernels"])
     assert document["host_ms"] > 0
+    assert document["host_copying_ms"] > 0
     assert done.output.strip().splitlines()[-1] == document["line"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,12 @@ from recofuse_core import Runtime
 from recofuse_core.errors import ShapeError
 from recofuse_core.graphs.runtime import GraphRuntime
 from recofuse_core.model import ModelConfig
-from recofuse_core.overlap import Overlap
+from recofuse_core.overlap import Overlap, shares_of
+from recofuse_core.picture import FusionOutput
+from recofuse_core.programs import MAX_UNROLLED_STEPS
 from recofuse_rigs.rig import Rig
 from recofuse_rigs.warp import Warp, warp_of
-from tests.core.tiny import CONFIGS, pairs, tiny_model
+from tests.core.tiny import CONFIGS, images_of, pairs, tiny_model
 from tests.rigs.streets import street
 
 Floats = NDArray[np.float32]
@@ -32,7 +36,7 @@ def features(channels: int, height: int, width: int, seed: int = 0) -> Floats:
 @pytest.mark.parametrize("factor", [1, 4, 8])
 def test_features_are_those_of_one_or_the_other_far_from_the_border(factor: int) -> None:
     warp = ending_at(96)
-    overlap = Overlap(warp.overlap[None], lambda array: array)
+    overlap = Overlap(shares_of(warp.overlap[None]), lambda a: a)
     fused, vis = (features(3, 128 // factor, 160 // factor, seed) for seed in (1, 2))
     blended = overlap.blend(fused, vis)
     detail, tone = warp.weights[0], warp.tone_weights[0]
@@ -45,7 +49,7 @@ def test_features_are_those_of_one_or_the_other_far_from_the_border(factor: int)
 
 def test_what_differs_as_a_whole_goes_on_outside_and_detail_does_not() -> None:
     warp = ending_at(96)
-    overlap = Overlap(warp.overlap[None], lambda array: array)
+    overlap = Overlap(shares_of(warp.overlap[None]), lambda a: a)
     vis = features(2, 32, 40)
     shifted = overlap.blend(vis + 0.7, vis) - vis
     np.testing.assert_allclose(shifted[..., 24:], 0.7, atol=1e-5)  # beyond the border, however narrow the feather
@@ -64,14 +68,19 @@ def test_torch_and_numpy_blend_alike_and_items_apart(size: tuple[int, int]) -> N
     fused, vis = (
         np.concatenate([features(5, height, width, seed), features(5, height, width, seed + 9)]) for seed in (1, 2)
     )
-    blended = Overlap(levels, lambda array: array).blend(fused, vis)
+    blended = Overlap(shares_of(levels), lambda a: a).blend(fused, vis)
     laid = torch.from_numpy(vis).contiguous(memory_format=torch.channels_last)
-    by_torch = Overlap(levels, torch.from_numpy).blend(torch.from_numpy(fused), laid)
+    by_torch = Overlap(torch.from_numpy(shares_of(levels)), torch.from_numpy).blend(torch.from_numpy(fused), laid)
     np.testing.assert_allclose(by_torch.numpy(), blended, atol=1e-5)
     assert by_torch.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_allclose(Overlap(levels[1:], lambda a: a).blend(fused[1:], vis[1:]), blended[1:], atol=1e-5)
+    np.testing.assert_allclose(
+        Overlap(shares_of(levels[1:]), lambda a: a).blend(fused[1:], vis[1:]), blended[1:], atol=1e-5
+    )
     halves = [torch.from_numpy(array).bfloat16() for array in (fused, vis)]
-    assert Overlap(levels, torch.from_numpy).blend(halves[0], halves[1]).dtype == torch.bfloat16
+    assert (
+        Overlap(torch.from_numpy(shares_of(levels)), torch.from_numpy).blend(halves[0], halves[1]).dtype
+        == torch.bfloat16
+    )
 
 
 @CONFIGS
@@ -93,6 +102,45 @@ def test_every_autoencoder_gives_one_picture_of_both(config: ModelConfig) -> Non
         assert changes[near][..., columns].mean() < 0.2 * changes[far][..., columns].mean()
     with pytest.raises(ShapeError, match="overlap"):
         runtime.fuse(vis, ir, overlap=warp.overlap)
+
+
+@CONFIGS
+@pytest.mark.parametrize("num_steps", [2, MAX_UNROLLED_STEPS + 1])
+def test_recorded_runs_blend_as_others_do(config: ModelConfig, num_steps: int) -> None:
+    eager = Runtime(tiny_model(config), precision="float32")
+    runtime = Runtime(tiny_model(config), precision="float32", graphs=True, batch_sizes=(2,))
+    size, options = (58, 45), {"steps": num_steps, "outputs": ("fused", "ir")}
+    decoded: list[int] = []
+    runtime.model.autoencoder.decode = _counting(runtime.model.autoencoder.decode, decoded)  # type: ignore[method-assign]
+    for batch, columns in ((2, (20, 31)), (2, (31, 20)), (1, (12,)), (2, (12, 20))):
+        vis, ir = ((255 * images).byte() for images in pairs(batch, 45, 58, seed=sum(columns)))
+        levels = [ending_at(column, size).overlap for column in columns]
+        frames = [picture.permute(1, 2, 0).numpy() for picture in vis], [picture[0].numpy() for picture in ir]
+        decoded.clear()
+        recorded = runtime.fuse(*frames, overlap=levels, **options)  # type: ignore[arg-type]
+        expected = eager.fuse(vis, ir, overlap=np.stack(levels), **options)  # type: ignore[arg-type]
+        assert max_levels(recorded, expected) <= (1 if num_steps > MAX_UNROLLED_STEPS else 0)
+    assert decoded == [2, 2]  # the fused picture and infrared, once each; not the visible one besides
+    assert runtime.activity.recorded_runs == 3
+    assert runtime.num_recorded == 1
+    whole = runtime.fuse(*frames, **options)  # type: ignore[arg-type]
+    assert max_levels(whole, eager.fuse(vis, ir, **options)) == 0  # type: ignore[arg-type]
+    assert max_levels(whole, expected) > 20
+
+
+def _counting(decode: Callable[..., torch.Tensor], batches: list[int]) -> Callable[..., torch.Tensor]:
+    def counted(latent: torch.Tensor, *rest: object) -> torch.Tensor:
+        batches.append(len(latent))
+        return decode(latent, *rest)
+
+    return counted
+
+
+def max_levels(first: FusionOutput, second: FusionOutput) -> int:
+    return max(
+        int((one.int() - other.int()).abs().max())
+        for one, other in zip(images_of(first), images_of(second), strict=True)
+    )
 
 
 def steps(picture: NDArray[np.float64], columns: slice) -> float:

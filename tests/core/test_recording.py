@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -141,6 +142,32 @@ def test_levels_come_back_as_files_have_them() -> None:
     runtime.record([(2, 40, 50)], levels=True)
     for image in images_of(runtime.fuse(vis, ir)):
         assert image.permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_frames_need_not_be_stacked(is_recorded: bool) -> None:
+    model = tiny_model()
+    runtime = Runtime(model, precision="float32", graphs=is_recorded, batch_sizes=(4,))
+    vis, ir = ((255 * images).byte() for images in pairs(3, 32, 48))
+    if is_recorded:
+        runtime.record([(4, 32, 48)], levels=True)
+    colour = [np.ascontiguousarray(picture.permute(1, 2, 0)) for picture in vis]
+    for frame in colour:
+        frame.flags.writeable = False  # as of what was received
+    grey = [picture[0].numpy() for picture in ir]
+    output = runtime.fuse(colour, grey, seeds=[1, 2, 3])
+    assert largest_difference(output, runtime.fuse(vis, ir, seeds=[1, 2, 3])) == 0
+    assert largest_difference(output, model.fuse(vis, ir, seeds=[1, 2, 3])) <= 1
+    assert runtime.activity.recorded_runs == 3 * is_recorded
+    for wrong in (
+        [*colour[:2], colour[2][:20]],
+        [*colour[:2], colour[2][:, :40]],
+        [frame.astype(np.float32) for frame in colour],
+        colour[:2],
+        [frame[..., 0] for frame in colour],
+    ):
+        with pytest.raises(ShapeError):
+            runtime.fuse(wrong, grey)
 
 
 def test_a_shape_is_recorded_when_it_comes_again() -> None:
@@ -529,9 +556,11 @@ def test_bytes_of_a_program_are_its_own_or_what_the_pool_grew_by() -> None:
         assert runtime._programs is not None
         sizes.append(runtime._programs.size_bytes)
     draws = 2 * 4 * 4 * 4 * 4  # one draw for both modalities, four channels of 4x4, float32
-    images = 4 * 32 * 32 * (4 + 3 + 3 + 1) + 1  # the flag is a byte
-    assert sizes[0] == 5 * images + draws  # what the run sees, and two sets of it on the device and on the host
-    assert sizes[1] == 4 * images + (1 << 30)
+    frames = 4 * 32 * 32 * 4
+    images = frames + 4 * 32 * 32 * (3 + 3 + 1) + 1  # the flag is a byte
+    # What the run sees, two sets of it on the device, and the frames of both on the host.
+    assert sizes[0] == 3 * images + 2 * frames + draws
+    assert sizes[1] == 2 * images + 2 * frames + (1 << 30)
 
 
 def test_a_recorded_run_reports_what_is_not_finite_and_recovers() -> None:

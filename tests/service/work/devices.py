@@ -14,13 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recofuse_core.frames import Images, together
 from recofuse_core.picture import FusionOutput, ModelInfo, OutputName
 from recofuse_core.program_cache import Activity
 from recofuse_core.programs import Pending
 from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings
-from service.work.engine import PassOptions, Pixels
+from service.work.engine import Frames, PassOptions, Pixels
 from service.work.torch_engine import TorchEngine
 
 
@@ -69,8 +70,8 @@ class MeteredRuntime:
     activity: Activity = field(default_factory=Activity)
     info = ModelInfo("metered", "1", "", 3, "ode2", 0)
 
-    def submit(self, *images: Tensor, **options: Any) -> Pending:
-        output = self.fuse(*images, **options)
+    def submit(self, *images: Images, **options: Any) -> Pending:
+        output = self.fuse(*map(together, images), **options)
         return Pending(lambda: output)
 
     def fuse(self, vis: Tensor, ir: Tensor, *, outputs: Collection[OutputName], **options: object) -> FusionOutput:
@@ -102,7 +103,7 @@ class MeteredEngine(TorchEngine):
     def warm_up(self) -> None: ...
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+        self, vis: Frames, ir: Frames, options: PassOptions, seeds: list[int], overlap: Frames | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         self.started.set()
         assert self.gate.wait(30)

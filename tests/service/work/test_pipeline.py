@@ -6,13 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from service.command.processes import new_metrics
 from service.queue.memory import MemoryQueue
 from service.terms.errors import InternalError, OutOfMemoryError
 from service.terms.jobs import Part
-from service.work.engine import EngineBrokenError, PassOptions, Pixels
+from service.work.engine import EngineBrokenError, Frames, PassOptions, Pixels
 from service.work.worker import Worker
 from tests.fakes import FakeEngine
 from tests.service.work.workers import SETTINGS, fresh, results, until, working
@@ -30,7 +31,7 @@ class OverlappingFake(FakeEngine):
         self.failures = failures or {}
 
     def start(
-        self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
+        self, vis: Frames, ir: Frames, options: PassOptions, seeds: list[int], overlap: Frames | None = None
     ) -> Callable[[], dict[Part, Pixels]]:
         number = len(self.begun)
         self.begun.append(len(vis))
@@ -39,7 +40,7 @@ class OverlappingFake(FakeEngine):
             assert self.may_end.acquire(timeout=30)
             if number in self.failures:
                 raise self.failures[number]
-            return self.fuse(vis, ir, options, seeds)
+            return self.fuse(np.stack(list(vis)), np.stack(list(ir)), options, seeds)
 
         return wait
 
