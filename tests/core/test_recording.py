@@ -159,13 +159,14 @@ def test_frames_need_not_be_stacked(is_recorded: bool) -> None:
     assert largest_difference(output, runtime.fuse(vis, ir, seeds=[1, 2, 3])) == 0
     assert largest_difference(output, model.fuse(vis, ir, seeds=[1, 2, 3])) <= 1
     assert runtime.activity.recorded_runs == 3 * is_recorded
-    for wrong in (
+    wrong_ones: list[list[Any]] = [
         [*colour[:2], colour[2][:20]],
         [*colour[:2], colour[2][:, :40]],
         [frame.astype(np.float32) for frame in colour],
         colour[:2],
         [frame[..., 0] for frame in colour],
-    ):
+    ]
+    for wrong in wrong_ones:
         with pytest.raises(ShapeError):
             runtime.fuse(wrong, grey)
 
