@@ -1,21 +1,22 @@
 """Everything that only a GPU can show, in one command of under ten minutes: `make check-gpu`.
 
-The tests marked `gpu`; which half precision is closer to float32; the ways to run the branches beside each other
-(stacked or apart, torch's kernels or ours), which must agree; drills of a GPU that fails (benchmarks/gpu_drills.py);
-recorded runs under compute-sanitizer, where that is installed; the engine's table at 640x480 with the targets of
-docs/performance.md; and what the service keeps of the engine's throughput. Without a GPU nothing is checked, and it
-says so with status 2.
+The tests marked `gpu`; which half precision is closer to float32; whether torch picks the fastest attention; the ways
+to run the branches beside each other (stacked or apart, torch's kernels or ours), which must agree; drills of a GPU
+that fails (benchmarks/gpu_drills.py); recorded runs under compute-sanitizer, where that is installed; the engine's
+table at 640x480 with the targets of docs/performance.md; and what the service keeps of the engine's throughput.
+Without a GPU nothing is checked, and it says so with status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 NO_GPU = 2
 PROCESS_TIMEOUT_S = 90.0
 MAX_DIFFERENCE = 1.0  # levels, rms: the ways differ by rounding
+ATTENTIONS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+ATTENDED = {"compact": 300, "paper": 4800}  # of 4,800 positions of a frame of 640x480, pooled or not
+MAX_ATTENTION_RATIO = 1.25  # else the fastest is worth being asked for by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,44 @@ def run_forms(device: str = "cuda", *, size: tuple[int, int] = (640, 480), repea
     return worst < MAX_DIFFERENCE, f"batches of 1 and 8: {'; '.join(told)}; apart by at most {worst:.2f} levels (rms)"
 
 
+def run_attention(
+    time_ms: Callable[[Callable[[], Any]], float] | None = None,
+    *,
+    device: str = "cuda",
+    names: Sequence[str] = ATTENTIONS,
+    positions: int = 4800,
+) -> tuple[bool, str]:
+    """What torch picks for the attention of the fusion module, beside each of its kinds: it should be near the fastest.
+
+    Heads have 16 channels, which some kinds fill up to 64. time_ms: for tests.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from recofuse_core.kernels.choice import graph_ms
+
+    measured = time_ms or graph_ms
+    told, all_near = [], True
+    for preset, attended in ATTENDED.items():
+        for batch in (1, 8):
+            query = torch.randn(2 * batch, 1, positions, 16, device=device, dtype=torch.bfloat16)
+            key, value = torch.randn(2, 2 * batch, 1, attended, 16, device=device, dtype=torch.bfloat16)
+
+            def attend(query: Any = query, key: Any = key, value: Any = value) -> Any:
+                return scaled_dot_product_attention(query, key, value)
+
+            picked = measured(attend)
+            times = {}
+            for name in names:
+                with contextlib.suppress(RuntimeError), sdpa_kernel(getattr(SDPBackend, name)):
+                    times[name] = measured(attend)
+            all_near &= picked <= MAX_ATTENTION_RATIO * min([picked, *times.values()])
+            each = ", ".join(f"{name.lower()} {ms:.3f}" for name, ms in times.items())
+            told.append(f"{preset} batch {batch}: {picked:.3f} ms ({each})")
+    return all_near, f"torch's own choice, {'; '.join(told)}"
+
+
 def run_drills() -> tuple[bool, str]:
     """Each in a process of its own: afterwards nothing works there, or memory is short."""
     lines, all_passed = [], True
@@ -163,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = {
         "tests": run_tests,
         "precision": run_precision,
+        "attention": run_attention,
         "forms": run_forms,
         "drills": run_drills,
         "sanitizer": run_sanitizer,

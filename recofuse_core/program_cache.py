@@ -36,6 +36,7 @@ class ProgramCache:
     room, a new shape takes the place of the one used least, if it is used more: 17 shapes in turn on 16 places are 16
     programs and one that stays eager, not a recording each. Uses fade, so that what was hot yesterday gives way. Shapes
     recorded by name (`record`), which somebody vouched for, are always admitted and count as used `VOUCHED` times.
+    Those that are wanted (`want`) count so, too, and are due.
 
     A deferred cache leaves what is due to idle moments (`record_due`), and beyond `OVERDUE` uses to `get` after all; it
     records for at most a tenth of the time, whatever callers ask for.
@@ -120,6 +121,12 @@ class ProgramCache:
             return self._record(key)
         self._due[key] = None
         return None
+
+    def want(self, key: ProgramKey) -> None:
+        """Vouch for a key that is to be recorded by `record_due`, if there is room then or something is used less."""
+        self._count(key, self.VOUCHED)
+        if key not in self._programs and key not in self._refused and not self.is_off:
+            self._due[key] = None
 
     @property
     def has_due(self) -> bool:

@@ -198,15 +198,19 @@ class Runtime:
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         levels: bool = False,
         exposure: Exposure = "as_shot",
+        later: bool = False,
     ) -> None:
         """Make runs of shapes (B, H, W) ready, so that the first request is no slower than the others.
 
-        levels: for uint8 images. Without graphs each shape is run once, which fills the allocator's caches. So is a
-        shape that cannot be recorded.
+        levels: for uint8 images. later: by `record_due`. Without graphs each shape is run once, which fills the
+        allocator's caches. So is a shape that cannot be recorded.
         """
         plan = self.model.plan(steps=steps, sampler=sampler, outputs=outputs, exposure=exposure)
         dtype = torch.uint8 if levels else torch.float32
         for batch, height, width in shapes:
+            if later and self._programs is not None:
+                self._programs.want(ProgramKey.of(plan, batch, height, width, levels=levels))
+                continue
             vis = torch.zeros(batch, 3, height, width, dtype=dtype)
             self._submit(vis, vis[:, :1], plan, 0, record=True).result()
 

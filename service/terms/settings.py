@@ -291,7 +291,8 @@ class EngineSettings(Group):
     )
     warm_up_sizes: Annotated[tuple[FrameSize, ...], BeforeValidator(_split_sizes)] = Field(
         default=("640x480",),
-        description="width x height, such as 640x480,1280x1024, run or recorded before the service is ready",
+        description="width x height, such as 640x480,1280x1024, run before the service is ready, or recorded: for the "
+        "fused picture then, for all pictures when it is idle",
     )
     fixed_batch_s: float = Field(default=0.020, ge=0, description="kind=fixed: seconds per forward pass")
     fixed_item_s: float = Field(default=0.002, ge=0, description="kind=fixed: seconds per job in the pass")

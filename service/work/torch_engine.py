@@ -97,21 +97,24 @@ class TorchEngine:
         logger.info("blocks of the model run on", extra={"kernels": self._runtime.kernels})
 
     def warm_up(self) -> None:
-        """See Engine. A shape that fails is left out; raises what the last one raised if every one did."""
+        """See Engine. A shape that fails is left out; raises what the last one raised if every one did.
+
+        Recorded are the runs for the fused picture, which most requests ask for; those for all pictures when nothing
+        else is to do.
+        """
         runtime = self._loaded()
         sizes = [tuple(map(int, size.split("x"))) for size in self._settings.warm_up_sizes]
         batches = runtime.batch_sizes if runtime.records else (1,)
         shapes = [(batch, height, width) for width, height in sizes for batch in batches]
         exposure = self.info.default_exposure
         num_done, last = 0, None
-        # The fused picture is what most requests ask for; it is recorded last, so that it stays when room is short.
-        for outputs in (tuple(part.value for part in Part), (Part.FUSED.value,)):
+        kinds: list[tuple[list[Any], bool]] = [([Part.FUSED.value], False), ([part.value for part in Part], True)]
+        for outputs, later in kinds:
+            record = functools.partial(runtime.record, outputs=outputs, levels=True, exposure=exposure, later=later)
             for shape in shapes:
-                error = _failure_of(
-                    functools.partial(runtime.record, [shape], outputs=outputs, levels=True, exposure=exposure)
-                )
+                error = _failure_of(functools.partial(record, [shape]))
                 if error is None:
-                    num_done += 1
+                    num_done += not (later and runtime.records)
                     continue
                 last = error
                 logger.warning("a shape is not made ready", extra={"shape": shape, "error": str(error)})

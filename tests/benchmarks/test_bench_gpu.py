@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
+from torch import Tensor
 
 from benchmarks import gpu, gpu_drills, kept
 from recofuse_core.runtime import Runtime
@@ -30,17 +33,19 @@ def test_one_failure_fails_the_check_and_the_rest_runs(
 ) -> None:
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu, "run_tests", lambda: (True, "9 passed"))
-    for part in ("precision", "forms", "drills", "sanitizer"):
+    for part in ("precision", "attention", "forms", "drills", "sanitizer"):
         monkeypatch.setattr(gpu, f"run_{part}", lambda: (True, "well"))
     monkeypatch.setattr(gpu, "run_engine", lambda: 1 / 0)
     monkeypatch.setattr(gpu, "run_kept", lambda: (True, "kept 99 %"))
     assert gpu.main(["--json", str(tmp_path / "out.json")]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("gpu: tests passed: 9 passed | precision passed: well | forms passed: well | ")
+    assert last.startswith(
+        "gpu: tests passed: 9 passed | precision passed: well | attention passed: well | forms passed: well | "
+    )
     assert " | engine FAILED: ZeroDivisionError: " in last
     assert last.endswith(" | kept passed: kept 99 %")
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [part["passed"] for part in written["parts"]] == [True, True, True, True, True, False, True]
+    assert [part["passed"] for part in written["parts"]] == [True, True, True, True, True, True, False, True]
     monkeypatch.setattr(gpu, "run_engine", lambda: (True, "fast"))
     assert gpu.main([]) == 0
 
@@ -77,6 +82,27 @@ def test_ways_to_run_the_branches_must_agree(monkeypatch: pytest.MonkeyPatch) ->
     assert all(f"{way} " in line for way in ("apart", "stacked", "apart, kernels that win"))
     monkeypatch.setattr(gpu, "MAX_DIFFERENCE", -1.0)
     assert not gpu.run_forms("cpu", size=(64, 48), repeats=1)[0]
+
+
+@pytest.mark.parametrize(("slowest", "passed"), [(1.2, True), (1.4, False)])
+def test_the_attention_that_torch_picks_is_to_be_near_the_fastest(slowest: float, passed: bool) -> None:
+    """torch has two of its kinds on a CPU; times are given here."""
+    times: Iterator[float] = itertools.cycle([slowest, 1.0, 3.0])
+
+    def timed(attend: Callable[[], Tensor]) -> float:
+        assert attend().shape[2:] == (48, 16)
+        return next(times)
+
+    found, line = gpu.run_attention(timed, device="cpu", names=("FLASH_ATTENTION", "MATH"), positions=48)
+    assert found is passed
+    assert f"paper batch 8: {slowest:.3f} ms (flash_attention 1.000, math 3.000)" in line
+
+
+def test_an_attention_that_is_not_there_is_left_out() -> None:
+    passed, line = gpu.run_attention(lambda attend: float(len(attend())), device="cpu", positions=48)
+    assert passed
+    assert "flash_attention 2.000)" in line
+    assert "cudnn" not in line
 
 
 def test_compute_sanitizer_is_used_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

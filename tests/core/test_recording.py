@@ -4,6 +4,7 @@ The recorder of these tests runs everything again instead of replaying a graph: 
 filling of batches and the order of transfers are the same as on a GPU. What only a GPU can show is marked `gpu`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from recofuse_core import load_pretrained
 from recofuse_core import programs as module_of_programs
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model, noise_like
+from recofuse_core.picture import OutputName
 from recofuse_core.program_cache import ProgramCache
 from recofuse_core.programs import MAX_UNROLLED_STEPS, NoiseCache
 from recofuse_core.recording import EagerRecorder, Results
@@ -428,6 +430,23 @@ def test_a_deferred_runtime_records_when_told() -> None:
     assert not runtime.record_due()
     assert largest_difference(runtime.fuse(vis, ir), model.fuse(vis, ir)) == 0
     assert recorder.events == ["upload", "run", "download"]
+
+
+def test_what_may_wait_is_recorded_when_told() -> None:
+    runtime, recorder = recording(tiny_model(), defers_recording=True, max_graphs=2)
+    fused: tuple[OutputName, ...] = ("fused",)
+    runtime.record([(1, 32, 32)], outputs=fused)
+    runtime.record([(1, 32, 32), (2, 32, 32)], later=True)
+    assert (runtime.num_recorded, runtime.has_due) == (1, False)  # it is too soon
+    assert runtime._programs is not None
+    runtime._programs._clock = lambda: math.inf
+    assert runtime.has_due
+    assert runtime.record_due()
+    assert (runtime.num_recorded, recorder.num_recorded) == (2, 2)
+    assert not runtime.record_due()  # the other is vouched for no more than those that have the room
+    runtime.fuse(*pairs(1, 32, 32), outputs=fused)
+    runtime.fuse(*pairs(1, 32, 32))
+    assert (runtime.activity.recorded_runs, runtime.activity.evictions) == (3, 0)
 
 
 def test_a_runtime_tells_what_it_does() -> None:

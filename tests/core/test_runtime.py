@@ -1,7 +1,9 @@
 """The runtime computes what the model computes: frozen, in half precision, and on a GPU."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -42,6 +44,16 @@ def test_the_runtime_keeps_the_weights_it_was_given() -> None:
     for parameter in model.parameters():
         parameter.data.zero_()
     assert largest_difference(runtime.fuse(vis, ir), first) == 0
+
+
+def test_the_model_that_was_given_is_let_go_of() -> None:
+    model = tiny_model()
+    gone = weakref.ref(model)
+    runtime = Runtime(model, precision="bfloat16", graphs=True, stacked=True)
+    del model
+    gc.collect()  # modules refer to each other
+    assert gone() is None
+    assert runtime.model is not None
 
 
 @CONFIGS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -12,6 +13,7 @@ import torch
 from recofuse_core.picture import ModelInfo
 from recofuse_core.program_cache import Activity
 from recofuse_core.runtime import Runtime
+from service.terms.activity import EngineActivity
 from service.terms.jobs import Part
 from service.terms.settings import EngineSettings, Settings
 from service.work.engine import EngineBrokenError, PassOptions, Pixels
@@ -26,16 +28,21 @@ Shape = tuple[int, int, int]
 
 @dataclass
 class ReadyingRuntime:
-    """Makes shapes ready; those with an error in `errors` (by batch size) fail."""
+    """Makes shapes ready; those with an error in `errors` (by batch size) fail. later: what may wait."""
 
     errors: dict[int, Exception] = field(default_factory=dict)
     ready: list[Shape] = field(default_factory=list)
+    later: list[Shape] = field(default_factory=list)
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     records: bool = True
     can_light: bool = False
     info = ModelInfo("readying", "1", "", 3, "ode2", 0)
 
-    def record(self, shapes: list[Shape], **options: object) -> None:
+    def record(self, shapes: list[Shape], *, outputs: tuple[str, ...], later: bool, **options: object) -> None:
+        assert later == (len(outputs) == 3)
+        if later:
+            self.later += shapes
+            return
         for shape in shapes:
             if (error := self.errors.get(shape[0])) is not None:
                 raise error
@@ -52,8 +59,9 @@ def engine_with(runtime: ReadyingRuntime) -> TorchEngine:
 def test_one_shape_that_cannot_be_made_ready_is_left_out(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     runtime = ReadyingRuntime({4: error})
     engine_with(runtime).warm_up()
-    assert runtime.ready == [(1, 48, 64), (2, 48, 64)] * 2  # with all pictures, and with the fused one alone
-    assert [record.message for record in caplog.records] == ["a shape is not made ready"] * 2
+    assert runtime.ready == [(1, 48, 64), (2, 48, 64)]
+    assert runtime.later == [(1, 48, 64), (2, 48, 64), (4, 48, 64)]
+    assert [record.message for record in caplog.records] == ["a shape is not made ready"]
 
 
 def test_a_device_that_can_run_nothing_ends_the_start() -> None:
@@ -95,6 +103,12 @@ async def test_a_worker_tells_what_its_engine_does() -> None:
         told = worker._metrics.registry.get_sample_value
         assert told("recofuse_engine_runs_total", {"form": "recorded"}) == 4
         assert told("recofuse_engine_programs") == 2
+
+
+def test_the_core_and_the_service_tell_the_same_of_an_engine() -> None:
+    """Front ends may not import the one, the core not the other."""
+    names, others = ([part.name for part in dataclasses.fields(kind)] for kind in (Activity, EngineActivity))
+    assert names == others
 
 
 @dataclass
