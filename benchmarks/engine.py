@@ -45,9 +45,9 @@ from recofuse_core.faults import let_go
 from recofuse_core.kernels.choice import KernelChoice
 from recofuse_core.model import PRESETS, Conditions, ReCoFuse, build_model, noise_like
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
-from recofuse_core.programs import ScheduleCache
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import Pair, SamplerName
+from recofuse_core.supplies import ScheduleCache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

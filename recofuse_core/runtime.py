@@ -41,9 +41,10 @@ from recofuse_core.picture import (
 )
 from recofuse_core.precision import Precision, choose_dtype, frozen_copy
 from recofuse_core.program_cache import Activity, ProgramCache
-from recofuse_core.programs import Pending, ProgramKey, Supplies, build_program
+from recofuse_core.programs import Pending, ProgramKey, build_program
 from recofuse_core.recording import CudaRecorder, EagerRecorder, Recorder
 from recofuse_core.sampler import SamplerName
+from recofuse_core.supplies import Supplies
 from recofuse_core.tiling import TilingConfig
 
 

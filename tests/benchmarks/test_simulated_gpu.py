@@ -19,24 +19,20 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks import simulated_gpu
+from benchmarks.simulated_capture import DEVICE, OF_OURS, Capture, Demand, small
 from benchmarks.simulated_gpu import (
     BLOCKS,
     CARDS,
-    DEVICE,
     FUSED,
     LAUNCH_S,
-    OF_OURS,
     SMALL_SIZE,
     SMALL_TILES,
-    Capture,
-    Demand,
     Way,
     captured,
     count,
     on_device,
     recorded,
     run_operations,
-    small,
     table,
 )
 from recofuse_core.kernels.choice import KernelChoice

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from recofuse_core import load_pretrained
-from recofuse_core import programs as module_of_programs
+from recofuse_core import load_pretrained, supplies
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model, noise_like
 from recofuse_core.picture import OutputName
 from recofuse_core.program_cache import ProgramCache
-from recofuse_core.programs import MAX_UNROLLED_STEPS, NoiseCache
+from recofuse_core.programs import MAX_UNROLLED_STEPS
 from recofuse_core.recording import EagerRecorder, Results
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SAMPLERS, NoiseSource, SamplerName
+from recofuse_core.supplies import NoiseCache
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import CONFIGS, PUBLISHED, images_of, largest_difference, pairs, rms_difference, tiny_model
 
@@ -121,7 +121,7 @@ def test_noise_is_drawn_once_a_seed_and_bounded(monkeypatch: pytest.MonkeyPatch)
         drawn.extend(seeds)
         return noise_like(seeds, like)
 
-    monkeypatch.setattr(module_of_programs, "noise_like", counted)
+    monkeypatch.setattr(supplies, "noise_like", counted)
     shape = (4, 4, 6)
     size = 2 * 2 * 4 * 4 * 6 * 4  # two draws of both modalities, float32
     noise = NoiseCache(torch.device("cpu"), max_bytes=2 * size)
@@ -356,7 +356,7 @@ def test_noise_of_long_runs_is_drawn_by_step_and_one_seed_of_a_batch_is_kept(mon
 
         return count
 
-    monkeypatch.setattr(module_of_programs, "noise_like", counted)
+    monkeypatch.setattr(supplies, "noise_like", counted)
     noise = NoiseCache(torch.device("cpu"))
     shape = (4, 2, 3)
     first = noise.one_by_one([7, 8, 7], 3, shape)

@@ -12,10 +12,10 @@ from recofuse_core import load_pretrained, precision
 from recofuse_core.errors import ConfigError
 from recofuse_core.model import ModelConfig
 from recofuse_core.precision import DTYPES, choose_dtype, frozen_copy, measure, native_dtypes, trial_frames
-from recofuse_core.programs import ScheduleCache
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SAMPLERS, SamplerName
 from recofuse_core.scenes.scene import make_scene
+from recofuse_core.supplies import ScheduleCache
 from tests.core.tiny import CONFIGS, PUBLISHED, images_of, largest_difference, pairs, tiny_model
 
 CPU = torch.device("cpu")
