@@ -172,6 +172,7 @@ WAYS: tuple[Way, ...] = (
     ("bfloat16", True, "triton"),
     ("bfloat16", False, "triton"),
     ("bfloat16", False, "eager"),
+    ("float16", True, "triton"),
     ("float32", True, "eager"),
 )
 

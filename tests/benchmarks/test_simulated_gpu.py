@@ -44,7 +44,12 @@ from service.command.cli import app
 
 SERVED: Way = ("bfloat16", True, "eager")
 OURS: Way = ("bfloat16", True, "triton")
-OTHERS: tuple[Way, ...] = (("bfloat16", False, "eager"), ("float32", True, "eager"), ("bfloat16", False, "triton"))
+OTHERS: tuple[Way, ...] = (
+    ("bfloat16", False, "eager"),
+    ("float32", True, "eager"),
+    ("bfloat16", False, "triton"),
+    ("float16", True, "triton"),
+)
 
 
 @cache
@@ -58,7 +63,7 @@ def small_model(preset: str, precision: Precision, stacked: bool, kernels: Kerne
         *(("compact", SERVED, sampler) for sampler in SAMPLERS),
         *(("compact", way, "ode2") for way in (OURS, *OTHERS)),
         ("paper", OURS, "ode1"),
-        *(("paper", SERVED, sampler) for sampler in ("euler", "ode1")),  # it predicts noise, and is read otherwise
+        *(("paper", SERVED, sampler) for sampler in SAMPLERS),  # it predicts noise, and is read otherwise
     ],
     ids=str,
 )
