@@ -4,7 +4,9 @@ The recorder of these tests runs everything again instead of replaying a graph: 
 filling of batches and the order of transfers are the same as on a GPU. What only a GPU can show is marked `gpu`.
 """
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recofuse_core import load_pretrained, supplies
+from recofuse_core import model as module_of_model
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.model import PRESETS, ModelConfig, ReCoFuse, build_model, noise_like
 from recofuse_core.picture import OutputName
@@ -24,7 +27,7 @@ from recofuse_core.recording import EagerRecorder, Results
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import SAMPLERS, NoiseSource, SamplerName
 from recofuse_core.supplies import NoiseCache
-from recofuse_core.tiling import TilingConfig
+from recofuse_core.tiling import Ramps, TilingConfig
 from tests.core.tiny import CONFIGS, PUBLISHED, images_of, largest_difference, pairs, rms_difference, tiny_model
 
 
@@ -278,6 +281,30 @@ def test_large_frames_are_recorded(steps: int) -> None:
         output = runtime.fuse(vis, ir, tiling=tiling, steps=steps)
     assert largest_difference(output, model.fuse(vis, ir, tiling=tiling, steps=steps)) < 2e-5
     assert recorder.num_recorded == (3 if steps > MAX_UNROLLED_STEPS else 1)
+
+
+def test_what_a_recorded_run_reads_lives_as_long_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses alone: what tiles are weighed by may not go because others have come to a cache."""
+    made: list[weakref.ref[Tensor]] = []
+    make = module_of_model._ramps_on.__wrapped__
+
+    def noted(*arguments: Any) -> Ramps:
+        ramps: Ramps = make(*arguments)
+        made.extend(weakref.ref(ramp) for ramp in ramps.values())
+        return ramps
+
+    monkeypatch.setattr(module_of_model, "_ramps_on", noted)
+    runtime, _ = recording(tiny_model())
+    tiling = TilingConfig(max_pixels=32 * 32, tile=64, overlap=32)
+    for is_recorded in (False, True):
+        made.clear()
+        runtime.fuse(*pairs(1, 64, 96), tiling=tiling)
+        gc.collect()
+        assert made
+        assert [ramp() is not None for ramp in made] == [is_recorded] * len(made)
+    del runtime
+    gc.collect()
+    assert all(ramp() is None for ramp in made)
 
 
 class SlowRecorder(CountingRecorder):
