@@ -369,8 +369,8 @@ class Finishing:
         """See picture.Finish."""
         image: Tensor
         if name == "fused" and self._tone is not None:
-            narrow, is_finite = self._finish(decoded, "vis", False)
-            image = narrow + self._tone * (widen_range(narrow, self._finish.widening) - narrow)
+            widened, is_finite = self._finish(decoded, name, False)
+            image = torch.lerp(decoded.clamp(0.0, 1.0), widened, self._tone)
             image = (image * 255).round().byte() if self._levels else image
         else:
             image, is_finite = self._finish(decoded, name, self._levels)
