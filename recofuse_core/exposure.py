@@ -44,14 +44,15 @@ class ExposureConfig:
 
 
 OFFSET_UNIT = 0.3
-DOUBTFUL, CERTAIN = 0.92, 0.98  # how probable a veil is where lifting it begins, and from where all of it is lifted
+MOST = 0.7  # of a veil is lifted: a rest of it tells distance, and without it what was far comes out too dark
+DOUBTFUL, CERTAIN = 0.92, 0.98  # how probable a veil is where lifting it begins, and from where as much as ever
 
 
 class Lighting(NamedTuple):
     """How to light the visible frames of a batch.
 
     curves: for whole frames, of three channels. grid: (B, 6, levels, h, w), the logarithms of three gains, then three
-    offsets, at every brightness and place.
+    offsets, at every brightness and place. Either may be of one channel, for all three: (B, 2, levels, h, w).
     """
 
     curves: ToneCurves
@@ -96,7 +97,7 @@ class Lighting(NamedTuple):
         return (lit * gain.exp() + OFFSET_UNIT * offset).clamp(0.0, 1.0)
 
     def look_up(self, guide: Tensor) -> Tensor:
-        """The grid's entries (B, 6, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place of the frame."""
+        """The grid's entries (B, 6 or 2, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place of the frame."""
         batch, _, height, width = guide.shape
         y, x = _centres(height, guide).view(1, -1, 1), _centres(width, guide).view(1, 1, -1)
         place = (x.expand(batch, height, width), y.expand(batch, height, width), 2 * guide[:, 0] - 1)
@@ -109,7 +110,7 @@ class Lighting(NamedTuple):
 class Veil(NamedTuple):
     """What still lies between toned visible frames of a batch and their scene: curves and a grid that take it away.
 
-    share: (B,) in [0, 1], how much of it is lifted; 0 where there is hardly a veil, and the frame stays as it is.
+    share: (B,) from 0 to `MOST`, how much of it is lifted; 0 where there is hardly a veil, and the frame stays as it is.
     """
 
     lifting: Lighting
@@ -171,8 +172,9 @@ class ExposureEstimator(nn.Module):
         self.grid_head = nn.Conv2d(third, 6 * config.num_levels, 1)
         heads: list[nn.Linear | nn.Conv2d] = [self.curve_head, self.grid_head]
         if config.lifts_veil:
-            self.veil_curve_head = nn.Linear(config.width, 3 * 3)
-            self.veil_grid_head = nn.Conv2d(third, 6 * config.num_levels, 1)
+            # A veil is grey, or nearly: with gains of their own, colours are made up behind it.
+            self.veil_curve_head = nn.Linear(config.width, 3)
+            self.veil_grid_head = nn.Conv2d(third, 2 * config.num_levels, 1)
             self.veil_judge = nn.Linear(third + config.width, 1)
             heads += [self.veil_curve_head, self.veil_grid_head, self.veil_judge]
         for head in heads:  # the identity to start from
@@ -227,7 +229,7 @@ class ExposureEstimator(nn.Module):
         return Seen(summary, frame, F.silu(self.join(near + far)))
 
     def lifting(self, seen: Seen) -> Lighting:
-        """What takes the veil off a frame, were there any. The model must have been made to lift it."""
+        """What takes the veil off a frame, were there any, alike in all channels; of a model that was made to lift it."""
         curves = self._curves(self.veil_curve_head(seen.summary))
         return Lighting(curves, self._grid(self.veil_grid_head(seen.places)))
 
@@ -241,7 +243,7 @@ class ExposureEstimator(nn.Module):
         cells = self.average(vis, ir)
         seen = self.look(cells, self.features(cells))
         probability = torch.sigmoid(self.veil_log_odds(seen))
-        return Veil(self.lifting(seen), ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0))
+        return Veil(self.lifting(seen), MOST * ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0))
 
     def veil_heads(self) -> list[nn.Parameter]:
         """The weights that tell and lift a veil; none in a model that does not."""
@@ -261,8 +263,9 @@ class ExposureEstimator(nn.Module):
         return ToneCurves(self.SHIFT_UNIT * shift, gain.exp(), (self.GAMMA_UNIT * gamma).exp())
 
     def _grid(self, values: Tensor) -> Tensor:
-        batch, _, height, width = values.shape
-        return values.view(batch, 6, self.config.num_levels, height, width)
+        batch, channels, height, width = values.shape
+        num_levels = self.config.num_levels
+        return values.view(batch, channels // num_levels, num_levels, height, width)
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise

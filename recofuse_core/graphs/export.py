@@ -202,8 +202,8 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         side = model.exposure.config.cells // 4
         veil = {
             "share": torch.zeros(batch),
-            "curves": torch.ones(3, batch, 3, 1, 1),
-            "grid": torch.zeros(batch, 6, model.exposure.config.num_levels, side, side),
+            "curves": torch.ones(3, batch, 1, 1, 1),
+            "grid": torch.zeros(batch, 2, model.exposure.config.num_levels, side, side),
         }
         parts["lift"] = Part(
             _Lift(stepwise),
