@@ -10,13 +10,19 @@ frame's corners, brought to the nearest pixel of the visible frame. Two methods 
 OpenCV's ECC (homography, from the two frames laid on each other, pyramid of three), and SIFT with RANSAC; of ten pairs,
 ECC's is the median over the first three, and SIFT's matches are put together.
 
-What a newcomer would get wrong: recorded pairs are registered to a few pixels only, so their error is that of the files
-as well. Beside it stands the error against where the same pairs, unmoved and undegraded, are calibrated to lie.
+What a newcomer would get wrong: recorded pairs are registered to a few pixels only, and each data set otherwise, so
+against the files' registration the error is that of the files as well. Therefore the same pairs are calibrated unmoved
+and undegraded too, begun at the files' registration, by what the moved infrared shows of them: a second reference,
+which holds what the files are off by. The difference to it is what moving, darkening, noise and the search from nothing
+cost; what the method itself may get wrong of every recorded pair is in both and shows in neither. Bars are judged by it
+(of streets, which are exact, both are one), and the errors by the files stand beside. Ten pairs are of one camera where
+the folder has ten of one, by what their names begin with; else they are of several, and no rig.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,8 +55,8 @@ MIN_UNSURE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One calibration and what the others made of the same pairs: errors in pixels. own_px: against the pairs' own
-    registration, where that is not exact.
+    """One calibration and what the others made of the same pairs: errors in pixels. own_px: against where the pairs lie
+    unmoved, which is not where files of recorded ones have it.
     """
 
     scenes: str
@@ -84,15 +90,17 @@ def run(
 ) -> Outcome:
     """Measure on generated streets and, if given, on a folder with vis and ir."""
     cv2.setNumThreads(1)
-    sources = {"streets": streets(24)}
+    sources = {"streets": {"streets": streets(24)}}
     if pairs is not None:
         sources["folder"] = recorded(pairs)
     draws: list[Draw] = []
-    for name, scenes in sources.items():
+    for name, cameras in sources.items():
         rng = np.random.default_rng(seed)
+        everything = [scene for scenes in cameras.values() for scene in scenes]
+        rigs = [scenes for scenes in cameras.values() if len(scenes) >= MANY] or [everything]
         for count, times in ((1, singles), (MANY, tens)):
-            for _ in range(times):
-                draws.append(drawn(rng, name, scenes, count))
+            for number in range(times):
+                draws.append(drawn(rng, name, everything if count == 1 else rigs[number % len(rigs)], count))
                 say(_told(draws[-1]))
     outcome = judge(draws)
     if json_path is not None:
@@ -120,12 +128,13 @@ def streets(count: int) -> list[Scene]:
     return found
 
 
-def recorded(folder: Path) -> list[Scene]:
-    """The pairs of a folder, their middles."""
-    found = []
+def recorded(folder: Path) -> dict[str, list[Scene]]:
+    """The pairs of a folder, their middles, by camera: what their names begin with, up to a dash or an underscore."""
+    found: dict[str, list[Scene]] = {}
     for pair in pair_paths(folder / "vis", folder / "ir")[0]:
         both = read_pair(pair.vis.read_bytes(), pair.ir.read_bytes())
-        found.append((_middle(np.asarray(grey_of(both.vis), np.uint8)), _middle(both.ir)))
+        camera = re.split("[-_]", pair.vis.stem)[0]
+        found.setdefault(camera, []).append((_middle(np.asarray(grey_of(both.vis), np.uint8)), _middle(both.ir)))
     return found
 
 
@@ -171,8 +180,7 @@ def drawn(rng: np.random.Generator, name: str, scenes: Sequence[Scene], count: i
     cpu_s = time.process_time() - started_s
     error = own = error_px(found.matrix, truth, ir_size)
     if name != "streets":
-        files = calibrate([grey_pair(vis, ir) for vis, ir in picked], start=np.eye(3)).matrix
-        own = error_px(found.matrix, files @ truth, ir_size)
+        own = error_px(found.matrix, unmoved(picked, truth, ir_size) @ truth, ir_size)
     return Draw(
         name,
         count,
@@ -184,6 +192,16 @@ def drawn(rng: np.random.Generator, name: str, scenes: Sequence[Scene], count: i
         found.spread_px,
         cpu_s,
     )
+
+
+def unmoved(picked: Sequence[Scene], truth: Matrix, ir_size: Size) -> Matrix:
+    """Where infrared of these scenes lies before it is moved, by the part of it that is seen afterwards."""
+    reach = mapped(truth, corners_of(ir_size))
+    left, top = np.clip(np.floor(reach.min(axis=0)), 0, [WIDTH - 1, HEIGHT - 1]).astype(int)
+    right, bottom = np.clip(np.ceil(reach.max(axis=0)), 0, [WIDTH - 1, HEIGHT - 1]).astype(int)
+    place = np.array([[1.0, 0, left], [0, 1, top], [0, 0, 1]])
+    pairs = [grey_pair(vis, ir[top : bottom + 1, left : right + 1]) for vis, ir in picked]
+    return calibrate(pairs, start=place).matrix @ np.linalg.inv(place)
 
 
 def _noisy(rng: np.random.Generator, picture: NDArray[Any], strength: float) -> Grey:
@@ -249,16 +267,20 @@ def sift(pairs: Sequence[GreyPair]) -> Matrix | None:
 
 
 def judge(draws: Sequence[Draw]) -> Outcome:
-    """Whether the bars are met on each kind of scene."""
+    """Whether the bars are met on each kind of scene, by where pairs lie unmoved."""
     parts, all_met = [], True
     for name in dict.fromkeys(draw.scenes for draw in draws):
         for count, bound in BOUNDS_PX.items():
             own = [draw for draw in draws if (draw.scenes, draw.num_pairs) == (name, count)]
             if own:
-                share = sum(draw.error_px <= bound for draw in own) / len(own)
+                share = sum(draw.own_px <= bound for draw in own) / len(own)
+                by_files = sum(draw.error_px <= bound for draw in own) / len(own)
                 all_met &= share >= SHARES[count]
-                parts.append(f"{name}, pairs of a draw {count}: {share:.0%} of {len(own)} within {bound:.0f} px")
-        wrong = [draw for draw in draws if draw.scenes == name and draw.error_px > BOUNDS_PX[draw.num_pairs]]
+                beside = "" if name == "streets" else f" ({by_files:.0%} by the files' registration)"
+                parts.append(
+                    f"{name}, pairs of a draw {count}: {share:.0%} of {len(own)} within {bound:.0f} px{beside}"
+                )
+        wrong = [draw for draw in draws if draw.scenes == name and draw.own_px > BOUNDS_PX[draw.num_pairs]]
         if wrong:
             unsure = sum(not draw.is_sure for draw in wrong) / len(wrong)
             all_met &= unsure >= MIN_UNSURE
@@ -269,7 +291,7 @@ def judge(draws: Sequence[Draw]) -> Outcome:
 def markdown(draws: Sequence[Draw]) -> str:
     """A table: medians, and shares within the bound."""
     lines = [
-        "| Scenes | Pairs | Draws | Error, px | Within | Own | Within | ECC | Within | SIFT | Within | Sure | s |",
+        "| Scenes | Pairs | Draws | By files, px | Within | By unmoved | Within | ECC | Within | SIFT | Within | Sure | s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, count in dict.fromkeys((draw.scenes, draw.num_pairs) for draw in draws):

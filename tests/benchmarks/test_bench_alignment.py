@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import cv2
 import pytest
 
-from benchmarks.alignment import FAILED_PX, Draw, error_px, homography, judge, markdown
+from benchmarks.alignment import FAILED_PX, Draw, error_px, homography, judge, markdown, unmoved
+from tests.rigs.scenes import scene
 
 DRAW = Draw("streets", 1, 0.5, 0.5, 300.0, 400.0, True, 0.3, 1.0)
 
@@ -16,11 +18,11 @@ DRAW = Draw("streets", 1, 0.5, 0.5, 300.0, 400.0, True, 0.3, 1.0)
     ("draws", "all_met"),
     [
         ([DRAW] * 5, True),
-        ([DRAW] * 4 + [replace(DRAW, error_px=9.0, is_sure=False)], True),  # 80 % within, and the other said so
-        ([DRAW] * 4 + [replace(DRAW, error_px=9.0)], False),  # it was sure
-        ([DRAW] * 3 + [replace(DRAW, error_px=9.0, is_sure=False)], False),
+        ([DRAW] * 4 + [replace(DRAW, own_px=9.0, is_sure=False)], True),  # 80 % within, and the other said so
+        ([DRAW] * 4 + [replace(DRAW, own_px=9.0)], False),  # it was sure
+        ([DRAW] * 3 + [replace(DRAW, own_px=9.0, is_sure=False)], False),
         ([replace(DRAW, num_pairs=10)] * 5, True),
-        ([replace(DRAW, num_pairs=10, error_px=1.5, is_sure=False)] * 5, False),
+        ([replace(DRAW, num_pairs=10, own_px=1.5, is_sure=False)] * 5, False),
     ],
 )
 def test_the_verdict(draws: list[Draw], all_met: bool) -> None:
@@ -36,3 +38,14 @@ def test_the_error_is_that_of_the_corners() -> None:
     assert error_px(truth, truth, (320, 256)) == pytest.approx(0, abs=1e-6)
     assert error_px(moved, truth, (320, 256)) == pytest.approx(5)
     assert error_px(None, truth, (320, 256)) == FAILED_PX
+
+
+def test_what_files_are_off_by_is_in_the_second_reference() -> None:
+    size = (640, 480)
+    (vis, ir), shift = scene(3), np.array([[1, 0, 3], [0, 1, -2], [0, 0, 1.0]])
+    vis, ir = (cv2.resize(side, size, interpolation=cv2.INTER_CUBIC) for side in (vis, ir))
+    off = cv2.warpPerspective(ir, np.linalg.inv(shift), size, borderMode=cv2.BORDER_REFLECT_101)
+    truth = np.array([[0.7, 0, 60], [0, 0.7, 50], [0, 0, 1.0]])
+    assert error_px(unmoved([(vis, off)], truth, size) @ truth, shift @ truth, size) < 0.5
+    draw = replace(DRAW, scenes="folder", error_px=9.0)
+    assert "folder, pairs of a draw 1: 100% of 5 within 2 px (0% by the files' registration)" in judge([draw] * 5).line
