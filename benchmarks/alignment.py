@@ -291,7 +291,7 @@ def judge(draws: Sequence[Draw]) -> Outcome:
 def markdown(draws: Sequence[Draw]) -> str:
     """A table: medians, and shares within the bound."""
     lines = [
-        "| Scenes | Pairs | Draws | By files, px | Within | By unmoved | Within | ECC | Within | SIFT | Within | Sure | s |",
+        "| Scenes | Pairs | Draws | By files | Within | Unmoved | Within | ECC | Within | SIFT | Within | Sure | s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, count in dict.fromkeys((draw.scenes, draw.num_pairs) for draw in draws):

@@ -2,7 +2,9 @@
 
 Two cameras see one thing move at one moment, however they show it. So how much changes from frame to frame rises and
 falls in both alike, and the shift at which both series agree most is what infrared is late by. Motion that repeats
-itself agrees at several shifts, and no motion at none: then nothing is found, rather than something wrong.
+itself agrees at several shifts, and no motion at none: then nothing is found, rather than something wrong. Nor is what
+agrees by luck: two series hold only so many independent moments, and one thing that happens once in each can always be
+laid upon the other, however clearly both show it.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from recofuse_images.codecs import cv2
 MAX_OFFSET_S = 2.0
 MIN_LIKENESS = 0.5  # correlation of both series, at most 1
 MIN_LEAD = 0.15  # of the correlation over that of the next best offset
+MIN_CLEARNESS = 5.0  # standard errors of the correlation of as many independent moments, the best of all offsets
+MIN_EVENTS = 3.0  # that both show; how many of equal weight would be as uneven
 MIN_SECONDS = 4.0  # of both cameras
 _SIDES = 64, 48  # at which frames are compared
 _STEP_S = 0.005
 _SMOOTH_S = 0.04  # sigma: frames come in steps; wider, and clips of different places begin to agree
 _APART_S = 0.25  # from where on another offset is another one
 _OUTLIER = 6.0  # standard deviations; one flash says no more than this
+_EVENT_S = 0.5
 _SLACK_NS = 1_000_000_000  # that frames are kept beyond what the offset asks for
 
 Series = NDArray[np.float64]
@@ -98,7 +103,38 @@ def offset_of(vis: Motion, ir: Motion, max_offset_s: float = MAX_OFFSET_S) -> Of
         raise OffsetError(f"what moves is alike by {scores[best]:.2f} only (at least {MIN_LIKENESS})")
     if lead < MIN_LEAD:
         raise OffsetError(f"another offset is nearly as good (ahead by {lead:.2f}, at least {MIN_LEAD})")
+    lag = best - reach
+    one, other = slice(max(0, -lag), len(grid) - max(0, lag)), slice(max(0, lag), len(grid) - max(0, -lag))
+    both = first_known[one] & second_known[other]
+    _require_evidence(first[one][both], second[other][both])
     return Offset((best - reach) * _STEP_S, float(scores[best]), lead)
+
+
+def _require_evidence(first: Series, second: Series) -> None:
+    """Raises OffsetError where two series, laid on each other, may agree by luck."""
+    clearness = float(np.arctanh(min(_correlation(first, second), 0.9999)) * np.sqrt(_num_moments(first, second) - 3))
+    if clearness < MIN_CLEARNESS:
+        raise OffsetError(f"what moves may agree by chance (clear by {clearness:.1f}, at least {MIN_CLEARNESS:g})")
+    shared = (first - first.mean()) * (second - second.mean())
+    parts = np.array([part.sum() for part in np.array_split(shared, max(1, round(len(shared) * _STEP_S / _EVENT_S)))])
+    num_events = float(parts.sum() ** 2 / (parts @ parts))
+    if num_events < MIN_EVENTS:
+        raise OffsetError(f"too little happens ({num_events:.1f} events, at least {MIN_EVENTS:.1f}); film for longer")
+
+
+def _num_moments(first: Series, second: Series) -> float:
+    """How many independent values would vary as much in correlation (Bartlett 1935); at least 3."""
+    num = len(first)
+    lags = np.arange(1, num // 4)
+    alike = _self_correlation(first)[lags] * _self_correlation(second)[lags]
+    return max(3.0, num / max(1.0, 1 + 2 * float(alike @ (1 - lags / num))))
+
+
+def _self_correlation(series: Series) -> Series:
+    """By lag, 1 at none."""
+    spectrum = np.fft.rfft(series - series.mean(), 2 * len(series))
+    products = np.fft.irfft(spectrum * spectrum.conj())[: len(series)]
+    return np.asarray(products / max(float(products[0]), 1e-12))
 
 
 def _on(grid: Series, times: Series, energies: Series) -> tuple[Series, NDArray[np.bool_]]:

@@ -50,6 +50,14 @@ _COVERED = 0.5  # share of a block that infrared must reach
 _EMPTY_BLOCK = 0.01  # mean energy that the denominator holds besides, so that noise is not stretched
 _BLURS = (2.0, 1.0, 0.6)
 _NEWTON_STEPS = 8
+_PARABOLA = np.array([  # of nine samples, row by row: value, slopes along x and y, curvatures xx, yy and xy
+    [0, 0, 0, 0, 1, 0, 0, 0, 0],
+    [0, 0, 0, -0.5, 0, 0.5, 0, 0, 0],
+    [0, -0.5, 0, 0, 0, 0, 0, 0.5, 0],
+    [0, 0, 0, 1, -2, 1, 0, 0, 0],
+    [0, 1, 0, 0, -2, 0, 0, 1, 0],
+    [0.25, 0, -0.25, 0, 0, 0, -0.25, 0, 0.25],
+]).T  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,24 +229,20 @@ def best_step(
 
 def quadratics(surfaces: Floats, x: Vector, y: Vector) -> tuple[Vector, Vector, Vector]:
     """Value (n,), slope (n, 2) and curvature (n, 2, 2) of surfaces at displacements, by nine samples' parabola."""
-    radius = surfaces.shape[1] // 2
+    side = surfaces.shape[1]
+    radius = side // 2
     x, y = np.clip(x + radius, 1, 2 * radius - 1), np.clip(y + radius, 1, 2 * radius - 1)
     column, row = np.rint(x).astype(int), np.rint(y).astype(int)
     over_x, over_y = x - column, y - row
-    blocks = np.arange(len(surfaces))
-
-    def at(down: int, across: int) -> Vector:
-        return np.asarray(surfaces[blocks, row + down, column + across], np.float64)
-
-    middle = at(0, 0)
-    slope_x, slope_y = (at(0, 1) - at(0, -1)) / 2, (at(1, 0) - at(-1, 0)) / 2
-    xx, yy = at(0, 1) + at(0, -1) - 2 * middle, at(1, 0) + at(-1, 0) - 2 * middle
-    xy = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
+    middles = (np.arange(len(surfaces)) * side + row) * side + column
+    around = np.add.outer([-side, 0, side], [-1, 0, 1]).ravel()
+    samples = np.take(surfaces, middles[:, None] + around).astype(np.float64)  # (n, 9), row by row
+    middle, slope_x, slope_y, xx, yy, xy = (samples @ _PARABOLA).T
     value = (
         middle + slope_x * over_x + slope_y * over_y + 0.5 * (xx * over_x**2 + yy * over_y**2) + xy * over_x * over_y
     )
     slopes = np.stack([slope_x + xx * over_x + xy * over_y, slope_y + yy * over_y + xy * over_x], axis=-1)
-    bends = np.stack([np.stack([xx, xy], axis=-1), np.stack([xy, yy], axis=-1)], axis=-2)
+    bends = np.stack([xx, xy, xy, yy], axis=-1).reshape(-1, 2, 2)
     return value, slopes, bends
 
 

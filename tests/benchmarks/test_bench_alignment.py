@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import cv2
+import numpy as np
 import pytest
 
 from benchmarks.alignment import FAILED_PX, Draw, error_px, homography, judge, markdown, unmoved

@@ -50,6 +50,15 @@ def clips(offset_s: float, seed: int = 0, seconds: float = 12.0) -> tuple[Motion
     return vis, ir
 
 
+def passing(*at_s: float) -> Motion:
+    """Twelve seconds in which a thing shoots past at these times."""
+    motion = Motion()
+    for number in range(12 * 25):
+        since = min((number / 25 - start for start in at_s if number / 25 >= start), default=1.0)
+        motion.add(frame(min(60.0, 100 * since), (96, 72), number), number / 25)
+    return motion
+
+
 @pytest.mark.parametrize("offset_s", [-1.3, -0.2, 0.0, 0.07, 0.85])
 def test_motion_tells_the_offset(offset_s: float) -> None:
     found = offset_of(*clips(offset_s))
@@ -63,6 +72,10 @@ def test_what_does_not_tell_is_not_believed() -> None:
         offset_of(clips(0.0)[0], other)  # two places
     with pytest.raises(OffsetError, match="4 s or more"):
         offset_of(*clips(0.0, seconds=3))
+    with pytest.raises(OffsetError, match="may agree by chance"):
+        offset_of(clips(0.0, seed=7)[0], clips(0.0, seed=11)[1])  # alike by more than a half, ahead of all others
+    with pytest.raises(OffsetError, match="too little happens"):
+        offset_of(passing(4.0), passing(4.9))  # one thing in each: who says that it is one?
     rhythm, still = Motion(), Motion()
     for number in range(300):
         rhythm.add(frame(30 * np.sin(number / 25 * 2 * np.pi), (96, 72), number), number / 25)
