@@ -218,6 +218,18 @@ def bench_warm_start(
     warm_start.run(weights=weights, is_quick=quick, json_path=json_path, say=typer.echo)
 
 
+@bench.command(name="offset")
+def bench_offset(
+    clips: Annotated[int, typer.Option(min=2, help="Clips of each kind, each beside each.")] = 16,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """How often `stream --offset auto` is right, unsure and wrong, on clips that tell an offset and on others."""
+    from benchmarks import offsets
+
+    if not offsets.run(clips=clips, json_path=json_path, say=typer.echo).all_met:
+        raise typer.Exit(1)
+
+
 @bench.command(name="alignment")
 def bench_alignment(
     pairs: Annotated[Path | None, typer.Option(help="Folder with registered pairs in vis and ir.")] = None,

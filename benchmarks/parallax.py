@@ -17,6 +17,7 @@ them. They are moved by a known shift besides, and the field is compared with wh
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -188,7 +189,7 @@ def _jitter(found: list[Refined]) -> float:
 def _recorded(folder: Path, warps: Warps) -> Iterator[Recorded]:
     warp: Warp = warps.of(Rig((WIDTH, HEIGHT), (WIDTH, HEIGHT), _IDENTITY))
     shift = np.array([[1, 0, SHIFT[0]], [0, 1, SHIFT[1]]], np.float32)
-    for vis, ir in recorded(folder):
+    for vis, ir in itertools.chain.from_iterable(recorded(folder).values()):
         moved = cv2.warpAffine(ir, shift, (WIDTH, HEIGHT), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
         own, other = (refined_warp(vis, each, warp, find_warp=warps.of) for each in (ir, moved))
         error = np.linalg.norm(field_of(other) - field_of(own) - SHIFT, axis=2).mean()

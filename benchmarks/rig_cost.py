@@ -2,8 +2,9 @@
 
 The model runs as graphs on one thread, on a generated street of 640x480 as a rig's two cameras see it. Ways take turns,
 so that all of them meet the same neighbours, and medians count. `twice` is what was done before the border was blended
-in the latent, and still is with recorded runs: both pictures are decoded, and blended as pictures. An overlay (`colour=iron`) is made of the restored visible and the restored infrared picture, so two
-are decoded and the fused one is not; what its rig adds is set against an overlay of a registered pair.
+in the latent, and still is with recorded runs: both pictures are decoded, and blended as pictures.
+An overlay (`colour=iron`) is made of the restored visible and the restored infrared picture, so two are decoded and the
+fused one is not; what its rig adds is set against an overlay of a registered pair.
 """
 
 from __future__ import annotations
@@ -106,7 +107,5 @@ def _ways(runtime: GraphRuntime) -> dict[str, Callable[[], object]]:
         ),
         "twice": twice,
         "overlay": lambda: fused(ir, "vis", "ir"),
-        "overlay refined": lambda: fused(
-            refined_warp(vis, ir, narrow, find_warp=warps.of).warp.apply(ir), "vis", "ir"
-        ),
+        "overlay refined": lambda: fused(refined_warp(vis, ir, narrow, find_warp=warps.of).warp.apply(ir), "vis", "ir"),
     }

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from recofuse_images.codecs import cv2
 from recofuse_rigs.cues import Floats, Mask, cue_map
 from recofuse_rigs.errors import BadRigError
-from recofuse_rigs.refinement import Vector, likeness_surfaces, quadratics
+from recofuse_rigs.refinement import Vector, likeness_surfaces, quadratics, what_falls
 from recofuse_rigs.rig import MAX_PARALLAX, Rig, Size
 from recofuse_rigs.search import GreyPair
 from recofuse_rigs.warp import Warp, hat_weights, warp_of
@@ -297,8 +297,7 @@ def _begun(surfaces: Floats, counted: Mask, bound: float, anchor: Vector) -> Vec
 
 def _bend(counted: Mask, bends: Vector) -> Vector:
     """The curvature of what is collected, (2 nodes, 2 nodes), x of all nodes before y; valleys count as flat."""
-    values, vectors = np.linalg.eigh(bends)
-    falling = (vectors * np.maximum(-values, 0)[:, None, :]) @ vectors.transpose(0, 2, 1)
+    falling = what_falls(bends)
     num = NODES[0] * NODES[1]
     bend = np.empty((2 * num, 2 * num))
     # A cell depends on four nodes at the most, so this is summed by places and not by a product of whole matrices.

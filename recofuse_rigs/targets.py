@@ -3,6 +3,10 @@
 A board of one plane says how infrared lies for things as far away as the board was; several boards at the distances
 that matter, or far ones, make the better rig. A heated board is often seen the other way round by the infrared camera,
 which the search tries too.
+
+Six boards and more, all over the infrared frame and at different slants, also tell how the infrared lens bends. A board
+is flat whatever its distance, so a lens is judged board by board, free of parallax, and by boards that it was not made
+of.
 """
 
 from __future__ import annotations
@@ -14,12 +18,16 @@ from numpy.typing import NDArray
 
 from recofuse_images.codecs import cv2
 from recofuse_rigs.errors import BadRigError, NothingFoundError
-from recofuse_rigs.rig import Matrix, Rig, Size, flat, mapped
+from recofuse_rigs.rig import Distortion, Matrix, Rig, Size, corners_of, flat, mapped
 from recofuse_rigs.search import GreyPair, size_of
 
 MIN_POINTS = 4
 SURE_PX = 1.5  # residual at a width of 640 up to which points make a sure rig
+MIN_BOARDS = 6  # that tell a lens
 _OUTLIER_PX = 3.0  # at a width of 640
+_BENT = 0.7  # of what boards are bent by without a lens, below which one is believed
+_LENS_STEPS, _MAX_BEND = 6, 2.0  # k1 and k2, of a focal length of the frame's width
+_REACH = 0.6  # of the half diagonal, that corners must reach to: beyond them a lens is made up
 
 
 def from_points(vis: Matrix, ir: Matrix, vis_size: Size, ir_size: Size, *, method: str = "corners") -> Rig:
@@ -91,17 +99,90 @@ def from_boards(pairs: Sequence[GreyPair], board: tuple[int, int]) -> Rig:
             f"no pair shows a checkerboard of {board[0]}x{board[1]} inner corners to both cameras; it must be whole in "
             "both pictures, and warm or cold enough for the infrared one"
         )
+    lens = lens_of([ir for _, ir in seen], board, ir_size)
     vis, ir = np.concatenate([pair[0] for pair in seen]), np.concatenate([pair[1] for pair in seen])
+    if lens is not None:
+        ir = _straightened(lens, ir)
     found = from_points(vis, ir, vis_size, ir_size, method="checkerboard")
     return Rig(
         vis_size,
         ir_size,
         found.matrix,
+        distortion=lens,
         residual_px=found.residual_px,
         is_sure=found.is_sure,
         num_pairs=len(seen),
         method="checkerboard",
     )
+
+
+def lens_of(boards: Sequence[Matrix], board: tuple[int, int], size: Size) -> Distortion | None:
+    """The lens by which these boards' corners, (columns * rows, 2) each, are straight; None if they tell none.
+
+    That is if there are fewer than MIN_BOARDS, if none reach far into the corners of the frame, or if a lens made of
+    every other board does not make the boards between clearly straighter.
+    """
+    centre = corners_of(size).mean(axis=0)
+    reach = np.linalg.norm(np.concatenate(boards) - centre, axis=1).max()
+    if len(boards) < MIN_BOARDS or reach < _REACH * np.linalg.norm(centre):
+        return None
+    bent_px = lens_px = 0.0
+    for half in (0, 1):
+        lens, rest = _fitted_lens(boards[half::2], board, size), boards[1 - half :: 2]
+        bent_px += sum(_bent_px(ir, board) for ir in rest)
+        lens_px += sum(_bent_px(_straightened(lens, ir), board) for ir in rest)
+    return _fitted_lens(boards, board, size) if lens_px < _BENT * bent_px else None
+
+
+def _fitted_lens(boards: Sequence[Matrix], board: tuple[int, int], size: Size) -> Distortion:
+    """k1 and k2 about the frame's centre that make boards the straightest, by Gauss and Newton.
+
+    Each board may lie anywhere, so its view is free; the focal length, which boards that face the camera do not tell,
+    is only the unit in which k1 and k2 are told.
+    """
+    centre = corners_of(size).mean(axis=0)
+
+    def lens(bends: Matrix) -> Distortion:
+        k1, k2 = (float(value) for value in bends)
+        return Distortion(
+            (float(size[0]), float(size[0])), (float(centre[0]), float(centre[1])), (k1, k2, 0.0, 0.0, 0.0)
+        )
+
+    def left(bends: Matrix) -> Matrix:
+        straight = [_straightened(lens(bends), ir) for ir in boards]
+        return np.concatenate([_bent(points, board) for points in straight]).ravel()
+
+    bends, nudge = np.zeros(2), 0.01
+    for _ in range(_LENS_STEPS):
+        now = left(bends)
+        slopes = np.stack([(left(bends + nudge * way) - now) / nudge for way in np.eye(2)], axis=1)
+        bends = np.clip(
+            bends - np.linalg.solve(slopes.T @ slopes + 1e-3 * np.eye(2), slopes.T @ now), -_MAX_BEND, _MAX_BEND
+        )
+    return lens(bends)
+
+
+def _straightened(lens: Distortion, points: Matrix) -> Matrix:
+    """Where pixels (N, 2) of a lens would lie without it."""
+    (focal_x, focal_y), (x, y) = lens.focal, lens.centre
+    camera = np.array([[focal_x, 0, x], [0, focal_y, y], [0, 0, 1.0]])
+    found = cv2.undistortPoints(points[:, None], camera, np.array(lens.coefficients), None, None, camera)
+    return np.asarray(found, np.float64).reshape(-1, 2)
+
+
+def _bent_px(points: Matrix, board: tuple[int, int]) -> float:
+    return float(np.linalg.norm(_bent(points, board), axis=1).mean())
+
+
+def _bent(points: Matrix, board: tuple[int, int]) -> Matrix:
+    """How a board's corners lie from those of a flat one, (N, 2), in infrared pixels."""
+    grid = _grid(board)
+    matrix, _ = cv2.findHomography(grid, points)
+    return mapped(np.asarray(matrix, np.float64), grid) - points
+
+
+def _grid(board: tuple[int, int]) -> Matrix:
+    return np.stack(np.meshgrid(np.arange(board[0]), np.arange(board[1])), axis=-1).reshape(-1, 2).astype(np.float64)
 
 
 def _in_the_same_order(vis: Matrix, ir: Matrix) -> Matrix:

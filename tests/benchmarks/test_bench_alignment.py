@@ -42,9 +42,9 @@ def test_the_error_is_that_of_the_corners() -> None:
 
 def test_what_files_are_off_by_is_in_the_second_reference() -> None:
     size = (640, 480)
-    (vis, ir), shift = scene(3), np.array([[1, 0, 3], [0, 1, -2], [0, 0, 1.0]])
-    vis, ir = (cv2.resize(side, size, interpolation=cv2.INTER_CUBIC) for side in (vis, ir))
-    off = cv2.warpPerspective(ir, np.linalg.inv(shift), size, borderMode=cv2.BORDER_REFLECT_101)
+    shift = np.array([[1, 0, 3], [0, 1, -2], [0, 0, 1.0]])
+    vis, ir = (np.asarray(cv2.resize(side, size, interpolation=cv2.INTER_CUBIC), np.uint8) for side in scene(3))
+    off = np.asarray(cv2.warpPerspective(ir, np.linalg.inv(shift), size, borderMode=cv2.BORDER_REFLECT_101), np.uint8)
     truth = np.array([[0.7, 0, 60], [0, 0.7, 50], [0, 0, 1.0]])
     assert error_px(unmoved([(vis, off)], truth, size) @ truth, shift @ truth, size) < 0.5
     draw = replace(DRAW, scenes="folder", error_px=9.0)

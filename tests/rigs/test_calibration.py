@@ -5,13 +5,15 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from recofuse_rigs.calibration import calibrate, grey_pair
+from recofuse_rigs.camera import seen_by
 from recofuse_rigs.errors import BadRigError, NothingFoundError
-from recofuse_rigs.rig import Matrix, corners_of, mapped
+from recofuse_rigs.rig import Distortion, Matrix, Rig, corners_of, flat, mapped
 from recofuse_rigs.search import GreyPair
 from recofuse_rigs.sheet import calibration_sheet
-from recofuse_rigs.targets import from_boards, from_points
+from recofuse_rigs.targets import from_boards, from_points, lens_of
 from tests.rigs.scenes import IR_SIZE, VIS_SIZE, moved, scene, truth
 
 
@@ -111,3 +113,60 @@ def test_a_heated_checkerboard() -> None:
     assert rig.method == "checkerboard"
     with pytest.raises(NothingFoundError):
         from_boards([grey_pair(board, np.zeros((128, 160), np.uint8))], (7, 5))
+
+
+BOARD = (7, 5)
+
+
+def boards(number: int) -> list[NDArray[np.uint8]]:
+    """Checkerboards in pictures of (640, 480), slanted, in its corners and its middle."""
+    squares = np.full((280, 360), 230, np.uint8)
+    for row in range(BOARD[1] + 1):
+        for column in range(BOARD[0] + 1):
+            if (row + column) % 2:
+                squares[20 + 40 * row : 60 + 40 * row, 20 + 40 * column : 60 + 40 * column] = 20
+    rng, found = np.random.default_rng(4), []
+    corners = np.array([[0, 0], [360, 0], [360, 280], [0, 280]], np.float32)
+    for index in range(number):
+        place = np.array([[5, 5], [275, 5], [275, 195], [5, 195], [140, 100]][index % 5])
+        moved_to = (corners + place + rng.uniform(0, 1, (4, 2)) * [1, 1] * np.sign(180 - corners) * 45).astype(
+            np.float32
+        )
+        view = cv2.getPerspectiveTransform(corners, moved_to)
+        found.append(np.asarray(cv2.warpPerspective(squares, view, (640, 480), borderValue=230), np.uint8))
+    return found
+
+
+def test_boards_tell_the_lens() -> None:
+    ir_size = (320, 240)
+    lens = Distortion((300.0, 300.0), (159.5, 119.5), (-0.25, 0.05, 0.0, 0.0, 0.0))
+    matrix = np.array([[2.0, 0, 0.5], [0, 2.0, 0.5], [0, 0, 1]])
+    true = Rig((640, 480), ir_size, flat(matrix), distortion=lens)
+    pairs = [grey_pair(vis, seen_by(true, vis)) for vis in boards(8)]
+    found = from_boards(pairs, BOARD)
+    assert found.distortion is not None
+    columns, rows = np.meshgrid(np.arange(40, 600, 20.0), np.arange(40, 440, 20.0))
+    on_vis = np.stack([columns.ravel(), rows.ravel()], axis=1)
+
+    def in_infrared(rig: Rig) -> Matrix:
+        straight = mapped(np.linalg.inv(rig.array), on_vis)
+        return straight if rig.distortion is None else rig.distortion.apply(straight)
+
+    def off_px(rig: Rig) -> float:
+        return float(np.linalg.norm(in_infrared(rig) - in_infrared(true), axis=1).mean())
+
+    assert off_px(found) < 0.5
+    few = from_boards(pairs[:4], BOARD)
+    assert few.distortion is None
+    assert off_px(few) > 2 * off_px(found)
+
+
+def test_a_straight_lens_is_left_out() -> None:
+    grid = np.stack(np.meshgrid(np.arange(7.0), np.arange(5.0)), axis=-1).reshape(-1, 2)
+    rng = np.random.default_rng(0)
+    seen = [
+        mapped(truth(scale=8 + index % 3, degrees=index, shift=(0, 0)) @ np.diag([2.0, 2, 1]), grid * 8 + 30)
+        + rng.normal(0, 0.2, (35, 2))
+        for index in range(8)
+    ]
+    assert lens_of(seen, BOARD, (320, 240)) is None
