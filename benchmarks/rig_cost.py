@@ -2,9 +2,9 @@
 
 The model runs as graphs on one thread, on a generated street of 640x480 as a rig's two cameras see it. Ways take turns,
 so that all of them meet the same neighbours, and medians count. `twice` is what was done before the border was blended
-in the latent, and still is with recorded runs: both pictures are decoded, and blended as pictures.
-An overlay (`colour=iron`) is made of the restored visible and the restored infrared picture, so two are decoded and the
-fused one is not; what its rig adds is set against an overlay of a registered pair.
+in the latent: both pictures are decoded, and blended as pictures. An overlay (`colour=iron`) is made of the
+restored visible and the restored infrared picture, so two are decoded and the fused one is not; what its rig adds is
+set against an overlay of a registered pair.
 """
 
 from __future__ import annotations
