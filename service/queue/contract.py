@@ -65,7 +65,8 @@ class Renewal:
 class QueueStats:
     """A snapshot. depth: waiting jobs by class; num_leased: jobs at workers; size_bytes: what counts for max_bytes.
 
-    oldest_age_s: how long the oldest waiting job has waited, 0 if there is none.
+    oldest_age_s: how long the oldest waiting job has waited, 0 if there is none. folder_bytes: of files in the shared
+    folder, as this process last saw it; 0 if there is none.
     """
 
     depth: dict[Priority, int]
@@ -73,6 +74,7 @@ class QueueStats:
     size_bytes: int
     oldest_age_s: float
     num_dead_letters: int
+    folder_bytes: int = 0
 
     @property
     def num_unfinished(self) -> int:

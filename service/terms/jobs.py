@@ -10,9 +10,10 @@ A queue that stores payloads apart from the header (Redis side keys) uses `Fusio
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -350,9 +351,22 @@ class FusionJob:
     @classmethod
     def from_parts(cls, header: bytes, vis: bytes, ir: bytes) -> Self:
         """The job of `header_bytes` and its two payloads. Raises MalformedRequestError."""
+
+        def given(sizes: Sequence[int]) -> Sequence[bytes]:
+            if tuple(sizes) != (len(vis), len(ir)):
+                raise MalformedRequestError(f"payloads of {(len(vis), len(ir))} bytes where {sizes} were announced")
+            return vis, ir
+
+        return cls.from_header(header, given)
+
+    @classmethod
+    def from_header(cls, header: bytes, read: Callable[[Sequence[int]], Sequence[bytes]]) -> Self:
+        """The job of `header_bytes` and its two payloads, which `read` has when told their lengths.
+
+        Raises MalformedRequestError.
+        """
         parsed = _parse(_JobHeader, header)
-        if parsed.sizes != (len(vis), len(ir)):
-            raise MalformedRequestError(f"payloads of {(len(vis), len(ir))} bytes where {parsed.sizes} were announced")
+        vis, ir = read(parsed.sizes)
         fields = {
             name: getattr(parsed, name) for name in _JobHeader.model_fields if name not in ("sizes", "rig", "track")
         }
@@ -457,8 +471,13 @@ class FusionResult:
         if self.error_code is not None:
             raise error_of(self.error_code, self.error_message)
 
-    def to_bytes(self) -> bytes:
-        """The whole result as one string of bytes."""
+    @property
+    def payloads(self) -> tuple[bytes, ...]:
+        """The pictures and the values, in the order in which they are stored."""
+        return (*self.images.values(), self.values)
+
+    def header_bytes(self) -> bytes:
+        """Everything but the payloads, as JSON."""
         header = _ResultHeader(
             job_id=self.job_id,
             media_type=self.media_type,
@@ -481,22 +500,36 @@ class FusionResult:
             track=self.track,
             seen=b64encode(self.seen),
         )
-        return _join(RESULT_MAGIC, header.model_dump_json().encode(), (*self.images.values(), self.values))
+        return header.model_dump_json().encode()
+
+    def to_bytes(self) -> bytes:
+        """The whole result as one string of bytes."""
+        return _join(RESULT_MAGIC, self.header_bytes(), self.payloads)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
         header, body = _split(RESULT_MAGIC, raw)
+
+        def cut(sizes: Sequence[int]) -> list[bytes]:
+            if len(body) != sum(sizes):
+                raise MalformedRequestError(f"a result of {sum(sizes)} picture bytes came with {len(body)}")
+            ends = list(itertools.accumulate(sizes))
+            return [bytes(body[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+        return cls.from_header(header, cut)
+
+    @classmethod
+    def from_header(cls, header: bytes, read: Callable[[Sequence[int]], Sequence[bytes]]) -> Self:
+        """The result of `header_bytes` and its payloads, which `read` has when told their lengths.
+
+        Raises MalformedRequestError.
+        """
         parsed = _parse(_ResultHeader, header)
-        size = sum(parsed.parts.values()) + parsed.values_bytes
-        if len(body) != size:
-            raise MalformedRequestError(f"a result of {size} picture bytes came with {len(body)}")
-        images, start = {}, 0
-        for part, size in parsed.parts.items():
-            images[part] = bytes(body[start : start + size])
-            start += size
+        *images, values = read((*parsed.parts.values(), parsed.values_bytes))
         names = [name for name in _ResultHeader.model_fields if name not in ("parts", "values_bytes")]
-        return cls(images=images, values=bytes(body[start:]), **{name: getattr(parsed, name) for name in names})
+        fields = {name: getattr(parsed, name) for name in names}
+        return cls(images=dict(zip(parsed.parts, images, strict=True)), values=values, **fields)
 
 
 class WorkerInfo(_Strict):

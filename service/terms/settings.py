@@ -213,6 +213,11 @@ class QueueSettings(Group):
         description="memory:// within one process; or redis://, rediss:// (TLS), unix://, redis+sentinel://, "
         "rediss+sentinel:// (docs/redis.md)",
     )
+    shared_folder: str = Field(
+        default="",
+        description="folder that all front ends and workers of this queue share, on one host, best in memory: images "
+        "and results lie there, and Redis carries their names alone (docs/redis.md); empty: all goes through Redis",
+    )
     max_jobs: Count = Field(default=512, description="jobs waiting or running; beyond it requests are refused (429)")
     max_bytes: NumBytes = Field(
         default=1 << 30,

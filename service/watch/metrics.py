@@ -162,6 +162,9 @@ class Metrics:
         self.queue_depth = Gauge("recofuse_queue_depth", "Waiting jobs.", ["priority"], registry=registry)
         self.queue_leased = Gauge("recofuse_queue_leased", "Jobs at workers.", registry=registry)
         self.queue_bytes = Gauge("recofuse_queue_bytes", "Bytes that count for the queue's bound.", registry=registry)
+        self.queue_folder_bytes = Gauge(
+            "recofuse_queue_folder_bytes", "Bytes of files in the queue's shared folder.", registry=registry
+        )
         self.queue_age_seconds = Gauge(
             "recofuse_queue_age_seconds", "Wait of the oldest waiting job so far.", registry=registry
         )
@@ -239,6 +242,7 @@ class Metrics:
             self.queue_depth.labels(priority).set(depth)
         self.queue_leased.set(stats.num_leased)
         self.queue_bytes.set(stats.size_bytes)
+        self.queue_folder_bytes.set(stats.folder_bytes)
         self.queue_age_seconds.set(stats.oldest_age_s)
         self.dead_letters.set(stats.num_dead_letters)
 

@@ -13,17 +13,21 @@ from service.terms.jobs import FusionJob, FusionResult, JobStatus, JobView, Prio
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One delivery, before its images are there. token: class and entry id, which stay the same until the end."""
+    """One delivery, before its images are there. token: class and entry id, which stay the same until the end.
+
+    beside: bytes of the images that lie in the shared folder; 0 if Redis has them.
+    """
 
     token: str
     attempt: int
     job_id: str
     header: bytes
+    beside: int = 0
 
 
 def row_of(priority: str, entry: str, attempt: int, fields: dict[bytes, bytes]) -> Row:
     """An entry of a stream, delivered for the attempt-th time."""
-    return Row(f"{priority}/{entry}", attempt, fields[b"id"].decode(), fields[b"header"])
+    return Row(f"{priority}/{entry}", attempt, fields[b"id"].decode(), fields[b"header"], int(fields.get(b"beside", 0)))
 
 
 def rows_of(answer: Iterable[Any]) -> list[Row]:
@@ -59,20 +63,18 @@ def view_of(job_id: str, answer: Sequence[bytes]) -> JobView:
     )
 
 
-def result_of(job_id: str, state: Sequence[bytes], raw: bytes | None) -> FusionResult:
-    """The result of a job that `look` calls ended, from its bytes if it has some. Raises JobNotFoundError."""
+def ended_without_record(job_id: str, state: Sequence[bytes]) -> FusionResult:
+    """The result of a job that `look` calls ended, of which nothing else is kept. Raises JobNotFoundError."""
     _, code, message, _ = state
-    if raw is not None:
-        return FusionResult.from_bytes(raw)
     if code:
         return FusionResult(job_id=job_id, error_code=ErrorCode(code.decode()), error_message=message.decode())
     raise no_such_job()
 
 
-def letter_of(fields: dict[bytes, bytes], vis: bytes, ir: bytes) -> DeadLetter:
-    """An entry of the stream of dead letters, with its job's images."""
+def letter_of(fields: dict[bytes, bytes], job: FusionJob) -> DeadLetter:
+    """An entry of the stream of dead letters, with its job."""
     return DeadLetter(
-        job=FusionJob.from_parts(fields[b"header"], vis, ir),
+        job=job,
         error_code=ErrorCode(fields[b"code"].decode()),
         error_message=fields[b"message"].decode(),
         attempts=int(fields[b"attempts"]),

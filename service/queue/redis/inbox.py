@@ -30,17 +30,29 @@ BACK_OFF_S = (0.05, 2.0)  # first and longest pause of the message connection be
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """That a job has ended. record: its result, as Redis keeps it; None if it was not sent along."""
+
+    is_kept: bool = True
+    record: bytes | None = None
+
+
+Waiter = asyncio.Future[Told]
+
+
+@dataclass(frozen=True, slots=True)
 class Expected:
     """A job of this process whose caller is about to wait: what its end will wake, and when that is at the latest."""
 
-    waiter: asyncio.Future[None]
+    waiter: Waiter
     deadline_s: float | None
 
 
 class Inbox:
     """Receives ids of ended jobs while it is open, and wakes those who wait for them.
 
-    channel: of this process, which others send to when they end what it waits for. on_end: called with the ids that
+    channel: of this process, which others send to when they end what it waits for. Its name ends with +, by which they
+    know that short results may be sent along. on_end: called with the ids that
     came by another channel, one of those of its workers.
     """
 
@@ -50,7 +62,7 @@ class Inbox:
         self._on_end = on_end
         self._channels = {channel}
         self._pubsub: PubSub | None = None
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiters: dict[str, set[Waiter]] = {}
         self._expected: OrderedDict[str, Expected] = OrderedDict()
         self._listening: asyncio.Task[None] | None = None
         self._is_open = False
@@ -91,7 +103,7 @@ class Inbox:
             self._drop_waiter(job_id, expected.waiter)
 
     @contextlib.contextmanager
-    def waiting(self, job_id: str) -> Iterator[tuple[asyncio.Future[None], Expected | None]]:
+    def waiting(self, job_id: str) -> Iterator[tuple[Waiter, Expected | None]]:
         """A future that the job's end wakes, for the duration of the block, and what was expected before, if it was."""
         expected = self._expected.pop(job_id, None)
         # There before the look (or before the submit), so that no message falls between the two.
@@ -102,7 +114,7 @@ class Inbox:
         finally:
             self._drop_waiter(job_id, waiter)
 
-    def _drop_waiter(self, job_id: str, waiter: asyncio.Future[None]) -> None:
+    def _drop_waiter(self, job_id: str, waiter: Waiter) -> None:
         waiters = self._waiters.get(job_id, set())
         waiters.discard(waiter)
         if not waiters:
@@ -144,15 +156,16 @@ class Inbox:
             is_probed = False
             if message["type"] == "subscribe":  # what was said before went by unheard
                 for waiters in self._waiters.values():
-                    _wake(waiters)
+                    _wake(waiters, Told())
             elif message["type"] == "message":
-                job_id = message["data"].decode()
-                _wake(self._waiters.get(job_id, ()))
+                raw_id, *rest = message["data"].split(b" ", 2)
+                job_id = raw_id.decode()
+                _wake(self._waiters.get(job_id, ()), Told(rest[0] != b"0", rest[1]) if rest else Told())
                 if message["channel"].decode() != self.channel:
                     self._on_end(job_id)
 
 
-def _wake(waiters: Iterable[asyncio.Future[None]]) -> None:
+def _wake(waiters: Iterable[Waiter], told: Told) -> None:
     for waiter in waiters:
         if not waiter.done():
-            waiter.set_result(None)
+            waiter.set_result(told)

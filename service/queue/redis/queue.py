@@ -24,10 +24,21 @@ from service.queue.contract import (
     check_size,
 )
 from service.queue.redis.address import PREFIX, RedisAddress
-from service.queue.redis.answers import Row, letter_of, no_such_job, pairs_of, result_of, row_of, rows_of, view_of
+from service.queue.redis.answers import (
+    Row,
+    ended_without_record,
+    letter_of,
+    no_such_job,
+    pairs_of,
+    row_of,
+    rows_of,
+    view_of,
+)
 from service.queue.redis.availability import check_server, reaching
+from service.queue.redis.beside import Beside
+from service.queue.redis.folder import MIN_BYTES, FolderFullError, FrameGoneError
 from service.queue.redis.holdings import Holdings
-from service.queue.redis.inbox import Inbox
+from service.queue.redis.inbox import Inbox, Told
 from service.queue.redis.transitions import GROUP, Transitions, to_ms
 from service.terms.errors import (
     FAULTS,
@@ -40,7 +51,7 @@ from service.terms.errors import (
     OverloadedError,
     UnavailableError,
 )
-from service.terms.jobs import FusionJob, FusionResult, JobView, Priority, WorkerInfo, new_job_id
+from service.terms.jobs import FusionJob, FusionResult, JobStatus, JobView, Priority, WorkerInfo, new_job_id
 from service.terms.settings import QueueSettings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +62,7 @@ FORGET_AFTER_S = 0.1  # results that were handed out are forgotten together, thi
 MARGIN_S = 3600.0  # images outlive their job's deadline by this much
 NO_DEADLINE_S = 30 * 86400.0  # images of a job without a deadline stay for this long
 PENDING_RESULT_S = 60.0
+SHORT_BYTES = 4096  # results up to here are an argument of the script, and travel with the message that they are there
 
 
 class RedisQueue:
@@ -60,7 +72,14 @@ class RedisQueue:
     the id of a dead one receives at once what that one held.
     """
 
-    def __init__(self, settings: QueueSettings, *, prefix: str = PREFIX, clock: Clock = time.time) -> None:
+    def __init__(
+        self,
+        settings: QueueSettings,
+        *,
+        prefix: str = PREFIX,
+        clock: Clock = time.time,
+        min_file_bytes: int = MIN_BYTES,
+    ) -> None:
         self._settings = settings
         self._clock = clock
         # redis-py types an answer as all that any protocol and version might give; what is true here, the tests show.
@@ -70,20 +89,24 @@ class RedisQueue:
         self._block_s = min(BLOCK_S, settings.lease_s / 4)
         self._streams = {self._key("jobs", priority): priority for priority in Priority}
         self._holdings = Holdings(settings.lease_s)
-        self._inbox = Inbox(self._client, self._key("inbox", secrets.token_urlsafe(9)), self._holdings.end)
+        self._inbox = Inbox(self._client, f"{self._key('inbox', secrets.token_urlsafe(9))}+", self._holdings.end)
+        self._beside = Beside(settings.shared_folder, self._client, self._key, min_bytes=min_file_bytes)
         # By worker id: 0 before its first take, 1 if an answer to one may have been lost, None if there is no doubt.
         self._doubts: dict[str, int | None] = {}
-        self._to_forget: list[str] = []
+        self._to_forget: list[tuple[str, str]] = []  # jobs, and the files of their answers
         self._forgetting: asyncio.Task[None] | None = None
         self._is_open = False
 
     async def open(self) -> None:
         """See JobQueue. Succeeds while Redis is away: then calls fail until it is there.
 
-        Raises SettingsError if Redis is there but too old, or refuses the credentials.
+        Raises SettingsError if Redis is there but too old, or refuses the credentials, or if the shared folder cannot
+        be used or is not that of the others.
         """
+        self._beside.open()
         try:
             await check_server(self._client)
+            await self._beside.check()
         except UnavailableError as error:
             logger.warning("queue cannot be reached yet", extra={"error": str(error.__cause__)})
         self._is_open = True
@@ -95,6 +118,8 @@ class RedisQueue:
         await self._inbox.close()
         if self._forgetting is not None:
             await self._forgetting
+        await self._transitions.close()
+        await self._beside.close()
         sentinel = getattr(self._client.connection_pool, "sentinel_manager", None)
         for client in (self._client, *(sentinel.sentinels if sentinel is not None else ())):
             await client.aclose()
@@ -117,8 +142,11 @@ class RedisQueue:
             self._inbox.expect(job)
         is_accepted = False
         try:
+            await self._beside.agree()
+            beside = await self._beside.put_job(job)
+            writes = [("HSET", payload, "vis", job.vis, "ir", job.ir), ("PEXPIRE", payload, payload_ttl_ms)]
             outcome, detail = await self._transitions.transact(
-                [("HSET", payload, "vis", job.vis, "ir", job.ir), ("PEXPIRE", payload, payload_ttl_ms)],
+                [] if beside else writes,
                 "submit",
                 job.id,
                 job.priority.value,
@@ -134,8 +162,13 @@ class RedisQueue:
                 limits.max_jobs,
                 limits.max_bytes,
                 self._inbox.channel if is_awaited else "",
+                beside,
             )
             is_accepted = outcome == b"accepted"
+        except FolderFullError as error:
+            raise NoRoomError(
+                "the queue's folder is full; try again later", retry_after_s=limits.retry_after_s
+            ) from error
         except UnavailableError as error:
             if not isinstance(error.__cause__, exceptions.OutOfMemoryError):
                 raise
@@ -145,6 +178,8 @@ class RedisQueue:
         finally:
             if is_awaited and not is_accepted:
                 self._inbox.stop_expecting(job.id)
+        if not is_accepted:
+            self._beside.let_go_job(job)
         if outcome == b"full":
             kind = NoRoomError if detail.endswith(b" bytes") else OverloadedError
             raise kind(f"the queue is full ({detail.decode()}); try again later", retry_after_s=limits.retry_after_s)
@@ -165,7 +200,10 @@ class RedisQueue:
                     inbox = self._inbox.channel if remaining_s > 0 else ""
                     state, raw = await self._transitions.look(job_id, inbox)
                     if state[0] == b"ended":
-                        return self._handed_out(job_id, state, raw)
+                        is_kept = state[3] != b"0"
+                        if raw is None:
+                            return self._handed_out(ended_without_record(job_id, state), "", is_kept=is_kept)
+                        return await self._read_out(Told(is_kept, raw))
                     if state[0] == b"unknown":
                         raise no_such_job()
                     if remaining_s <= 0:
@@ -177,10 +215,16 @@ class RedisQueue:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await waiter
+                if waiter.done() and not waiter.cancelled() and waiter.result().record is not None:
+                    return await self._read_out(waiter.result())
 
     async def cancel(self, job_id: str) -> JobView:
         """See JobQueue."""
-        return view_of(job_id, await self._transitions.call("cancel", job_id, "the job was cancelled by its caller"))
+        answer = await self._transitions.call("cancel", job_id, "the job was cancelled by its caller")
+        view = view_of(job_id, answer)
+        if view.status is JobStatus.CANCELLED:
+            self._beside.remove_job(job_id)
+        return view
 
     async def view(self, job_id: str) -> JobView:
         """See JobQueue."""
@@ -195,6 +239,7 @@ class RedisQueue:
             size_bytes=size_bytes,
             oldest_age_s=age_ms / 1000,
             num_dead_letters=num_dead,
+            folder_bytes=self._beside.size_bytes,
         )
 
     async def workers(self) -> list[WorkerInfo]:
@@ -213,6 +258,7 @@ class RedisQueue:
         loop = asyncio.get_running_loop()
         end = loop.time() + wait_s
         await self._inbox.listen_to(self._key("worker", worker_id))
+        await self._beside.agree()
         if (doubt := self._doubts.get(worker_id, 0)) is not None:
             self._doubts[worker_id] = 1
             tokens = self._holdings.tokens_of(worker_id)
@@ -253,8 +299,11 @@ class RedisQueue:
 
     async def finish(self, lease: Lease, result: FusionResult) -> bool:
         """See JobQueue."""
-        is_visible = await self._finish(lease.job.id, lease.worker_id, result, buries=result.error_code in FAULTS)
+        buries = result.error_code in FAULTS
+        is_visible = await self._finish(lease.job.id, lease.worker_id, result, buries=buries)
         self._holdings.let_go(lease.job.id)
+        if is_visible and not buries:
+            self._beside.let_go_job(lease.job)
         return is_visible
 
     async def release(self, leases: Sequence[Lease], *, was_tried: bool = False) -> None:
@@ -290,6 +339,7 @@ class RedisQueue:
         """See JobQueue."""
         if not await self._transitions.call("drop_dead_letter", job_id):
             raise JobNotFoundError("no such dead letter")
+        self._beside.remove_job(job_id)
 
     # taking
 
@@ -329,17 +379,25 @@ class RedisQueue:
         return leases[:max_jobs]
 
     async def _with_images(self, worker_id: str, rows: Sequence[Row]) -> list[Lease]:
-        async with self._transitions.calls:
-            with reaching():
-                async with self._client.pipeline(transaction=False) as pipeline:
-                    for row in rows:
-                        pipeline.hmget(self._key("payload", row.job_id), "vis", "ir")
-                    payloads = await pipeline.execute()
+        stored = [row for row in rows if not row.beside]
+        payloads: dict[str, tuple[bytes | None, bytes | None]] = {}
+        if stored:
+            async with self._transitions.calls:
+                with reaching():
+                    async with self._client.pipeline(transaction=False) as pipeline:
+                        for row in stored:
+                            pipeline.hmget(self._key("payload", row.job_id), "vis", "ir")
+                        found = await pipeline.execute()
+            payloads = dict(zip((row.job_id for row in stored), found, strict=True))
         leases = []
-        for row, (vis, ir) in zip(rows, payloads, strict=True):
+        for row in rows:
             try:
-                job = FusionJob.from_parts(row.header, vis or b"", ir or b"")
-            except MalformedRequestError as error:
+                if row.beside:
+                    job = await self._beside.job(row.header, row.job_id, row.beside)
+                else:
+                    vis, ir = payloads[row.job_id]
+                    job = FusionJob.from_parts(row.header, vis or b"", ir or b"")
+            except (MalformedRequestError, FrameGoneError) as error:
                 # Usually it was cancelled a moment ago, and then this changes nothing.
                 logger.warning("job cannot be read", extra={"job_id": row.job_id, "error": str(error)})
                 broken = FusionResult.failed(row.job_id, InternalError(INTERNAL_MESSAGE))
@@ -351,27 +409,36 @@ class RedisQueue:
         return leases
 
     async def _finish(self, job_id: str, worker_id: str, result: FusionResult, *, buries: bool) -> bool:
-        token = secrets.token_urlsafe(9)
-        is_visible = await self._transitions.transact(
-            [("SET", self._key("pending-result", token), result.to_bytes(), "PX", to_ms(PENDING_RESULT_S))],
-            "finish",
-            job_id,
-            worker_id,
-            result.error_code.value if result.error_code else "",
-            result.error_message,
-            result.size_bytes,
-            int(buries),
-            token,
-        )
-        return bool(is_visible)
+        error = result.error_code.value if result.error_code else ""
+        ending = ("finish", job_id, worker_id, error, result.error_message, result.size_bytes, int(buries))
+        name = ""
+        if (written := await self._beside.put_answer(result)) is not None:
+            name, record = written
+        elif result.size_bytes <= SHORT_BYTES:
+            record = result.to_bytes()
+        else:
+            token = secrets.token_urlsafe(9)
+            pending = ("SET", self._key("pending-result", token), result.to_bytes(), "PX", to_ms(PENDING_RESULT_S))
+            return bool(await self._transitions.transact([pending], *ending, token))
+        is_visible = bool(await self._transitions.join(*ending, "", record))
+        if not is_visible:
+            self._beside.let_go_answers([name])
+        return is_visible
 
     # results and dead letters
 
-    def _handed_out(self, job_id: str, state: list[bytes], raw: bytes | None) -> FusionResult:
-        result = result_of(job_id, state, raw)
-        if state[3] == b"0":
+    async def _read_out(self, told: Told) -> FusionResult:
+        """The result of a record. Raises JobNotFoundError if its file is gone."""
+        try:
+            result, name = await self._beside.answer(told.record or b"")
+        except FrameGoneError as error:
+            raise no_such_job() from error
+        return self._handed_out(result, name, is_kept=told.is_kept)
+
+    def _handed_out(self, result: FusionResult, name: str, *, is_kept: bool) -> FusionResult:
+        if not is_kept:
             # Only now that it is here: an answer that is lost on its way can be fetched again.
-            self._to_forget.append(job_id)
+            self._to_forget.append((result.job_id, name))
             if self._forgetting is None or self._forgetting.done():
                 self._forgetting = asyncio.create_task(self._forget())
         return result
@@ -381,13 +448,20 @@ class RedisQueue:
         while self._to_forget:
             batch, self._to_forget = self._to_forget, []
             try:
-                await self._transitions.call("forget", *batch)
+                await self._transitions.call("forget", *(job_id for job_id, _ in batch))
             except UnavailableError:
                 return  # they are forgotten when their time has come
+            self._beside.let_go_answers(name for _, name in batch)
 
     async def _letter_of(self, fields: dict[bytes, bytes]) -> DeadLetter | None:
+        job_id, header = fields[b"id"].decode(), fields[b"header"]
         with reaching():
-            vis, ir = await self._client.hmget(self._key("dead-payload", fields[b"id"].decode()), "vis", "ir")
+            vis, ir, beside = await self._client.hmget(self._key("dead-payload", job_id), "vis", "ir", "beside")
+        try:
+            if beside is not None:
+                return letter_of(fields, await self._beside.job(header, job_id, int(beside)))
+        except FrameGoneError:
+            return None
         if vis is None or ir is None:
             return None  # dropped a moment ago
-        return letter_of(fields, vis, ir)
+        return letter_of(fields, FusionJob.from_parts(header, vis, ir))

@@ -57,10 +57,11 @@ end
 
 -- Give a job its one visible end: acknowledge, delete, keep the result for a while, tell who waits and who works.
 -- result_size: bytes of its pictures. buries: keep the job as a dead letter. teller: the worker that reports it.
-local function finish(id, code, message, result_size, buries, teller)
+-- record: the result, if it is short; inboxes whose name ends with + are told it along.
+local function finish(id, code, message, result_size, buries, teller, record)
   local job = key('job', id)
-  local known = call('HMGET', job, 'class', 'entry', 'size', 'ttl', 'idem', 'waiters')
-  local class, entry, size, ttl, idem, waiters = unpack(known)
+  local known = call('HMGET', job, 'class', 'entry', 'size', 'ttl', 'idem', 'waiters', 'keep')
+  local class, entry, size, ttl, idem, waiters, keep = unpack(known)
   call('ZREM', key('deadlines'), id)
   if not entry then return false end  -- unknown, or it has ended already
   local holder, _, attempts = delivery_of(class, entry)
@@ -87,7 +88,11 @@ local function finish(id, code, message, result_size, buries, teller)
   -- The job itself stays until it is swept, however long nobody calls: its bytes are still to be taken off.
   call('ZADD', key('finished'), whole(now + ttl), id)
   if idem then call('PEXPIRE', key('idem', idem), whole(ttl + MARGIN_MS)) end
-  for inbox in string.gmatch(waiters or '', '%S+') do call('PUBLISH', inbox, id) end
+  if record then call('SET', key('result', id), record, 'PX', whole(ttl + MARGIN_MS)) end
+  for inbox in string.gmatch(waiters or '', '%S+') do
+    local takes_records = record and string.sub(inbox, -1) == '+'
+    call('PUBLISH', inbox, takes_records and id .. ' ' .. keep .. ' ' .. record or id)
+  end
   if holder and holder ~= teller then call('PUBLISH', key('worker', holder), id) end
   return true
 end
@@ -183,9 +188,10 @@ local commands = {}
 function commands.prepare() return 1 end
 
 -- id, class, header, created, deadline ('' if none), size, ttl, payload ttl, keep, idempotency key, fingerprint,
--- jobs allowed, bytes allowed, inbox to tell when it ends ('' if none). The payload has been written, with its ttl, by the same transaction.
+-- jobs allowed, bytes allowed, inbox to tell when it ends ('' if none), bytes of the images that lie in the shared
+-- folder. If 0, the payload has been written, with its ttl, by the same transaction.
 function commands.submit(id, class, header, created, deadline, size, ttl, payload_ttl, keep, idem, fingerprint,
-                         max_jobs, max_bytes, inbox)
+                         max_jobs, max_bytes, inbox, beside)
   local payload = key('payload', id)
   if call('EXISTS', key('job', id)) == 1 then  -- a repetition by a caller that did not hear the answer
     if call('HEXISTS', key('job', id), 'entry') == 0 then call('UNLINK', payload) end
@@ -214,7 +220,14 @@ function commands.submit(id, class, header, created, deadline, size, ttl, payloa
     call('UNLINK', payload)
     return {'full', whole(bytes) .. ' bytes'}
   end
-  local entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header)
+  local entry
+  if beside ~= '0' then
+    entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header, 'beside', beside)
+    call('HSET', payload, 'beside', beside)
+    call('PEXPIRE', payload, payload_ttl)
+  else
+    entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header)
+  end
   call('HSET', key('job', id), 'class', class, 'entry', entry, 'created', created, 'deadline', deadline,
     'size', size, 'ttl', ttl, 'keep', keep)
   if inbox ~= '' then call('HSET', key('job', id), 'waiters', inbox) end
@@ -399,10 +412,12 @@ function commands.release(worker, was_tried, ...)
   return num_released
 end
 
--- id, worker, error code or '', message, bytes of the pictures, whether it becomes a dead letter, pending result's name.
--- The result has been written under that name by the same transaction; it becomes visible now or never.
-function commands.finish(id, worker, code, message, result_size, buries, pending)
-  local is_first = finish(id, code, message, tonumber(result_size), buries == '1', worker)
+-- id, worker, error code or '', message, bytes of the pictures, whether it becomes a dead letter, pending result's name,
+-- and the result itself if it is short. Else it has been written under that name by the same transaction; it becomes
+-- visible now or never.
+function commands.finish(id, worker, code, message, result_size, buries, pending, record)
+  local is_first = finish(id, code, message, tonumber(result_size), buries == '1', worker, record)
+  if record then return is_first and 1 or 0 end
   if is_first then
     call('RENAME', key('pending-result', pending), key('result', id))
     call('PEXPIRE', key('result', id), whole(call('HGET', key('job', id), 'ttl') + MARGIN_MS))

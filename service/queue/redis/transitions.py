@@ -1,12 +1,13 @@
 """The queue's transitions: calling `transitions.lua`, and what it keeps where.
 
 Every transition is one call of the script and therefore atomic; payloads and results travel in the same MULTI,
-beside the script, so that they are never copied through Lua. Keys, all with the prefix `{recofuse}`:
+beside the script, so that nothing large is copied through Lua. Keys, all with the prefix `{recofuse}`:
 
     jobs:high|normal|low    streams, one group `workers`; an entry carries id, deadline, header, and lives until the end
-    payload:ID              hash of vis and ir; TTL past the deadline; gone at the end
+    payload:ID              hash of vis and ir, or of how many bytes of them lie beside, in the shared folder; TTL past
+                            the deadline; gone at the end
     job:ID                  hash: where the entry is, bytes, times, and at the end what became of it; no TTL, but swept
-    result:ID               the result's bytes; TTL
+    result:ID               the result's bytes, or where in the shared folder its pictures are (`beside.py`); TTL
     pending-result:TOKEN    a result on its way: renamed to result:ID, or dropped as a duplicate, in the same MULTI
     deadlines, finished     sorted sets of ids: when to give up, when to forget
     idem:HASH               idempotency key: first job's id and the request's fingerprint; TTL
@@ -15,6 +16,7 @@ beside the script, so that they are never copied through Lua. Keys, all with the
     workers, workers-until  what workers said about themselves, and until when that holds
     workers-gone            set of ids that are still to be forgotten as consumers
     wake                    stream that wakes blocked takers when a job is handed back
+    folder                  the id of the shared folder; TTL, renewed by those who use it
     inbox:TOKEN, worker:ID  pub/sub channels: ids of jobs that ended, to those who wait and those who work
 
 What a newcomer would get wrong: *a job is in its stream exactly as long as it is unfinished*, so nothing is ever
@@ -33,10 +35,13 @@ from typing import Any
 from redis import exceptions
 
 from service.queue.redis.availability import reaching
+from service.terms.errors import UnavailableError
 from service.terms.settings import QueueSettings
 
 GROUP = "workers"
 MAX_CALLS = 64  # at once, and thereby connections of one process, besides those that wait for jobs or messages
+
+MAX_JOINED = 32  # transitions that go together
 
 SCRIPT = resources.files("service.queue.redis").joinpath("transitions.lua").read_text(encoding="utf-8")
 SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
@@ -53,6 +58,8 @@ class Transitions:
         self._prefix = prefix
         self._common = (to_ms(settings.lease_s), settings.max_attempts, settings.max_dead_letters)
         self.calls = asyncio.Semaphore(MAX_CALLS)
+        self._gathered: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
+        self._sending: asyncio.Task[None] | None = None
 
     def key(self, *parts: str) -> str:
         """The full name of one of the keys above."""
@@ -69,7 +76,9 @@ class Transitions:
                     return await self._client.execute_command("EVAL", SCRIPT, *head, *arguments)
 
     async def transact(self, writes: Sequence[tuple[Any, ...]], command: str, *arguments: Any) -> Any:
-        """The writes and then a transition, all in one MULTI. Raises UnavailableError."""
+        """The writes and then a transition, all in one MULTI; `join` if there are none. Raises UnavailableError."""
+        if not writes:
+            return await self.join(command, *arguments)
         head = (1, self._prefix, command, *self._common)
         async with self.calls:
             with reaching():
@@ -86,6 +95,55 @@ class Transitions:
                             raise answer
                     break
                 return answers[-1]
+
+    async def join(self, command: str, *arguments: Any) -> Any:
+        """As `call`, for what many do at once: those that come while others are on their way then go together.
+
+        A call of its own costs this process more than the script costs Redis.
+        """
+        answer = asyncio.get_running_loop().create_future()
+        self._gathered.append(((1, self._prefix, command, *self._common, *arguments), answer))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send_gathered())
+        outcome = await answer
+        if isinstance(outcome, exceptions.NoScriptError):
+            return await self.call(command, *arguments)
+        if isinstance(outcome, Exception):
+            try:
+                with reaching():
+                    raise outcome
+            finally:
+                del outcome  # else it and this frame, and so the caller's images, would hold each other
+        return outcome
+
+    async def close(self) -> None:
+        """Returns once nothing is on its way any more."""
+        if self._sending is not None:
+            await asyncio.wait({self._sending})
+
+    async def _send_gathered(self) -> None:
+        while self._gathered:
+            batch, self._gathered = self._gathered[:MAX_JOINED], self._gathered[MAX_JOINED:]
+            try:
+                outcomes = await self._together([arguments for arguments, _ in batch])
+            except UnavailableError as error:
+                batch += self._gathered  # they would only wait as long once more
+                self._gathered = []
+                outcomes = [_same(error) for _ in batch]
+            except Exception as error:  # noqa: BLE001 - each of those who wait raises it
+                outcomes = [error] * len(batch)
+            for (_, answer), outcome in zip(batch, outcomes, strict=True):
+                if not answer.done():  # its caller may have gone
+                    answer.set_result(outcome)
+
+    async def _together(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers, errors among them. Raises UnavailableError."""
+        async with self.calls:
+            with reaching():
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for arguments in calls:
+                        pipeline.execute_command("EVALSHA", SCRIPT_SHA, *arguments)
+                    return list(await pipeline.execute(raise_on_error=False))
 
     async def look(self, job_id: str, inbox: str) -> tuple[list[bytes], bytes | None]:
         """Where a job stands, and its result if it has one; asks for a message to the inbox when it ends."""
@@ -104,6 +162,13 @@ class Transitions:
                             raise answer
                     break
                 return state, raw
+
+
+def _same(error: UnavailableError) -> UnavailableError:
+    """For another caller: a shared one would gather the frames of all."""
+    again = UnavailableError(error.message, retry_after_s=error.retry_after_s)
+    again.__cause__ = error.__cause__
+    return again
 
 
 def to_ms(seconds: float) -> int:

@@ -29,7 +29,7 @@ def folder() -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def opened(server: RedisServer | str, **changes: object) -> AsyncIterator[RedisQueue]:
     url = server if isinstance(server, str) else server.url
-    queue = RedisQueue(SETTINGS.model_copy(update={"url": url, **changes}))
+    queue = RedisQueue(SETTINGS.model_copy(update={"url": url, **changes}), min_file_bytes=1)
     await queue.open()
     try:
         yield queue

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,15 @@ class TestRedisQueue(QueueContract):
     @pytest.fixture
     async def world(self, server: RedisServer) -> AsyncIterator[World]:
         async with opened(server) as queue:
+            yield World(queue, time.time, asyncio.sleep)
+
+
+class TestSharedFolder(QueueContract):
+    """The same with images and answers beside Redis, however small."""
+
+    @pytest.fixture
+    async def world(self, server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+        async with opened(server, shared_folder=str(tmp_path)) as queue:
             yield World(queue, time.time, asyncio.sleep)
 
 

@@ -1,0 +1,217 @@
+"""What lies beside Redis in the shared folder: what goes there, that all mean the same one, and who cleans up.
+
+A job's images have a file, named after the job, and an answer one of another name each; both are known to Redis before
+anybody looks for them, and are let go by who ended the job or took the answer. What was left behind by a crash, a
+deadline or an answer that nobody fetched is swept: a file of some age that no key stands for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from service.queue.redis.availability import reaching
+from service.queue.redis.folder import (
+    JOB,
+    MIN_BYTES,
+    SPARE,
+    FolderFullError,
+    FrameGoneError,
+    SharedFolder,
+    job_file,
+    job_of,
+    new_answer_file,
+)
+from service.terms.errors import MalformedRequestError, UnavailableError
+from service.terms.jobs import FusionJob, FusionResult
+from service.terms.settings import SettingsError
+
+logger = logging.getLogger(__name__)
+
+RECORD_MAGIC = b"RFF1"  # of an answer whose payloads lie in a file: their bytes, the name and its length, the header
+AGREED_S = 60  # how long the folder's id stays known after the last process that uses it
+KEEP_S = 20.0  # between two looks after it
+SWEEP_AFTER_S = 90.0  # age of a file that nobody names; longer than anything is on its way between folder and Redis
+SWEPT_AT_ONCE = 256
+INLINE_BYTES = 1 << 20  # up to here a file is read and written at once, beyond it on a thread
+
+_LENGTHS = struct.Struct("<QB")
+Answer = TypeVar("Answer")
+
+
+class Beside:
+    """The shared folder of a queue, if it has one. path: of the folder, or empty."""
+
+    def __init__(self, path: str, client: Any, key: Callable[..., str], *, min_bytes: int = MIN_BYTES) -> None:
+        self._folder = SharedFolder(path, min_bytes=min_bytes) if path else None
+        self._client = client
+        self._key = key
+        self._id = ""
+        self._is_agreed = False
+        self._keeping: asyncio.Task[None] | None = None
+        self.size_bytes = 0  # of all files, at the last look
+
+    def open(self) -> None:
+        """Begin. Raises SettingsError if the folder cannot be used."""
+        if self._folder is not None:
+            self._id = self._folder.open()
+            self._keeping = asyncio.create_task(self._keep())
+
+    async def check(self) -> None:
+        """Raises SettingsError if the folder is not that of the others, UnavailableError if that cannot be known."""
+        if problem := await self._disagreement():
+            raise SettingsError(problem)
+
+    async def close(self) -> None:
+        """Let go of it."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait({self._keeping})
+        if self._folder is not None:
+            self._folder.close()
+
+    async def agree(self, *, anew: bool = False) -> None:
+        """Returns once it is certain that all processes mean one folder. Raises UnavailableError if they do not."""
+        if (anew or not self._is_agreed) and (problem := await self._disagreement()):
+            logger.error(problem)
+            raise UnavailableError("the queue's shared folder is not that of the others", retry_after_s=5.0)
+
+    # jobs
+
+    async def put_job(self, job: FusionJob) -> int:
+        """Write a job's images; how many bytes, 0 if they are to go through Redis.
+
+        Raises FolderFullError, UnavailableError.
+        """
+        size = len(job.vis) + len(job.ir)
+        if self._folder is None or size < self._folder.min_bytes:
+            return 0
+        await _run(size, self._folder.write, job_file(job.id), (job.vis, job.ir))
+        return size
+
+    async def job(self, header: bytes, job_id: str, size: int) -> FusionJob:
+        """The job of a header, with its images, so many bytes, from their file.
+
+        Raises FrameGoneError, MalformedRequestError, UnavailableError.
+        """
+        folder = self._opened()
+        return await _run(size, FusionJob.from_header, header, lambda sizes: folder.read(job_file(job_id), sizes))
+
+    def let_go_job(self, job: FusionJob) -> None:
+        """It has ended, and no dead letter keeps it."""
+        if self._folder is not None and len(job.vis) + len(job.ir) >= self._folder.min_bytes:
+            self._folder.recycle(job_file(job.id))
+
+    def remove_job(self, job_id: str) -> None:
+        """It was cancelled; whoever reads it now does so in vain."""
+        if self._folder is not None:
+            self._folder.remove(job_file(job_id))
+
+    # answers
+
+    async def put_answer(self, result: FusionResult) -> tuple[str, bytes] | None:
+        """The name of its file, and what Redis is to keep; None if it is to go through Redis as it is."""
+        size = sum(map(len, result.payloads))
+        if self._folder is None or size < self._folder.min_bytes:
+            return None
+        name = new_answer_file(result.job_id)
+        try:
+            await _run(size, self._folder.write, name, result.payloads)
+        except (FolderFullError, FrameGoneError, UnavailableError) as error:  # the job must end nevertheless
+            logger.warning("an answer goes through Redis", extra={"job_id": result.job_id, "error": str(error)})
+            return None
+        return name, b"".join((RECORD_MAGIC, _LENGTHS.pack(size, len(name)), name.encode(), result.header_bytes()))
+
+    async def answer(self, raw: bytes) -> tuple[FusionResult, str]:
+        """The result of what Redis keeps, and its file's name, empty if it has none.
+
+        Raises FrameGoneError, MalformedRequestError, UnavailableError.
+        """
+        if not raw.startswith(RECORD_MAGIC):
+            return FusionResult.from_bytes(raw), ""
+        folder = self._opened()
+        start = len(RECORD_MAGIC) + _LENGTHS.size
+        if len(raw) < start:
+            raise MalformedRequestError("a record that was cut short")
+        size, length = _LENGTHS.unpack_from(raw, len(RECORD_MAGIC))
+        name = raw[start : start + length].decode("ascii", "replace")
+        header = raw[start + length :]
+        return await _run(size, FusionResult.from_header, header, lambda sizes: folder.read(name, sizes)), name
+
+    def let_go_answers(self, names: Iterable[str]) -> None:
+        """They were handed out, or came too late."""
+        for name in names:
+            if self._folder is not None and name:
+                self._folder.recycle(name)
+
+    # the parts
+
+    def _opened(self) -> SharedFolder:
+        if self._folder is None:
+            raise FrameGoneError("this process has no shared folder")
+        return self._folder
+
+    async def _disagreement(self) -> str:
+        """What is wrong, or nothing. Raises UnavailableError."""
+        known = self._key("folder")
+        with reaching():
+            async with self._client.pipeline(transaction=True) as pipeline:
+                if self._id:
+                    pipeline.set(known, self._id, nx=True)
+                pipeline.get(known)
+                *_, others = await pipeline.execute()
+            others = (others or b"").decode()
+            self._is_agreed = others == self._id
+            if self._is_agreed and self._id:
+                await self._client.expire(known, AGREED_S)
+        if self._is_agreed:
+            return ""
+        if self._folder is None:
+            return "queue.shared_folder: other processes of this queue share a folder, and this one was given none"
+        return f"queue.shared_folder: {self._folder.path} is not the folder that the others of this queue share"
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_S)
+            try:
+                await self.agree(anew=True)
+                await self.sweep()
+            except UnavailableError:
+                pass  # until it is back, nothing can be said of any file
+            except Exception:
+                logger.exception("the shared folder was not swept")
+
+    async def sweep(self, *, after_s: float = SWEEP_AFTER_S) -> None:
+        """Delete files of some age that nobody names. Raises UnavailableError."""
+        folder = self._opened()
+        listed = await asyncio.to_thread(lambda: list(folder.listed()))
+        self.size_bytes = sum(size for _, size, _ in listed)
+        before_s = time.time() - after_s
+        num_swept = 0
+        old = [name for name, _, changed_s in listed if changed_s <= before_s]
+        for start in range(0, len(old), SWEPT_AT_ONCE):
+            names = old[start : start + SWEPT_AT_ONCE]
+            for name, is_named in zip(names, await self._are_named(names), strict=True):
+                if not is_named:
+                    folder.remove(name)
+                    num_swept += not name.startswith(SPARE)
+        if num_swept:
+            logger.info("files that nobody named were deleted", extra={"num_files": num_swept})
+
+    async def _are_named(self, names: Sequence[str]) -> list[bool]:
+        with reaching():
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    kinds = ("payload", "dead-payload") if name.startswith(JOB) else ("result",)
+                    pipeline.exists(*(self._key(kind, job_of(name)) for kind in kinds))
+                answers = await pipeline.execute()
+        return [bool(answer) and not name.startswith(SPARE) for name, answer in zip(names, answers, strict=True)]
+
+
+async def _run(size: int, call: Callable[..., Answer], *arguments: Any) -> Answer:
+    """A call that reads or writes so many bytes."""
+    return call(*arguments) if size <= INLINE_BYTES else await asyncio.to_thread(call, *arguments)
