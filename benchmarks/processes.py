@@ -327,6 +327,11 @@ def free_port() -> int:
         return port
 
 
+def memory_folder() -> str | None:
+    """Where files lie in memory; None, and so the usual place, if there is no such folder here."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on. load_average: of the minute before; well above 0 means that others were busy."""
     cpu = "unknown"

@@ -9,8 +9,9 @@ generator's own is stated apart, because on a small machine it competes with the
 all server processes together, at its highest.
 
 The baseline is a bare FastAPI batcher (`benchmarks/bare.py`) that parses the same body and answers with the same file,
-in one process and over Redis. It and the service with the null engine and ready bytes take turns in short windows, so
-that whatever else the machine does meets both; a ratio is the median over the rounds of a round's ratio.
+in one process and over Redis. It and the service with the null engine and ready bytes (all in one; split over Redis;
+split with a folder beside Redis that its processes share) take turns in short windows, so that whatever else the
+machine does meets both; a ratio is the median over the rounds of a round's ratio.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,13 +30,14 @@ from typing import Any, Literal
 import uvloop
 
 from benchmarks.load import Load, Tally, fuse_request, picture_pair
-from benchmarks.processes import Stack, all_in_one, bare, can_split, machine, split
+from benchmarks.processes import Stack, all_in_one, bare, can_split, machine, memory_folder, split
 
 Engine = Literal["null", "fixed"]
 Codec = Literal["files", "ready"]
-Topology = Literal["all-in-one", "split"]
+Topology = Literal["all-in-one", "split", "folder"]
 Baseline = Literal["bare", "bare over Redis"]
 
+SPLIT: frozenset[Topology] = frozenset({"split", "folder"})
 CONCURRENCIES = (1, 8, 16, 32)
 MAX_BATCH, MAX_WAIT_S = 8, 0.005
 BATCH_S, ITEM_S = 0.020, 0.002
@@ -49,6 +52,7 @@ MAX_TO_BARE: dict[tuple[Topology, Baseline], float] = {
     ("all-in-one", "bare"): 1.3,
     ("split", "bare over Redis"): 2.0,
     ("split", "bare"): 2.0,
+    ("folder", "bare"): 2.0,
 }
 TO_BARE_CLIENTS = 16
 
@@ -122,7 +126,7 @@ def run(
     where = machine()
     vis, ir = picture_pair()
     request = fuse_request(vis, ir)
-    why_not = can_split() if "split" in topologies else ""
+    why_not = can_split() if set(topologies) & SPLIT else ""
     say(
         f"{where['cpu']}, {where['num_cpus']} cores, load average {where['load_average']}; "
         f"vis {len(vis) // 1000} kB and ir {len(ir) // 1000} kB a request"
@@ -130,8 +134,8 @@ def run(
     say(HEADING)
     rows: list[Measurement] = []
     for topology in topologies:
-        if topology == "split" and why_not:
-            say(f"split       skipped: {why_not}")
+        if topology in SPLIT and why_not:
+            say(f"{topology:10}  skipped: {why_not}")
             continue
         for engine in engines:
             for codec in codecs:
@@ -141,7 +145,7 @@ def run(
                         rows.append(_measurement(topology, engine, codec, concurrency, window))
                         say(rows[-1].row())
     lone_ms = _lone_latency_ms(request, warm_up_s, window_s)
-    beside = [topology for topology in topologies if topology != "split" or not why_not]
+    beside = [topology for topology in (*topologies, "folder") if topology not in SPLIT or not why_not]
     compared = _beside_bare(request, beside, num_rounds)
     for comparison in compared:
         say(comparison.text())
@@ -266,8 +270,11 @@ def _stack(topology: Topology, engine: Engine, codec: Codec, max_wait_s: float) 
         "batch": {"max_batch": MAX_BATCH, "max_wait_s": max_wait_s},
         "log": {"level": "WARNING"},
     }
-    with all_in_one(values) if topology == "all-in-one" else split(values) as stack:
-        yield stack
+    with ExitStack() as running:
+        if topology == "folder":
+            folder = running.enter_context(tempfile.TemporaryDirectory(prefix="recofuse-frames-", dir=memory_folder()))
+            values["queue"] = {"shared_folder": folder}
+        yield running.enter_context(all_in_one(values) if topology == "all-in-one" else split(values))
 
 
 @dataclass(frozen=True, slots=True)

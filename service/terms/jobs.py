@@ -16,7 +16,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     Base64Bytes,
@@ -24,7 +24,6 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -32,6 +31,7 @@ from pydantic import (
 from recofuse_rigs.errors import BadRigError
 from service.terms.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
 from service.terms.measures import Alarm, AlarmText, Alignment, Unit, ValuesFormat
+from service.terms.records import cut_apart, joined, parsed_header
 
 if TYPE_CHECKING:
     from recofuse_rigs.rig import Rig  # brings NumPy, which the command's help goes without
@@ -236,9 +236,6 @@ class RawLayout(_Strict):
     stride: Annotated[int, Field(ge=1, le=1 << 24)]
 
 
-_Header = TypeVar("_Header", bound=_Strict)
-
-
 class _JobHeader(_Strict):
     id: Annotated[str, Field(pattern=r"^[0-9a-zA-Z_-]{1,64}$")]
     options: FusionOptions
@@ -365,7 +362,7 @@ class FusionJob:
 
         Raises MalformedRequestError.
         """
-        parsed = _parse(_JobHeader, header)
+        parsed = parsed_header(_JobHeader, header)
         vis, ir = read(parsed.sizes)
         fields = {
             name: getattr(parsed, name) for name in _JobHeader.model_fields if name not in ("sizes", "rig", "track")
@@ -378,13 +375,13 @@ class FusionJob:
 
     def to_bytes(self) -> bytes:
         """The whole job as one string of bytes."""
-        return _join(JOB_MAGIC, self.header_bytes(), (self.vis, self.ir))
+        return joined(JOB_MAGIC, self.header_bytes(), (self.vis, self.ir))
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
-        header, body = _split(JOB_MAGIC, raw)
-        num_vis, num_ir = _parse(_JobHeader, header).sizes
+        header, body = cut_apart(JOB_MAGIC, raw)
+        num_vis, num_ir = parsed_header(_JobHeader, header).sizes
         if len(body) != num_vis + num_ir:
             raise MalformedRequestError(f"a job of {num_vis + num_ir} payload bytes came with {len(body)}")
         return cls.from_parts(header, bytes(body[:num_vis]), bytes(body[num_vis:]))
@@ -504,12 +501,12 @@ class FusionResult:
 
     def to_bytes(self) -> bytes:
         """The whole result as one string of bytes."""
-        return _join(RESULT_MAGIC, self.header_bytes(), self.payloads)
+        return joined(RESULT_MAGIC, self.header_bytes(), self.payloads)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
-        header, body = _split(RESULT_MAGIC, raw)
+        header, body = cut_apart(RESULT_MAGIC, raw)
 
         def cut(sizes: Sequence[int]) -> list[bytes]:
             if len(body) != sum(sizes):
@@ -525,7 +522,7 @@ class FusionResult:
 
         Raises MalformedRequestError.
         """
-        parsed = _parse(_ResultHeader, header)
+        parsed = parsed_header(_ResultHeader, header)
         *images, values = read((*parsed.parts.values(), parsed.values_bytes))
         names = [name for name in _ResultHeader.model_fields if name not in ("parts", "values_bytes")]
         fields = {name: getattr(parsed, name) for name in names}
@@ -583,18 +580,6 @@ def printable(warnings: Iterable[str]) -> tuple[str, ...]:
     return tuple(lines[:MAX_WARNINGS])
 
 
-def _join(magic: bytes, header: bytes, payloads: Sequence[bytes]) -> bytes:
-    return b"".join((magic, len(header).to_bytes(4, "little"), header, *payloads))
-
-
-def _split(magic: bytes, raw: bytes) -> tuple[bytes, memoryview]:
-    view = memoryview(raw)
-    end = 8 + int.from_bytes(view[4:8], "little")
-    if bytes(view[:4]) != magic or len(view) < end:
-        raise MalformedRequestError(f"not a {magic.decode()} record, or cut short at {len(raw)} bytes")
-    return bytes(view[8:end]), view[end:]
-
-
 def _rig_text(rig: Rig) -> str:
     from recofuse_rigs.rig import to_json
 
@@ -606,20 +591,3 @@ def _rig_of(text: str) -> Rig:
     from recofuse_rigs.rig import from_json
 
     return from_json(text)
-
-
-def _parse(kind: type[_Header], header: bytes) -> _Header:
-    try:
-        return kind.model_validate_json(header)
-    except ValidationError as error:
-        raise MalformedRequestError(f"a record's header is not valid: {problems_of(error)}") from error
-
-
-def problems_of(error: ValidationError) -> str:
-    """A validation error in one line: field and reason, without the offending content."""
-    lines = []
-    for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        where = ".".join(str(step) for step in problem["loc"])
-        reason = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {reason}" if where else reason)
-    return "; ".join(lines)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from service.terms.jobs import problems_of
+from service.terms.records import problems_of
 
 PREFIX = "RECOFUSE_"
 FILE_SUFFIX = "_FILE"

@@ -309,9 +309,9 @@ class LocalStack:
                 mounts[target] = str(folder / f"mount{len(mounts)}")
             elif source_name == "/":
                 mounts[target] = "/"
-            else:  # a named volume
-                (folder / source_name).mkdir()
-                mounts[target] = str(folder / source_name)
+            else:  # a named volume, the same for all
+                (self.folder / f"volume-{source_name}").mkdir(exist_ok=True)
+                mounts[target] = str(self.folder / f"volume-{source_name}")
         for volume in service.get("volumes", []):
             source_name, target = volume.split(":")[:2]
             if source_name.startswith("./deploy"):

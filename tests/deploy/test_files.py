@@ -201,9 +201,28 @@ def test_no_container_can_fill_the_host() -> None:
     assert _num_bytes(services["redis"]["mem_limit"]) >= 2 * (3 << 30)
 
 
+def frames_bytes() -> int:
+    (size,) = re.findall(r"size=(\w+)", compose_file()["volumes"]["frames"]["driver_opts"]["o"])
+    return _num_bytes(size)
+
+
+def test_frames_have_one_place_that_all_know_and_only_recofuse_may_enter() -> None:
+    compose, settings = compose_file(), Settings()
+    options = compose["volumes"]["frames"]["driver_opts"]
+    user = re.search(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    assert user is not None
+    assert options["type"] == "tmpfs"
+    assert options["o"].endswith(f",mode=0700,uid={user[1]},gid={user[2]}")
+    assert frames_bytes() >= 1.5 * settings.queue.max_bytes
+    for name in ("api", "worker-cpu", "worker-gpu"):
+        service = compose["services"][name]
+        assert f"frames:{service['environment']['RECOFUSE_QUEUE__SHARED_FOLDER']}" in service["volumes"], name
+        assert 2 * frames_bytes() <= _num_bytes(service["mem_limit"]), name
+
+
 def test_a_front_end_may_take_what_it_needs() -> None:
     limit = _num_bytes(compose_file()["services"]["api"]["mem_limit"])
-    assert needed_bytes(limit) <= limit
+    assert needed_bytes(limit) + frames_bytes() <= limit
     assert num_messages(limit) >= 4
 
 

@@ -208,7 +208,8 @@ def _warps() -> Warps:
 def _valid_options(**values: object) -> FusionOptions:
     from pydantic import ValidationError
 
-    from service.terms.jobs import FusionOptions, problems_of
+    from service.terms.jobs import FusionOptions
+    from service.terms.records import problems_of
 
     try:
         return FusionOptions.model_validate(values)

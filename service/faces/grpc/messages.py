@@ -25,9 +25,9 @@ from service.terms.jobs import (
     PixelFormat,
     Priority,
     RawLayout,
-    problems_of,
 )
 from service.terms.measures import Alarm, Unit
+from service.terms.records import problems_of
 from service.watch import logs
 
 Range = tuple[float, float]

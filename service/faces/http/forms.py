@@ -28,8 +28,9 @@ from service.terms.errors import (
     ServiceError,
     UnsupportedMediaError,
 )
-from service.terms.jobs import Align, Colour, Exposure, FusionOptions, ImageFormat, Output, Priority, problems_of
+from service.terms.jobs import Align, Colour, Exposure, FusionOptions, ImageFormat, Output, Priority
 from service.terms.measures import ALARM, ValuesFormat
+from service.terms.records import problems_of
 from service.terms.settings import Settings
 from service.watch.logs import request_id
 

@@ -30,7 +30,7 @@ from service.faces.oip.tensors import (
     split_elements,
 )
 from service.terms.errors import InvalidInputError, MalformedRequestError, PayloadTooLargeError
-from service.terms.jobs import problems_of
+from service.terms.records import problems_of
 from service.terms.settings import LimitSettings
 
 _HEADER_LENGTH = re.compile(r"[0-9]{1,12}")

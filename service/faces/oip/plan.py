@@ -35,8 +35,8 @@ from service.terms.jobs import (
     PixelFormat,
     Priority,
     RawLayout,
-    problems_of,
 )
+from service.terms.records import problems_of
 from service.terms.settings import LimitSettings
 from service.watch.logs import request_id, traceparent
 
