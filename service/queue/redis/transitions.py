@@ -123,7 +123,11 @@ class Transitions:
 
     async def _send_gathered(self) -> None:
         while self._gathered:
-            batch, self._gathered = self._gathered[:MAX_JOINED], self._gathered[MAX_JOINED:]
+            # What nobody waits for any more is not begun: a job that was abandoned would come after its cancellation.
+            wanted = [call for call in self._gathered if not call[1].done()]
+            batch, self._gathered = wanted[:MAX_JOINED], wanted[MAX_JOINED:]
+            if not batch:
+                return
             try:
                 outcomes = await self._together([arguments for arguments, _ in batch])
             except UnavailableError as error:
