@@ -325,15 +325,20 @@ async def test_each_of_many_at_once_has_its_own_answer(server: RedisServer, tmp_
 @pytest.mark.redis
 async def test_a_submission_that_was_given_up_before_it_was_sent_never_is(server: RedisServer, tmp_path: Path) -> None:
     async with opened(server, shared_folder=str(tmp_path)) as queue:
-        first, second = asyncio.create_task(queue.submit(fresh())), asyncio.create_task(queue.submit(fresh()))
-        while queue._transitions._sending is None:  # noqa: ASYNC110 - a moment later it would be too late
-            await asyncio.sleep(0)
-        third = asyncio.create_task(queue.submit(fresh()))
-        while not queue._transitions._gathered:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0)
-        third.cancel()
-        await asyncio.gather(first, second)
         await queue.submit(fresh())
+        transitions = queue._transitions
+        server.stall()
+        try:
+            first = asyncio.create_task(queue.submit(fresh()))
+            await asyncio.sleep(0.1)  # it is on its way
+            second, third = asyncio.create_task(queue.submit(fresh())), asyncio.create_task(queue.submit(fresh()))
+            await asyncio.sleep(0.1)
+            assert len(transitions._gathered) == 2
+            third.cancel()
+            await asyncio.sleep(0)
+        finally:
+            server.resume()
+        await asyncio.gather(first, second)
         assert third.cancelled()
         assert (await queue.stats()).num_unfinished == 3
 
