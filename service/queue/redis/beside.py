@@ -53,6 +53,7 @@ class Beside:
         self._id = ""
         self._is_agreed = False
         self._keeping: asyncio.Task[None] | None = None
+        self._doubtful: set[str] = set()
         self.size_bytes = 0  # of all files, at the last look
 
     def open(self) -> None:
@@ -90,8 +91,14 @@ class Beside:
         size = len(job.vis) + len(job.ir)
         if self._folder is None or size < self._folder.min_bytes:
             return 0
+        self._doubtful.discard(job_file(job.id))
         await _run(size, self._folder.write, job_file(job.id), (job.vis, job.ir))
         return size
+
+    def doubt_job(self, job: FusionJob) -> None:
+        """Redis did not say whether it took this job: its file goes as soon as Redis is back and knows no such job."""
+        if self._folder is not None and len(job.vis) + len(job.ir) >= self._folder.min_bytes:
+            self._doubtful.add(job_file(job.id))
 
     async def job(self, header: bytes, job_id: str, size: int) -> FusionJob:
         """The job of a header, with its images, so many bytes, from their file.
@@ -186,8 +193,9 @@ class Beside:
                 logger.exception("the shared folder was not swept")
 
     async def sweep(self, *, after_s: float = SWEEP_AFTER_S) -> None:
-        """Delete files of some age that nobody names. Raises UnavailableError."""
+        """Delete files of some age that nobody names, and doubtful ones of any age. Raises UnavailableError."""
         folder = self._opened()
+        await self._sweep_doubtful(folder)
         listed = await asyncio.to_thread(lambda: list(folder.listed()))
         self.size_bytes = sum(size for _, size, _ in listed)
         before_s = time.time() - after_s
@@ -201,6 +209,14 @@ class Beside:
                     num_swept += not name.startswith(SPARE)
         if num_swept:
             logger.info("files that nobody named were deleted", extra={"num_files": num_swept})
+
+    async def _sweep_doubtful(self, folder: SharedFolder) -> None:
+        while names := list(self._doubtful)[:SWEPT_AT_ONCE]:
+            for name, is_named in zip(names, await self._are_named(names), strict=True):
+                if name in self._doubtful:  # else it was written anew meanwhile, and Redis hears of it in a moment
+                    self._doubtful.discard(name)
+                    if not is_named:
+                        folder.remove(name)
 
     async def _are_named(self, names: Sequence[str]) -> list[bool]:
         with reaching():

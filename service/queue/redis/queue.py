@@ -170,6 +170,7 @@ class RedisQueue:
                 "the queue's folder is full; try again later", retry_after_s=limits.retry_after_s
             ) from error
         except UnavailableError as error:
+            self._beside.doubt_job(job)
             if not isinstance(error.__cause__, exceptions.OutOfMemoryError):
                 raise
             raise OverloadedError(

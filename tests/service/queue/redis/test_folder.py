@@ -351,5 +351,12 @@ async def test_many_at_once_all_hear_that_redis_is_away(tmp_path: Path) -> None:
         async with opened(server, shared_folder=str(tmp_path), max_jobs=100) as queue:
             await queue.stats()
             server.kill()
-            answers = await asyncio.gather(*(queue.submit(fresh()) for _ in range(50)), return_exceptions=True)
+            jobs = [fresh() for _ in range(50)]
+            answers = await asyncio.gather(*map(queue.submit, jobs), return_exceptions=True)
             assert {type(answer) for answer in answers} == {UnavailableError}
+            assert len(files_in(tmp_path)) == 50  # Redis may have taken them
+            await asyncio.to_thread(server.start)
+            await queue.submit(jobs[0])
+            await queue._beside.sweep()
+            assert files_in(tmp_path) == {job_file(jobs[0].id)}
+            server.kill()
