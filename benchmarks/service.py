@@ -145,7 +145,8 @@ def run(
                         rows.append(_measurement(topology, engine, codec, concurrency, window))
                         say(rows[-1].row())
     lone_ms = _lone_latency_ms(request, warm_up_s, window_s)
-    beside = [topology for topology in (*topologies, "folder") if topology not in SPLIT or not why_not]
+    wanted: list[Topology] = [*topologies, "folder"] if "split" in topologies else [*topologies]
+    beside = [topology for topology in dict.fromkeys(wanted) if topology not in SPLIT or not why_not]
     compared = _beside_bare(request, beside, num_rounds)
     for comparison in compared:
         say(comparison.text())
