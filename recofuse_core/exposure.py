@@ -44,7 +44,7 @@ class ExposureConfig:
 
 
 OFFSET_UNIT = 0.3
-MOST = 0.7  # of a veil is lifted: a rest of it tells distance, and without it what was far comes out too dark
+MOST = 0.6  # of a veil is lifted: a rest of it tells distance, and without it what was far comes out too dark
 DOUBTFUL, CERTAIN = 0.92, 0.98  # how probable a veil is where lifting it begins, and from where as much as ever
 
 
@@ -97,7 +97,7 @@ class Lighting(NamedTuple):
         return (lit * gain.exp() + OFFSET_UNIT * offset).clamp(0.0, 1.0)
 
     def look_up(self, guide: Tensor) -> Tensor:
-        """The grid's entries (B, 6 or 2, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place of the frame."""
+        """The grid's entries (B, 6 or 2, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place."""
         batch, _, height, width = guide.shape
         y, x = _centres(height, guide).view(1, -1, 1), _centres(width, guide).view(1, 1, -1)
         place = (x.expand(batch, height, width), y.expand(batch, height, width), 2 * guide[:, 0] - 1)
@@ -110,7 +110,7 @@ class Lighting(NamedTuple):
 class Veil(NamedTuple):
     """What still lies between toned visible frames of a batch and their scene: curves and a grid that take it away.
 
-    share: (B,) from 0 to `MOST`, how much of it is lifted; 0 where there is hardly a veil, and the frame stays as it is.
+    share: (B,) from 0 to `MOST`, how much of it is lifted; 0 where there is hardly any, and the frame stays as it is.
     """
 
     lifting: Lighting
@@ -229,7 +229,7 @@ class ExposureEstimator(nn.Module):
         return Seen(summary, frame, F.silu(self.join(near + far)))
 
     def lifting(self, seen: Seen) -> Lighting:
-        """What takes the veil off a frame, were there any, alike in all channels; of a model that was made to lift it."""
+        """What takes the veil off a frame, were there any, alike in all channels; of a model that lifts veils."""
         curves = self._curves(self.veil_curve_head(seen.summary))
         return Lighting(curves, self._grid(self.veil_grid_head(seen.places)))
 

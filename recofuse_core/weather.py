@@ -19,7 +19,7 @@ from recofuse_core.errors import ConfigError
 STRIDE = 16  # frames are reduced by as much; their sides must be multiples of it
 CELL = 4  # pixels a side that the first layer reads and the last one writes at once
 FAINT = 0.05  # of what is seen in the mean of a frame; less of it hardly counts
-DOUBTFUL, CERTAIN = 0.3, 0.6  # how probable weather is where taking it off begins, and from where all of it is taken
+DOUBTFUL, CERTAIN = 0.6, 0.9  # how probable weather is where taking it off begins, and from where all of it is taken
 
 
 @dataclass(frozen=True)
