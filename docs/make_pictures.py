@@ -44,6 +44,7 @@ class Exhibit:
 GALLERY = (
     Exhibit("night", 7, ("low_light", "gaussian_noise"), ("low_contrast", "stripes", "gaussian_noise")),
     Exhibit("haze", 12, ("haze",), ("gaussian_noise",), 5),
+    Exhibit("fog", 31, ("fog",), ("gaussian_noise",), 6),
     Exhibit("rain", 26, ("downpour",), ("gaussian_noise",), 4),
     Exhibit("snow", 44, ("snowfall",), ("low_contrast",), 2),
     Exhibit("stripes", 21, ("poisson_noise",), ("stripes",), 8),
