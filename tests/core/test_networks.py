@@ -458,7 +458,7 @@ def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
         expected |= {"exposure.mean", "exposure.std"} | both(
             *(f"exposure.{part}" for part in ("summary.#", "near.#", "far.#", "of_frame", "join")),
             *(f"exposure.{head}" for head in ("curve_head", "grid_head")),
-                *(f"exposure.veil_{head}" for head in ("curve_head", "grid_head", "judge")),
+            *(f"exposure.veil_{head}" for head in ("curve_head", "grid_head", "judge")),
         )
         expected |= both(*(f"weather.{part}" for part in ("stem", "witness", "judge", "head")))
         expected |= both(
