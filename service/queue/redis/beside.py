@@ -35,11 +35,16 @@ logger = logging.getLogger(__name__)
 RECORD_MAGIC = b"RFF1"  # of an answer whose payloads lie in a file: their bytes, the name and its length, the header
 AGREED_S = 60  # how long the folder's id stays known after the last process that uses it
 KEEP_S = 20.0  # between two looks after it
+DOUBTFUL_S = 1.0  # the same while Redis has not said whether it took a job
+PATIENCE_S = AGREED_S + 2.0  # of a start with a mark that is not ours
+RETRY_S = 1.0  # between two looks whether a mark that is not ours still stands
 SWEEP_AFTER_S = 90.0  # age of a file that nobody names; longer than anything is on its way between folder and Redis
 SWEPT_AT_ONCE = 256
+MAX_WRITTEN = 64  # answers that are known to be written; beyond it the oldest would be written again
 INLINE_BYTES = 1 << 20  # up to here a file is read and written at once, beyond it on a thread
 
 _LENGTHS = struct.Struct("<QB")
+_NAME_WITHIN = 256  # bytes of a record
 Answer = TypeVar("Answer")
 
 
@@ -54,18 +59,32 @@ class Beside:
         self._is_agreed = False
         self._keeping: asyncio.Task[None] | None = None
         self._doubtful: set[str] = set()
+        self._written: dict[str, tuple[FusionResult, str, bytes]] = {}  # by job: answers that Redis does not know yet
         self.size_bytes = 0  # of all files, at the last look
 
     def open(self) -> None:
         """Begin. Raises SettingsError if the folder cannot be used."""
         if self._folder is not None:
             self._id = self._folder.open()
-            self._keeping = asyncio.create_task(self._keep())
+        self._keeping = asyncio.create_task(self._keep())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a folder."""
+        return self._folder is not None
 
     async def check(self) -> None:
-        """Raises SettingsError if the folder is not that of the others, UnavailableError if that cannot be known."""
-        if problem := await self._disagreement():
-            raise SettingsError(problem)
+        """Raises SettingsError if the folder is not that of the others, UnavailableError if that cannot be known.
+
+        A mark in Redis may be of processes that are gone, with their folder if it was in memory: it is looked at again
+        until it would have run out.
+        """
+        until_s = time.monotonic() + PATIENCE_S
+        while problem := await self._disagreement():
+            if time.monotonic() >= until_s:
+                raise SettingsError(problem)
+            logger.warning("%s; waiting whether these processes are gone", problem)
+            await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
         """Let go of it."""
@@ -105,7 +124,7 @@ class Beside:
 
         Raises FrameGoneError, MalformedRequestError, UnavailableError.
         """
-        folder = self._opened()
+        folder = await self._reached()
         return await _run(size, FusionJob.from_header, header, lambda sizes: folder.read(job_file(job_id), sizes))
 
     def let_go_job(self, job: FusionJob) -> None:
@@ -125,13 +144,25 @@ class Beside:
         size = sum(map(len, result.payloads))
         if self._folder is None or size < self._folder.min_bytes:
             return None
+        if (written := self._written.get(result.job_id)) is not None:  # Redis was away when it was to be told
+            if written[0] is result and self._folder.touch(written[1]):
+                return written[1:]
+            self._folder.remove(written[1])
         name = new_answer_file(result.job_id)
         try:
             await _run(size, self._folder.write, name, result.payloads)
         except (FolderFullError, FrameGoneError, UnavailableError) as error:  # the job must end nevertheless
             logger.warning("an answer goes through Redis", extra={"job_id": result.job_id, "error": str(error)})
             return None
-        return name, b"".join((RECORD_MAGIC, _LENGTHS.pack(size, len(name)), name.encode(), result.header_bytes()))
+        record = b"".join((RECORD_MAGIC, _LENGTHS.pack(size, len(name)), name.encode(), result.header_bytes()))
+        self._written[result.job_id] = result, name, record
+        while len(self._written) > MAX_WRITTEN:
+            self._written.pop(next(iter(self._written)))
+        return name, record
+
+    def told_answer(self, job_id: str) -> None:
+        """Redis knows of the job's end: nobody will put its answer again."""
+        self._written.pop(job_id, None)
 
     async def answer(self, raw: bytes) -> tuple[FusionResult, str]:
         """The result of what Redis keeps, and its file's name, empty if it has none.
@@ -140,7 +171,7 @@ class Beside:
         """
         if not raw.startswith(RECORD_MAGIC):
             return FusionResult.from_bytes(raw), ""
-        folder = self._opened()
+        folder = await self._reached()
         start = len(RECORD_MAGIC) + _LENGTHS.size
         if len(raw) < start:
             raise MalformedRequestError("a record that was cut short")
@@ -162,13 +193,19 @@ class Beside:
             raise FrameGoneError("this process has no shared folder")
         return self._folder
 
+    async def _reached(self) -> SharedFolder:
+        """The folder. Raises UnavailableError where others have one: what lies there is for them."""
+        if self._folder is None:
+            await self.agree(anew=True)
+        return self._opened()
+
     async def _disagreement(self) -> str:
         """What is wrong, or nothing. Raises UnavailableError."""
         known = self._key("folder")
         with reaching():
             async with self._client.pipeline(transaction=True) as pipeline:
                 if self._id:
-                    pipeline.set(known, self._id, nx=True)
+                    pipeline.set(known, self._id, nx=True, ex=AGREED_S)
                 pipeline.get(known)
                 *_, others = await pipeline.execute()
             others = (others or b"").decode()
@@ -183,10 +220,11 @@ class Beside:
 
     async def _keep(self) -> None:
         while True:
-            await asyncio.sleep(KEEP_S)
+            await asyncio.sleep(DOUBTFUL_S if self._doubtful else KEEP_S)
             try:
                 await self.agree(anew=True)
-                await self.sweep()
+                if self._folder is not None:
+                    await self.sweep()
             except UnavailableError:
                 pass  # until it is back, nothing can be said of any file
             except Exception:
@@ -205,7 +243,7 @@ class Beside:
             names = old[start : start + SWEPT_AT_ONCE]
             for name, is_named in zip(names, await self._are_named(names), strict=True):
                 if not is_named:
-                    folder.remove(name)
+                    await asyncio.to_thread(folder.remove, name)  # large ones take a while
                     num_swept += not name.startswith(SPARE)
         if num_swept:
             logger.info("files that nobody named were deleted", extra={"num_files": num_swept})
@@ -222,10 +260,15 @@ class Beside:
         with reaching():
             async with self._client.pipeline(transaction=False) as pipeline:
                 for name in names:
-                    kinds = ("payload", "dead-payload") if name.startswith(JOB) else ("result",)
-                    pipeline.exists(*(self._key(kind, job_of(name)) for kind in kinds))
+                    if name.startswith(JOB):
+                        pipeline.exists(*(self._key(kind, job_of(name)) for kind in ("payload", "dead-payload")))
+                    else:  # of several answers to one job the record names one
+                        pipeline.getrange(self._key("result", job_of(name)), 0, _NAME_WITHIN)
                 answers = await pipeline.execute()
-        return [bool(answer) and not name.startswith(SPARE) for name, answer in zip(names, answers, strict=True)]
+        return [
+            name.encode() in answer if isinstance(answer, bytes) else bool(answer)
+            for name, answer in zip(names, answers, strict=True)
+        ]
 
 
 async def _run(size: int, call: Callable[..., Answer], *arguments: Any) -> Answer:

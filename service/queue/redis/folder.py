@@ -80,8 +80,8 @@ class SharedFolder:
         try:
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             mode = os.fstat(self._folder).st_mode
-            if mode & stat.S_IWOTH:
-                raise SettingsError(f"queue.shared_folder: everybody may write to {self.path}; chmod o-rwx it")
+            if mode & stat.S_IRWXO:  # names of files are ids of jobs, and who knows one may ask for its result
+                raise SettingsError(f"queue.shared_folder: {self.path} is open to everybody; chmod o-rwx it")
             # Who shares it by a group says so by letting the group write.
             self._mode = 0o660 if mode & stat.S_IWGRP else 0o600
             return self._marker()
@@ -116,25 +116,9 @@ class SharedFolder:
         """The parts of a file. Raises FrameGoneError, or UnavailableError if the folder cannot be read."""
         checked(name)
         with reaching_folder():
-            try:
-                file = os.open(name, os.O_RDONLY | _OPEN, dir_fd=self._folder)
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ELOOP):
-                    raise FrameGoneError(name) from error
-                raise
-            try:
-                before = os.fstat(file)
-                if not stat.S_ISREG(before.st_mode) or before.st_size < sum(sizes):
-                    raise FrameGoneError(name)
-                parts, start = [], 0
-                for size in sizes:
-                    parts.append(_read(file, start, size))
-                    start += size
-                if not self._has_name(before, name):
-                    raise FrameGoneError(name)
-                return parts
-            finally:
-                os.close(file)
+            while True:  # a submission that is repeated puts the same images under the name of those that are read
+                if (parts := self._read(name, sizes)) is not None:
+                    return parts
 
     def recycle(self, name: str) -> None:
         """Nobody wants this file any more: keep it for the next `write`, if it is one of ours to overwrite."""
@@ -152,6 +136,14 @@ class SharedFolder:
         with contextlib.suppress(OSError):
             os.unlink(checked(name), dir_fd=self._folder)
 
+    def touch(self, name: str) -> bool:
+        """Let a file count as written now; whether it is there."""
+        try:
+            os.utime(checked(name), dir_fd=self._folder, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
     def listed(self) -> Iterator[tuple[str, int, float]]:
         """Each file's name, its bytes and when it was last written or renamed (Unix seconds)."""
         with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
@@ -165,6 +157,8 @@ class SharedFolder:
 
     def _marker(self) -> str:
         """The folder's id, which the first process gives it."""
+        with contextlib.suppress(FileNotFoundError):  # a full folder has room for no other
+            return self._known_marker()
         token = secrets.token_hex(16)
         draft = f".{MARKER}-{token}"
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, self._mode, dir_fd=self._folder)
@@ -176,6 +170,9 @@ class SharedFolder:
         finally:
             os.close(file)
             os.unlink(draft, dir_fd=self._folder)
+        return self._known_marker()
+
+    def _known_marker(self) -> str:
         file = os.open(MARKER, os.O_RDONLY | _OPEN, dir_fd=self._folder)
         try:
             found = os.read(file, 64).decode("ascii", "replace")
@@ -184,6 +181,26 @@ class SharedFolder:
         if not _MARKER_ID.fullmatch(found):
             raise SettingsError(f"queue.shared_folder: {self.path}/{MARKER} is none of ours; delete it")
         return found
+
+    def _read(self, name: str, sizes: Sequence[int]) -> list[bytes] | None:
+        """The parts of the file that has the name now; None if another one has it since."""
+        try:
+            file = os.open(name, os.O_RDONLY | _OPEN, dir_fd=self._folder)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                raise FrameGoneError(name) from error
+            raise
+        try:
+            before = os.fstat(file)
+            if not stat.S_ISREG(before.st_mode) or before.st_size < sum(sizes):
+                raise FrameGoneError(name)
+            parts, start = [], 0
+            for size in sizes:
+                parts.append(_read(file, start, size))
+                start += size
+            return parts if self._has_name(before, name) else None
+        finally:
+            os.close(file)
 
     def _write(self, name: str, parts: Sequence[bytes]) -> None:
         spare, file = self._spare(sum(map(len, parts)))
@@ -235,8 +252,8 @@ class SharedFolder:
     def _has_name(self, known: os.stat_result, name: str) -> bool:
         try:
             now = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
+        except FileNotFoundError as error:
+            raise FrameGoneError(name) from error
         return (now.st_ino, now.st_dev) == (known.st_ino, known.st_dev)
 
 

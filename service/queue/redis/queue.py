@@ -422,6 +422,7 @@ class RedisQueue:
             pending = ("SET", self._key("pending-result", token), result.to_bytes(), "PX", to_ms(PENDING_RESULT_S))
             return bool(await self._transitions.transact([pending], *ending, token))
         is_visible = bool(await self._transitions.join(*ending, "", record))
+        self._beside.told_answer(job_id)
         if not is_visible:
             self._beside.let_go_answers([name])
         return is_visible
@@ -462,6 +463,10 @@ class RedisQueue:
             if beside is not None:
                 return letter_of(fields, await self._beside.job(header, job_id, int(beside)))
         except FrameGoneError:
+            if self._beside.is_shared:
+                logger.warning("the images of a dead letter are gone, and so is it now", extra={"job_id": job_id})
+                with contextlib.suppress(JobNotFoundError):
+                    await self.drop_dead_letter(job_id)
             return None
         if vis is None or ir is None:
             return None  # dropped a moment ago

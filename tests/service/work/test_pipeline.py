@@ -56,7 +56,7 @@ async def test_a_full_batch_is_brought_while_another_runs() -> None:
         await until(lambda: engine.begun == [1])
         for job in jobs[1:]:
             await queue.submit(job)
-        await until(lambda: len(worker._batcher) == 2 * BATCH)  # one full batch has gone
+        await until(lambda: len(worker._batcher) == 2 * BATCH and len(engine.begun) == 2)  # one full batch has gone
         assert engine.begun == [1, BATCH]
         engine.let(1)
         await until(lambda: engine.begun == [1, BATCH, BATCH])

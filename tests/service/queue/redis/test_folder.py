@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from service.queue.contract import Admission
+from service.queue.redis import beside
 from service.queue.redis.address import PREFIX
 from service.queue.redis.beside import RECORD_MAGIC
 from service.queue.redis.folder import MARKER, FolderFullError, FrameGoneError, SharedFolder, job_file
@@ -140,6 +141,23 @@ def test_a_file_that_is_used_again_while_it_is_read_counts_as_gone(shared: Share
     assert shared.read("job-other", (6,)) == [b"theirs"]
 
 
+def test_images_that_were_put_again_while_they_are_read_are_read_again(shared: SharedFolder) -> None:
+    """A front end that had no answer from Redis submits a job anew, which a worker has taken meanwhile."""
+
+    class Slow(tuple[int, ...]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Slow.looks += 1
+            if Slow.looks == 2:
+                shared.write("job-mine", (b"mine..",))
+            return super().__iter__()
+
+    shared.write("job-mine", (b"mine..",))
+    assert shared.read("job-mine", Slow((6,))) == [b"mine.."]
+    assert Slow.looks == 4
+
+
 def test_a_full_folder_gives_up_its_spares_first(shared: SharedFolder, tmp_path: Path) -> None:
     shared.write("job-a", (bytes(10),))
     shared.recycle("job-a")
@@ -148,13 +166,20 @@ def test_a_full_folder_gives_up_its_spares_first(shared: SharedFolder, tmp_path:
     assert all_in(tmp_path) == {MARKER}  # and no half file
 
 
+def test_a_full_folder_lets_another_process_start(shared: SharedFolder, tmp_path: Path) -> None:
+    other = SharedFolder(str(tmp_path))
+    with files_of_at_most(0):
+        assert other.open() == (tmp_path / MARKER).read_text()
+    other.close()
+
+
 # the start
 
 
 def test_a_folder_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
     open_to_all, file = tmp_path / "open", tmp_path / "file"
     open_to_all.mkdir()
-    open_to_all.chmod(0o777)
+    open_to_all.chmod(0o701)
     file.touch()
     for path, reason in ((tmp_path / "none", "No such file"), (file, "Not a directory"), (open_to_all, "everybody")):
         with pytest.raises(SettingsError, match=rf"queue\.shared_folder: .*{reason}"):
@@ -162,27 +187,36 @@ def test_a_folder_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.redis
-async def test_a_folder_that_is_not_the_others_stops_the_start(server: RedisServer, tmp_path: Path) -> None:
+async def test_a_folder_that_is_not_the_others_stops_the_start(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(beside, "RETRY_S", 0.01)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    ours.mkdir()
-    theirs.mkdir()
+    ours.mkdir(0o700)
+    theirs.mkdir(0o700)
     async with opened(server, shared_folder=str(ours)), opened(server, shared_folder=str(ours)):
         for folder, reason in ((str(theirs), "is not the folder"), ("", "was given none")):
             stranger = RedisQueue(QueueSettings(url=server.url, shared_folder=folder))
             with pytest.raises(SettingsError, match=reason):
                 await stranger.open()
             await stranger.close()
+    monkeypatch.setattr(beside, "PATIENCE_S", 60.0)
+    stranger = RedisQueue(QueueSettings(url=server.url, shared_folder=str(theirs)))
+    starting = asyncio.create_task(stranger.open())
+    await asyncio.sleep(0.1)
+    assert not starting.done()  # the mark may be of processes that a restart of the host has ended
     server.command("DEL", f"{PREFIX}:folder")  # as its time passes
-    async with opened(server, shared_folder=str(theirs)):
-        pass
+    await asyncio.wait_for(starting, 10)
+    await stranger.close()
 
 
 @pytest.mark.redis
 async def test_a_folder_that_turns_out_not_to_be_the_others_is_not_used(tmp_path: Path) -> None:
     """Redis was away when the process began."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    ours.mkdir()
-    theirs.mkdir()
+    ours.mkdir(0o700)
+    theirs.mkdir(0o700)
     with short_folder() as path:
         server = RedisServer(path)
         async with opened(server, shared_folder=str(theirs)) as late:
@@ -267,6 +301,56 @@ async def test_what_nobody_names_is_swept_and_nothing_else(queue: RedisQueue, tm
     assert {lease.job.vis for lease in leases} == {waiting.vis, broken.vis}
     assert await queue.wait_result(kept.id, timeout_s=0) == success(kept)
     assert files_in(tmp_path) == mine - {job_file(broken.id)} | {job_file(again.job_id)}
+
+
+@pytest.mark.redis
+async def test_an_answer_that_is_told_again_is_written_once(queue: RedisQueue, tmp_path: Path) -> None:
+    """While Redis is away, a worker tries to end its jobs without end."""
+    await queue.submit(job := fresh())
+    lease, result = await take_one(queue), success(job)
+    first = await queue._beside.put_answer(result)
+    assert await queue._beside.put_answer(result) == first
+    answers = [file for file in files_in(tmp_path) if file.startswith("answer")]
+    assert first is not None
+    assert answers == [first[0]]
+    (tmp_path / first[0]).unlink()  # as if it had been swept, since nobody named it
+    await queue.finish(lease, result)
+    assert await queue.wait_result(job.id, timeout_s=1) == result
+
+
+@pytest.mark.redis
+async def test_of_two_answers_to_a_job_the_one_that_redis_names_stays(queue: RedisQueue, tmp_path: Path) -> None:
+    await queue.submit(job := fresh())
+    lease = await take_one(queue)
+    assert await queue._beside.put_answer(success(job, bytes(50_000)))  # its worker was killed before it told Redis
+    await queue.finish(lease, success(job))
+    await queue._beside.sweep(after_s=0)
+    assert len([file for file in files_in(tmp_path) if file.startswith("answer")]) == 1
+    assert await queue.wait_result(job.id, timeout_s=1) == success(job)
+
+
+@pytest.mark.redis
+async def test_a_dead_letter_without_images_is_dropped(queue: RedisQueue, tmp_path: Path) -> None:
+    await queue.submit(job := fresh())
+    await queue.finish(await take_one(queue), FusionResult.failed(job.id, InternalError("our fault")))
+    assert [letter.job for letter in await queue.dead_letters()] == [job]
+    (tmp_path / job_file(job.id)).unlink()  # as after the host's restart
+    assert await queue.dead_letters() == []
+    assert (await queue.stats()).num_dead_letters == 0
+
+
+@pytest.mark.redis
+async def test_who_has_no_folder_takes_no_job_of_those_who_do(server: RedisServer, tmp_path: Path) -> None:
+    async with opened(server) as bare, opened(server, lease_s=60.0) as front:
+        front._beside = beside.Beside(
+            str(tmp_path), front._client, front._key, min_bytes=1
+        )  # as a process that starts later
+        front._beside.open()
+        server.command("SET", f"{PREFIX}:folder", front._beside._id)
+        await front.submit(job := fresh())
+        with pytest.raises(UnavailableError, match="not that of the others"):
+            await bare.take("w1", max_jobs=1, wait_s=1)
+        assert (await front.view(job.id)).status is not JobStatus.FAILED
 
 
 @pytest.mark.redis
