@@ -129,9 +129,11 @@ class ProgramCache:
             self._due[key] = None
 
     @property
-    def has_due(self) -> bool:
-        """Whether `record_due` would record something now."""
-        return bool(self._due) and self._may_record()
+    def due_in_s(self) -> float | None:
+        """Seconds until `record_due` may record what is due; 0 for now, None if nothing is."""
+        if not self._due or self.is_off:
+            return None
+        return max(0.0, self._record_from_s - self._clock())
 
     def record_due(self) -> bool:
         """Record the one of the due shapes that is used most; False if there was none, or it is too soon."""

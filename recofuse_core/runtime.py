@@ -132,9 +132,9 @@ class Runtime:
         )
 
     @property
-    def has_due(self) -> bool:
-        """Whether `record_due` would record something now."""
-        return self._programs is not None and self._programs.has_due
+    def due_in_s(self) -> float | None:
+        """Seconds until `record_due` may record what is due; 0 for now, None if nothing is."""
+        return None if self._programs is None else self._programs.due_in_s
 
     @torch.inference_mode()
     def record_due(self) -> bool:

@@ -95,11 +95,13 @@ class Engine(Protocol):
         """Run once what later passes need, so that the first request is not slower than the others."""
 
     @property
-    def has_preparation(self) -> bool:
-        """Whether `prepare` would do something now. Asked between passes, from any thread."""
+    def prepares_in_s(self) -> float | None:
+        """Seconds until `prepare` may do something; 0 for now, None if nothing is left. Asked between passes, from any
+        thread.
+        """
 
     def prepare(self) -> None:
-        """Make one thing ready that passes have shown to be wanted, while nothing else is to do."""
+        """While nothing else is to do, make one thing ready that passes have shown to be wanted or the warm-up left."""
 
     def fuse(
         self, vis: Pixels, ir: Pixels, options: PassOptions, seeds: list[int], overlap: Pixels | None = None
@@ -149,9 +151,9 @@ class NullEngine:
         """Nothing to warm up."""
 
     @property
-    def has_preparation(self) -> bool:
+    def prepares_in_s(self) -> float | None:
         """See Engine."""
-        return False
+        return None
 
     def prepare(self) -> None:
         """Nothing to prepare."""

@@ -64,9 +64,9 @@ class GraphEngine:
             self.fuse(vis, vis[..., 0], options, [0])
 
     @property
-    def has_preparation(self) -> bool:
+    def prepares_in_s(self) -> float | None:
         """See Engine."""
-        return False
+        return None
 
     def prepare(self) -> None:
         """Nothing to prepare."""

@@ -122,9 +122,9 @@ class TorchEngine:
             raise last
 
     @property
-    def has_preparation(self) -> bool:
+    def prepares_in_s(self) -> float | None:
         """See Engine."""
-        return self._runtime is not None and self._runtime.has_due
+        return None if self._runtime is None else self._runtime.due_in_s
 
     def prepare(self) -> None:
         """See Engine. Raises EngineBrokenError."""

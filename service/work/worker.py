@@ -304,11 +304,13 @@ class Worker:
                 batch = self._batcher.next_batch(now, num_coming=self._num_decoding, is_busy=is_busy)
             if batch is None:
                 is_idle = not (is_busy or len(self._batcher) or self._num_decoding)
-                if is_idle and self._engine.has_preparation:
+                timeout_s = self._engine.prepares_in_s if is_idle else None
+                if timeout_s == 0:
                     await self._prepare()
                     continue
                 due_s = None if is_busy else self._batcher.due_s(now)
-                timeout_s = None if due_s is None else max(0.0, due_s - now)
+                if due_s is not None:
+                    timeout_s = max(0.0, due_s - now)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s):
                         await self._changed.wait()

@@ -448,11 +448,13 @@ def test_a_deferred_runtime_records_when_told() -> None:
     model, recorder = tiny_model(), CountingRecorder()
     runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder, defers_recording=True)
     vis, ir = pairs(1, 32, 32)
-    assert not runtime.has_due
+    due_in_s = [runtime.due_in_s]
     for _ in range(5):
         runtime.fuse(vis, ir)
     assert recorder.num_recorded == 0
-    assert [runtime.has_due, runtime.record_due()] == [True, True]
+    due_in_s.append(runtime.due_in_s)
+    assert due_in_s == [None, 0.0]
+    assert runtime.record_due()
     assert recorder.num_recorded == 1
     assert not runtime.record_due()
     assert largest_difference(runtime.fuse(vis, ir), model.fuse(vis, ir)) == 0
@@ -464,10 +466,11 @@ def test_what_may_wait_is_recorded_when_told() -> None:
     fused: tuple[OutputName, ...] = ("fused",)
     runtime.record([(1, 32, 32)], outputs=fused)
     runtime.record([(1, 32, 32), (2, 32, 32)], later=True)
-    assert (runtime.num_recorded, runtime.has_due) == (1, False)  # it is too soon
+    assert runtime.num_recorded == 1
+    assert runtime.due_in_s  # it is too soon
     assert runtime._programs is not None
     runtime._programs._clock = lambda: math.inf
-    assert runtime.has_due
+    assert runtime.due_in_s == 0.0
     assert runtime.record_due()
     assert (runtime.num_recorded, recorder.num_recorded) == (2, 2)
     assert not runtime.record_due()  # the other is vouched for no more than those that have the room
@@ -563,9 +566,20 @@ def test_recording_takes_a_tenth_of_the_time_at_most_whatever_is_asked_for() -> 
     for number in range(1800):
         shelf.get(number, 2)
         shelf.now_s += 2.0
-        if shelf.cache.has_due:
+        if shelf.cache.due_in_s == 0:
             assert shelf.cache.record_due()
     assert 0.08 < 10.0 * len(shelf.recorded) / shelf.now_s <= 0.11
+
+
+def test_a_cache_tells_when_it_may_record_again() -> None:
+    shelf = Shelf(is_deferred=True)
+    shelf.get("a", 2)
+    shelf.get("b", 2)
+    assert (shelf.cache.due_in_s, shelf.cache.record_due()) == (0.0, True)
+    assert shelf.cache.due_in_s == pytest.approx(90.0)
+    shelf.now_s += 91.0
+    assert (shelf.cache.due_in_s, shelf.cache.record_due()) == (0.0, True)
+    assert shelf.cache.due_in_s is None
 
 
 def test_a_busy_server_records_in_the_end() -> None:

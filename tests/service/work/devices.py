@@ -64,7 +64,7 @@ class MeteredRuntime:
     faults: Callable[[int], Exception | None] = lambda number: None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     records: bool = False
-    has_due: bool = False
+    due_in_s: float | None = None
     can_light: bool = False
     batches: list[int] = field(default_factory=list)
     activity: Activity = field(default_factory=Activity)

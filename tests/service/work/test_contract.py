@@ -44,7 +44,7 @@ def test_it_says_what_runs(engine: Engine) -> None:
     assert (info.model_name, info.device) == ("compact", "cpu")
     assert info.default_steps >= 1
     assert info.exposures == get_args(Exposure)
-    assert not engine.has_preparation
+    assert engine.prepares_in_s is None
 
 
 @pytest.mark.parametrize("output", Output)

@@ -120,8 +120,8 @@ class PreparingEngine(FakeEngine):
     error: Exception | None = None
 
     @property
-    def has_preparation(self) -> bool:
-        return self.is_due
+    def prepares_in_s(self) -> float | None:
+        return 0.0 if self.is_due else None
 
     def prepare(self) -> None:
         self.calls.append("prepare")
@@ -147,6 +147,24 @@ async def test_what_is_due_is_made_ready_when_nothing_else_is_to_do() -> None:
         await results(queue, jobs)
         await until(lambda: "prepare" in engine.calls)
     assert engine.calls == ["pass", "pass", "prepare"]
+
+
+@dataclass
+class LeavingEngine(PreparingEngine):
+    """Has something left of the warm-up that it may make ready only later. waits: what it answers when asked."""
+
+    waits: list[float] = field(default_factory=lambda: [0.05, 0.0])
+
+    @property
+    def prepares_in_s(self) -> float | None:
+        return self.waits.pop(0) if self.waits else None
+
+
+async def test_what_may_be_made_ready_only_later_is_so_without_a_job() -> None:
+    engine = LeavingEngine()
+    async with working(engine):
+        await until(lambda: "prepare" in engine.calls)
+    assert (engine.calls, engine.waits) == (["prepare"], [])
 
 
 async def test_a_preparation_that_fails_fails_no_job() -> None:
