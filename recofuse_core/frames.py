@@ -56,7 +56,7 @@ def put(images: Images, buffer: Tensor) -> None:
         buffer.copy_(images)
         return
     for place, frame in zip(buffer.permute(0, 2, 3, 1).numpy(), images, strict=True):
-        np.copyto(place, frame.reshape(place.shape))
+        np.copyto(place, frame[..., None] if frame.ndim == 2 else frame)
 
 
 def _outline(images: Images) -> Tensor:

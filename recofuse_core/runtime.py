@@ -228,7 +228,8 @@ class Runtime:
         batch, height, width = require_images(vis, ir)
         each_seed = seed_list(seeds, batch)
         if overlap is not None:
-            require_overlap((len(overlap), *overlap[0].shape), batch, height, width)
+            for shape in {levels.shape for levels in overlap} or {()}:
+                require_overlap((len(overlap), *shape), batch, height, width)
         partial = overlap is not None
         with full_float32():
             if self._programs is not None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from recofuse_core import Runtime
 from recofuse_core.errors import ShapeError
+from recofuse_core.frames import put
 from recofuse_core.graphs.runtime import GraphRuntime
 from recofuse_core.model import ModelConfig
 from recofuse_core.overlap import Overlap, shares_of
@@ -102,6 +103,26 @@ def test_every_autoencoder_gives_one_picture_of_both(config: ModelConfig) -> Non
         assert changes[near][..., columns].mean() < 0.2 * changes[far][..., columns].mean()
     with pytest.raises(ShapeError, match="overlap"):
         runtime.fuse(vis, ir, overlap=warp.overlap)
+
+
+def test_overlaps_of_another_shape_are_refused() -> None:
+    runtime = Runtime(tiny_model(), precision="float32")
+    vis, ir = pairs(2, 32, 48)
+    right = np.zeros((32, 48, 2), np.uint8)
+    for wrong in ([], [right], [right, right.transpose(1, 0, 2)], [right, right[..., 0]]):
+        with pytest.raises(ShapeError, match="overlap"):
+            runtime.fuse(vis, ir, overlap=wrong)
+
+
+def test_a_frame_of_another_shape_is_not_put_into_its_place() -> None:
+    buffer = torch.zeros(1, 2, 4, 6, dtype=torch.uint8)
+    frame = np.arange(48, dtype=np.uint8).reshape(4, 6, 2)
+    put([frame], buffer)
+    assert torch.equal(buffer[0], torch.from_numpy(frame).permute(2, 0, 1))
+    with pytest.raises(ValueError, match="broadcast"):
+        put([frame.reshape(6, 4, 2)], buffer)
+    put([frame[..., 0]], buffer[:, :1])
+    assert torch.equal(buffer[0, 0], torch.from_numpy(frame[..., 0]))
 
 
 @CONFIGS
