@@ -163,10 +163,11 @@ def _fitted_lens(boards: Sequence[Matrix], board: tuple[int, int], size: Size) -
 
 
 def _straightened(lens: Distortion, points: Matrix) -> Matrix:
-    """Where pixels (N, 2) of a lens would lie without it."""
+    """Where pixels (N, 2) of a lens would lie without it: what `Distortion.apply` puts there."""
     (focal_x, focal_y), (x, y) = lens.focal, lens.centre
     camera = np.array([[focal_x, 0, x], [0, focal_y, y], [0, 0, 1.0]])
-    found = cv2.undistortPoints(points[:, None], camera, np.array(lens.coefficients), None, None, camera)
+    until = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 50, 1e-8)  # the usual five are off by pixels
+    found = cv2.undistortImagePoints(points[:, None], camera, np.array(lens.coefficients), None, until)
     return np.asarray(found, np.float64).reshape(-1, 2)
 
 

@@ -13,7 +13,7 @@ from recofuse_rigs.errors import BadRigError, NothingFoundError
 from recofuse_rigs.rig import Distortion, Matrix, Rig, corners_of, flat, mapped
 from recofuse_rigs.search import GreyPair
 from recofuse_rigs.sheet import calibration_sheet
-from recofuse_rigs.targets import from_boards, from_points, lens_of
+from recofuse_rigs.targets import _straightened, from_boards, from_points, lens_of
 from tests.rigs.scenes import IR_SIZE, VIS_SIZE, moved, scene, truth
 
 
@@ -129,9 +129,7 @@ def boards(number: int) -> list[NDArray[np.uint8]]:
     corners = np.array([[0, 0], [360, 0], [360, 280], [0, 280]], np.float32)
     for index in range(number):
         place = np.array([[5, 5], [275, 5], [275, 195], [5, 195], [140, 100]][index % 5])
-        moved_to = (corners + place + rng.uniform(0, 1, (4, 2)) * [1, 1] * np.sign(180 - corners) * 45).astype(
-            np.float32
-        )
+        moved_to = (corners + place + rng.uniform(0, 1, (4, 2)) * np.sign(180 - corners) * 45).astype(np.float32)
         view = cv2.getPerspectiveTransform(corners, moved_to)
         found.append(np.asarray(cv2.warpPerspective(squares, view, (640, 480), borderValue=230), np.uint8))
     return found
@@ -159,6 +157,13 @@ def test_boards_tell_the_lens() -> None:
     few = from_boards(pairs[:4], BOARD)
     assert few.distortion is None
     assert off_px(few) > 2 * off_px(found)
+
+
+def test_a_strong_lens_is_undone() -> None:
+    size = (320, 240)
+    lens = Distortion((320.0, 320.0), (159.5, 119.5), (-0.6, 0.05, 0.0, 0.0, 0.0))
+    straight = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 9) for side in size)), axis=-1).reshape(-1, 2)
+    assert np.abs(_straightened(lens, lens.apply(straight)) - straight).max() < 0.01
 
 
 def test_a_straight_lens_is_left_out() -> None:
