@@ -330,7 +330,7 @@ def test_the_shipped_weights_lift_fog_and_leave_clear_frames_alone() -> None:
         scene = make_scene(seed, 192, 256)
         ir = scene.ir[None, :1]
         clear = model.normalise(Pair(scene.vis[None], ir))
-        assert float((model.lift(clear).vis - clear.vis).square().mean()) < 1e-3
+        assert torch.equal(model.lift(clear).vis, clear.vis)
         foggy = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", ["fog"]).image[None]
         frames = model.normalise(Pair(foggy, ir))
         toned.append(float((frames.vis - scene.vis).square().mean()))
