@@ -31,7 +31,7 @@ WIDTH, HEIGHT = 640, 480
 MAX_MORE = 0.15  # of the processor time of a registered frame
 JUDGED = ("whole", "partial", "refined", "partial refined")
 
-_AGAINST = {"overlay refined": "overlay"}
+_AGAINST = {"overlay refined": "overlay"}  # what a way is set against where that is not `registered`
 
 Levels = NDArray[np.uint8]
 
@@ -70,10 +70,14 @@ def judge(cpu_s: dict[str, float]) -> Outcome:
     """Whether what a rig adds stays below the bar."""
     more = {name: seconds / cpu_s[_AGAINST.get(name, "registered")] - 1 for name, seconds in cpu_s.items()}
     all_met = all(more[name] <= MAX_MORE for name in JUDGED)
-    told = ", ".join(f"{name} {share:+.1%}" for name, share in more.items() if name != "registered")
+    told = ", ".join(
+        f"{name} {share:+.1%}" + (f" on {_AGAINST[name]}" if name in _AGAINST else "")
+        for name, share in more.items()
+        if name != "registered"
+    )
     line = (
         f"bars {'met' if all_met else 'not met'}: a registered frame takes {cpu_s['registered']:.2f} s of processor "
-        f"time; with a rig {told} (at most {MAX_MORE:+.0%} of {', '.join(JUDGED)})"
+        f"time; beside it {told} (at most {MAX_MORE:+.0%} of {', '.join(JUDGED)})"
     )
     return Outcome(cpu_s, more, line, all_met)
 

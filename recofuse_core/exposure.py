@@ -44,7 +44,7 @@ class ExposureConfig:
 
 
 OFFSET_UNIT = 0.3
-MOST = 0.6  # of a veil is lifted: a rest of it tells distance, and without it what was far comes out too dark
+MOST_LIFTED = 0.6  # of a veil is lifted: a rest of it tells distance, and without it what was far comes out too dark
 DOUBTFUL, CERTAIN = 0.92, 0.98  # how probable a veil is where lifting it begins, and from where as much as ever
 
 
@@ -110,7 +110,8 @@ class Lighting(NamedTuple):
 class Veil(NamedTuple):
     """What still lies between toned visible frames of a batch and their scene: curves and a grid that take it away.
 
-    share: (B,) from 0 to `MOST`, how much of it is lifted; 0 where there is hardly any, and the frame stays as it is.
+    share: (B,) from 0 to `MOST_LIFTED`, how much of it is lifted; 0 where there is hardly any, and the frame stays as
+    it is.
     """
 
     lifting: Lighting
@@ -243,7 +244,7 @@ class ExposureEstimator(nn.Module):
         cells = self.average(vis, ir)
         seen = self.look(cells, self.features(cells))
         probability = torch.sigmoid(self.veil_log_odds(seen))
-        return Veil(self.lifting(seen), MOST * ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0))
+        return Veil(self.lifting(seen), MOST_LIFTED * ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0))
 
     def veil_heads(self) -> list[nn.Parameter]:
         """The weights that tell and lift a veil; none in a model that does not."""

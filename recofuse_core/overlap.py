@@ -98,7 +98,7 @@ def _averaging(new: Size, old: Size) -> Matrices:
 
 
 def _narrowing(new: Size, old: Size) -> Matrices:
-    """From a picture, filled up with its outer values as its features' frames are, to features."""
+    """From a picture, filled up as far as its features' frames are, with its outer values, to features."""
     return _padded_areas(new[0], old[0]), _padded_areas(new[1], old[1])
 
 

@@ -21,8 +21,8 @@ def test_the_bars() -> None:
     assert outcome.all_met
     assert "a registered frame takes 2.00 s" in outcome.line
     assert (
-        "partial +5.0%, refined +10.0%, partial refined +15.0%, twice +35.0%, overlay +40.0%, overlay refined +5.0%"
-        in outcome.line
+        "partial +5.0%, refined +10.0%, partial refined +15.0%, twice +35.0%, overlay +40.0%, "
+        "overlay refined +5.0% on overlay" in outcome.line
     )
     for name in ("whole", "partial", "refined", "partial refined"):
         outcome = judge(GOOD | {name: 2.31})
