@@ -16,6 +16,7 @@ from recofuse_core.networks import (
     ToneConfig,
 )
 from recofuse_core.sde import SDEConfig
+from recofuse_core.veil import VeilConfig
 from recofuse_core.weather import WeatherConfig
 
 AUTOENCODERS: dict[str, type] = {"paper": PaperAutoencoderConfig, "gated": GatedAutoencoderConfig}
@@ -33,9 +34,8 @@ def model_config_from(values: Any) -> ModelConfig:
         "fusion": FusionConfig,
         "sde": SDEConfig,
     }
-    for name, section in (("tone", ToneConfig), ("exposure", ExposureConfig), ("weather", WeatherConfig)):
-        if values.get(name) is not None:
-            sections[name] = section
+    optional = {"tone": ToneConfig, "exposure": ExposureConfig, "weather": WeatherConfig, "veil": VeilConfig}
+    sections.update({name: section for name, section in optional.items() if values.get(name) is not None})
     values.update({key: build_config(section, values[key], key) for key, section in sections.items()})
     config: ModelConfig = build_config(ModelConfig, values, "config")
     return config

@@ -1,12 +1,9 @@
 """Exposure: what makes a dark or veiled frame the photograph that it would have been, before anything is restored.
 
 An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that noise hardly moves it, and gives a
-`Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid of gains and offsets, coarse
-in place and in brightness (HDRNet, Gharbi et al., 2017), for what differs over the frame, such as fog over depth. Both
-start as the identity and are trained to leave a well exposed frame alone. docs/decisions/0015 tells why and how well.
-
-The same estimator tells the veil of fog, rain or snow (`Veil`) that tone curves left over a frame which is to stay as
-dark as it was: a second pair of heads on what the lighting is made of (docs/decisions/0031).
+`Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid for what differs over the
+frame, such as fog over depth. Both start as the identity and are trained to leave a well exposed frame alone.
+docs/decisions/0015 tells why and how well.
 
 What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
 the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recofuse_core.bilateral import BilateralGrid, as_grid
 from recofuse_core.errors import ConfigError
 from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
@@ -34,7 +32,6 @@ class ExposureConfig:
     width: int = 256  # of the layers between the quantiles and the curves
     channels: tuple[int, int, int] = (24, 32, 48)  # of the convolutions over the cells, at 1/2, 1/4 and 1/4 of them
     num_levels: int = 8  # of the bilateral grid, from black to white
-    lifts_veil: bool = False  # whether it tells a `Veil`, too
 
     def __post_init__(self) -> None:
         if self.cells < 8 or self.cells % 8:
@@ -43,20 +40,14 @@ class ExposureConfig:
             raise ConfigError("quantiles and levels must be 2 at least")
 
 
-OFFSET_UNIT = 0.3
-MOST_LIFTED = 0.6  # of a veil is lifted: a rest of it tells distance, and without it what was far comes out too dark
-DOUBTFUL, CERTAIN = 0.92, 0.98  # how probable a veil is where lifting it begins, and from where as much as ever
-
-
 class Lighting(NamedTuple):
     """How to light the visible frames of a batch.
 
-    curves: for whole frames, of three channels. grid: (B, 6, levels, h, w), the logarithms of three gains, then three
-    offsets, at every brightness and place. Either may be of one channel, for all three: (B, 2, levels, h, w).
+    curves: for whole frames, of three channels. grid: for what they make of a frame, of three channels, too.
     """
 
     curves: ToneCurves
-    grid: Tensor
+    grid: BilateralGrid
 
     def __call__(self, vis: Tensor) -> Tensor:
         """Whole visible frames (B, 3, H, W) in [0, 1] to the same, highlights kept apart and shadows' colour calm."""
@@ -64,17 +55,11 @@ class Lighting(NamedTuple):
 
     def levels(self, vis: Tensor) -> Tensor:
         """The bare curves and grid, a place by itself: (B, 3, H, W) in [0, 1] to the same."""
-        lit = self.curves(vis)
-        # Looked up at half size: averaged, brightness carries less noise, and it costs a quarter.
-        guide = F.avg_pool2d(luma(lit), 2, ceil_mode=True, count_include_pad=False)
-        guide = F.avg_pool2d(guide, 3, stride=1, padding=1, count_include_pad=False)
-        entries = F.interpolate(self.look_up(guide), vis.shape[-2:], mode="bilinear", align_corners=False)
-        return self._applied(lit, entries)
+        return self.grid(self.curves(vis))
 
     def at_cells(self, cells: Tensor) -> Tensor:
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
-        lit = self.curves(cells)
-        return self._applied(lit, self.look_up(luma(lit)))
+        return self.grid.at_cells(self.curves(cells))
 
     def _hold_highlights(self, vis: Tensor, lit: Tensor) -> Tensor:
         """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
@@ -92,50 +77,9 @@ class Lighting(NamedTuple):
         held = torch.minimum(vis * lift, lit).maximum(HELD * lit)
         return torch.lerp(lit, held, share)
 
-    def _applied(self, lit: Tensor, entries: Tensor) -> Tensor:
-        gain, offset = entries.chunk(2, dim=1)
-        return (lit * gain.exp() + OFFSET_UNIT * offset).clamp(0.0, 1.0)
-
-    def look_up(self, guide: Tensor) -> Tensor:
-        """The grid's entries (B, 6 or 2, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place."""
-        batch, _, height, width = guide.shape
-        y, x = _centres(height, guide).view(1, -1, 1), _centres(width, guide).view(1, 1, -1)
-        place = (x.expand(batch, height, width), y.expand(batch, height, width), 2 * guide[:, 0] - 1)
-        entries: Tensor = F.grid_sample(
-            self.grid, torch.stack(place, -1)[:, None], padding_mode="border", align_corners=False
-        )
-        return entries[:, :, 0]
-
-
-class Veil(NamedTuple):
-    """What still lies between toned visible frames of a batch and their scene: curves and a grid that take it away.
-
-    share: (B,) from 0 to `MOST_LIFTED`, how much of it is lifted; 0 where there is hardly any, and the frame stays as
-    it is.
-    """
-
-    lifting: Lighting
-    share: Tensor
-
-    def lifted(self, vis: Tensor) -> Tensor:
-        """Visible frames (B, 3, H, W) in [0, 1] without it, to the same."""
-        return vis + self.share[:, None, None, None] * (self.lifting.levels(vis) - vis)
-
-
-class Seen(NamedTuple):
-    """What an `ExposureEstimator` makes of a pair's cells, from which every head reads.
-
-    summary: (B, width), of the whole frame, for curves. frame: (B, channels + width), the means of all that was seen,
-    and the summary. places: (B, channels, h, w), for grids.
-    """
-
-    summary: Tensor
-    frame: Tensor
-    places: Tensor
-
 
 class ExposureEstimator(nn.Module):
-    """Gives the `Lighting` of a pair, and its `Veil` if the configuration says so.
+    """Gives the `Lighting` of a pair.
 
     The curves come from quantiles of all four averaged channels; the grid from convolutions over the cells, before and
     under the curves, and over their summary. The infrared frame sees through a veil, so it helps to tell one.
@@ -171,17 +115,9 @@ class ExposureEstimator(nn.Module):
         self.of_frame = nn.Linear(third + config.width, third)
         self.join = nn.Conv2d(third, third, 3, padding=1)
         self.grid_head = nn.Conv2d(third, 6 * config.num_levels, 1)
-        heads: list[nn.Linear | nn.Conv2d] = [self.curve_head, self.grid_head]
-        if config.lifts_veil:
-            # A veil is grey, or nearly: with gains of their own, colours are made up behind it.
-            self.veil_curve_head = nn.Linear(config.width, 3)
-            self.veil_grid_head = nn.Conv2d(third, 2 * config.num_levels, 1)
-            self.veil_judge = nn.Linear(third + config.width, 1)
-            heads += [self.veil_curve_head, self.veil_grid_head, self.veil_judge]
-        for head in heads:  # the identity to start from
+        for head in (self.curve_head, self.grid_head):  # the identity to start from
             nn.init.zeros_(head.weight)
-            if head.bias is not None:
-                nn.init.zeros_(head.bias)
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
     def average(self, vis: Tensor, ir: Tensor) -> Tensor:
         """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
@@ -213,46 +149,16 @@ class ExposureEstimator(nn.Module):
 
     def lighting(self, cells: Tensor, features: Tensor) -> Lighting:
         """Curves and grid for cells (B, 4, cells, cells) and their features."""
-        seen = self.look(cells, features)
-        return Lighting(self._curves(self.curve_head(seen.summary)), self._grid(self.grid_head(seen.places)))
-
-    def look(self, cells: Tensor, features: Tensor) -> Seen:
-        """What every head reads, of cells (B, 4, cells, cells) and their features."""
         curves, summary = self.curves(features)
         batch, _, height, width = cells.shape
         row = torch.linspace(-1, 1, height, device=cells.device).view(1, 1, -1, 1).expand(batch, 1, height, width)
         seen = torch.cat([cells - self.MIDDLE, curves(cells[:, :3]) - self.MIDDLE, row], dim=1)
         near = self.near(seen)
         far = self.far(near)
-        frame = torch.cat([far.mean(dim=(2, 3)), summary], dim=1)
-        of_frame = self.of_frame(frame)
+        of_frame = self.of_frame(torch.cat([far.mean(dim=(2, 3)), summary], dim=1))
         far = F.interpolate(far + of_frame[:, :, None, None], near.shape[-2:], mode="bilinear", align_corners=False)
-        return Seen(summary, frame, F.silu(self.join(near + far)))
-
-    def lifting(self, seen: Seen) -> Lighting:
-        """What takes the veil off a frame, were there any, alike in all channels; of a model that lifts veils."""
-        curves = self._curves(self.veil_curve_head(seen.summary))
-        return Lighting(curves, self._grid(self.veil_grid_head(seen.places)))
-
-    def veil_log_odds(self, seen: Seen) -> Tensor:
-        """Log-odds that a veil lies over a frame, (B,)."""
-        log_odds: Tensor = self.veil_judge(seen.frame)[:, 0]
-        return log_odds
-
-    def veil(self, vis: Tensor, ir: Tensor) -> Veil:
-        """The veil over whole frames under tone curves: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
-        cells = self.average(vis, ir)
-        seen = self.look(cells, self.features(cells))
-        probability = torch.sigmoid(self.veil_log_odds(seen))
-        return Veil(self.lifting(seen), MOST_LIFTED * ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0))
-
-    def veil_heads(self) -> list[nn.Parameter]:
-        """The weights that tell and lift a veil; none in a model that does not."""
-        return [parameter for name, parameter in self.named_parameters() if name.startswith("veil_")]
-
-    def lighting_parameters(self) -> list[nn.Parameter]:
-        """All other weights."""
-        return [parameter for name, parameter in self.named_parameters() if not name.startswith("veil_")]
+        places = F.silu(self.join(near + far))
+        return Lighting(curves, as_grid(self.grid_head(places), self.config.num_levels))
 
     def forward(self, vis: Tensor, ir: Tensor) -> Lighting:
         """The lighting of whole frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
@@ -262,11 +168,6 @@ class ExposureEstimator(nn.Module):
     def _curves(self, values: Tensor) -> ToneCurves:
         shift, gain, gamma = values[:, :, None, None].chunk(3, dim=1)
         return ToneCurves(self.SHIFT_UNIT * shift, gain.exp(), (self.GAMMA_UNIT * gamma).exp())
-
-    def _grid(self, values: Tensor) -> Tensor:
-        batch, channels, height, width = values.shape
-        num_levels = self.config.num_levels
-        return values.view(batch, channels // num_levels, num_levels, height, width)
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise
@@ -324,8 +225,3 @@ def _box(blocks: Tensor, radius: int) -> Tensor:
 def _stretched(blocks: Tensor, frame: Tensor) -> Tensor:
     """Blocks at the size of the frame that they were made of."""
     return F.interpolate(blocks, frame.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _centres(count: int, like: Tensor) -> Tensor:
-    """The centres of `count` places side by side, from -1 to 1."""
-    return (2 * torch.arange(count, device=like.device, dtype=like.dtype) + 1) / count - 1

@@ -126,6 +126,21 @@ class TimeEmbedding(nn.Module):
         return projected
 
 
+class TimeTable(nn.Module):
+    """Integer steps (B,) from 0 to num_steps to vectors (B, time_dim): each that an embedding makes, kept itself.
+
+    They are fewer numbers than a wide embedding has, and there is nothing to compute.
+    """
+
+    def __init__(self, num_steps: int, embedding: TimeEmbedding) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.vectors = nn.Parameter(embedding(torch.arange(num_steps + 1)))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return self.vectors[timesteps]
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale + 1) + shift with shift and scale (B or 1, C, 1, 1)."""
     return torch.addcmul(shift, x, scale + 1)

@@ -51,6 +51,7 @@ from recofuse_core.picture import (
 from recofuse_core.sampler import NoiseSource, Pair, Prediction, SamplerName, seeded_noise
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
+from recofuse_core.veil import VeilConfig, VeilEstimator
 from recofuse_core.weather import STRIDE, WeatherConfig, WeatherEstimator, without
 
 Coupling = Literal["every_step", "late", "none"]
@@ -73,6 +74,7 @@ class ModelConfig:
     tone: ToneConfig | None = None
     exposure: ExposureConfig | None = None
     weather: WeatherConfig | None = None
+    veil: VeilConfig | None = None
     sampler: SamplerName = "euler"
     steps: int = 100
     coupling: Coupling = "every_step"
@@ -84,6 +86,8 @@ class ModelConfig:
             raise ConfigError(f"the networks disagree on the number of latent channels: {sorted(channels)}")
         if not 1 <= self.steps <= self.sde.num_steps:
             raise ConfigError(f"default steps must be within 1..{self.sde.num_steps}, got {self.steps}")
+        if self.fusion.tabulated_steps is not None and self.fusion.tabulated_steps < self.sde.num_steps:
+            raise ConfigError(f"fusion.tabulated_steps must be {self.sde.num_steps} at least, the steps of the SDE")
         if not 0 <= self.widening < 1:
             raise ConfigError(f"widening must be at least 0 and below 1, got {self.widening}")
 
@@ -103,11 +107,12 @@ PRESETS = {
             time_dim=64,
             prediction="clean",
         ),
-        FusionConfig(latent_channels=16, context_pool=4),
+        FusionConfig(latent_channels=16, context_pool=4, tabulated_steps=100),
         SDEConfig(),
         tone=ToneConfig(width=512),
-        exposure=ExposureConfig(lifts_veil=True),
+        exposure=ExposureConfig(),
         weather=WeatherConfig(),
+        veil=VeilConfig(),
         sampler="ode2",
         steps=2,
         widening=0.4,
@@ -139,6 +144,7 @@ class ReCoFuse(nn.Module):
         self.tone = None if config.tone is None else ToneEstimator(config.tone)
         self.exposure = None if config.exposure is None else ExposureEstimator(config.exposure)
         self.weather = None if config.weather is None else WeatherEstimator(config.weather)
+        self.veil = None if config.veil is None else VeilEstimator(config.veil)
         self.finish = Finish(config.widening)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
@@ -224,13 +230,13 @@ class ReCoFuse(nn.Module):
         return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir)
 
     def lift(self, images: Pair) -> Pair:
-        """Whole images under their tone curves without the veil that these left over the visible one.
+        """Whole images under their tone curves, lit or not, without the veil that is left over the visible one.
 
-        They come back unchanged from a model that knows no veils.
+        They come back unchanged from a model without a veil estimator.
         """
-        if self.exposure is None or not self.exposure.config.lifts_veil:
+        if self.veil is None:
             return images
-        veil = self.exposure.veil(images.vis, images.ir)
+        veil = self.veil(images.vis, images.ir)
         return images if _is_nothing(veil.share) else Pair(veil.lifted(images.vis), images.ir)
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -342,9 +348,9 @@ class ReCoFuse(nn.Module):
         return output, finish.is_finite
 
     def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> Pair:
-        """Images of `run` as they are encoded: without weather and veil or lit, toned, padded, three channels each."""
+        """Images of `run` as they are encoded: without weather, lit if asked for, toned, unveiled, padded, each RGB."""
         frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
-        images = self.normalise(self.light(frames)) if exposure == "lit" else self.lift(self.normalise(frames))
+        images = self.lift(self.normalise(self.light(frames) if exposure == "lit" else frames))
         return Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")

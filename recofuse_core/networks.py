@@ -27,6 +27,7 @@ from recofuse_core.layers import (
     LinearAttention,
     Modulation,
     TimeEmbedding,
+    TimeTable,
     average_to,
     halve,
     modulate,
@@ -362,10 +363,13 @@ class FusionConfig:
     num_groups: int = 32
     uses_time: bool = True  # False: every step is taken for step 0 (an ablation)
     context_pool: int = 1  # side of the squares of positions that either latent attends to in the other
+    tabulated_steps: int | None = None  # vectors of the steps up to this one are kept themselves, not what makes them
 
     def __post_init__(self) -> None:
         if self.context_pool < 1:
             raise ConfigError(f"context_pool must be 1 or more, got {self.context_pool}")
+        if self.tabulated_steps is not None and self.tabulated_steps < 1:
+            raise ConfigError(f"tabulated_steps must be 1 or more, got {self.tabulated_steps}")
 
 
 class NormActConv(nn.Sequential):
@@ -387,7 +391,8 @@ class LatentFusion(nn.Module):
         super().__init__()
         channels, width, groups = config.latent_channels, config.width, config.num_groups
         self.uses_time = config.uses_time
-        self.time = TimeEmbedding(width, config.time_dim)
+        embedding = TimeEmbedding(width, config.time_dim)
+        self.time = embedding if config.tabulated_steps is None else TimeTable(config.tabulated_steps, embedding)
         if config.time_dim != 4 * width:
             raise ConfigError("the fusion module splits its time vector into four parts of its width")
         self.vis_attention = CrossAttention(channels, config.context_pool)

@@ -28,7 +28,7 @@ def low_light(image: Tensor, gain: float, gamma: float) -> Tensor:
 def haze(image: Tensor, airlight: Tensor | float, transmission: Tensor | float) -> Tensor:
     """Atmospheric scattering (Koschmieder): I * t + A * (1 - t).
 
-    airlight: scalar or (C, 1, 1), in [0.7, 1]; transmission: scalar or (1, H, W), in (0, 1].
+    airlight: scalar, (C, 1, 1) or (C, H, W), in [0, 1]; transmission: scalar or (1, H, W), in (0, 1].
     """
     return image * transmission + airlight * (1 - transmission)
 

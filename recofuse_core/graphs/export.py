@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
-from recofuse_core.exposure import Lighting, Veil
 from recofuse_core.graphs.portable import portable_copy
 from recofuse_core.model import ReCoFuse, TorchNetworks, widen_range
-from recofuse_core.networks import ToneCurves
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
 from recofuse_core.tiling import TilingConfig
+from recofuse_core.veil import Veil
 from recofuse_core.weather import WeatherSeen, without
 
 if TYPE_CHECKING:
@@ -78,23 +78,25 @@ class _Clear(_Of):
 
 
 class _Tone(_Of):
-    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, ...]:
-        toned = self.model.normalise(Pair(vis, ir))
-        if not _lifts_veil(self.model):
-            return toned
-        assert self.model.exposure is not None
-        veil = self.model.exposure.veil(*toned)
-        return *toned, veil.share, torch.stack(veil.lifting.curves), veil.lifting.grid
-
-
-class _Lift(_Of):
-    def forward(self, vis: Tensor, share: Tensor, curves: Tensor, grid: Tensor) -> Tensor:
-        return Veil(Lighting(ToneCurves(*curves.unbind()), grid), share).lifted(vis)
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.normalise(Pair(vis, ir))
 
 
 class _Light(_Of):
     def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
         return self.model.normalise(self.model.light(Pair(vis, ir)))
+
+
+class _Veil(_Of):
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.model.veil is not None
+        veil = self.model.veil(vis, ir)
+        return veil.share, veil.grid.entries
+
+
+class _Lift(_Of):
+    def forward(self, vis: Tensor, share: Tensor, grid: Tensor) -> Tensor:
+        return Veil(share, BilateralGrid(grid)).lifted(vis)
 
 
 class _Encode(_Of):
@@ -136,18 +138,15 @@ def _gives_start(model: ReCoFuse) -> bool:
     return model.config.denoiser.prediction == "noise" and model.config.coupling == "every_step"
 
 
-def _lifts_veil(model: ReCoFuse) -> bool:
-    return model.exposure is not None and model.exposure.config.lifts_veil
-
-
 def parts_of(model: ReCoFuse) -> dict[str, Part]:
     """All parts of a model, by name.
 
     weather: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1], sides multiples of 16, to how much weather is to be taken
     off, (B,), and what clear needs besides to give vis without it; there if the model has an estimator of it.
     tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same under tone curves, of any size from 32 px;
-    light makes the photograph of a well exposed scene first and is there if the model has an estimator. tone also gives
-    how much of a veil is to be lifted, (B,), and what lift needs besides, if the model knows veils.
+    light makes the photograph of a well exposed scene first and is there if the model has an estimator.
+    veil: either's result to how much of a veil is to be lifted, (B,), and what lift needs besides to give vis without
+    it; there if the model has an estimator of it.
     encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
     fuse: restored latents to the fused one. fuse_skips: all of vis, then all of ir. decode: a latent and skips to an
@@ -196,25 +195,19 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
             {"vis": scaled(PADDING)} | found_shapes,
             ("cleared_vis",),
         )
-    toned: tuple[str, ...] = ("toned_vis", "toned_ir")
-    if _lifts_veil(model):
-        assert model.exposure is not None
-        side = model.exposure.config.cells // 4
-        veil = {
-            "share": torch.zeros(batch),
-            "curves": torch.ones(3, batch, 1, 1, 1),
-            "grid": torch.zeros(batch, 2, model.exposure.config.num_levels, side, side),
-        }
+    parts["tone"] = Part(_Tone(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
+    if model.exposure is not None:
+        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
+    if model.veil is not None:
+        side = model.veil.config.cells // 4
+        veil = {"share": torch.zeros(batch), "grid": torch.zeros(batch, 2, model.veil.config.num_levels, side, side)}
+        parts["veil"] = Part(_Veil(stepwise), pair, pair_shapes, tuple(veil))
         parts["lift"] = Part(
             _Lift(stepwise),
             {"vis": frame(3)} | veil,
-            {"vis": any_size, "share": {0: any_batch}, "curves": {1: any_batch}, "grid": {0: any_batch}},
+            {"vis": any_size, "share": {0: any_batch}, "grid": {0: any_batch}},
             ("lifted_vis",),
         )
-        toned = (*toned, *veil)
-    parts["tone"] = Part(_Tone(stepwise), pair, pair_shapes, toned)
-    if model.exposure is not None:
-        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
     parts["encode"] = Part(_Encode(stepwise), {"image": image}, {"image": scaled(PADDING)}, ("latent", *numbered))
     parts["predict"] = Part(
         _Predict(stepwise),
@@ -249,8 +242,7 @@ class _Picture(_Of):
     def forward(self, vis: Tensor, ir: Tensor, noise_vis: Tensor, noise_ir: Tensor) -> tuple[Tensor, ...]:
         model = self.model
         frames = model.clear(Pair(vis, ir))
-        is_lit = self.plan.exposure == "lit"
-        images = model.normalise(model.light(frames)) if is_lit else model.lift(model.normalise(frames))
+        images = model.lift(model.normalise(model.light(frames) if self.plan.exposure == "lit" else frames))
         prepared = Pair(images.vis, images.ir.expand(-1, 3, -1, -1))
 
         def finish(name: OutputName, decoded: Tensor) -> Tensor:
@@ -393,7 +385,7 @@ def about(model: ReCoFuse, parts: Mapping[str, Part]) -> dict[str, object]:
         "widening": config.widening,
         "can_light": model.exposure is not None,
         "clears": model.weather is not None,
-        "lifts_veil": _lifts_veil(model),
+        "lifts_veil": model.veil is not None,
     }
 
 

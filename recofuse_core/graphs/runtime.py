@@ -50,7 +50,7 @@ Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
 Images = Floats | Levels
 PartName = Literal[
-    "weather", "clear", "tone", "lift", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"
+    "weather", "clear", "tone", "light", "veil", "lift", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"
 ]
 
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
@@ -102,7 +102,7 @@ class GraphRuntime:
         if self.facts.clears:
             others += ["weather", "clear"]
         if self.facts.lifts_veil:
-            others.append("lift")
+            others += ["veil", "lift"]
         if self.facts.can_light:
             others.append("light")
         if self.facts.widening > 0:
@@ -215,12 +215,9 @@ class GraphNetworks:
         return results
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
-        """Frames without weather and veil or lit, under their tone curves, padded, ir in three channels."""
-        vis = self._clear(vis, ir)
-        vis, ir, *veil = self._run("light" if exposure == "lit" else "tone", vis, ir)
-        if veil and veil[0].any():
-            vis = self._run("lift", vis, *veil)[0]
-        return Pair(_padded(vis), np.repeat(_padded(ir), 3, axis=1))
+        """Frames without weather, lit if asked for, toned, without a veil, padded, ir in three channels."""
+        vis, ir = self._run("light" if exposure == "lit" else "tone", self._clear(vis, ir), ir)
+        return Pair(_padded(self._lift(vis, ir)), np.repeat(_padded(ir), 3, axis=1))
 
     def _clear(self, vis: Floats, ir: Floats) -> Floats:
         """The visible frames without weather: what it looks like is asked for only where there is any."""
@@ -230,6 +227,13 @@ class GraphNetworks:
         vis_sides = _padded(vis)
         share, *seen = self._run("weather", vis_sides, _padded(ir))
         return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width] if share.any() else vis
+
+    def _lift(self, vis: Floats, ir: Floats) -> Floats:
+        """Toned visible frames without a veil, where there is any."""
+        if "veil" not in self._sessions:
+            return vis
+        share, grid = self._run("veil", vis, ir)
+        return self._run("lift", vis, share, grid)[0] if share.any() else vis
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
         """See Networks."""

@@ -249,9 +249,12 @@ class FrameSource:
                 pass
         return given, lit.clamp(0, 1), ir, kind
 
-    def cut(self, frame: Frame, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The same part of all images of a frame, squeezed to S x S; infrared of another scene where it has none."""
-        share, top, left = CROP.draw(generator), _rand(generator), _rand(generator)
+    def cut(self, frame: Frame, side: int, generator: Generator, crop: Range = CROP) -> tuple[Tensor, Tensor, Tensor]:
+        """The same part of all images of a frame, squeezed to S x S; infrared of another scene where it has none.
+
+        crop: its share of the frame's sides.
+        """
+        share, top, left = crop.draw(generator), _rand(generator), _rand(generator)
         is_flipped = _chance(0.5, generator)
         ir = frame.ir if frame.ir is not None else self.infrared[_index(len(self.infrared), generator)]
 

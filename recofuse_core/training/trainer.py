@@ -46,6 +46,7 @@ from recofuse_core.training.weather import (
     odds_loss,
     weather_loss,
 )
+from recofuse_core.veil import VeilEstimator
 from recofuse_core.weather import WeatherEstimator
 
 
@@ -103,8 +104,8 @@ class Trainer:
         tone = [] if self.model.tone is None else list(self.model.tone.parameters())
         weather = [] if self.model.weather is None else list(self.model.weather.parameters())
         judges = [] if self.model.weather is None else self.model.weather.judges()
-        veil = [] if self.model.exposure is None else self.model.exposure.veil_heads()
-        exposure = [] if self.model.exposure is None else self.model.exposure.lighting_parameters()
+        veil = [] if self.model.veil is None else list(self.model.veil.parameters())
+        exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
         trained = {
             "weather": weather,
             "weather_odds": judges,
@@ -233,11 +234,13 @@ class Trainer:
         source = VeilSource(self.frames)
         self.veil_samples = VeilSamples.draw(self.model, source, self.stage.num_frames, self.stage.crop, generator)
 
-    def _veil_update(self, samples: VeilSamples, estimator: ExposureEstimator) -> dict[str, float]:
-        """One step of the veil heads."""
+    def _veil_update(self, samples: VeilSamples, estimator: VeilEstimator) -> dict[str, float]:
+        """One step of the veil estimator."""
         chosen = torch.randint(len(samples.squared), (self.stage.batch_size,), generator=self.generator)
-        row, column = torch.randint(2, (2,), generator=self.generator).tolist()
-        terms = veil_loss(estimator, samples.take(chosen.to(self.device)).every_second_cell(row, column))
+        batch = samples.take(chosen.to(self.device))
+        if float(torch.rand((), generator=self.generator)) < 0.5:
+            batch = batch.flipped()
+        terms = veil_loss(estimator, batch)
         self._descend(_sum(terms), self.parameters)
         return _reported(terms)
 
@@ -270,8 +273,8 @@ class Trainer:
         stage = self.stage
         if stage.name in ("weather", "weather_odds") and self.model.weather is not None:
             return self._weather_update(self.model.weather)
-        if self.veil_samples is not None and self.model.exposure is not None:
-            return self._veil_update(self.veil_samples, self.model.exposure)
+        if self.veil_samples is not None and self.model.veil is not None:
+            return self._veil_update(self.veil_samples, self.model.veil)
         if self.light_samples is not None and self.model.exposure is not None:
             return self._exposure_update(self.light_samples, self.model.exposure)
         if self.tone_samples is not None and self.model.tone is not None:

@@ -1,8 +1,9 @@
-"""What the veil heads of an exposure estimator learn from: frames in fog, rain and snow, and the loss.
+"""What the veil estimator learns from: frames in fog, rain and snow, and the loss.
 
-They stand behind the weather estimator and the tone curves, so what is asked of them is what these leave of a veil. A
-frame that had none is asked for as it is, whatever the tone curves made of it. Frames are drawn once, seen by the
-estimator as it is, and kept, so that a step costs little: the heads alone are trained (docs/decisions/0031).
+It stands behind the weather estimator and the tone curves, in both renditions, so what is asked of it is what these
+leave of a veil: of a lit frame, the clear one in the same light. A frame that had no veil is asked for as it is,
+whatever the curves made of it. Frames are drawn once, averaged to cells and kept, so that a step costs little
+(docs/decisions/0031, 0035).
 """
 
 from dataclasses import dataclass, fields
@@ -17,18 +18,18 @@ from recofuse_core.degradations.physics import haze
 from recofuse_core.degradations.recipes import Range, Strength, VisKind, degrade_ir, degrade_vis, draw_fall
 from recofuse_core.degradations.weather import scene_depth
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import ExposureEstimator, Seen
-from recofuse_core.losses import log_error
+from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.sampler import Pair
-from recofuse_core.training.exposure import Frame, FrameKind, FrameSource, fogged_again, sensed
+from recofuse_core.training.exposure import CROP, Frame, FrameKind, FrameSource, fogged_again, sensed
+from recofuse_core.veil import VeilEstimator
 
 
 class VeilKind(StrEnum):
     """What lies over a frame."""
 
     FOG = "fog"
-    ANY_FOG = "any_fog"  # thinner, too, and darker: at dusk
+    GREY_FOG = "grey_fog"  # by day, thinner too, and as dark as a fog at night may be bright
     HAZE = "haze"
     DOWNPOUR = "downpour"
     SNOWFALL = "snowfall"
@@ -37,28 +38,46 @@ class VeilKind(StrEnum):
 
 
 SHARES = {
-    VeilKind.FOG: 0.23,
-    VeilKind.ANY_FOG: 0.14,
-    VeilKind.HAZE: 0.10,
-    VeilKind.DOWNPOUR: 0.12,
-    VeilKind.SNOWFALL: 0.12,
-    VeilKind.FOG_PAIR: 0.08,
-    VeilKind.NONE: 0.21,
+    VeilKind.FOG: 0.15,
+    VeilKind.GREY_FOG: 0.35,
+    VeilKind.HAZE: 0.03,
+    VeilKind.DOWNPOUR: 0.06,
+    VeilKind.SNOWFALL: 0.06,
+    VeilKind.FOG_PAIR: 0.12,
+    VeilKind.NONE: 0.23,
 }
+# What is veiled: mostly what is well exposed and crisp. With that alone, nights and bright days come out grey; without
+# grey fog by day, over photographs too, a grey sky comes out as a night's.
+NIGHT_PROBABILITY, GREY_NIGHT_PROBABILITY = 0.28, 0.08
+PHOTO_PROBABILITY = 0.28  # of grey fog
+ANY_PROBABILITY = 0.2
 STRENGTHS: tuple[Strength, ...] = ("light", "medium", "medium", "strong")
 AS_IT_CAME = (VisKind.LOW_LIGHT, VisKind.LOW_LIGHT, VisKind.COLOUR_CAST, VisKind.BLUR)  # of frames without a veil
 AS_IT_CAME_PROBABILITY = 0.35
-DARKER_PROBABILITY = 0.2
+DARKER_PROBABILITY, BRIGHTER_PROBABILITY = 0.2, 0.25
 DARKER_GAMMA, DARKER_GAIN = Range(0.7, 1.6), Range(1.0, 0.6)
+BRIGHTER_GAMMA, BRIGHTER_GAIN = Range(0.55, 1.0), Range(1.0, 1.0)
 FOG_DENSITY = Range(0.35, 3.6, log=True)
-AIRLIGHT = Range(0.55, 1.0)
-DUSK_PROBABILITY = 0.3
+AIRLIGHT = Range(0.45, 0.95)
+AIRLIGHT_SLOPE = Range(0.0, 0.2)
+AIRLIGHT_TINT = 0.02  # std
+SUN_PROBABILITY = 0.25
+SUN, SUN_RADIUS = Range(0.05, 0.3), Range(0.1, 0.4)  # what it adds, and how far, in sides
+DUSK_PROBABILITY = 0.15
 DUSK_GAMMA, DUSK_GAIN = Range(0.8, 1.6), Range(1.0, 0.6)
 LEFT_OVER = Range(0.0, 0.35)  # of streaks and flakes, where they were taken off
 SENSED_PROBABILITY = 0.7
 NOISY_PROBABILITY = 0.12
 CLEAN_IR_PROBABILITY = 0.4
 SWAP_PROBABILITY = 0.15
+CLOSE_UP_PROBABILITY = 0.5
+CLOSE_UP = Range(0.25, 0.8)  # share of a frame's sides: flat and near things, which are no fog
+# By day, an unseen sky is asked for as bright as its veil: see `_kept_bright`.
+UNSEEN = (0.10, 0.22)  # how much light gets through: up to where nothing of a scene is seen, and from where it is
+AIRLIGHT_QUANTILE = 0.97
+SKY_LUMA = (0.10, 0.04)  # below the airlight: from where a place may be sky, and from where it is
+DAY_MEAN = (0.20, 0.26)  # of a clear frame's luma: up to where it is night, and from where day
+KEPT_SHARE = 0.95  # of a sky's luma
 
 
 class VeilFrame(NamedTuple):
@@ -77,7 +96,10 @@ class VeilSource:
         self.frames = frames
         self.clear = frames.pools[FrameKind.KEPT]
         self.foggy = frames.pools[FrameKind.FOG_PAIR]
-        self.others: list[list[Frame]] = [pool for pool in (frames.scenes, self.clear) if pool]
+        self.nights = frames.pools[FrameKind.NIGHT] or self.clear
+        self.scenes = frames.scenes
+        self.photos = [Frame(photo, photo) for photo in frames.photos]
+        self.others: list[list[Frame]] = [pool for pool in (self.scenes, self.clear) if pool]
         self.kinds = [
             kind
             for kind in VeilKind
@@ -98,11 +120,13 @@ class VeilSource:
             case VeilKind.DOWNPOUR | VeilKind.SNOWFALL:
                 fall = draw_fall(clear, VisKind(kind.value), generator, strength)
                 given = fall.scene + LEFT_OVER.draw(generator) * (fall.image - fall.scene)
-            case VeilKind.ANY_FOG:
+            case VeilKind.GREY_FOG:
                 through = (-FOG_DENSITY.draw(generator) * scene_depth(clear, generator)).exp()
-                given = haze(clear, torch.full((3, 1, 1), AIRLIGHT.draw(generator)), through)
+                given = haze(clear, uneven_airlight(side, generator), through)
+                if float(clear.mean()) > DAY_MEAN[0]:
+                    clear = _kept_bright(given[None], clear[None], _ramp(-through, -UNSEEN[1], -UNSEEN[0]))[0]
                 if _chance(DUSK_PROBABILITY, generator):
-                    given, clear = _darkened(given, clear, DUSK_GAMMA, DUSK_GAIN, generator)
+                    given, clear = _exposed(given, clear, DUSK_GAMMA, DUSK_GAIN, generator)
             case VeilKind.NONE if _chance(AS_IT_CAME_PROBABILITY, generator):
                 given = degrade_vis(clear, generator, strength, [AS_IT_CAME[_index(len(AS_IT_CAME), generator)]]).image
             case _:
@@ -116,98 +140,158 @@ class VeilSource:
 
     def _scene(self, kind: VeilKind, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Given, clear and infrared squares before anything is put in, sometimes with infrared of another scene."""
-        if kind is VeilKind.NONE:
-            pool = self.others[_index(len(self.others), generator)]
-        else:
-            pool = self.foggy if kind is VeilKind.FOG_PAIR else self.clear
+        pool = self._pool(kind, generator)
         frame = pool[_index(len(pool), generator)]
-        given, clear, ir = self.frames.cut(frame, side, generator)
+        is_close_up = kind is VeilKind.NONE and _chance(CLOSE_UP_PROBABILITY, generator)
+        given, clear, ir = self.frames.cut(frame, side, generator, CLOSE_UP if is_close_up else CROP)
         if _chance(SWAP_PROBABILITY, generator):
             _, _, ir = self.frames.cut(frame._replace(ir=None), side, generator)
-        if kind is not VeilKind.FOG_PAIR and _chance(DARKER_PROBABILITY, generator):
-            given, clear = _darkened(given, clear, DARKER_GAMMA, DARKER_GAIN, generator)
+        if kind is not VeilKind.FOG_PAIR:
+            if _chance(DARKER_PROBABILITY, generator):
+                given, clear = _exposed(given, clear, DARKER_GAMMA, DARKER_GAIN, generator)
+            elif pool is not self.nights and _chance(BRIGHTER_PROBABILITY, generator):
+                given, clear = _exposed(given, clear, BRIGHTER_GAMMA, BRIGHTER_GAIN, generator)
         return given, clear, ir
 
+    def _pool(self, kind: VeilKind, generator: Generator) -> list[Frame]:
+        """What a frame of a kind is made of."""
+        if kind is VeilKind.NONE:
+            return self.others[_index(len(self.others), generator)]
+        if kind is VeilKind.FOG_PAIR:
+            return self.foggy
+        is_grey = kind is VeilKind.GREY_FOG
+        if _chance(GREY_NIGHT_PROBABILITY if is_grey else NIGHT_PROBABILITY, generator):
+            return self.nights
+        if is_grey and self.photos and _chance(PHOTO_PROBABILITY, generator):
+            return self.photos
+        return self.scenes if _chance(ANY_PROBABILITY, generator) else self.clear
 
-def _darkened(given: Tensor, clear: Tensor, gammas: Range, gains: Range, generator: Generator) -> tuple[Tensor, Tensor]:
+
+def uneven_airlight(side: int, generator: Generator) -> Tensor:
+    """The light of a fog, (3, S, S): brighter on one side than on the other, and where the sun stands behind it."""
+    slope = F.interpolate(torch.rand(1, 1, 3, 3, generator=generator) * 2 - 1, side, mode="bicubic", align_corners=True)
+    light = AIRLIGHT.draw(generator) * (1 + AIRLIGHT_SLOPE.draw(generator) * slope[0])
+    if _chance(SUN_PROBABILITY, generator):
+        places = torch.linspace(0, 1, side)
+        row, column = 0.6 * torch.rand((), generator=generator), torch.rand((), generator=generator)
+        squared = (places.view(-1, 1) - row).square() + (places - column).square()
+        light = light + SUN.draw(generator) * (-squared / (2 * SUN_RADIUS.draw(generator) ** 2)).exp()
+    return (light + AIRLIGHT_TINT * torch.randn(3, 1, 1, generator=generator)).clamp(0, 1)
+
+
+def _exposed(given: Tensor, clear: Tensor, gammas: Range, gains: Range, generator: Generator) -> tuple[Tensor, Tensor]:
     gamma, gain = gammas.draw(generator), gains.draw(generator)
     return gain * given.clamp(1e-4, 1).pow(gamma), gain * clear.clamp(1e-4, 1).pow(gamma)
 
 
 # --- samples and loss -------------------------------------------------------------------------------------------------
 
+LIT_PROBABILITY = 0.35
 IS_VEIL, IS_NONE = 4e-3, 6e-4  # squared error that a veil adds: from where it is one, and up to where it is none
 
 
 @dataclass(frozen=True)
 class VeilSamples:
-    """Frames under tone curves, averaged to cells: toned and clear (N, 3, cells, cells), half; what an estimator saw.
+    """What an estimator sees, (N, 4, cells, cells), and what should come of vis, (N, 3, cells / 2, cells / 2); half.
 
     squared: (N,), the squared error that the veil added; 0 where there was none.
     """
 
-    toned: Tensor
+    cells: Tensor
     clear: Tensor
     squared: Tensor
-    summary: Tensor
-    frame: Tensor
-    places: Tensor
 
     @classmethod
     @torch.no_grad()
     def draw(cls, model: ReCoFuse, source: VeilSource, count: int, side: int, generator: Generator) -> "VeilSamples":
         """`count` squares of `side` px. Raises ConfigError without a veil to learn, or for a side below the cells."""
-        estimator = model.exposure
-        if estimator is None or not estimator.config.lifts_veil:
-            raise ConfigError("the model has no veil heads to train")
+        estimator = model.veil
+        if estimator is None:
+            raise ConfigError("the model has no veil estimator to train")
         if side < estimator.config.cells:
             raise ConfigError(f"frames must have at least {estimator.config.cells} px a side, got {side}")
         device = next(estimator.parameters()).device
         rows = []
         for _ in range(count):
             given, clear, ir, kind = source.frame(side, generator)
-            toned = model.normalise(Pair(given[None].to(device), ir[None].to(device)))
+            frames = Pair(given[None].to(device), ir[None].to(device))
+            wanted = Pair(clear[None].to(device), frames.ir)
+            if model.exposure is not None and _chance(LIT_PROBABILITY, generator):
+                frames, wanted = model.light(frames), model.light(wanted)
+            toned = model.normalise(frames)
+            target = _halved(toned.vis if kind is VeilKind.NONE else wanted.vis, estimator)
             cells = estimator.average(*toned)
-            seen = estimator.look(cells, estimator.features(cells))
-            target = cells[:, :3]
-            if kind is not VeilKind.NONE:
-                target = F.adaptive_avg_pool2d(clear[None].to(device), estimator.config.cells)
-            squared = (cells[:, :3] - target).square().mean(dim=(1, 2, 3))
-            rows.append((cells[:, :3].half(), target.half(), squared, seen.summary, seen.frame, seen.places.half()))
+            squared = (F.avg_pool2d(cells[:, :3], 2) - target).square().mean(dim=(1, 2, 3))
+            rows.append((cells.half(), target.half(), squared))
         return cls(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
     def take(self, batch: Tensor) -> "VeilSamples":
         """The samples with the indices `batch`."""
         return VeilSamples(*(getattr(self, field.name)[batch] for field in fields(self)))
 
-    def every_second_cell(self, row: int, column: int) -> "VeilSamples":
-        """A quarter of the cells, those from (row, column) on, which cost a quarter and tell nearly as much."""
-        toned, clear = (part[..., row::2, column::2] for part in (self.toned, self.clear))
-        return VeilSamples(toned, clear, self.squared, self.summary, self.frame, self.places)
+    def flipped(self) -> "VeilSamples":
+        """The mirror images."""
+        return VeilSamples(self.cells.flip(-1), self.clear.flip(-1), self.squared)
 
 
-LOG_WEIGHT = 0.1
+def _halved(vis: Tensor, estimator: VeilEstimator) -> Tensor:
+    return F.adaptive_avg_pool2d(vis, estimator.config.cells // 2)
+
+
+TOO_DARK = 1.4  # what an error weighs where a place comes out too dark
+NO_VEIL_WEIGHT = 0.25  # of what becomes of a frame without a veil, which is left alone anyway if it is told
+LOG_WEIGHT = 0.15
 SPREAD_WEIGHT = 0.1
-ODDS_WEIGHT = 0.3
+ODDS_WEIGHT = 0.15
+LEAST_SQUARED = 1e-4  # below it, an error hardly counts
 
 
-def veil_loss(estimator: ExposureEstimator, samples: VeilSamples) -> dict[str, Tensor]:
+def veil_loss(estimator: VeilEstimator, samples: VeilSamples) -> dict[str, Tensor]:
     """L1 of lifted cells, log of each frame's squared error, difference in std; cross entropy of there being a veil.
 
     What hardly veils a frame is neither: whether it is lifted matters little.
     """
-    seen = Seen(samples.summary, samples.frame, samples.places.float())
-    ours, clear = estimator.lifting(seen).at_cells(samples.toned.float()), samples.clear.float()
-    spread = (ours.flatten(1).std(dim=1) - clear.flatten(1).std(dim=1)).abs().mean()
+    cells, clear = samples.cells.float(), samples.clear.float()
+    toned = F.avg_pool2d(cells[:, :3], 2)
+    clear = _with_bright_skies(clear, toned, samples.squared)
+    found = estimator.find(cells)
+    ours = found.grid.at_cells(toned)
     is_veil = (samples.squared > IS_VEIL).float()
+    weight = is_veil + NO_VEIL_WEIGHT
+    error = ours - clear
+    error = torch.where(error < 0, TOO_DARK * error, error)
+    log = torch.log10(error.square().mean(dim=(1, 2, 3)) + LEAST_SQUARED)
+    spread = (ours.flatten(1).std(dim=1) - clear.flatten(1).std(dim=1)).abs()
     is_sure = is_veil + (samples.squared < IS_NONE)
-    odds = F.binary_cross_entropy_with_logits(estimator.veil_log_odds(seen), is_veil, is_sure)
+    odds = F.binary_cross_entropy_with_logits(found.log_odds, is_veil, is_sure)
     return {
-        "veil": F.l1_loss(ours, clear),
-        "log": LOG_WEIGHT * log_error(ours, clear),
-        "spread": SPREAD_WEIGHT * spread,
+        "veil": (weight * error.abs().mean(dim=(1, 2, 3))).mean(),
+        "log": LOG_WEIGHT * (weight * log).mean(),
+        "spread": SPREAD_WEIGHT * (weight * spread).mean(),
         "odds": ODDS_WEIGHT * odds,
     }
+
+
+def _with_bright_skies(clear: Tensor, toned: Tensor, squared: Tensor) -> Tensor:
+    """`_kept_bright` where it is not known what was seen of (N, 3, h, w): near the brightest of each veiled frame."""
+    seen, wanted = luma(toned), luma(clear)
+    airlight = seen.flatten(1).quantile(AIRLIGHT_QUANTILE, dim=1).view(-1, 1, 1, 1)
+    is_day = _ramp(wanted.mean(dim=(1, 2, 3), keepdim=True), *DAY_MEAN)
+    is_veiled = (squared > IS_NONE).view(-1, 1, 1, 1)
+    return _kept_bright(toned, clear, _ramp(seen - airlight, -SKY_LUMA[0], -SKY_LUMA[1]) * is_day * is_veiled)
+
+
+def _kept_bright(veiled: Tensor, clear: Tensor, unseen: Tensor) -> Tensor:
+    """What is asked for, (N, 3, h, w), where nothing is seen of a scene: nearly the light of the veil itself.
+
+    What lies behind, mostly a sky, nobody knows. Asked for as it was, real skies over haze come out as dusk, for the
+    mean of all skies is dark; left as they are, they look like skies. unseen: (N, 1, h, w) in [0, 1].
+    """
+    return (clear + unseen * (KEPT_SHARE * luma(veiled) - luma(clear)).clamp_min(0)).clamp(0, 1)
+
+
+def _ramp(value: Tensor, low: float, high: float) -> Tensor:
+    return ((value - low) / (high - low)).clamp(0, 1)
 
 
 def _chance(probability: float, generator: Generator) -> bool:

@@ -23,8 +23,8 @@ Exposure = Annotated[
     str | None,
     typer.Option(
         metavar="lit|as_shot",
-        help="lit: a dark scene as a well exposed photograph, veils lifted, lamps kept; as_shot: as dark as it came; "
-        "the model's own if unset.",
+        help="lit: a dark scene as a well exposed photograph, lamps kept; as_shot: as dark as it came; veils are "
+        "lifted in both; the model's own if unset.",
     ),
 ]
 Align = Annotated[

@@ -1,6 +1,5 @@
 """Lighting: what the estimator promises whatever its weights are, and how a model gives the rendition asked for."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
+from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import load_pretrained, save_checkpoint
-from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import CERTAIN, DOUBTFUL, ExposureConfig, ExposureEstimator, Lighting
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator, Lighting
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneCurves
@@ -21,7 +20,6 @@ from recofuse_core.picture import Exposure
 from recofuse_core.recording import EagerRecorder
 from recofuse_core.runtime import Runtime
 from recofuse_core.sampler import Pair
-from recofuse_core.scenes.scene import make_scene
 from recofuse_core.tiling import TilingConfig
 from tests.core.tiny import GATED, images_of, largest_difference, pairs, tiny_model
 
@@ -89,35 +87,10 @@ def test_noise_hardly_moves_the_lighting() -> None:
     assert float((calm - vis).abs().max()) > 0.05  # it does something
 
 
-def test_the_grid_is_looked_up_by_place_and_brightness() -> None:
-    """Against an independent writing: the entry of a cell's centre at a level's centre is that entry."""
-    identity = ToneCurves(torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
-    grid = torch.randn(1, 6, 3, 4, 5, generator=Generator().manual_seed(0))
-    lighting = Lighting(identity, grid)
-    for level in range(3):
-        guide = torch.full((1, 1, 4, 5), (level + 0.5) / 3)
-        assert torch.allclose(lighting.look_up(guide), grid[:, :, level], atol=1e-5)
-    between = lighting.look_up(torch.full((1, 1, 4, 5), 1 / 3))
-    assert torch.allclose(between, (grid[:, :, 0] + grid[:, :, 1]) / 2, atol=1e-5)
-
-
-def test_gains_and_offsets_act_where_they_are() -> None:
-    """A grid that lifts the left half alone, and dark pixels alone."""
-    identity = ToneCurves(torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
-    grid = torch.zeros(1, 6, 4, 8, 8)
-    grid[:, :3, :2, :, :4] = torch.tensor(2.0).log()
-    image = torch.full((1, 3, 64, 64), 0.2)
-    image[..., 32:, :] = 0.9
-    lit = Lighting(identity, grid)(image)
-    assert torch.allclose(lit[..., :28, :24], torch.tensor(0.4), atol=1e-4)
-    assert torch.allclose(lit[..., :28, 40:], torch.tensor(0.2), atol=1e-4)
-    assert torch.allclose(lit[..., 36:, :], torch.tensor(0.9), atol=1e-4)
-
-
 def lit_by(gain: float, gamma: float = 1.0) -> Lighting:
     """The same curve everywhere."""
     curves = ToneCurves(torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), gain), torch.full((1, 3, 1, 1), gamma))
-    return Lighting(curves, torch.zeros(1, 6, 2, 2, 2))
+    return Lighting(curves, BilateralGrid(torch.zeros(1, 6, 2, 2, 2)))
 
 
 def test_writing_on_a_bright_sign_in_the_dark_can_still_be_read() -> None:
@@ -263,76 +236,3 @@ def test_a_checkpoint_keeps_the_estimator(tmp_path: Path) -> None:
     assert again.config == model.config
     vis, ir = pairs(1, 48, 64)
     assert largest_difference(again.fuse(vis, ir, exposure="lit"), model.fuse(vis, ir, exposure="lit")) < 1e-6
-
-
-# --- the veil ---------------------------------------------------------------------------------------------------------
-
-VEILED = replace(SMALL, lifts_veil=True)
-
-
-def veil_model(probability: float, seed: int = 0) -> ReCoFuse:
-    """A model that finds a veil so probable over every frame, and whose lifting of it does something."""
-    model = tiny_model(replace(GATED, exposure=VEILED), seed).requires_grad_(False)
-    made = model.exposure
-    assert made is not None
-    made.veil_judge.weight.zero_()
-    made.veil_judge.bias.fill_(math.log(probability / (1 - probability)))
-    return model
-
-
-@pytest.mark.parametrize("size", [(64, 80), (33, 47)])
-def test_fresh_heads_find_no_veil(size: tuple[int, int]) -> None:
-    frames = Pair(*pairs(2, *size))
-    model = tiny_model(GATED)
-    model.exposure = ExposureEstimator(VEILED)
-    lifted = model.lift(frames)
-    assert torch.equal(lifted.vis, frames.vis)
-    assert torch.equal(lifted.ir, frames.ir)
-
-
-@settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**31), height=st.integers(32, 70), width=st.integers(32, 70))
-def test_veils_are_lifted_item_by_item_within_range(seed: int, height: int, width: int) -> None:
-    vis, ir = pairs(3, height, width, seed)
-    model = veil_model(0.95, seed)
-    lifted = model.lift(Pair(vis, ir))
-    assert lifted.vis.shape == vis.shape
-    assert 0 <= float(lifted.vis.min()) <= float(lifted.vis.max()) <= 1
-    assert torch.allclose(lifted.vis[1:2], model.lift(Pair(vis[1:2], ir[1:2])).vis, atol=1e-5)
-    assert torch.equal(lifted.ir, ir)
-
-
-def test_a_veil_is_lifted_the_more_the_surer_it_is() -> None:
-    vis, ir = pairs(1, 64, 64)
-    halfway = (DOUBTFUL + CERTAIN) / 2
-    change = []
-    for probability in (0.9 * DOUBTFUL, halfway, (1 + CERTAIN) / 2):
-        veil = veil_model(probability).exposure.veil(vis, ir)  # type: ignore[union-attr]
-        change.append(float((veil.lifted(vis) - vis).abs().mean()))
-    assert change[0] == 0 < change[1] < change[2]
-    assert change[1] == pytest.approx(change[2] / 2, rel=1e-3)
-
-
-def test_lit_frames_keep_their_lighting() -> None:
-    """A veil is lifted behind the tone curves of a frame as shot; lighting takes it off by itself."""
-    vis, ir = pairs(1, 64, 48)
-    found, none = veil_model(0.95), veil_model(0.05)
-    assert largest_difference(found.fuse(vis, ir), none.fuse(vis, ir)) > 1e-3
-    lit = [model.fuse(vis, ir, exposure="lit") for model in (found, none)]
-    assert largest_difference(*lit) == 0
-
-
-def test_the_shipped_weights_lift_fog_and_leave_clear_frames_alone() -> None:
-    """On generated streets, which no training saw, beside what the tone curves alone make of them."""
-    model = load_pretrained().requires_grad_(False)
-    toned, lifted = [], []
-    for seed in (2, 6, 9):
-        scene = make_scene(seed, 192, 256)
-        ir = scene.ir[None, :1]
-        clear = model.normalise(Pair(scene.vis[None], ir))
-        assert torch.equal(model.lift(clear).vis, clear.vis)
-        foggy = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", ["fog"]).image[None]
-        frames = model.normalise(Pair(foggy, ir))
-        toned.append(float((frames.vis - scene.vis).square().mean()))
-        lifted.append(float((model.lift(frames).vis - scene.vis).square().mean()))
-    assert sum(lifted) < 0.7 * sum(toned)

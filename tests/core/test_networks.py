@@ -436,7 +436,7 @@ BRANCH_NAMES = (
     | {f"{place}.{name}" for place in ("encoders.#.#", "middle.#", "decoders.#.#") for name in TIMED_BLOCK}
 )
 FUSION_NAMES = (
-    both("time.expand", "time.project", "intro")
+    both("intro")
     | {
         name
         for stage in ("shared", "ir_branch", "vis_branch")
@@ -446,20 +446,23 @@ FUSION_NAMES = (
     | both("ir_weight.#", "vis_weight.#")
     | both(*(f"{modality}_attention.{part}" for modality in ("vis", "ir") for part in ("query", "key", "value")))
 )
+FUSION_TIMES = {"paper": both("time.expand", "time.project"), "compact": {"time.vectors"}}
 
 
 @pytest.mark.parametrize(("preset", "autoencoder_names"), [("paper", PAPER_NAMES), ("compact", GATED_NAMES)])
 def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
     """Files of weights are read by these names: a changed one makes every file unreadable. # stands for an index."""
-    expected = {f"autoencoder.{name}" for name in autoencoder_names} | {f"fusion.{name}" for name in FUSION_NAMES}
+    expected = {f"autoencoder.{name}" for name in autoencoder_names}
+    expected |= {f"fusion.{name}" for name in FUSION_NAMES | FUSION_TIMES[preset]}
     expected |= {f"denoiser.{branch}.{name}" for branch in ("vis", "ir") for name in BRANCH_NAMES}
     if preset == "compact":
         expected |= {"tone.mean", "tone.std"} | both("tone.layers.#")
         expected |= {"exposure.mean", "exposure.std"} | both(
             *(f"exposure.{part}" for part in ("summary.#", "near.#", "far.#", "of_frame", "join")),
             *(f"exposure.{head}" for head in ("curve_head", "grid_head")),
-            *(f"exposure.veil_{head}" for head in ("curve_head", "grid_head", "judge")),
         )
+        levels = ("fine", "middle.#", "coarse", "halve_fine", "halve_middle", "double_coarse")
+        expected |= both(*(f"veil.{part}" for part in ("stem", *levels, "of_frame", "join", "grid", "judge")))
         expected |= both(*(f"weather.{part}" for part in ("stem", "witness", "judge", "head")))
         expected |= both(
             *(f"weather.{way}" for way in ("halve_fine", "halve_middle", "double_middle", "double_coarse"))

@@ -91,4 +91,4 @@ def test_fog_is_thinned() -> None:
     foggy = 0.35 * clean + 0.65 * 0.85
     as_shot, lit = restored(foggy, ir, "as_shot"), restored(foggy, ir, "lit")
     assert psnr_of(lit, clean) > psnr_of(foggy, clean) + 6
-    assert psnr_of(lit, clean) > psnr_of(as_shot, clean) - 4  # which lifts a veil by heads of its own
+    assert psnr_of(lit, clean) > psnr_of(as_shot, clean) - 4

@@ -88,7 +88,8 @@ def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
         export.picture_of(model, model.plan(sampler="euler"))
 
 
-SHIPPED = ("weather", "clear", "tone", "lift", "light", "encode", "predict", "fuse", "fuse_skips", "decode", "widen")
+BEFORE = ("weather", "clear", "tone", "light", "veil", "lift")
+SHIPPED = (*BEFORE, "encode", "predict", "fuse", "fuse_skips", "decode", "widen")
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -111,7 +112,7 @@ def test_the_graph_of_a_step_says_what_a_runtime_has_to_know() -> None:
     assert (about["sampler"], about["steps"]) == (model.config.sampler, model.config.steps)
     assert about["can_light"] == (model.exposure is not None)
     assert about["clears"] == (model.weather is not None)
-    assert about["lifts_veil"] == (model.exposure is not None and model.exposure.config.lifts_veil)
+    assert about["lifts_veil"] == (model.veil is not None)
     assert set(about["parts"]) == set(SHIPPED)
 
 
@@ -121,7 +122,7 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     runners = {part: session(WEIGHTS / f"compact.{part}.onnx") for part in SHIPPED}
     vis, ir = pairs(2, 91, 133)  # any size
     for part, frames in (("tone", Pair(vis, ir)), ("light", model.light(Pair(vis, ir)))):
-        for actual, expected in zip(results(runners[part], vis, ir)[:2], model.normalise(frames), strict=True):
+        for actual, expected in zip(results(runners[part], vis, ir), model.normalise(frames), strict=True):
             np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
     scene = make_scene(0, 160, 192)
     rainy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["downpour"]).image
@@ -134,10 +135,12 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     np.testing.assert_allclose(actual, cleared.numpy(), atol=2e-5)
     foggy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["fog"]).image
     veiled = Pair(torch.stack([foggy, scene.vis]), weather.ir)
-    toned, _, *veil = (torch.from_numpy(part) for part in results(runners["tone"], *veiled))
-    lifted = model.lift(model.normalise(veiled)).vis
-    assert float((lifted[0] - toned[0]).abs().mean()) > 0.01
-    np.testing.assert_allclose(results(runners["lift"], toned, *veil)[0], lifted.numpy(), atol=2e-4)
+    toned = model.normalise(veiled)
+    share, grid = (torch.from_numpy(part) for part in results(runners["veil"], *toned))
+    assert share[0] > 0 == share[1]
+    lifted = model.lift(toned).vis
+    assert float((lifted[0] - toned.vis[0]).abs().mean()) > 0.01
+    np.testing.assert_allclose(results(runners["lift"], toned.vis, share, grid)[0], lifted.numpy(), atol=2e-4)
     image = pairs(2, 96, 64, seed=1)[0]
     latent, skips = model.autoencoder.encode(image)
     other, other_skips = model.autoencoder.encode(image.flip(0))

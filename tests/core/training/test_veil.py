@@ -1,4 +1,4 @@
-"""What the veil heads learn from, and the stage that trains them."""
+"""What the veil estimator learns from, and the stage that trains it."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from recofuse_core.training.trainer import Trainer
 from recofuse_core.training.veil import VeilKind, VeilSamples, VeilSource, veil_loss
 from tests.core.training.small import scenes, stage
 
-SIZES: dict[str, Any] = {"cells": 16, "num_quantiles": 6, "width": 12, "channels": (8, 8, 8), "num_levels": 3}
+SIZES: dict[str, Any] = {"cells": 16, "channels": (8, 8, 8), "num_levels": 3}
 SIDE = 32
 
 
@@ -31,10 +31,10 @@ def frames() -> FrameSource:
     return FrameSource(pairs, References(photos=[photo], foggy={name: vis // 2 + 110}))
 
 
-def trainer(steps: int = 4, num_frames: int = 12, **sizes: Any) -> Trainer:
+def trainer(steps: int = 4, num_frames: int = 12, sizes: dict[str, Any] | None = SIZES) -> Trainer:
     data = DataConfig(root="scenes")
     stages = (replace(stage("veil", steps), num_frames=num_frames, batch_size=8, learning_rate=1e-2, warmup_steps=2),)
-    config = TrainConfig("compact", "test", data, stages, model={"exposure": SIZES | sizes})
+    config = TrainConfig("compact", "test", data, stages, model={"veil": sizes})
     return Trainer(config, PairSource(data, scenes()), frames=frames())
 
 
@@ -58,27 +58,28 @@ def test_a_frame_without_a_veil_is_asked_for_as_the_curves_leave_it() -> None:
     model = trainer().model
     source = VeilSource(frames())
     samples = VeilSamples.draw(model, source, 30, SIDE, Generator().manual_seed(1))
-    assert samples.toned.shape == samples.clear.shape == (30, 3, 16, 16)
-    has_none = samples.squared == 0
+    assert samples.cells.shape == (30, 4, 16, 16)
+    assert samples.clear.shape == (30, 3, 8, 8)
+    has_none = samples.squared < 1e-12
     assert 0 < int(has_none.sum()) < 15
-    assert torch.equal(samples.toned[has_none], samples.clear[has_none])
+    toned = torch.nn.functional.avg_pool2d(samples.cells[:, :3].float(), 2)
+    assert torch.allclose(toned[has_none], samples.clear[has_none].float(), atol=1e-3)
     assert int((samples.squared > veil.IS_VEIL).sum()) > 10
 
 
-def test_the_stage_learns_and_moves_the_heads_alone() -> None:
+def test_the_stage_learns_and_moves_its_estimator_alone() -> None:
     learning = trainer(60, 40)
     before = {name: value.clone() for name, value in learning.model.state_dict().items()}
     reports = list(learning.run_stage())
     assert set(reports[0].losses) == {"veil", "log", "spread", "odds"}
-    samples, estimator = learning.veil_samples, learning.model.exposure
+    samples, estimator = learning.veil_samples, learning.model.veil
     assert samples is not None
     assert estimator is not None
     with torch.no_grad():
         trained = veil_loss(estimator, samples)
     after = learning.model.state_dict()
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    heads = ("veil_curve_head", "veil_grid_head", "veil_judge")
-    assert moved == {f"exposure.{head}.{part}" for head in heads for part in ("weight", "bias")}
+    assert moved == {name for name in after if name.startswith("veil.")}
     learning.model.load_state_dict(before)
     with torch.no_grad():
         untrained = veil_loss(estimator, samples)
@@ -86,21 +87,23 @@ def test_the_stage_learns_and_moves_the_heads_alone() -> None:
     assert float(trained["odds"]) < 0.9 * float(untrained["odds"])
 
 
-def test_a_stage_of_lighting_leaves_the_heads() -> None:
-    learning = trainer()
-    learning.config = replace(learning.config, stages=(stage("exposure", 2),))
-    learning.start_stage()
-    estimator = learning.model.exposure
-    assert estimator is not None
-    assert {id(parameter) for parameter in learning.parameters} == {
-        id(parameter) for parameter in estimator.lighting_parameters()
-    }
-    assert not any(parameter.requires_grad for parameter in estimator.veil_heads())
+def test_a_sky_that_nobody_sees_is_asked_for_as_bright_as_its_veil_by_day_alone() -> None:
+    """A white sky above a street, both in fog that hides the sky; below, the street is asked for as it is."""
+    clear = torch.full((2, 3, 16, 16), 0.5)
+    clear[:, :, :8] = 0.3
+    clear[1] *= 0.2  # the same by night
+    toned = 0.6 * clear + 0.4 * 0.8
+    toned[:, :, :8] = 0.8
+    wanted = veil._with_bright_skies(clear, toned, torch.full((2,), 0.1))
+    assert torch.allclose(wanted[0, :, :8], torch.tensor(0.95 * 0.8))
+    assert torch.equal(wanted[0, :, 8:], clear[0, :, 8:])
+    assert torch.equal(wanted[1], clear[1])
+    assert torch.equal(veil._with_bright_skies(clear, toned, torch.zeros(2)), clear)  # without a veil it is known
 
 
 def test_what_cannot_be_trained_is_named() -> None:
     with pytest.raises(ConfigError, match="veil"):
-        trainer(lifts_veil=False)
+        trainer(sizes=None)
     learning = trainer()
     learning.frames = None
     with pytest.raises(ConfigError, match=r"data\.references"):

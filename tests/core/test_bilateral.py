@@ -1,0 +1,38 @@
+"""What a bilateral grid does to a frame."""
+
+import torch
+from torch import Generator
+
+from recofuse_core.bilateral import BilateralGrid
+from tests.core.tiny import pairs
+
+
+def test_entries_are_looked_up_by_place_and_brightness() -> None:
+    """Against an independent writing: the entry of a cell's centre at a level's centre is that entry."""
+    entries = torch.randn(1, 6, 3, 4, 5, generator=Generator().manual_seed(0))
+    grid = BilateralGrid(entries)
+    for level in range(3):
+        guide = torch.full((1, 1, 4, 5), (level + 0.5) / 3)
+        assert torch.allclose(grid.look_up(guide), entries[:, :, level], atol=1e-5)
+    between = grid.look_up(torch.full((1, 1, 4, 5), 1 / 3))
+    assert torch.allclose(between, (entries[:, :, 0] + entries[:, :, 1]) / 2, atol=1e-5)
+
+
+def test_gains_and_offsets_act_where_they_are() -> None:
+    """A grid that lifts the left half alone, and dark pixels alone."""
+    entries = torch.zeros(1, 6, 4, 8, 8)
+    entries[:, :3, :2, :, :4] = torch.tensor(2.0).log()
+    image = torch.full((1, 3, 64, 64), 0.2)
+    image[..., 32:, :] = 0.9
+    lit = BilateralGrid(entries)(image)
+    assert torch.allclose(lit[..., :28, :24], torch.tensor(0.4), atol=1e-4)
+    assert torch.allclose(lit[..., :28, 40:], torch.tensor(0.2), atol=1e-4)
+    assert torch.allclose(lit[..., 36:, :], torch.tensor(0.9), atol=1e-4)
+
+
+def test_one_entry_for_all_channels_is_three_equal_ones() -> None:
+    entries = torch.randn(2, 2, 3, 4, 5, generator=Generator().manual_seed(1))
+    vis, _ = pairs(2, 33, 47)
+    threefold = BilateralGrid(entries.repeat_interleave(3, dim=1))
+    assert torch.allclose(BilateralGrid(entries)(vis), threefold(vis), atol=1e-6)
+    assert torch.allclose(BilateralGrid(entries).at_cells(vis), threefold.at_cells(vis), atol=1e-6)

@@ -1,0 +1,101 @@
+"""Veils: what the estimator promises whatever its weights are, and what the shipped ones do to fog."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator
+
+from recofuse_core.checkpoint import load_pretrained
+from recofuse_core.degradations.recipes import degrade_vis
+from recofuse_core.errors import ConfigError
+from recofuse_core.model import ReCoFuse
+from recofuse_core.picture import Exposure
+from recofuse_core.sampler import Pair
+from recofuse_core.scenes.scene import make_scene
+from recofuse_core.veil import CERTAIN, DOUBTFUL, VeilConfig, VeilEstimator
+from tests.core.test_exposure import WITH_EXPOSURE
+from tests.core.tiny import largest_difference, pairs, tiny_model
+
+SMALL = VeilConfig(cells=16, channels=(4, 6, 8), num_levels=3)
+
+
+def veil_model(probability: float, seed: int = 0) -> ReCoFuse:
+    """A model that finds a veil so probable over every frame, and whose lifting of it does something."""
+    model = tiny_model(replace(WITH_EXPOSURE, veil=SMALL), seed).requires_grad_(False)
+    assert model.veil is not None
+    model.veil.judge.weight.zero_()
+    model.veil.judge.bias.fill_(math.log(probability / (1 - probability)))
+    return model
+
+
+@pytest.mark.parametrize("size", [(64, 80), (33, 47)])
+def test_a_fresh_estimator_finds_no_veil(size: tuple[int, int]) -> None:
+    vis, ir = pairs(2, *size)
+    veil = VeilEstimator(SMALL)(vis, ir)
+    assert torch.equal(veil.share, torch.zeros(2))
+    assert torch.equal(veil.lifted(vis), vis)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), height=st.integers(32, 70), width=st.integers(32, 70))
+def test_veils_are_lifted_item_by_item_within_range(seed: int, height: int, width: int) -> None:
+    vis, ir = pairs(3, height, width, seed)
+    model = veil_model(0.95, seed)
+    lifted = model.lift(Pair(vis, ir))
+    assert lifted.vis.shape == vis.shape
+    assert 0 <= float(lifted.vis.min()) <= float(lifted.vis.max()) <= 1
+    assert torch.allclose(lifted.vis[1:2], model.lift(Pair(vis[1:2], ir[1:2])).vis, atol=1e-5)
+    assert torch.equal(lifted.ir, ir)
+
+
+def test_a_veil_is_lifted_the_more_the_surer_it_is() -> None:
+    vis, ir = pairs(1, 64, 64)
+    halfway = (DOUBTFUL + CERTAIN) / 2
+    change = []
+    for probability in (0.9 * DOUBTFUL, halfway, (1 + CERTAIN) / 2):
+        lifted = veil_model(probability).lift(Pair(vis, ir)).vis
+        change.append(float((lifted - vis).abs().mean()))
+    assert change[0] == 0 < change[1] < change[2]
+    assert change[1] == pytest.approx(change[2] / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("exposure", ["as_shot", "lit"])
+def test_a_veil_is_lifted_in_both_renditions(exposure: Exposure) -> None:
+    vis, ir = pairs(1, 64, 48)
+    found, none = (veil_model(probability).fuse(vis, ir, exposure=exposure) for probability in (0.95, 0.05))
+    assert largest_difference(found, none) > 1e-3
+
+
+def test_no_corner_is_told_from_another() -> None:
+    """A frame of one colour has one veil all over: where a frame ends is not seen."""
+    model = veil_model(0.95)
+    assert model.veil is not None
+    rows = model.veil(torch.full((1, 3, 64, 64), 0.6), torch.full((1, 1, 64, 64), 0.3)).grid.entries
+    assert torch.allclose(rows[..., :1].expand_as(rows), rows, atol=1e-5)
+    assert float((rows[..., 0, :] - rows[..., -1, :]).abs().max()) > 1e-2  # above and below may differ
+
+
+@pytest.mark.parametrize("wrong", [{"cells": 20}, {"cells": 8}, {"channels": (0, 8, 8)}, {"num_levels": 1}], ids=str)
+def test_sizes_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        replace(SMALL, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_shipped_weights_lift_fog_and_leave_clear_frames_alone() -> None:
+    """On generated streets, which no training saw, beside what the tone curves alone make of them."""
+    model = load_pretrained().requires_grad_(False)
+    toned, lifted = [], []
+    for seed in (2, 6, 9):
+        scene = make_scene(seed, 192, 256)
+        ir = scene.ir[None, :1]
+        clear = model.normalise(Pair(scene.vis[None], ir))
+        assert torch.equal(model.lift(clear).vis, clear.vis)
+        foggy = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", ["fog"]).image[None]
+        frames = model.normalise(Pair(foggy, ir))
+        toned.append(float((frames.vis - scene.vis).square().mean()))
+        lifted.append(float((model.lift(frames).vis - scene.vis).square().mean()))
+    assert sum(lifted) < 0.7 * sum(toned)
