@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,7 @@ class RedisQueue:
         self._beside = Beside(settings.shared_folder, self._client, self._key, min_bytes=min_file_bytes)
         # By worker id: 0 before its first take, 1 if an answer to one may have been lost, None if there is no doubt.
         self._doubts: dict[str, int | None] = {}
+        self._drained_s: dict[str, float] = {}  # by worker id: loop's time of a look that left nothing
         self._to_forget: list[tuple[str, str]] = []  # jobs, and the files of their answers
         self._forgetting: asyncio.Task[None] | None = None
         self._is_open = False
@@ -268,11 +270,11 @@ class RedisQueue:
                 return leases
         while True:
             self._doubts[worker_id] = 1  # until the answer is here
-            rows = rows_of(
-                await self._transitions.call("take", worker_id, max_jobs, to_ms(self._settings.starvation_s))
-            )
             remaining_s = end - loop.time()
             is_last = remaining_s <= 0 or not self._is_open
+            rows = []
+            if is_last or not self._is_drained(worker_id):
+                rows = await self._look_for(worker_id, max_jobs)
             if not rows and not is_last:
                 rows = await self._block(worker_id, min(remaining_s, self._block_s))
             leases = await self._leases(worker_id, rows, max_jobs)
@@ -343,6 +345,18 @@ class RedisQueue:
         self._beside.remove_job(job_id)
 
     # taking
+
+    def _is_drained(self, worker_id: str) -> bool:
+        """Whether the look before left nothing, a moment ago; asked once, because what `_block` brings is not all."""
+        drained_s = self._drained_s.pop(worker_id, -math.inf)
+        return asyncio.get_running_loop().time() - drained_s < self._block_s
+
+    async def _look_for(self, worker_id: str, max_jobs: int) -> list[Row]:
+        starvation_ms = to_ms(self._settings.starvation_s)
+        rows = rows_of(await self._transitions.call("take", worker_id, max_jobs, starvation_ms))
+        if 0 < len(rows) < max_jobs:
+            self._drained_s[worker_id] = asyncio.get_running_loop().time()
+        return rows
 
     async def _block(self, worker_id: str, wait_s: float) -> list[Row]:
         """Wait for a fresh entry; while workers wait, one entry wakes one of them."""

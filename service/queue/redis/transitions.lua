@@ -1,7 +1,8 @@
 -- The queue's transitions, one per command, each atomic. Called by transitions.py beside it, which lists the keys.
 --
 -- KEYS[1]: the prefix that every key begins with. It carries the hash tag, so all keys lie in one slot of a cluster.
--- ARGV: command, lease (ms), attempts allowed, dead letters kept, then what the command takes.
+-- ARGV: command, lease (ms), attempts allowed, dead letters kept, then what the command takes. A call of the server takes
+-- longest of all here, so what `several` commands of one run need is asked for once.
 -- The server's own clock is the only one; times are in ms. Numbers that leave a script are integers.
 -- Needs Redis 6.2: XAUTOCLAIM, XPENDING ... IDLE, exclusive ranges.
 
@@ -18,8 +19,16 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local function key(...) return table.concat({prefix, ...}, ':') end
 local function whole(number) return string.format('%.0f', number) end
-local function stream_of(class) return key('jobs', class) end
+local STREAMS = {high = key('jobs', 'high'), normal = key('jobs', 'normal'), low = key('jobs', 'low')}
+local function stream_of(class) return STREAMS[class] end
 local function add_bytes(size) if size ~= 0 then call('INCRBY', key('bytes'), whole(size)) end end
+
+-- Unfinished jobs of a class. Whoever adds or takes away one clears what is known.
+local lengths = {}
+local function length_of(class)
+  lengths[class] = lengths[class] or call('XLEN', stream_of(class))
+  return lengths[class]
+end
 
 -- Who holds an entry, for how many ms without a sign, and how often it was delivered; nothing if it was never taken.
 local function delivery_of(class, entry)
@@ -80,8 +89,9 @@ local function finish(id, code, message, result_size, buries, teller, record)
   end
   call('XACK', stream_of(class), GROUP, entry)
   call('XDEL', stream_of(class), entry)
+  lengths[class] = nil
   add_bytes(kept_size + result_size - tonumber(size))
-  while call('HLEN', key('dead-index')) > max_dead and drop_oldest_dead_letter() do end
+  while buries and call('HLEN', key('dead-index')) > max_dead and drop_oldest_dead_letter() do end
   call('HDEL', job, 'entry', 'waiters')
   call('HSET', job, 'finished', whole(now), 'code', code, 'message', message, 'attempts', attempts,
     'result_size', result_size)
@@ -116,11 +126,19 @@ local function sweep_deadlines()
   until #late < 128
 end
 
+-- Jobs of a class whose worker is lost or handed them back, as XPENDING tells of them.
+local function lapsed_of(class, most)
+  if length_of(class) == 0 then return {} end
+  return call('XPENDING', stream_of(class), GROUP, 'IDLE', lease_ms, '-', '+', most)
+end
+
 -- Bring the state up to the present: deadlines, workers lost once too often, results that were kept long enough.
+local is_swept = false
 local function sweep()
+  if is_swept then return end
   sweep_deadlines()
   for _, class in ipairs(CLASSES) do
-    for _, lapsed in ipairs(call('XPENDING', stream_of(class), GROUP, 'IDLE', lease_ms, '-', '+', 1024)) do
+    for _, lapsed in ipairs(lapsed_of(class, 1024)) do
       if lapsed[4] >= max_attempts then
         local message = 'the job was given up after ' .. lapsed[4] .. ' workers were lost with it'
         finish(fields_of(class, lapsed[1]).id, 'attempts_exhausted', message, 0, true, nil)
@@ -131,6 +149,7 @@ local function sweep()
     local old = call('ZRANGEBYSCORE', key('finished'), '-inf', whole(now), 'LIMIT', 0, 128)
     for _, id in ipairs(old) do forget(id) end
   until #old < 128
+  is_swept = true
 end
 
 local function last_delivered(class)
@@ -142,9 +161,10 @@ end
 
 -- When the longest-waiting job of a class came, in ms; nil if none waits.
 local function waiting_since(class)
+  if length_of(class) == 0 then return nil end
   local stream, since = stream_of(class), nil
   local fresh = call('XRANGE', stream, '(' .. last_delivered(class), '+', 'COUNT', 1)
-  local lapsed = call('XPENDING', stream, GROUP, 'IDLE', lease_ms, '-', '+', 1)
+  local lapsed = lapsed_of(class, 1)
   for _, found in ipairs({fresh[1] or false, lapsed[1] or false}) do
     if found then
       local arrived = tonumber(string.match(found[1], '^%d+'))
@@ -175,12 +195,12 @@ local function take_from(class, worker, count, rows)
   for _, found in ipairs(fresh and fresh[1][2] or {}) do rows[#rows + 1] = {class, found[1], 1, found[2]} end
 end
 
-for _, class in ipairs(CLASSES) do
-  if call('EXISTS', stream_of(class)) == 0 then
-    call('XGROUP', 'CREATE', stream_of(class), GROUP, '0', 'MKSTREAM')
+local waited_at = {STREAMS.high, STREAMS.normal, STREAMS.low, key('wake')}
+if call('EXISTS', unpack(waited_at)) < #waited_at then
+  for _, stream in ipairs(waited_at) do
+    if call('EXISTS', stream) == 0 then call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM') end
   end
 end
-if call('EXISTS', key('wake')) == 0 then call('XGROUP', 'CREATE', key('wake'), GROUP, '0', 'MKSTREAM') end
 
 local commands = {}
 
@@ -208,7 +228,7 @@ function commands.submit(id, class, header, created, deadline, size, ttl, payloa
     end
   end
   local num_jobs = 0
-  for _, name in ipairs(CLASSES) do num_jobs = num_jobs + call('XLEN', stream_of(name)) end
+  for _, name in ipairs(CLASSES) do num_jobs = num_jobs + length_of(name) end
   if num_jobs >= tonumber(max_jobs) then
     call('UNLINK', payload)
     return {'full', num_jobs .. ' jobs'}
@@ -228,9 +248,9 @@ function commands.submit(id, class, header, created, deadline, size, ttl, payloa
   else
     entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header)
   end
+  lengths[class] = nil
   call('HSET', key('job', id), 'class', class, 'entry', entry, 'created', created, 'deadline', deadline,
-    'size', size, 'ttl', ttl, 'keep', keep)
-  if inbox ~= '' then call('HSET', key('job', id), 'waiters', inbox) end
+    'size', size, 'ttl', ttl, 'keep', keep, 'waiters', inbox)
   if idem ~= '' then
     call('HSET', key('job', id), 'idem', idem)
     call('SET', key('idem', idem), id .. ' ' .. fingerprint, 'PX', payload_ttl)
@@ -286,7 +306,7 @@ function commands.stats()
   for _, class in ipairs(CLASSES) do
     local pending = call('XPENDING', stream_of(class), GROUP)[1]
     local lapsed = pending > 0 and #call('XPENDING', stream_of(class), GROUP, 'IDLE', lease_ms, '-', '+', pending) or 0
-    depths[#depths + 1] = call('XLEN', stream_of(class)) - pending + lapsed
+    depths[#depths + 1] = length_of(class) - pending + lapsed
     num_leased = num_leased + pending - lapsed
     oldest = math.min(oldest, waiting_since(class) or now)
   end
@@ -430,6 +450,21 @@ end
 function commands.dead_letter(id)
   local entry = call('HGET', key('dead-index'), id)
   return entry and call('XRANGE', key('dead'), entry, entry) or {}
+end
+
+-- How many words there are, and all of them as one string, each behind its length. Of each command these are: how many
+-- it is, its name, and what it takes. Answers all their answers. One that fails changes nothing for the others, as if
+-- each were a run of its own.
+function commands.several(count, packed)
+  local words, answers, at = {struct.unpack(string.rep('<I4c0', count), packed)}, {}, 1
+  while at <= tonumber(count) do
+    local last = at + words[at]
+    local is_done, answer = pcall(commands[words[at + 1]], unpack(words, at + 2, last))
+    if not is_done and type(answer) ~= 'table' then answer = {err = answer} end
+    answers[#answers + 1] = answer
+    at = last + 1
+  end
+  return answers
 end
 
 function commands.drop_dead_letter(id) return drop_dead_letter(id) and 1 or 0 end

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import struct
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -42,6 +43,7 @@ GROUP = "workers"
 MAX_CALLS = 64  # at once, and thereby connections of one process, besides those that wait for jobs or messages
 
 MAX_JOINED = 32  # transitions that go together
+_LENGTH = struct.Struct("<I")
 
 SCRIPT = resources.files("service.queue.redis").joinpath("transitions.lua").read_text(encoding="utf-8")
 SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
@@ -97,17 +99,16 @@ class Transitions:
                 return answers[-1]
 
     async def join(self, command: str, *arguments: Any) -> Any:
-        """As `call`, for what many do at once: those that come while others are on their way then go together.
+        """As `call`, for what many do at once: those that come while others are on their way then are one call.
 
-        A call of its own costs this process more than the script costs Redis.
+        A call of its own costs this process more than the script costs Redis, and a run of the script more than what it
+        is for.
         """
         answer = asyncio.get_running_loop().create_future()
-        self._gathered.append(((1, self._prefix, command, *self._common, *arguments), answer))
+        self._gathered.append(((command, *arguments), answer))
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send_gathered())
         outcome = await answer
-        if isinstance(outcome, exceptions.NoScriptError):
-            return await self.call(command, *arguments)
         if isinstance(outcome, Exception):
             try:
                 with reaching():
@@ -129,7 +130,7 @@ class Transitions:
             if not batch:
                 return
             try:
-                outcomes = await self._together([arguments for arguments, _ in batch])
+                outcomes = await self._together([words for words, _ in batch])
             except UnavailableError as error:
                 batch += self._gathered  # they would only wait as long once more
                 self._gathered = []
@@ -140,14 +141,11 @@ class Transitions:
                 if not answer.done():  # its caller may have gone
                     answer.set_result(outcome)
 
-    async def _together(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    async def _together(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The answers, errors among them. Raises UnavailableError."""
-        async with self.calls:
-            with reaching():
-                async with self._client.pipeline(transaction=False) as pipeline:
-                    for arguments in calls:
-                        pipeline.execute_command("EVALSHA", SCRIPT_SHA, *arguments)
-                    return list(await pipeline.execute(raise_on_error=False))
+        words = [word for command in commands for word in (len(command), *command)]
+        answers: list[Any] = await self.call("several", len(words), _packed(words))
+        return answers
 
     async def look(self, job_id: str, inbox: str) -> tuple[list[bytes], bytes | None]:
         """Where a job stands, and its result if it has one; asks for a message to the inbox when it ends."""
@@ -166,6 +164,15 @@ class Transitions:
                             raise answer
                     break
                 return state, raw
+
+
+def _packed(words: Sequence[bytes | str | int]) -> bytes:
+    """As one string, each behind its length: redis-py takes its time for every argument of a call."""
+    parts: list[bytes] = []
+    for word in words:
+        raw = word if isinstance(word, bytes) else str(word).encode()
+        parts += (_LENGTH.pack(len(raw)), raw)
+    return b"".join(parts)
 
 
 def _same(error: UnavailableError) -> UnavailableError:

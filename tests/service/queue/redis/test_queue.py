@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis import exceptions
 
 from service.queue.contract import RECORD_BYTES
 from service.queue.redis.address import PREFIX
@@ -36,6 +38,33 @@ class TestSharedFolder(QueueContract):
     async def world(self, server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
         async with opened(server, shared_folder=str(tmp_path)) as queue:
             yield World(queue, time.time, asyncio.sleep)
+
+
+async def test_of_several_commands_in_one_run_one_that_fails_fails_alone(server: RedisServer) -> None:
+    async with opened(server) as queue:
+        await queue.submit(job := fresh())
+        commands = [("view", job.id), ("no_such_command",), ("view", job.id), ("view", "unknown")]
+        joined = [queue._transitions.join(*words) for words in commands]
+        answers: list[Any] = await asyncio.gather(*joined, return_exceptions=True)
+        assert answers[0][0] == answers[2][0] == b"queued"
+        assert isinstance(answers[1], exceptions.ResponseError)
+        assert answers[3] == []
+
+
+async def test_after_a_look_that_left_nothing_classes_keep_their_order(server: RedisServer) -> None:
+    """Then a worker waits without looking again, and each class may have an entry."""
+    async with opened(server, lease_s=60.0) as queue:
+        await queue.submit(fresh())
+        assert len(await queue.take("w1", max_jobs=2, wait_s=0)) == 1
+        jobs = [replace(fresh(), priority=priority) for priority in (Priority.LOW, Priority.NORMAL, Priority.HIGH)]
+        for job in jobs:
+            await queue.submit(job)
+        low, normal, high = jobs
+        assert (await take_one(queue)).job == high
+        assert [(lease.job, lease.attempt) for lease in await queue.take("w1", max_jobs=3, wait_s=0)] == [
+            (normal, 1),
+            (low, 1),
+        ]
 
 
 async def test_what_redis_forgets_while_nobody_calls_stays_in_no_books(server: RedisServer) -> None:
