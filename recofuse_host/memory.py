@@ -16,6 +16,8 @@ from recofuse_host.cgroups import Group, groups
 
 LARGE_BYTES = 1 << 20
 NUM_HEAPS = 2
+KEPT_BYTES = 64 << 20
+LARGEST_KEPT_BYTES = 32 << 20  # of one block; glibc keeps no larger ones
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_* in malloc.h
 
 
@@ -30,11 +32,21 @@ def give_back_large_blocks() -> bool:
 
     For processes that pass large blocks on. One that computes would get and clear the same pages all the time.
     """
+    return _tell_malloc({_MMAP_THRESHOLD: LARGE_BYTES, _TRIM_THRESHOLD: 2 * LARGE_BYTES, _ARENA_MAX: NUM_HEAPS})
+
+
+def keep_freed_blocks() -> bool:
+    """Let this process keep `KEPT_BYTES` of what it has freed at the end of its heap, from its first block on.
+
+    For processes that compute, whose every batch would else get and clear the pages that the one before gave back.
+    glibc comes to this by itself once a block of `LARGEST_KEPT_BYTES` was freed. False where it cannot be told.
+    """
+    return _tell_malloc({_MMAP_THRESHOLD: LARGEST_KEPT_BYTES, _TRIM_THRESHOLD: KEPT_BYTES})
+
+
+def _tell_malloc(values: dict[int, int]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
-    if mallopt is None:
-        return False
-    values = ((_MMAP_THRESHOLD, LARGE_BYTES), (_TRIM_THRESHOLD, 2 * LARGE_BYTES), (_ARENA_MAX, NUM_HEAPS))
-    return all(mallopt(name, value) for name, value in values)
+    return mallopt is not None and all(mallopt(name, value) for name, value in values.items())
 
 
 def _limit(group: Group) -> int:

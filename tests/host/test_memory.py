@@ -36,6 +36,21 @@ for _ in range(3):
 print(resident_bytes() - before - sum(map(len, kept)))
 """
 
+# Batches of files, each read where the one before was. Prints how many pages the system had to give for the last three.
+BATCHES = """
+import resource
+from recofuse_host.memory import keep_freed_blocks
+
+if {does_keep}:
+    assert keep_freed_blocks()
+for number in range(6):
+    if number == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    batch = [b"x" * 600_000 for _ in range(8)]
+    del batch
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
 
 def host(root: Path, mount: str, own: str) -> Path:
     """A file system in which a process has this mount and is in this group."""
@@ -78,3 +93,12 @@ def test_large_blocks_are_given_back() -> None:
 
     assert left(does_give_back=True) < 4 * LARGE_BYTES
     assert left(does_give_back=False) > 40 * LARGE_BYTES  # or there is nothing to tell it for
+
+
+def test_a_process_that_computes_keeps_its_heap() -> None:
+    def num_pages(does_keep: bool) -> int:
+        script = BATCHES.format(does_keep=does_keep)
+        return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+    assert num_pages(does_keep=True) < 100
+    assert num_pages(does_keep=False) > 1000  # or there is nothing to tell it for

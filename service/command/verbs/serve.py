@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recofuse_host.memory import give_back_large_blocks
+from recofuse_host.memory import give_back_large_blocks, keep_freed_blocks
 from service.command.complaints import line_of
 from service.command.environment import WEIGHTS_VARIABLE, read_settings
 from service.command.shared_queue import QueueUrl, shared_queue
@@ -127,6 +127,7 @@ def worker(
     from service.command.processes import serve_worker
     from service.work.engines import build_engine
 
+    keep_freed_blocks()
     asked: dict[str, dict[str, Any]] = {
         "queue": {"url": queue},
         "codec": {"kind": codec},
