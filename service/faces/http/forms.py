@@ -184,6 +184,8 @@ def _options_in_query(request: Request) -> dict[str, bytes]:
 
     Raises InvalidInputError (unknown or repeated ones) and PayloadTooLargeError.
     """
+    if not request.scope["query_string"]:
+        return {}
     given = parse_qsl(request.scope["query_string"].decode("utf-8", "replace"), keep_blank_values=True)
     if unknown := [repr(name[:40]) for name in dict.fromkeys(name for name, _ in given) if name not in OPTION_FIELDS]:
         accepted = ", ".join(OPTION_FIELDS)
