@@ -218,13 +218,18 @@ class FusionOptions(_Strict):
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An older worker refuses a job with options that it does not know, so those that ask for nothing stay at home.
         values: dict[str, Any] = serialise(self)
-        for name in (
-            "vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline", "metadata",
-            "align",
-        ):  # fmt: skip
-            if values[name] == type(self).model_fields[name].default:
+        for name, default in _NEWS.items():
+            if values[name] == default:
                 del values[name]
         return values
+
+
+_NEWS = {
+    name: FusionOptions.model_fields[name].default
+    for name in (
+        "vis_range", "exposure", "colour", "colour_range", "values", "degrees", "alarm", "outline", "metadata", "align"
+    )
+}  # fmt: skip
 
 
 class RawLayout(_Strict):
@@ -364,9 +369,7 @@ class FusionJob:
         """
         parsed = parsed_header(_JobHeader, header)
         vis, ir = read(parsed.sizes)
-        fields = {
-            name: getattr(parsed, name) for name in _JobHeader.model_fields if name not in ("sizes", "rig", "track")
-        }
+        fields = {name: value for name, value in parsed if name not in ("sizes", "rig", "track")}
         try:
             rig = None if parsed.rig is None else _rig_of(parsed.rig)
         except BadRigError as error:
@@ -524,8 +527,7 @@ class FusionResult:
         """
         parsed = parsed_header(_ResultHeader, header)
         *images, values = read((*parsed.parts.values(), parsed.values_bytes))
-        names = [name for name in _ResultHeader.model_fields if name not in ("parts", "values_bytes")]
-        fields = {name: getattr(parsed, name) for name in names}
+        fields = {name: value for name, value in parsed if name not in ("parts", "values_bytes")}
         return cls(images=dict(zip(parsed.parts, images, strict=True)), values=values, **fields)
 
 
