@@ -33,6 +33,8 @@ JOB, ANSWER, SPARE = "job-", "answer-", "spare-"
 MARKER = "recofuse-folder"
 _NAME = re.compile(r"(job|answer|spare)-[0-9A-Za-z_-]{1,100}")
 _MARKER_ID = re.compile(r"[0-9a-f]{32}")
+# What is wrong with one file, and no reason to wait: its disk cannot read it, or it is a socket or a device.
+_BROKEN = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENXIO)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -43,6 +45,10 @@ class FolderFullError(Exception):
 
 class FrameGoneError(Exception):
     """There is no such file any more, or not one of this size."""
+
+
+class FrameBrokenError(FrameGoneError):
+    """There is one, and it cannot be read."""
 
 
 def job_file(job_id: str) -> str:
@@ -115,7 +121,7 @@ class SharedFolder:
     def read(self, name: str, sizes: Sequence[int]) -> list[bytes]:
         """The parts of a file. Raises FrameGoneError, or UnavailableError if the folder cannot be read."""
         checked(name)
-        with reaching_folder():
+        with reaching_folder(), reading(name):
             while True:  # a submission that is repeated puts the same images under the name of those that are read
                 if (parts := self._read(name, sizes)) is not None:
                     return parts
@@ -184,12 +190,7 @@ class SharedFolder:
 
     def _read(self, name: str, sizes: Sequence[int]) -> list[bytes] | None:
         """The parts of the file that has the name now; None if another one has it since."""
-        try:
-            file = os.open(name, os.O_RDONLY | _OPEN, dir_fd=self._folder)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                raise FrameGoneError(name) from error
-            raise
+        file = os.open(name, os.O_RDONLY | _OPEN, dir_fd=self._folder)
         try:
             before = os.fstat(file)
             if not stat.S_ISREG(before.st_mode) or before.st_size < sum(sizes):
@@ -250,10 +251,7 @@ class SharedFolder:
         return num_dropped
 
     def _has_name(self, known: os.stat_result, name: str) -> bool:
-        try:
-            now = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError as error:
-            raise FrameGoneError(name) from error
+        now = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
         return (now.st_ino, now.st_dev) == (known.st_ino, known.st_dev)
 
 
@@ -271,6 +269,19 @@ def reaching_folder() -> Iterator[None]:
         yield
     except OSError as error:
         raise UnavailableError("the queue's shared folder cannot be reached", retry_after_s=1.0) from error
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns errors that are of this file alone into FrameGoneError; any other passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise FrameGoneError(name) from error
+        if error.errno in _BROKEN:
+            raise FrameBrokenError(f"{name}: {error.strerror}") from error
+        raise
 
 
 def _write(file: int, parts: Sequence[bytes]) -> None:

@@ -37,7 +37,7 @@ from service.queue.redis.answers import (
 )
 from service.queue.redis.availability import check_server, reaching
 from service.queue.redis.beside import Beside
-from service.queue.redis.folder import MIN_BYTES, FolderFullError, FrameGoneError
+from service.queue.redis.folder import MIN_BYTES, FolderFullError, FrameBrokenError, FrameGoneError
 from service.queue.redis.holdings import Holdings
 from service.queue.redis.inbox import Inbox, Told
 from service.queue.redis.transitions import GROUP, Transitions, to_ms
@@ -415,7 +415,9 @@ class RedisQueue:
             except (MalformedRequestError, FrameGoneError) as error:
                 # Usually it was cancelled a moment ago, and then this changes nothing.
                 logger.warning("job cannot be read", extra={"job_id": row.job_id, "error": str(error)})
-                broken = FusionResult.failed(row.job_id, InternalError(INTERNAL_MESSAGE))
+                lost = isinstance(error, FrameGoneError)
+                told = InternalError("the images of this job were lost; send them again" if lost else INTERNAL_MESSAGE)
+                broken = FusionResult.failed(row.job_id, told)
                 await self._finish(row.job_id, worker_id, broken, buries=False)
                 self._holdings.let_go(row.job_id)
                 continue
@@ -448,6 +450,7 @@ class RedisQueue:
         try:
             result, name = await self._beside.answer(told.record or b"")
         except FrameGoneError as error:
+            logger.warning("an answer cannot be read", extra={"error": str(error)})
             raise no_such_job() from error
         return self._handed_out(result, name, is_kept=told.is_kept)
 
@@ -476,6 +479,9 @@ class RedisQueue:
         try:
             if beside is not None:
                 return letter_of(fields, await self._beside.job(header, job_id, int(beside)))
+        except FrameBrokenError as error:  # it stays: its disk may do better another time
+            logger.warning("a dead letter cannot be read", extra={"job_id": job_id, "error": str(error)})
+            return None
         except FrameGoneError:
             if self._beside.is_shared:
                 logger.warning("the images of a dead letter are gone, and so is it now", extra={"job_id": job_id})

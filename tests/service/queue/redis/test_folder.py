@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,24 @@ from service.queue.contract import Admission
 from service.queue.redis import beside
 from service.queue.redis.address import PREFIX
 from service.queue.redis.beside import RECORD_MAGIC
-from service.queue.redis.folder import MARKER, FolderFullError, FrameGoneError, SharedFolder, job_file
+from service.queue.redis.folder import (
+    MARKER,
+    FolderFullError,
+    FrameBrokenError,
+    FrameGoneError,
+    SharedFolder,
+    job_file,
+    reading,
+)
 from service.queue.redis.queue import RedisQueue
-from service.terms.errors import InternalError, JobNotFoundError, NoRoomError, OverloadedError, UnavailableError
+from service.terms.errors import (
+    ErrorCode,
+    InternalError,
+    JobNotFoundError,
+    NoRoomError,
+    OverloadedError,
+    UnavailableError,
+)
 from service.terms.jobs import FusionResult, JobStatus, Part
 from service.terms.settings import QueueSettings, SettingsError
 from tests.service.queue.contract import success
@@ -364,6 +380,67 @@ async def test_frames_outlive_their_processes_and_a_lost_one_is_reported(server:
         (lease,) = await queue.take("w1", max_jobs=2, wait_s=1)
         assert lease.job == kept
         assert (await queue.view(lost.id)).status is JobStatus.FAILED
+
+
+def put_in_place_of(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a socket":  # which cannot be opened, like a file on a broken disk
+        with socket.socket(socket.AF_UNIX) as standing:
+            standing.bind(str(path))
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("kind", ["nothing", "a folder", "a socket"])
+async def test_a_file_that_cannot_be_read_fails_its_own_job_alone(server: RedisServer, kind: str) -> None:
+    with short_folder() as path:
+        path.chmod(0o700)
+        async with opened(server, shared_folder=str(path), lease_s=60.0) as queue:
+            lost, unread, fine = (fresh() for _ in range(3))
+            for job in (lost, unread, fine):
+                await queue.submit(job)
+            put_in_place_of(path / job_file(lost.id), kind)
+            unread_lease, fine_lease = await queue.take("w1", max_jobs=3, wait_s=0)
+            assert (unread_lease.job, fine_lease.job) == (unread, fine)
+            told = await queue.wait_result(lost.id, timeout_s=5)
+            assert told is not None
+            assert (told.error_code, told.error_message) == (
+                ErrorCode.INTERNAL,
+                "the images of this job were lost; send them again",
+            )
+            await queue.finish(unread_lease, success(unread))
+            await queue.finish(fine_lease, success(fine))
+            (answer,) = (file for file in files_in(path) if file.startswith(f"answer-{unread.id}"))
+            put_in_place_of(path / answer, kind)
+            with pytest.raises(JobNotFoundError):
+                await queue.wait_result(unread.id, timeout_s=5)
+            assert await queue.wait_result(fine.id, timeout_s=5) == success(fine)
+
+
+def test_a_disk_that_cannot_read_a_file_breaks_this_file_alone() -> None:
+    own_memory = os.open("/proc/self/mem", os.O_RDONLY)  # of which there is nothing at address 0: EIO
+    try:
+        with pytest.raises(FrameBrokenError, match="job-a: Input/output error"), reading("job-a"):
+            os.pread(own_memory, 1, 0)
+    finally:
+        os.close(own_memory)
+    with pytest.raises(IsADirectoryError), reading("job-a"):
+        os.open("/proc", os.O_WRONLY)
+
+
+@pytest.mark.redis
+async def test_a_dead_letter_that_cannot_be_read_stays(server: RedisServer) -> None:
+    with short_folder() as path:
+        path.chmod(0o700)
+        async with opened(server, shared_folder=str(path), lease_s=60.0) as queue:
+            await queue.submit(job := fresh())
+            await queue.finish(await take_one(queue), FusionResult.failed(job.id, InternalError("our fault")))
+            put_in_place_of(path / job_file(job.id), "a socket")
+            assert await queue.dead_letters() == []
+            assert (await queue.stats()).num_dead_letters == 1
+            await queue.drop_dead_letter(job.id)
+            assert (await queue.stats()).num_dead_letters == 0
 
 
 @pytest.mark.redis
