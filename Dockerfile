@@ -76,7 +76,9 @@ LABEL org.opencontainers.image.title="recofuse" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}"
 # Nothing here installs packages: the base image's own installer goes. The packages of `api` are a layer of `worker`, too.
-RUN rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip
+# The folder is for frames beside Redis: a new volume takes over whose it is (docs/redis.md).
+RUN rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip \
+    && install -d -m 0700 -o 10001 -g 10001 /run/recofuse/frames
 COPY --from=api-packages /opt/packages /opt/packages
 ENV PATH=/opt/recofuse/bin:/opt/packages/bin:${PATH} \
     PYTHONPATH=/opt/recofuse \

@@ -213,6 +213,8 @@ def test_frames_have_one_place_that_all_know_and_only_recofuse_may_enter() -> No
     assert user is not None
     assert options["type"] == "tmpfs"
     assert options["o"].endswith(f",mode=0700,uid={user[1]},gid={user[2]}")
+    made = f"install -d -m 0700 -o {user[1]} -g {user[2]} /run/recofuse/frames"
+    assert made in (ROOT / "Dockerfile").read_text("utf-8")  # for volumes that are made without these options
     assert frames_bytes() >= 1.5 * settings.queue.max_bytes
     for name in ("api", "worker-cpu", "worker-gpu"):
         service = compose["services"][name]

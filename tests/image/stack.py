@@ -49,6 +49,14 @@ def _networks(networks: list[str] | dict[str, Any], service: str) -> list[str]:
     return [f"--network={PREFIX}{name}:{','.join(f'alias={alias}' for alias in aliases[name])}" for name in aliases]
 
 
+def volume_options(volume: dict[str, Any]) -> list[str]:
+    """Of `podman volume create`, which takes a size for a quota of the disk: that is left out."""
+    options = dict(volume.get("driver_opts", {}))
+    if "o" in options:
+        options["o"] = ",".join(part for part in options["o"].split(",") if not part.startswith("size="))
+    return [f"--opt={name}={value}" for name, value in options.items()]
+
+
 class Stack:
     """Running containers, named SERVICE-N. folder: where deploy/ is copied to and given secrets."""
 
@@ -62,6 +70,9 @@ class Stack:
         shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("secrets", "kubernetes"))
         subprocess.run(["sh", "deploy/make-secrets.sh"], cwd=folder, check=True, capture_output=True)
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()), "utf-8")
+        for name, volume in compose_file()["volumes"].items():
+            podman.attempt("volume", "rm", "--force", name)  # of a run whose storage was kept
+            podman("volume", "create", *volume_options(volume or {}), name)
         for name, network in compose_file()["networks"].items():
             podman("network", "create", *(["--internal"] if (network or {}).get("internal") else []), f"{PREFIX}{name}")
 

@@ -161,7 +161,8 @@ async def test_the_description_names_the_options_in_the_query(server: Server) ->
     described = {entry["name"]: entry["schema"] for entry in operation["parameters"] if entry["in"] == "query"}
     assert described == {name: form[name] for name in OPTION_FIELDS}
     assert len(described) == sum(entry["in"] == "query" for entry in operation["parameters"])
-    assert {entry["name"] for entry in operation["parameters"] if entry["in"] == "header"} >= {"prefer"}
+    headers = {entry["name"] for entry in operation["parameters"] if entry["in"] == "header"}
+    assert headers == {"prefer", "idempotency-key"}
 
 
 async def test_an_empty_option_is_an_absent_one(server: Server) -> None:
