@@ -36,6 +36,7 @@ RECORD_MAGIC = b"RFF1"  # of an answer whose payloads lie in a file: their bytes
 AGREED_S = 60  # how long the folder's id stays known after the last process that uses it
 KEEP_S = 20.0  # between two looks after it
 DOUBTFUL_S = 1.0  # the same while Redis has not said whether it took a job
+CANCEL_AGAIN_S = 0.2
 PATIENCE_S = AGREED_S + 2.0  # of a start with a mark that is not ours
 RETRY_S = 1.0  # between two looks whether a mark that is not ours still stands
 SWEEP_AFTER_S = 90.0  # age of a file that nobody names; longer than anything is on its way between folder and Redis
@@ -88,9 +89,9 @@ class Beside:
 
     async def close(self) -> None:
         """Let go of it."""
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait({self._keeping})
+        while self._keeping is not None and not self._keeping.done():
+            self._keeping.cancel()  # again, if redis-py dropped it
+            await asyncio.wait({self._keeping}, timeout=CANCEL_AGAIN_S)
         if self._folder is not None:
             self._folder.close()
 

@@ -14,6 +14,7 @@ import pytest
 from redis import exceptions
 
 from service.queue.contract import RECORD_BYTES
+from service.queue.redis import beside
 from service.queue.redis.address import PREFIX
 from service.terms.errors import ErrorCode, InternalError, JobNotFoundError, OverloadedError, UnavailableError
 from service.terms.jobs import FusionResult, JobStatus, Priority, new_job_id
@@ -38,6 +39,14 @@ class TestSharedFolder(QueueContract):
     async def world(self, server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
         async with opened(server, shared_folder=str(tmp_path)) as queue:
             yield World(queue, time.time, asyncio.sleep)
+
+
+async def test_a_queue_closes_whatever_it_is_doing(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelling a call of redis-py once may do nothing, at some moments."""
+    monkeypatch.setattr(beside, "KEEP_S", 0.0)  # it looks after the folder all the time
+    for number in range(100):
+        async with asyncio.timeout(20), opened(server):
+            await asyncio.sleep(0.003 + 0.0001 * (number % 40))
 
 
 async def test_of_several_commands_in_one_run_one_that_fails_fails_alone(server: RedisServer) -> None:
