@@ -459,7 +459,10 @@ class ToneCurves(NamedTuple):
     def __call__(self, image: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] to the same."""
         # The floor keeps the gradient of the power finite, and stays dark under any gamma.
-        return ((image + self.shift) * self.gain).clamp(1e-5, 1.0).pow(self.gamma)
+        straight = ((image + self.shift) * self.gain).clamp(1e-5, 1.0)
+        if torch.compiler.is_compiling():  # other runtimes take powers one by one, at five times the cost
+            return (straight.log() * self.gamma).exp()
+        return straight.pow(self.gamma)
 
 
 class ToneEstimator(nn.Module):

@@ -180,7 +180,7 @@ def run(
 ) -> tuple[dict[OutputName, Array], Pair]:
     """The pictures that a plan asks for, and the restored latents.
 
-    frames: prepared (lit, toned), padded, ir in three channels; size: theirs before the padding. `draw` gives noise
+    frames: prepared (lit, toned), padded, ir in three channels, or one if the networks take that; size: theirs before the padding. `draw` gives noise
     like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what is kept of it. `previous` holds
     clean latents to start from at the plan's first step, in place of mu. Raises ShapeError for one of another size.
     `blend` makes of features of the fused picture and of the visible one those of what is decoded as the fused one.

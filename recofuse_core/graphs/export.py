@@ -147,7 +147,8 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     light makes the photograph of a well exposed scene first and is there if the model has an estimator.
     veil: either's result to how much of a veil is to be lifted, (B,), and what lift needs besides to give vis without
     it; there if the model has an estimator of it.
-    encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips. predict: states and degraded latents
+    encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips; encode_ir: one (B, 1, H, W) that
+    stands for three equal channels, which is cheaper. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
     fuse: restored latents to the fused one. fuse_skips: all of vis, then all of ir. decode: a latent and skips to an
     image, not clamped. widen: a fused image, clamped, to one of wider range.
@@ -167,6 +168,7 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     latent = torch.zeros(model.latent_shape(batch, height, width))
     latent_sides = scaled(PADDING // LATENT_FACTOR)
     image = torch.zeros(batch, 3, height, width)
+    grey = image[:, :1].contiguous()
     with torch.no_grad():
         skips = model.autoencoder.encode(image)[1]
     factors = [PADDING * skip.shape[-2] // height for skip in skips]
@@ -181,7 +183,7 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
 
     parts = {}
     if model.weather is not None:
-        frames = {"vis": image, "ir": image[:, :1].contiguous()}
+        frames = {"vis": image, "ir": grey}
         with torch.no_grad():
             seen = model.weather.look(**frames)
         found = {"share": torch.zeros(batch)} | seen._asdict()
@@ -208,7 +210,9 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
             {"vis": any_size, "share": {0: any_batch}, "grid": {0: any_batch}},
             ("lifted_vis",),
         )
-    parts["encode"] = Part(_Encode(stepwise), {"image": image}, {"image": scaled(PADDING)}, ("latent", *numbered))
+    encoded = ("latent", *numbered)
+    parts["encode"] = Part(_Encode(stepwise), {"image": image}, {"image": scaled(PADDING)}, encoded)
+    parts["encode_ir"] = Part(_Encode(stepwise), {"image": grey}, {"image": scaled(PADDING)}, encoded)
     parts["predict"] = Part(
         _Predict(stepwise),
         latents | {"timestep": torch.ones(1, dtype=torch.int64)},

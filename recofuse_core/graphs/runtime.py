@@ -50,7 +50,19 @@ Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
 Images = Floats | Levels
 PartName = Literal[
-    "weather", "clear", "tone", "light", "veil", "lift", "encode", "predict", "fuse", "fuse_skips", "decode", "widen"
+    "weather",
+    "clear",
+    "tone",
+    "light",
+    "veil",
+    "lift",
+    "encode",
+    "encode_ir",
+    "predict",
+    "fuse",
+    "fuse_skips",
+    "decode",
+    "widen",
 ]
 
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
@@ -98,7 +110,7 @@ class GraphRuntime:
         _share_memory()
         predict = _opened(weights, "predict", label.checksum, self.threads.count)
         self.facts = _facts_of(weights, predict)
-        others: list[PartName] = ["tone", "encode", "fuse", "fuse_skips", "decode"]
+        others: list[PartName] = ["tone", "encode", "encode_ir", "fuse", "fuse_skips", "decode"]
         if self.facts.clears:
             others += ["weather", "clear"]
         if self.facts.lifts_veil:
@@ -215,9 +227,9 @@ class GraphNetworks:
         return results
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
-        """Frames without weather, lit if asked for, toned, without a veil, padded, ir in three channels."""
+        """Frames without weather, lit if asked for, toned, without a veil, padded; ir of one channel."""
         vis, ir = self._run("light" if exposure == "lit" else "tone", self._clear(vis, ir), ir)
-        return Pair(_padded(self._lift(vis, ir)), np.repeat(_padded(ir), 3, axis=1))
+        return Pair(_padded(self._lift(vis, ir)), _padded(ir))
 
     def _clear(self, vis: Floats, ir: Floats) -> Floats:
         """The visible frames without weather: what it looks like is asked for only where there is any."""
@@ -236,8 +248,8 @@ class GraphNetworks:
         return self._run("lift", vis, share, grid)[0] if share.any() else vis
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
-        """See Networks."""
-        latent, *skips = self._run("encode", image)
+        """See Networks; an image of one channel stands for three that are equal."""
+        latent, *skips = self._run("encode" if image.shape[1] == 3 else "encode_ir", image)
         return latent, tuple(skips)
 
     def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:

@@ -89,7 +89,7 @@ def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
 
 
 BEFORE = ("weather", "clear", "tone", "light", "veil", "lift")
-SHIPPED = (*BEFORE, "encode", "predict", "fuse", "fuse_skips", "decode", "widen")
+SHIPPED = (*BEFORE, "encode", "encode_ir", "predict", "fuse", "fuse_skips", "decode", "widen")
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -141,13 +141,15 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     lifted = model.lift(toned).vis
     assert float((lifted[0] - toned.vis[0]).abs().mean()) > 0.01
     np.testing.assert_allclose(results(runners["lift"], toned.vis, share, grid)[0], lifted.numpy(), atol=2e-4)
-    image = pairs(2, 96, 64, seed=1)[0]
+    image, grey = pairs(2, 96, 64, seed=1)
     latent, skips = model.autoencoder.encode(image)
     other, other_skips = model.autoencoder.encode(image.flip(0))
+    grey_latent, grey_skips = model.autoencoder.encode(grey.expand(-1, 3, -1, -1))
     prediction = model.predict(Pair(latent, other), Pair(other, latent), 38)
     step = torch.tensor([38])
     expectations = {
         "encode": ((image,), (latent, *skips)),
+        "encode_ir": ((grey,), (grey_latent, *grey_skips)),
         "predict": ((latent, other, other, latent, step), tuple(prediction.output)),
         "fuse": ((latent, other), (model.final_fusion(Pair(latent, other)),)),
         "fuse_skips": ((*skips, *other_skips), model.autoencoder.fuse_skips(skips, other_skips)),
