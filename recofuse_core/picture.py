@@ -9,6 +9,7 @@ Letters: B batch, H and W image size, C latent channels, h and w latent size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
@@ -180,9 +181,10 @@ def run(
 ) -> tuple[dict[OutputName, Array], Pair]:
     """The pictures that a plan asks for, and the restored latents.
 
-    frames: prepared (lit, toned), padded, ir in three channels, or one if the networks take that; size: theirs before the padding. `draw` gives noise
-    like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what is kept of it. `previous` holds
-    clean latents to start from at the plan's first step, in place of mu. Raises ShapeError for one of another size.
+    frames: prepared (lit, toned), padded, ir in three channels, or one if the networks take that; size: theirs before
+    the padding. `draw` gives noise like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what
+    is kept of it. `previous` holds clean latents to start from at the plan's first step, in place of mu. Raises
+    ShapeError for one of another size.
     `blend` makes of features of the fused picture and of the visible one those of what is decoded as the fused one.
     """
     frame = Frame(networks, plan, size)
@@ -250,16 +252,19 @@ class Frame:
     ) -> dict[OutputName, Array]:
         """What `run` ends with."""
 
-        def decode(name: OutputName, latent: Array, skips: Skips) -> Array:
-            return finish(name, self._decode(latent, skips)[..., : self.size[0], : self.size[1]])
+        def decode(name: OutputName, latent: Array, *skips: Skips) -> Array:
+            return finish(name, self._decode(latent, *skips)[..., : self.size[0], : self.size[1]])
 
         pictures: dict[OutputName, Array] = {}
         vis_skips, ir_skips = encoded.vis_skips, encoded.ir_skips
         if "fused" in self.plan.outputs:
-            latent, skips = self._fuse(clean), self.networks.fuse_skips(vis_skips, ir_skips)
+            latent = self._fuse(clean)
             if blend is not None:
+                skips = self.networks.fuse_skips(vis_skips, ir_skips)
                 latent, skips = blend(latent, clean.vis), tuple(map(blend, skips, vis_skips))
-            pictures["fused"] = decode("fused", latent, skips)
+                pictures["fused"] = decode("fused", latent, skips)
+            else:
+                pictures["fused"] = decode("fused", latent, vis_skips, ir_skips)
         if "vis" in self.plan.outputs:
             pictures["vis"] = decode("vis", clean.vis, vis_skips)
         if "ir" in self.plan.outputs:
@@ -323,15 +328,25 @@ class Frame:
         )
         return latent
 
-    def _decode(self, latent: Array, skips: Skips) -> Array:
+    def _decode(self, latent: Array, *skips: Skips) -> Array:
+        """The image of a latent and its skips, or of those of both frames: what fuses them mixes no places."""
         if not self.tiles:
-            return self.networks.decode(latent, skips)
+            return self._decoded(latent, skips)
         rows, _ = self.grid
+        flat = tuple(itertools.chain.from_iterable(skips))
+
+        def of_tiles(part: Array, *part_skips: Array) -> tuple[Array, ...]:
+            each = len(part_skips) // len(skips)
+            of_frames = [part_skips[start : start + each] for start in range(0, len(part_skips), each)]
+            return (self._decoded(part, of_frames),)
+
         (image,) = self._of_all(
-            lambda tile: (tile.cut(latent, 1), *(tile.cut(skip, skip.shape[-2] // rows) for skip in skips)),
-            lambda part, *part_skips: (self.networks.decode(part, part_skips),),
+            lambda tile: (tile.cut(latent, 1), *(tile.cut(skip, skip.shape[-2] // rows) for skip in flat)), of_tiles
         )
         return image
+
+    def _decoded(self, latent: Array, skips: Sequence[Skips]) -> Array:
+        return self.networks.decode(latent, skips[0] if len(skips) == 1 else self.networks.fuse_skips(*skips))
 
 
 def padded(side: int) -> int:

@@ -22,8 +22,8 @@ class TilingConfig:
     """When and how to tile. Lengths in image pixels, multiples of 16 where they are used."""
 
     max_pixels: int = 1280 * 1024  # larger frames are tiled
-    tile: int = 640  # side of a tile at most; they are no larger than what covers a frame with this overlap
-    overlap: int = 64
+    tile: int = 768  # side of a tile at most; they are no larger than what covers a frame with this overlap
+    overlap: int = 48
 
     def __post_init__(self) -> None:
         if self.tile % 16 or self.overlap % 16 or not 0 < self.overlap <= self.tile // 2:

@@ -4,8 +4,8 @@ Runtimes for processors keep the channels of a frame in blocks, and every layer 
 copy all of it twice. So a block of ours is written in what does: convolutions, and products of equal shapes. A gate's
 halves are layers of their own, since nothing splits blocks, and what reads two tensors behind one another is two layers
 and their sum. A norm over channels is two 1x1 convolutions to one channel, for the mean and the mean square, and one
-back; its mean is taken out and its gain brought in by the weights of the convolution behind it, and the residual gains by
-those of the last one, whose sum with the input is then free.
+back; its mean is taken out and its gain brought in by the weights of the convolution behind it, and the residual gains
+by those of the last one, whose sum with the input is then free.
 
 Where all that reads and writes a stream of blocks is ours to write, its channels are turned (`turned`): the mean over
 them is the first, and the norm needs no convolution for it.
@@ -211,7 +211,7 @@ def _after_shuffles(model: ReCoFuse) -> set[int]:
 
 
 def _in_blocks(x: Tensor) -> Tensor:
-    """x itself: without a layer that makes blocks, sums and products with it have none."""
+    """The same: without a layer that makes blocks, sums and products with it have none."""
     return F.max_pool2d(x, 1)
 
 
