@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
-from recofuse_core.graphs.portable import portable_copy
+from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
 from recofuse_core.model import ReCoFuse, TorchNetworks, widen_range
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
@@ -101,7 +101,9 @@ class _Lift(_Of):
 
 class _Encode(_Of):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        latent, skips = self.model.autoencoder.encode(image)
+        autoencoder = self.model.autoencoder
+        takes_grey = isinstance(autoencoder, PortableAutoencoder) or image.shape[1] == 3
+        latent, skips = autoencoder.encode(image if takes_grey else image.expand(-1, 3, -1, -1))
         return latent, *skips
 
 
