@@ -138,7 +138,7 @@ class TimeTable(nn.Module):
             self.vectors = nn.Parameter(embedding(torch.arange(num_steps + 1)))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        return self.vectors[timesteps]
+        return F.embedding(timesteps, self.vectors)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

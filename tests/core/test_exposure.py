@@ -111,7 +111,7 @@ def test_a_lifted_veil_is_no_highlight() -> None:
     veiled = 0.5 + 0.5 * torch.rand(1, 1, 16, 16, generator=Generator().manual_seed(0)).repeat_interleave(4, 2)
     veiled = veiled.repeat_interleave(4, 3).expand(-1, 3, -1, -1)
     curves = ToneCurves(torch.full((1, 3, 1, 1), -0.5), torch.full((1, 3, 1, 1), 2.0), torch.ones(1, 3, 1, 1))
-    lighting = Lighting(curves, torch.zeros(1, 6, 2, 2, 2))
+    lighting = Lighting(curves, BilateralGrid(torch.zeros(1, 6, 2, 2, 2)))
     assert float(lighting.levels(veiled).max()) > 0.95
     assert torch.allclose(lighting(veiled), lighting.levels(veiled), atol=1e-4)
 
