@@ -460,7 +460,7 @@ class ToneCurves(NamedTuple):
         """(B, C, H, W) in [0, 1] to the same."""
         # The floor keeps the gradient of the power finite, and stays dark under any gamma.
         straight = ((image + self.shift) * self.gain).clamp(1e-5, 1.0)
-        if torch.compiler.is_compiling():  # other runtimes take powers one by one, at five times the cost
+        if torch.compiler.is_exporting():  # other runtimes take powers one by one, at five times the cost
             return (straight.log() * self.gamma).exp()
         return straight.pow(self.gamma)
 

@@ -127,7 +127,10 @@ def make_plan(
 
 
 class Networks(Canvas, Protocol):
-    """What a runtime computes. Images are float32 (B, 3, H, W) with sides that are multiples of `PADDING`."""
+    """What a runtime computes. Images are float32 (B, 3, H, W) with sides that are multiples of `PADDING`.
+
+    Where a runtime prepares infrared in one channel, its `encode` takes that for three equal ones.
+    """
 
     def encode(self, image: Array) -> tuple[Array, Skips]:
         """An image to its latent (B, C, H / 8, W / 8) and skips."""
@@ -139,7 +142,7 @@ class Networks(Canvas, Protocol):
         """The latent (B, C, h, w) of the fused image from both restored ones."""
 
     def fuse_skips(self, vis: Skips, ir: Skips) -> Skips:
-        """The skips of the fused image."""
+        """The skips of the fused image, each place by itself: tiles are fused one by one."""
 
     def decode(self, latent: Array, skips: Skips) -> Array:
         """A latent and its skips to an image, not clamped."""

@@ -36,7 +36,7 @@ def give_back_large_blocks() -> bool:
 
 
 def keep_freed_blocks() -> bool:
-    """Let this process keep `KEPT_BYTES` of what it has freed at the end of its heap, from its first block on.
+    """Let this process keep `KEPT_BYTES` of what it has freed at the end of each heap, from its first block on.
 
     For processes that compute, whose every batch would else get and clear the pages that the one before gave back.
     glibc comes to this by itself once a block of `LARGEST_KEPT_BYTES` was freed. False where it cannot be told.

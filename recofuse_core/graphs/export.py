@@ -102,8 +102,9 @@ class _Lift(_Of):
 class _Encode(_Of):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         autoencoder = self.model.autoencoder
-        takes_grey = isinstance(autoencoder, PortableAutoencoder) or image.shape[1] == 3
-        latent, skips = autoencoder.encode(image if takes_grey else image.expand(-1, 3, -1, -1))
+        if image.shape[1] == 1 and not isinstance(autoencoder, PortableAutoencoder):
+            image = image.expand(-1, 3, -1, -1)
+        latent, skips = autoencoder.encode(image)
         return latent, *skips
 
 

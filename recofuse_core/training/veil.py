@@ -96,7 +96,7 @@ class VeilSource:
         self.frames = frames
         self.clear = frames.pools[FrameKind.KEPT]
         self.foggy = frames.pools[FrameKind.FOG_PAIR]
-        self.nights = frames.pools[FrameKind.NIGHT] or self.clear
+        self.nights = frames.pools[FrameKind.NIGHT]
         self.scenes = frames.scenes
         self.photos = [Frame(photo, photo) for photo in frames.photos]
         self.others: list[list[Frame]] = [pool for pool in (self.scenes, self.clear) if pool]
@@ -123,7 +123,7 @@ class VeilSource:
             case VeilKind.GREY_FOG:
                 through = (-FOG_DENSITY.draw(generator) * scene_depth(clear, generator)).exp()
                 given = haze(clear, uneven_airlight(side, generator), through)
-                if float(clear.mean()) > DAY_MEAN[0]:
+                if float(luma(clear[None]).mean()) > DAY_MEAN[0]:
                     clear = _kept_bright(given[None], clear[None], _ramp(-through, -UNSEEN[1], -UNSEEN[0]))[0]
                 if _chance(DUSK_PROBABILITY, generator):
                     given, clear = _exposed(given, clear, DUSK_GAMMA, DUSK_GAIN, generator)
@@ -160,7 +160,7 @@ class VeilSource:
         if kind is VeilKind.FOG_PAIR:
             return self.foggy
         is_grey = kind is VeilKind.GREY_FOG
-        if _chance(GREY_NIGHT_PROBABILITY if is_grey else NIGHT_PROBABILITY, generator):
+        if self.nights and _chance(GREY_NIGHT_PROBABILITY if is_grey else NIGHT_PROBABILITY, generator):
             return self.nights
         if is_grey and self.photos and _chance(PHOTO_PROBABILITY, generator):
             return self.photos
@@ -219,9 +219,11 @@ class VeilSamples:
             if model.exposure is not None and _chance(LIT_PROBABILITY, generator):
                 frames, wanted = model.light(frames), model.light(wanted)
             toned = model.normalise(frames)
-            target = _halved(toned.vis if kind is VeilKind.NONE else wanted.vis, estimator)
             cells = estimator.average(*toned)
-            squared = (F.avg_pool2d(cells[:, :3], 2) - target).square().mean(dim=(1, 2, 3))
+            seen = F.avg_pool2d(cells[:, :3], 2)
+            is_none = kind is VeilKind.NONE
+            target = seen if is_none else F.adaptive_avg_pool2d(wanted.vis, estimator.config.cells // 2)
+            squared = (seen - target).square().mean(dim=(1, 2, 3))
             rows.append((cells.half(), target.half(), squared))
         return cls(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
@@ -232,10 +234,6 @@ class VeilSamples:
     def flipped(self) -> "VeilSamples":
         """The mirror images."""
         return VeilSamples(self.cells.flip(-1), self.clear.flip(-1), self.squared)
-
-
-def _halved(vis: Tensor, estimator: VeilEstimator) -> Tensor:
-    return F.adaptive_avg_pool2d(vis, estimator.config.cells // 2)
 
 
 TOO_DARK = 1.4  # what an error weighs where a place comes out too dark

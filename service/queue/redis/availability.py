@@ -31,7 +31,7 @@ _AWAY = (
     OSError,
 )
 _AWAY_WORDS = ("NOGROUP", "UNBLOCKED", "LOADING", "MASTERDOWN", "NOREPLICAS", "MISCONF", "BUSY")
-_FULL_WITHIN_SCRIPT = ": -OOM "  # how Redis 6 words what a script met
+_WITHIN_SCRIPT = {": -OOM ": exceptions.OutOfMemoryError, ": -READONLY ": exceptions.ReadOnlyError}  # by Redis 6
 
 
 @contextlib.contextmanager
@@ -44,9 +44,9 @@ def reaching() -> Iterator[None]:
     except exceptions.ResponseError as error:
         if str(error).startswith(_AWAY_WORDS):
             raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from _without_frames(error)
-        if _FULL_WITHIN_SCRIPT in str(error):
-            full = exceptions.OutOfMemoryError(str(error))
-            raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from full
+        for words, kind in _WITHIN_SCRIPT.items():
+            if words in str(error):
+                raise UnavailableError("the queue cannot be reached", retry_after_s=1.0) from kind(str(error))
         raise
 
 

@@ -352,6 +352,7 @@ class RedisQueue:
         return asyncio.get_running_loop().time() - drained_s < self._block_s
 
     async def _look_for(self, worker_id: str, max_jobs: int) -> list[Row]:
+        self._drained_s.pop(worker_id, None)
         starvation_ms = to_ms(self._settings.starvation_s)
         rows = rows_of(await self._transitions.call("take", worker_id, max_jobs, starvation_ms))
         if 0 < len(rows) < max_jobs:

@@ -240,6 +240,7 @@ function commands.submit(id, class, header, created, deadline, size, ttl, payloa
     call('UNLINK', payload)
     return {'full', whole(bytes) .. ' bytes'}
   end
+  lengths[class] = nil
   local entry
   if beside ~= '0' then
     entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header, 'beside', beside)
@@ -248,7 +249,6 @@ function commands.submit(id, class, header, created, deadline, size, ttl, payloa
   else
     entry = call('XADD', stream_of(class), '*', 'id', id, 'deadline', deadline, 'header', header)
   end
-  lengths[class] = nil
   call('HSET', key('job', id), 'class', class, 'entry', entry, 'created', created, 'deadline', deadline,
     'size', size, 'ttl', ttl, 'keep', keep, 'waiters', inbox)
   if idem ~= '' then
@@ -453,14 +453,17 @@ function commands.dead_letter(id)
 end
 
 -- How many words there are, and all of them as one string, each behind its length. Of each command these are: how many
--- it is, its name, and what it takes. Answers all their answers. One that fails changes nothing for the others, as if
--- each were a run of its own.
+-- it is, its name, and what it takes. Answers all their answers. One that fails changes nothing for the others, but where
+-- the server takes no writes: that is the answer to all, since a client must see it to look for another server.
 function commands.several(count, packed)
   local words, answers, at = {struct.unpack(string.rep('<I4c0', count), packed)}, {}, 1
   while at <= tonumber(count) do
     local last = at + words[at]
     local is_done, answer = pcall(commands[words[at + 1]], unpack(words, at + 2, last))
-    if not is_done and type(answer) ~= 'table' then answer = {err = answer} end
+    if not is_done then
+      if type(answer) ~= 'table' then answer = {err = answer} end
+      if string.find(answer.err, 'READONLY', 1, true) then return answer end
+    end
     answers[#answers + 1] = answer
     at = last + 1
   end

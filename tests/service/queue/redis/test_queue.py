@@ -307,3 +307,16 @@ async def test_gone_workers_leave_no_consumers(server: RedisServer, ttl_s: float
         await take_one(queue)  # the name may be used again
         assert [known.id for known in await queue.workers()] == ["w1"]
         assert sum(await pending()) == 1
+
+
+async def test_a_server_that_takes_no_writes_is_away_for_all_who_ask_together(server: RedisServer) -> None:
+    async with opened(server) as queue:
+        jobs = [fresh() for _ in range(3)]
+        await queue.submit(jobs[0])
+        assert server.command("REPLICAOF", "127.0.0.1", "1") == b"+OK\r\n"
+        try:
+            joined = [queue.cancel(jobs[0].id), *(queue.submit(job) for job in jobs[1:])]
+            answers = await asyncio.gather(*joined, return_exceptions=True)
+        finally:
+            assert server.command("REPLICAOF", "NO", "ONE") == b"+OK\r\n"
+        assert [type(answer) for answer in answers] == [UnavailableError] * 3
