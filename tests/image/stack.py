@@ -72,7 +72,8 @@ class Stack:
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()), "utf-8")
         for name, volume in compose_file()["volumes"].items():
             podman.attempt("volume", "rm", "--force", name)  # of a run whose storage was kept
-            podman("volume", "create", *volume_options(volume or {}), name)
+            if volume:  # a plain one comes with the first container, whose user it is given to
+                podman("volume", "create", *volume_options(volume), name)
         for name, network in compose_file()["networks"].items():
             podman("network", "create", *(["--internal"] if (network or {}).get("internal") else []), f"{PREFIX}{name}")
 
