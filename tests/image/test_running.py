@@ -30,7 +30,7 @@ from tests.deploy.compose import readme_command
 from tests.fakes import file_of, pair, picture
 from tests.image import pods
 from tests.image.conftest import SETTINGS, Images, Note
-from tests.image.podman import Podman
+from tests.image.podman import Podman, PodmanError
 from tests.image.stack import BACK, Stack, wait_until
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3000)]
@@ -50,7 +50,7 @@ Send = Callable[[str, str], tuple[int, Counter[str]]]
 @pytest.fixture(scope="module")
 def key(stack: Stack) -> str:
     """As README has it created."""
-    return stack.podman.exec("api-1", "recofuse", *readme_command("docker compose exec -T api recofuse "))
+    return created_key(stack, *readme_command("docker compose exec -T api recofuse "))
 
 
 @pytest.fixture
@@ -83,6 +83,21 @@ def fuse(address: str, key: str, files: dict[str, bytes]) -> httpx.Response:
     """At a front end, without the proxy."""
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.post(f"http://{address}:8000/v1/fuse", files=files, headers=headers, timeout=ANSWER_S, trust_env=False)
+
+
+def created_key(stack: Stack, *command: str) -> str:
+    """What `recofuse keys create` in a front end writes; asked again for as long as Redis cannot be reached."""
+    made: list[str] = []
+
+    def is_made() -> bool:
+        done = stack.podman.attempt("exec", "api-1", "recofuse", *command)
+        if done.returncode and "at the moment" not in done.stderr:
+            raise PodmanError(done.stderr)
+        made.append(done.stdout.strip())
+        return not done.returncode
+
+    wait_until(is_made, "made a key")
+    return made[-1]
 
 
 def metric(address: str, port: int, name: str) -> float:
@@ -142,7 +157,7 @@ def test_strangers_see_the_page_alone(door: httpx.Client) -> None:
 
 
 def test_a_revoked_key_is_refused_by_every_front_end(stack: Stack) -> None:
-    lent = stack.podman.exec("api-1", "recofuse", "keys", "create", "lent")
+    lent = created_key(stack, "keys", "create", "lent")
     addresses = [stack.address(name) for name in ("api-1", "api-2")]
     assert [fuse(address, lent, FILES).status_code for address in addresses] == [200, 200]
     stack.podman.exec("api-2", "recofuse", "keys", "revoke", lent.split("_")[1])
