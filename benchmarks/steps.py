@@ -223,7 +223,12 @@ def _of_pair(
     for setting in settings:
         runtime = runtimes["float32" if setting.precision == "float32" else "auto"]
         output = runtime.fuse(
-            to_float(vis)[None], to_float(ir)[None], steps=setting.steps, sampler=setting.sampler, seeds=seed
+            to_float(vis)[None],
+            to_float(ir)[None],
+            steps=setting.steps,
+            sampler=setting.sampler,
+            seeds=seed,
+            exposure="as_shot",
         )
         if output.fused is None or output.vis is None or output.ir is None:
             raise RuntimeError("a run without all three pictures")

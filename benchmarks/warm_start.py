@@ -135,6 +135,7 @@ def _row(model: ReCoFuse, setting: Setting, scenes: list[tuple[list[Scene], list
                     steps=steps,
                     previous=results[-1].latents if results and setting.is_warm else None,
                     start=setting.start if results else None,
+                    exposure="as_shot",
                 )
             )
             if len(results) > 1:

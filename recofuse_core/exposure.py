@@ -50,8 +50,9 @@ class Lighting(NamedTuple):
     grid: BilateralGrid
 
     def __call__(self, vis: Tensor) -> Tensor:
-        """Whole visible frames (B, 3, H, W) in [0, 1] to the same, highlights kept apart and shadows' colour calm."""
-        return calm_colour(vis, self._hold_highlights(vis, self.levels(vis)))
+        """Whole visible frames (B, 3, H, W) in [0, 1] to the same: blacks grey, highlights kept apart, colour calm."""
+        grey = vis - self._tint(vis)
+        return calm_colour(vis, self._hold_highlights(vis, self.levels(grey)))
 
     def levels(self, vis: Tensor) -> Tensor:
         """The bare curves and grid, a place by itself: (B, 3, H, W) in [0, 1] to the same."""
@@ -60,6 +61,24 @@ class Lighting(NamedTuple):
     def at_cells(self, cells: Tensor) -> Tensor:
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
         return self.grid.at_cells(self.curves(cells))
+
+    def _tint(self, vis: Tensor) -> Tensor:
+        """By how much the blacks of frames (B, 3, H, W) differ from grey, (B, 3, 1, 1): nothing if they are not lifted.
+
+        The black of a camera at night is a few levels of green, which lighting would make a green sky and green
+        shadows. Blacks of another colour are those of a warm room or of a dusk, and keep it. The colour is a mean over
+        the darkest places.
+        """
+        places = F.avg_pool2d(_blocks(vis), BLOCK, ceil_mode=True, count_include_pad=False)
+        y = luma(places)
+        share = ((y.amin(dim=(2, 3), keepdim=True) - y) / BLACK_RANGE).exp()
+        share = share / share.sum(dim=(2, 3), keepdim=True)
+        black = (share * places).sum(dim=(2, 3), keepdim=True)
+        stops = (share * _stops(places, self.levels(places))).sum(dim=(2, 3), keepdim=True)
+        red, green, blue = black.chunk(3, dim=1)
+        is_green = ((green - torch.maximum(red, blue)) / GREEN).clamp(0.0, 1.0)
+        is_lifted = ((stops - 0.7) / 0.6).clamp(0.0, 1.0)
+        return (black - luma(black)).clamp(-TINT, TINT) * (TINT_TAKEN * is_green * is_lifted)
 
     def _hold_highlights(self, vis: Tensor, lit: Tensor) -> Tensor:
         """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
@@ -171,6 +190,10 @@ class ExposureEstimator(nn.Module):
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise
+BLACK_RANGE = 0.006  # of luma, above the darkest block: what counts as black
+TINT = 0.02  # the most that blacks are taken to differ from grey: more is a colour
+TINT_TAKEN = 0.85  # of it
+GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 

@@ -114,7 +114,7 @@ PRESETS = {
         weather=WeatherConfig(),
         veil=VeilConfig(),
         sampler="ode2",
-        steps=2,
+        steps=1,
         widening=0.4,
     ),
 }
@@ -253,7 +253,7 @@ class ReCoFuse(nn.Module):
         coupled: bool = True,
         tiling: TilingConfig | None = None,
         start: int | None = None,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
     ) -> FusionPlan:
         """Check a request and fill in the model's defaults.
 
@@ -288,7 +288,7 @@ class ReCoFuse(nn.Module):
         tiling: TilingConfig | None = None,
         previous: Pair | None = None,
         start: int | None = None,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
     ) -> FusionOutput:
         """Restore and fuse registered pairs.
 
@@ -297,9 +297,9 @@ class ReCoFuse(nn.Module):
         Only `outputs` are decoded. `coupled=False` keeps TIM out of the sampling loop (for ablations). Frames above
         `tiling.max_pixels` are worked on in blended tiles. `start` begins the reverse process at an earlier step than
         T, from the degraded latents noised to it or, if `previous` is given, from those (the `latents` of the frame
-        before); docs/decisions/0009 says what that brings. `exposure` is the rendition: "as_shot" keeps how dark a
-        scene came, "lit" makes a well exposed photograph of the visible frame first, and lifts what veils it
-        (docs/decisions/0015).
+        before); docs/decisions/0009 says what that brings. `exposure` is the rendition: "lit" makes a well exposed
+        photograph of the visible frame first, and is the default of weights that can; "as_shot" keeps how dark a scene
+        came (docs/decisions/0015, 0038).
         Raises ShapeError for wrong tensors, ConfigError for unknown names or steps, NumericsError for a result that is
         not finite.
         """

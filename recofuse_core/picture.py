@@ -109,12 +109,14 @@ def make_plan(
     coupled: bool = True,
     tiling: TilingConfig | None = None,
     start: int | None = None,
-    exposure: Exposure = "as_shot",
+    exposure: Exposure | None = None,
 ) -> FusionPlan:
-    """Check a request and fill in the model's defaults.
+    """Check a request and fill in the model's defaults: "lit" where the weights can give it, else "as_shot".
 
     Raises ConfigError for unknown names or steps, and for a rendition that the weights cannot give.
     """
+    if exposure is None:
+        exposure = "lit" if defaults.can_light else "as_shot"
     require_exposure(exposure)
     if exposure == "lit" and not defaults.can_light:
         raise cannot_light(info)

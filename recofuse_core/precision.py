@@ -148,7 +148,7 @@ def measure(
 def _pictures(model: ReCoFuse, size: tuple[int, int]) -> list[Tensor]:
     device = next(model.parameters()).device
     vis, ir = trial_frames(size)
-    plan = model.plan(steps=min(TRIAL_STEPS, model.config.steps))
+    plan = model.plan(steps=min(TRIAL_STEPS, model.config.steps), exposure="as_shot")
     draw = noise_like([0] * len(vis), torch.empty(model.latent_shape(len(vis), *size), device=device))
     output, is_finite = model.run(vis.to(device), ir.to(device), plan, draw)
     if not bool(is_finite):

@@ -154,7 +154,7 @@ class Runtime:
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         coupled: bool = True,
         tiling: TilingConfig | None = None,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
         overlap: Levels | Sequence[Levels] | None = None,
     ) -> FusionOutput:
         """See `ReCoFuse.fuse`. The images may lie on the host or on the device; the result lies where they do.
@@ -177,7 +177,7 @@ class Runtime:
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         coupled: bool = True,
         tiling: TilingConfig | None = None,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
         overlap: Levels | Sequence[Levels] | None = None,
     ) -> Pending:
         """`fuse`, without waiting for the result where the run is recorded: the next batch can be submitted meanwhile.
@@ -198,7 +198,7 @@ class Runtime:
         sampler: SamplerName | None = None,
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         levels: bool = False,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
         later: bool = False,
     ) -> None:
         """Make runs of shapes (B, H, W) ready, so that the first request is no slower than the others.

@@ -144,7 +144,7 @@ class GraphRuntime:
         sampler: SamplerName | None = None,
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         tiling: TilingConfig | None = None,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
     ) -> FusionPlan:
         """Check a request and fill in the model's defaults. Raises ConfigError, as `ReCoFuse.plan` does."""
         facts = self.facts
@@ -169,7 +169,7 @@ class GraphRuntime:
         seeds: int | Sequence[int] = 0,
         outputs: Collection[OutputName] = ALL_OUTPUTS,
         tiling: TilingConfig | None = None,
-        exposure: Exposure = "as_shot",
+        exposure: Exposure | None = None,
         overlap: NDArray[np.uint8] | None = None,
     ) -> FusionOutput:
         """See `ReCoFuse.fuse`; images and results are numpy arrays: vis (B, 3, H, W), ir (B, 1, H, W).

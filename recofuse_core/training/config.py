@@ -76,6 +76,7 @@ class StageConfig:
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
     num_frames: int = 18_000  # weather_odds, exposure, tone, veil: degraded frames that are drawn once and kept
     lit_probability: float = 0.0  # coupled: of a pair that comes lit, from the frames of the exposure stage
+    weather_probability: float = 0.0  # coupled, with lit pairs: of another pair in rain, snow or fog
     swap_probability: float = 0.0  # exposure, tone: of meeting the infrared frame of another pair
     spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat
 

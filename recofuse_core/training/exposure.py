@@ -13,7 +13,7 @@ kept, so that a step costs little. All randomness comes from the `torch.Generato
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -215,12 +215,14 @@ class FrameSource:
         given, lit, ir, kind = self.scene(side, generator)
         return sensed(given, generator), lit, ir, kind
 
-    def scene(self, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, FrameKind]:
+    def scene(
+        self, side: int, generator: Generator, shares: Mapping[FrameKind, float] = SHARES, crop: Range = CROP
+    ) -> tuple[Tensor, Tensor, Tensor, FrameKind]:
         """The same before a sensor saw it: without noise that was not there, neither clipped nor rounded."""
-        weights = torch.tensor([SHARES[kind] for kind in self.kinds])
+        weights = torch.tensor([shares[kind] for kind in self.kinds])
         kind = self.kinds[int(torch.multinomial(weights, 1, generator=generator))]
         pool = self.pools[kind]
-        given, lit, ir = self.cut(pool[_index(len(pool), generator)], side, generator)
+        given, lit, ir = self.cut(pool[_index(len(pool), generator)], side, generator, crop)
         match kind:
             case FrameKind.DARK_PAIR:
                 if _chance(0.45, generator):

@@ -20,9 +20,9 @@ from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import Skips
 from recofuse_core.sampler import Pair, clean_latents
 from recofuse_core.training.config import StageConfig, StageName, TrainConfig
+from recofuse_core.training.delivered import DeliveredSource
 from recofuse_core.training.exposure import FrameSource, LightSamples, lighting_loss
 from recofuse_core.training.latents import Encoded, LatentSource
-from recofuse_core.training.lit import LitSource
 from recofuse_core.training.objectives import (
     autoencoder_loss,
     encode_pair,
@@ -208,11 +208,18 @@ class Trainer:
             estimator.calibrate(self.light_samples.features)
             self.average = WeightAverage(self.model, self.config.ema_decay)
 
-    def _lit_source(self, pairs: PairSource) -> LitSource:
-        """Pairs of which some come lit by the estimator as it is."""
+    def _delivered_source(self, pairs: PairSource) -> DeliveredSource:
+        """Pairs as the estimators deliver them, of which some come lit and some in weather."""
         if self.model.exposure is None or self.frames is None:
             raise ConfigError("lit pairs need an exposure estimator, and frames from pairs and from data.references")
-        return LitSource(pairs, self.frames, self.model.exposure, self.stage.lit_probability)
+        return DeliveredSource(
+            pairs,
+            self.frames,
+            self.model,
+            self.model.exposure,
+            lit_probability=self.stage.lit_probability,
+            weather_probability=self.stage.weather_probability,
+        )
 
     def _weather_source(self, probability: float | None = None) -> WeatherSource:
         """Frames of which some, or a share of `probability`, have weather in front of them."""
@@ -294,15 +301,17 @@ class Trainer:
                 raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
             with self._autocast():
                 return self._marginal_update(self.source.draw(stage.batch_size, self.generator).to(self.device))
-        source = self._lit_source(self.source) if stage.lit_probability else self.source
+        source = self._delivered_source(self.source) if stage.lit_probability else self.source
         batch = source.draw(stage.batch_size, stage.crop, self.generator).to(self.device)
         if stage.name == "autoencoder":
             with self._autocast():
                 terms = autoencoder_loss(self.model, batch, stage)
             self._descend(_sum(terms), self.parameters)
             return _reported(terms)
-        with torch.no_grad():
-            degraded = self.model.normalise(batch.degraded, batch.frame)
+        degraded = batch.degraded
+        if isinstance(source, PairSource):
+            with torch.no_grad():
+                degraded = self.model.normalise(degraded, batch.frame)
         with self._autocast():
             clean, _, _ = encode_pair(self.model, batch.clean)
             mu, vis_skips, ir_skips = encode_pair(self.model, degraded)

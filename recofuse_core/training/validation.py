@@ -50,7 +50,7 @@ class Validation:
         rows: list[Tensor] = []
         for clean, degraded in self.items:
             device = next(model.parameters()).device
-            output = model.fuse(degraded.vis.to(device), degraded.ir.to(device))
+            output = model.fuse(degraded.vis.to(device), degraded.ir.to(device), exposure="as_shot")
             if output.vis is None or output.ir is None or output.fused is None:
                 raise NumericsError("the model left an output out")
             sums["vis_degraded"] += float(psnr(degraded.vis[0], clean.vis[0]))

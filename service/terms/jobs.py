@@ -146,7 +146,7 @@ OVERLAYS: tuple[Colour, ...] = ("white_hot", "iron", "rainbow")
 Align = Literal["rig", "refine"]
 
 # What requests that name none get, of weights that offer it. To change it, change it here alone.
-DEFAULT_EXPOSURE: Exposure = "as_shot"
+DEFAULT_EXPOSURE: Exposure = "lit"
 
 # What was read of an infrared file: the counts or temperatures embedded in a thermal camera's JPEG, a false-colour
 # picture turned back into intensity, or its grey values.

@@ -131,6 +131,28 @@ def test_colour_noise_of_lifted_shadows_goes_and_their_luma_and_the_lamps_colour
     assert torch.allclose(lit[lamp], levels[lamp], atol=0.06)
 
 
+def test_blacks_that_are_lifted_come_out_grey() -> None:
+    """A camera's black is a level or two of some colour, which lighting would make a green night."""
+    black = torch.tensor([3.0, 8.0, 3.0]).view(3, 1, 1) / 255
+    night = black.expand(3, 96, 128).clone()
+    night[:, 60:, 40:90] = torch.tensor([0.10, 0.16, 0.07]).view(3, 1, 1)  # grass under a lamp
+    lit = lit_by(4.0)(night[None])[0]
+    before, after = (4 * night - luma(4 * night[None])[0], lit - luma(lit[None])[0])
+    assert float(after[:, :40].abs().max()) < 0.3 * float(before[:, :40].abs().max())
+    assert float(after[1, 70:90, 50:80].mean()) > 0.6 * float(before[1, 70:90, 50:80].mean())  # and stays green
+
+
+@pytest.mark.parametrize(("gain", "black"), [(1.0, (3.0, 8.0, 3.0)), (4.0, (8.0, 5.0, 2.0))])
+def test_blacks_that_are_not_lifted_or_not_green_keep_their_colour(gain: float, black: tuple[float, ...]) -> None:
+    frame = torch.tensor(black).view(3, 1, 1).expand(3, 96, 128).clone() / 255
+    frame[:, 48:] = 0.2
+    lighting = lit_by(gain)
+    lit, levels = lighting(frame[None])[0], lighting.levels(frame[None])[0]
+    assert torch.allclose(
+        lit[:, :40] - luma(lit[None, :, :40])[0], levels[:, :40] - luma(levels[None, :, :40])[0], atol=0.01
+    )
+
+
 def test_a_coat_in_the_shadow_keeps_its_colour_and_does_not_stain_the_street() -> None:
     vis = 0.04 + 0.004 * torch.randn(1, 3, 96, 96, generator=Generator().manual_seed(0))
     vis[..., 40:64, 44:56] = torch.tensor([0.09, 0.02, 0.02]).view(3, 1, 1)
@@ -160,7 +182,7 @@ def test_sizes_must_make_sense(values: dict[str, int]) -> None:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def test_as_shot_is_the_default_and_what_a_model_without_an_estimator_gives() -> None:
+def test_as_shot_is_what_a_model_without_an_estimator_gives_and_lit_the_default_of_one_with_it() -> None:
     vis, ir = pairs(1, 64, 48)
     with_estimator = lit_model()
     without = tiny_model(GATED)
@@ -168,8 +190,11 @@ def test_as_shot_is_the_default_and_what_a_model_without_an_estimator_gives() ->
         {name: value for name, value in with_estimator.state_dict().items() if not name.startswith("exposure.")}
     )
     expected = images_of(without.fuse(vis, ir))
-    for output in (with_estimator.fuse(vis, ir), with_estimator.fuse(vis, ir, exposure="as_shot")):
-        assert all(torch.equal(a, b) for a, b in zip(images_of(output), expected, strict=True))
+    as_shot = with_estimator.fuse(vis, ir, exposure="as_shot")
+    assert all(torch.equal(a, b) for a, b in zip(images_of(as_shot), expected, strict=True))
+    default, lit = with_estimator.fuse(vis, ir), with_estimator.fuse(vis, ir, exposure="lit")
+    assert all(torch.equal(a, b) for a, b in zip(images_of(default), images_of(lit), strict=True))
+    assert not torch.equal(images_of(lit)[0], expected[0])
 
 
 def test_lit_is_the_rest_of_the_model_on_lit_frames() -> None:
@@ -178,7 +203,9 @@ def test_lit_is_the_rest_of_the_model_on_lit_frames() -> None:
     lit = model.light(Pair(vis, ir))
     assert torch.equal(lit.ir, ir)
     assert float((lit.vis - vis).abs().max()) > 0.02
-    assert largest_difference(model.fuse(vis, ir, exposure="lit"), model.fuse(lit.vis, lit.ir)) < 1e-6
+    assert (
+        largest_difference(model.fuse(vis, ir, exposure="lit"), model.fuse(lit.vis, lit.ir, exposure="as_shot")) < 1e-6
+    )
 
 
 def test_tiles_of_a_large_frame_share_its_lighting() -> None:
@@ -187,7 +214,7 @@ def test_tiles_of_a_large_frame_share_its_lighting() -> None:
     vis, ir = pairs(1, 128, 160)
     tiled = TilingConfig(tile=64, overlap=16, max_pixels=64 * 64)
     lit = model.light(Pair(vis, ir))
-    expected = model.fuse(lit.vis, lit.ir, tiling=tiled)
+    expected = model.fuse(lit.vis, lit.ir, tiling=tiled, exposure="as_shot")
     assert largest_difference(model.fuse(vis, ir, exposure="lit", tiling=tiled), expected) < 1e-6
 
 

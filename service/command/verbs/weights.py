@@ -166,7 +166,7 @@ def convert(
     if to is Form.ONNX:
         from recofuse_core.graphs.export import write_picture
 
-        wishes = {"steps": steps, "exposure": exposure or "as_shot", "outputs": outputs.split(",")}
+        wishes = {"steps": steps, "exposure": exposure, "outputs": outputs.split(",")}
         write_picture(weights, output, **wishes)
         out.print(f"wrote {output}: {output.stat().st_size:,} bytes", soft_wrap=True)
         return

@@ -11,9 +11,11 @@ from torch import Generator
 
 from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator
+from recofuse_core.model import PRESETS, ReCoFuse
+from recofuse_core.sampler import Pair
 from recofuse_core.training.config import DataConfig, TrainConfig
+from recofuse_core.training.delivered import DeliveredSource, without_noise
 from recofuse_core.training.exposure import Frame, FrameKind, FrameSource, References
-from recofuse_core.training.lit import LitSource
 from recofuse_core.training.pairs import PairSource
 from recofuse_core.training.trainer import Trainer
 from tests.core.training.small import CROP, scenes, stage
@@ -36,15 +38,23 @@ def frames_of(kind: FrameKind) -> FrameSource:
     return source
 
 
-def lit_source(kind: FrameKind) -> LitSource:
-    """Every pair lit, by a gain that does not depend on it."""
+class Bare(ReCoFuse):
+    """A model of which nothing stands before the encoder but what a test puts there."""
+
+    def __init__(self) -> None:
+        super().__init__(replace(PRESETS["compact"], tone=None, exposure=None, weather=None, veil=None))
+
+
+def source_of(kind: FrameKind, model: ReCoFuse | None = None, **shares: float) -> DeliveredSource:
+    """Every pair lit unless `shares` says otherwise, by a gain that does not depend on it."""
     estimator = ExposureEstimator(ExposureConfig(**SIZES))
     estimator.curve_head.bias.data[3:6] = math.log(GAIN)
-    return LitSource(PairSource(DataConfig(root="scenes"), scenes()), frames_of(kind), estimator, 1.0)
+    pairs = PairSource(DataConfig(root="scenes", clean_probability=1.0), scenes())
+    return DeliveredSource(pairs, frames_of(kind), model or Bare(), estimator, **({"lit_probability": 1.0} | shares))
 
 
 def test_a_nights_target_is_the_lit_night_without_noise_or_weather() -> None:
-    source, generator = lit_source(FrameKind.NIGHT), Generator().manual_seed(0)
+    source, generator = source_of(FrameKind.NIGHT), Generator().manual_seed(0)
     frames = [source.lit_frame(SIDE, generator) for _ in range(24)]
     for frame in frames:
         assert float(frame.vis.flatten(1).std(dim=1).max()) < 1e-3
@@ -54,20 +64,47 @@ def test_a_nights_target_is_the_lit_night_without_noise_or_weather() -> None:
 
 
 def test_what_fog_hid_is_its_own_target() -> None:
-    source, generator = lit_source(FrameKind.FOG_PAIR), Generator().manual_seed(0)
+    source, generator = source_of(FrameKind.FOG_PAIR), Generator().manual_seed(0)
     for _ in range(8):
         frame = source.lit_frame(SIDE, generator)
         assert torch.allclose(frame.vis, torch.tensor(115 / 255), atol=1e-4)
 
 
 def test_pairs_come_lit_as_often_as_asked() -> None:
-    source = lit_source(FrameKind.NIGHT)
+    source = source_of(FrameKind.NIGHT)
     source.lit_probability = 0.25
     batch = source.draw(64, CROP, Generator().manual_seed(1))
     is_lit = batch.clean.vis.flatten(2).std(dim=2).amax(dim=1) < 1e-3  # generated scenes are never even
     assert 6 <= int(is_lit.sum()) <= 28  # within four deviations
     assert batch.clean.vis.shape == batch.clean.ir.shape == (64, 3, CROP, CROP)
     assert batch.frame.vis.shape[-1] == CROP  # the crop is larger than the cells, and no context was asked for
+
+
+def test_the_target_of_a_real_night_has_not_its_cameras_noise() -> None:
+    scene = torch.where(torch.arange(SIDE) < SIDE // 2, 0.03, 0.15).expand(3, SIDE, SIDE)
+    night = scene + 0.004 * torch.randn(3, SIDE, SIDE, generator=Generator().manual_seed(2))
+    calm = without_noise(night)
+    assert float((calm - scene).square().mean()) < 0.25 * float((night - scene).square().mean())
+    assert float((calm - scene).abs().max()) < 0.01  # at the edge, too
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_pairs_as_shot_come_in_weather_as_often_as_asked(probability: float) -> None:
+    source = source_of(FrameKind.NIGHT, lit_probability=0.0, weather_probability=probability)
+    frames = [source.frame(SIDE, Generator().manual_seed(seed)) for seed in range(6)]
+    assert [float((frame.degraded_vis - frame.vis).abs().mean()) > 1e-3 for frame in frames] == 6 * [probability == 1]
+
+
+def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weather goes first, then comes the lighting, then the tone curves, and the veil is lifted last."""
+    model = Bare()
+    monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
+    monkeypatch.setattr(model, "normalise", lambda images: images._replace(vis=images.vis + 0.2))
+    monkeypatch.setattr(model, "lift", lambda images: Pair(images.vis / 2, images.ir * 0))
+    source, generator = source_of(FrameKind.NIGHT, model), Generator().manual_seed(3)
+    for made, level in ((source.lit_frame(SIDE, generator), GAIN * 0.1), (source.frame(SIDE, generator), 0.1)):
+        torch.testing.assert_close(made.degraded_vis, torch.full((3, SIDE, SIDE), (level + 0.2) / 2))
+        assert float(made.degraded_ir.abs().max()) == 0
 
 
 def trainer(frames: FrameSource | None) -> Trainer:
