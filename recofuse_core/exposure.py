@@ -69,7 +69,7 @@ class Lighting(NamedTuple):
         shadows. Blacks of another colour are those of a warm room or of a dusk, and keep it. The colour is a mean over
         the darkest places.
         """
-        places = F.avg_pool2d(_blocks(vis), BLOCK, ceil_mode=True, count_include_pad=False)
+        places = _box(_blocks(vis), 2)
         y = luma(places)
         share = ((y.amin(dim=(2, 3), keepdim=True) - y) / BLACK_RANGE).exp()
         share = share / share.sum(dim=(2, 3), keepdim=True)
