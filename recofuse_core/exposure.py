@@ -193,6 +193,7 @@ DARK = 0.02  # added where ratios are taken: below it levels are noise
 BLACK_RANGE = 0.006  # of luma, above the darkest block: what counts as black
 TINT = 0.02  # the most that blacks are taken to differ from grey: more is a colour
 TINT_TAKEN = 0.85  # of it
+GREY = (0.001, 0.004)  # mean colour in shares of the mean luma: up to where a frame is grey, and from where it is not
 GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
@@ -218,9 +219,10 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
     left_over = (small_colour - slope * small_luma - offset).abs()
     noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
     is_colour = ((left_over.amax(dim=1, keepdim=True) / noise - 2) / 2).clamp(0.0, 1.0)
-    stops = _stops(_blocks(vis), small)
+    before = _blocks(vis)
+    stops = _stops(before, small)
     smoothed = ((stops - 0.7) / 1.2).clamp(0.0, 1.0) * (1 - is_colour)
-    kept = 1 / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
+    kept = _coloured(before) / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
     line = [slope * smoothed * kept, offset * smoothed * kept, kept * (1 - smoothed)]
     drawn = _stretched(torch.cat(line, dim=1), lit)
@@ -232,6 +234,13 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
 def _stops(before: Tensor, after: Tensor) -> Tensor:
     """By how many doublings the luma of frames (B, 3, H, W) rose, 0 or more: (B, 1, H, W)."""
     return (torch.log2(luma(after) + DARK) - torch.log2(luma(before) + DARK)).clamp_min(0)
+
+
+def _coloured(blocks: Tensor) -> Tensor:
+    """Whether averaged frames (B, 3, h, w) have any colour, 0 to 1, (B, 1, 1, 1): grey ones would get a tint."""
+    y = luma(blocks)
+    colour = (blocks - y).abs().mean(dim=(1, 2, 3), keepdim=True) / (y.mean(dim=(1, 2, 3), keepdim=True) + 0.005)
+    return ((colour - GREY[0]) / (GREY[1] - GREY[0])).clamp(0.0, 1.0)
 
 
 def _blocks(frame: Tensor) -> Tensor:

@@ -142,6 +142,17 @@ def test_blacks_that_are_lifted_come_out_grey() -> None:
     assert float(after[1, 70:90, 50:80].mean()) > 0.6 * float(before[1, 70:90, 50:80].mean())  # and stays green
 
 
+def test_a_grey_frame_is_lit_grey_and_a_pale_one_keeps_its_colour() -> None:
+    curves = ToneCurves(torch.zeros(1, 3, 1, 1), torch.tensor([3.0, 3.5, 3.0]).view(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    lighting = Lighting(curves, BilateralGrid(torch.zeros(1, 6, 2, 2, 2)))
+    grey = torch.linspace(0.02, 0.25, 128).expand(1, 3, 96, 128)
+    lit = lighting(grey)
+    assert float((lighting.levels(grey) - luma(lighting.levels(grey))).abs().max()) > 0.03
+    assert float((lit - luma(lit)).abs().max()) < 1e-5
+    pale = grey * torch.tensor([1.01, 1.0, 0.99]).view(1, 3, 1, 1)
+    assert float((lighting(pale) - luma(lighting(pale))).abs().max()) > 0.02
+
+
 @pytest.mark.parametrize(("gain", "black"), [(1.0, (3.0, 8.0, 3.0)), (4.0, (8.0, 5.0, 2.0))])
 def test_blacks_that_are_not_lifted_or_not_green_keep_their_colour(gain: float, black: tuple[float, ...]) -> None:
     frame = torch.tensor(black).view(3, 1, 1).expand(3, 96, 128).clone() / 255
