@@ -28,6 +28,7 @@ DEVICE = torch.device("meta")
 # The device's answer is needed before the host can go on.
 WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"})
 COPIES = frozenset({"_to_copy", "copy_"})
+WHOLE = frozenset({"scaled_dot_product_attention", "upsample_bilinear2d"})  # one kernel on a GPU, but not here
 KERNELS = {"native_group_norm": 3, "sort": 4, "baddbmm": 2, "constant_pad_nd": 2}
 FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 SHUFFLES = frozenset({"pixel_shuffle", "pixel_unshuffle"})  # a GPU writes their results plane by plane
@@ -113,7 +114,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """See TorchDispatchMode."""
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if name != "scaled_dot_product_attention" and _is_composite(func):
+        if name not in WHOLE and _is_composite(func):
             with self:  # in inference mode nothing has been taken apart yet
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -148,6 +149,10 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _computed(self, name: str, func: Any, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         if name == "scaled_dot_product_attention":  # one kernel where attention is fused, as it is on a GPU
             return torch.empty_like(args[0])
+        if name == "upsample_bilinear2d":
+            images, size = args[:2]
+            layout = suggest_memory_format(images)
+            return torch.empty(*images.shape[:2], *size, dtype=images.dtype, device=images.device, memory_format=layout)
         if name in WAITS and any(map(_is_on_device, leaves)):
             self.flags.append(f"{name}: the host waits for a value")
             return _some_value(name, args[0])

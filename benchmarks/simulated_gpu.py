@@ -91,7 +91,7 @@ def recorded(
     steps: int | None = None,
     outputs: Collection[OutputName] = ALL_OUTPUTS,
     tiling: TilingConfig | None = None,
-    exposure: Exposure = "as_shot",
+    exposure: Exposure | None = None,
     is_long: bool = False,
     is_partial: bool = False,
 ) -> SimulatedRecorder:

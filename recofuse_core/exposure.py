@@ -211,10 +211,12 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
     small = _blocks(lit)
     small_luma = luma(small)
     small_colour = small - small_luma
-    mean_luma, mean_colour = _box(small_luma, radius), _box(small_colour, radius)
-    covariance = _box(small_luma * small_colour, radius) - mean_luma * mean_colour
-    slope = covariance / (_box(small_luma.square(), radius) - mean_luma.square() + edge)
-    slope, offset = _box(slope, radius), _box(mean_colour - slope * mean_luma, radius)
+    parts = [small_luma, small_luma.square(), small_colour, small_luma * small_colour]
+    means = _box(torch.cat(parts, dim=1), radius)
+    mean_luma, mean_square, mean_colour, mean_product = means[:, :1], means[:, 1:2], means[:, 2:5], means[:, 5:]
+    slope = (mean_product - mean_luma * mean_colour) / (mean_square - mean_luma.square() + edge)
+    line = torch.cat([slope, mean_colour - slope * mean_luma], dim=1)
+    slope, offset = _box(line, radius).chunk(2, dim=1)
 
     left_over = (small_colour - slope * small_luma - offset).abs()
     noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
@@ -224,8 +226,8 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
     smoothed = ((stops - 0.7) / 1.2).clamp(0.0, 1.0) * (1 - is_colour)
     kept = _coloured(before) / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
-    line = [slope * smoothed * kept, offset * smoothed * kept, kept * (1 - smoothed)]
-    drawn = _stretched(torch.cat(line, dim=1), lit)
+    applied = [slope * smoothed * kept, offset * smoothed * kept, kept * (1 - smoothed)]
+    drawn = _stretched(torch.cat(applied, dim=1), lit)
     slope, offset, own = drawn[:, :3], drawn[:, 3:6], drawn[:, 6:]
     bare = luma(lit)
     return torch.addcmul(offset, slope + 1, bare).addcmul_(lit - bare, own).clamp_(0.0, 1.0)
