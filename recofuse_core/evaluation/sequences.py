@@ -25,7 +25,7 @@ from recofuse_core.evaluation.report import Figure, finite, mean_of, shown, tabl
 from recofuse_core.losses import luma
 from recofuse_core.picture import OutputName
 from recofuse_core.scenes.scene import moving_scene
-from recofuse_images import steady
+from recofuse_images import calm, steady
 from recofuse_images.steady import Memory
 
 STILL = 3.0  # levels that the smoothed clean frames may change where a scene stands still
@@ -145,16 +145,18 @@ def evaluate_sequences(
     settings: EvaluationSettings,
     *,
     is_steady: bool = True,
+    is_calm: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[SequenceScores]:
     """Score sequences one after the other.
 
     Every frame gets the same noise, and its levels are held to those before it if `is_steady`, as a stream's frames
-    are. Raises ConfigError for version 1, DatasetError for a sequence in which nothing stands still.
+    are; if `is_calm`, its pixels are averaged with theirs, as in a stream that has one frame at work. Raises
+    ConfigError for version 1, DatasetError for a sequence in which nothing stands still.
     """
     if settings.version < 2:
         raise ConfigError("version 1 of the protocol scores pairs alone")
-    return (_evaluate_sequence(model, sequence, settings, is_steady, device) for sequence in sequences)
+    return (_evaluate_sequence(model, sequence, settings, is_steady, is_calm, device) for sequence in sequences)
 
 
 class _Seen(NamedTuple):
@@ -169,6 +171,7 @@ def _evaluate_sequence(
     sequence: SequenceFrames,
     settings: EvaluationSettings,
     is_steady: bool,
+    is_calm: bool,
     device: torch.device | str,
 ) -> SequenceScores:
     changes: dict[OutputName, list[tuple[float, ...]]] = {part: [] for part in PARTS}
@@ -176,6 +179,7 @@ def _evaluate_sequence(
     rendition: Callable[[Tensor], Tensor] | None = None
     before: _Seen | None = None
     memory = Memory() if is_steady else None
+    history = b""
     for frame in sequence.frames():
         clean_vis, clean_ir = to_float(frame.clean_vis), to_float(frame.clean_ir)
         rendition = rendition or rendition_of(clean_vis, settings.exposure)  # one for all, so that it cannot flicker
@@ -191,6 +195,8 @@ def _evaluate_sequence(
         restored = {part: image_of(getattr(result, part), part) for part in PARTS}
         if memory is not None:
             restored = _held(memory, frame, restored)
+        if is_calm:
+            restored, history = _calmed(history, frame, restored)
         lit, given = rendition(clean_vis), (to_float(frame.vis), to_float(frame.ir))
         parts: dict[OutputName, tuple[Tensor, Tensor, Tensor]] = {
             "fused": (torch.maximum(lit, clean_ir), torch.maximum(*given), to_float(restored["fused"])),
@@ -225,6 +231,14 @@ def _held(memory: Memory, frame: Frame, restored: dict[OutputName, Tensor]) -> d
     return {part: torch.from_numpy(held[part]).permute(2, 0, 1) for part in restored}
 
 
+def _calmed(history: bytes, frame: Frame, restored: dict[OutputName, Tensor]) -> tuple[dict[OutputName, Tensor], bytes]:
+    """What a calm stream shows of a frame, and what the next one is averaged with."""
+    vis, ir = (image.permute(1, 2, 0).numpy() for image in (frame.vis, frame.ir))
+    pictures = {part: image.permute(1, 2, 0).numpy() for part, image in restored.items()}
+    shown, history = calm.calmed(pictures, calm.given(vis, ir[..., 0]), history)
+    return {part: torch.from_numpy(picture).permute(2, 0, 1) for part, picture in shown.items()}, history
+
+
 def still_places(before: Tensor, after: Tensor) -> Tensor:
     """Where two clean frames (C, H, W) in [0, 1] show a scene that stands still: (H, W) booleans."""
     move = F.avg_pool2d((after - before)[None], SMOOTHING, 1, SMOOTHING // 2, count_include_pad=False).abs()
@@ -251,6 +265,7 @@ class SequencesReport:
     weights: str
     version: str
     is_steady: bool = True
+    is_calm: bool = False
 
     def __post_init__(self) -> None:
         if not self.scores:
@@ -274,6 +289,7 @@ class SequencesReport:
             "seed": self.settings.seed,
             "exposure": self.settings.exposure,
             "steady": self.is_steady,
+            "calm": self.is_calm,
             "weights": self.weights,
             "weights_version": self.version,
             "vis_psnr_db": mean_of([score.vis_psnr_db for score in self.scores]),
@@ -309,7 +325,8 @@ class SequencesReport:
         settings, count = self.settings, sum(score.num_frames for score in self.scores)
         who = f"{self.weights} {self.version}"
         what = f"{len(self.scores)} sequences of {count} frames in all"
-        how = "" if self.is_steady else ", each frame alone"
+        how = ("" if self.is_steady else ", levels not held") + (", calm" if self.is_calm else "")
+        how = how if self.is_steady or self.is_calm else ", each frame alone"
         return f"{what}, protocol {settings.version}, {settings.exposure}, seed {settings.seed}, {who}{how}"
 
 

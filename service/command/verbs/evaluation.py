@@ -38,6 +38,9 @@ def evaluate(
     steady: Annotated[
         bool, typer.Option(help="Of sequences: levels held steady from frame to frame, as streams have them.")
     ] = True,
+    calm: Annotated[
+        bool, typer.Option("--calm", help="Of sequences: noise averaged away where nothing moves, as calm streams do.")
+    ] = False,
     strength: Annotated[
         str, typer.Option(help="Degradations put in: light, medium, strong; clean; given: the files have them already.")
     ] = "medium",
@@ -160,7 +163,7 @@ def evaluate(
     elif pictures is not None:
         report = _of_pictures(model, pictures, settings, references, thermal, limit, device, save)
     else:
-        report = _of_sequences(model, frames, streets, settings, steady, device)
+        report = _of_sequences(model, frames, streets, settings, steady, calm, device)
     texts |= {
         json_path: lambda: json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n",
         markdown: report.markdown,
@@ -256,6 +259,7 @@ def _of_sequences(
     streets: int,
     settings: EvaluationSettings,
     is_steady: bool,
+    is_calm: bool,
     device: str,
 ) -> _Report:
     from recofuse_core.evaluation.sequences import (
@@ -268,7 +272,7 @@ def _of_sequences(
     if model is None:
         raise InvalidInputError("flicker is of a model's pictures: weights cannot be none")
     sequences = generated_streets(streets, settings.seed) if folder is None else find_sequences(folder)
-    results = evaluate_sequences(model, sequences, settings, is_steady=is_steady, device=device)
+    results = evaluate_sequences(model, sequences, settings, is_steady=is_steady, is_calm=is_calm, device=device)
     with progress_bar() as progress:
         scores = tuple(progress.track(results, total=len(sequences), description="evaluating"))
-    return SequencesReport(scores, settings, model.info.name, model.info.version, is_steady)
+    return SequencesReport(scores, settings, model.info.name, model.info.version, is_steady, is_calm)

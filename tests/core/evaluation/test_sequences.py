@@ -92,6 +92,21 @@ def test_a_wandering_result_is_held_as_in_a_stream() -> None:
     assert "adding 1: change" in lines[1]
 
 
+def test_noise_is_averaged_away_as_in_a_calm_stream() -> None:
+    model = Scripted(brightened([0.0] * 24))
+    alone, calm = (
+        next(evaluate_sequences(model, [standing(12, noise=6)], SETTINGS, is_calm=is_calm)) for is_calm in (False, True)
+    )
+    for part in ("fused", "vis"):
+        assert calm.flicker[part].pixels < 0.4 * alone.flicker[part].pixels
+    assert calm.vis_psnr_db > alone.vis_psnr_db + 1.5
+    assert calm.flicker["ir"].pixels == 0
+    report = SequencesReport((calm,), SETTINGS, "adding", "1", is_calm=True)
+    assert "adding 1, calm: change" in report.line()
+    assert report.summary()["calm"] is True
+    assert ", levels not held, calm: change" in SequencesReport((calm,), SETTINGS, "a", "1", False, True).line()
+
+
 def test_the_input_and_the_clean_sequence_are_measured_beside_it() -> None:
     model = Scripted(brightened([0.0] * 4))
     scores = next(evaluate_sequences(model, [standing(4, noise=5)], SETTINGS))
