@@ -231,6 +231,7 @@ class Client(_Base):
         max_in_flight: int = 0,
         frame_timeout_s: float | None = None,
         steady: bool = True,
+        calm: bool = False,
         reconnect_s: float = 60.0,
         **options: Unpack[FusionOptions],
     ) -> FrameStream:
@@ -238,7 +239,9 @@ class Client(_Base):
 
         frames: pairs (vis, ir) or `Frame`s from any iterable, read in a thread of its own. mode: `all` gives every
         frame a result and slows the source down; `latest` drops what is stale. window, max_in_flight, frame_timeout_s,
-        steady, reconnect_s: see `recofuse_client.streams.options.StreamOptions`. Raises RouteNotFoundError, ValueError.
+        steady, calm, reconnect_s: see `recofuse_client.streams.options.StreamOptions`.
+
+        Raises RouteNotFoundError, ValueError.
         """
         values = {
             "mode": mode,
@@ -247,6 +250,7 @@ class Client(_Base):
             "max_in_flight": max_in_flight,
             "frame_timeout_s": frame_timeout_s,
             "steady": steady,
+            "calm": calm,
             "reconnect_s": reconnect_s,
         }
         chosen = self._stream_options(options, values)
@@ -355,6 +359,7 @@ class AsyncClient(_Base):
         max_in_flight: int = 0,
         frame_timeout_s: float | None = None,
         steady: bool = True,
+        calm: bool = False,
         reconnect_s: float = 60.0,
         **options: Unpack[FusionOptions],
     ) -> AsyncFrameStream:
@@ -366,6 +371,7 @@ class AsyncClient(_Base):
             "max_in_flight": max_in_flight,
             "frame_timeout_s": frame_timeout_s,
             "steady": steady,
+            "calm": calm,
             "reconnect_s": reconnect_s,
         }
         chosen = self._stream_options(options, values)

@@ -131,6 +131,7 @@ def run(
     mode: Mode,
     options: FusionOptions,
     steady: bool = True,
+    calm: bool = False,
     say: Callable[[LiveReport], None] = lambda report: None,
     warn: Callable[[str], None] = lambda warning: None,
     max_frames: int = 0,
@@ -143,7 +144,7 @@ def run(
     report, started_s, said_s = LiveReport(), 0.0, 0.0
     part = Part(options.get("output", "fused"))
     try:
-        with client.stream(frames, mode=mode, steady=steady, **options) as results:
+        with client.stream(frames, mode=mode, steady=steady, calm=calm, **options) as results:
             try:
                 for result in results:
                     now_s = time.monotonic()

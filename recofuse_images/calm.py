@@ -46,7 +46,6 @@ CHANGED = (0.8, 1.4)  # of what it may differ by: from where on a mean counts le
 FARTHEST = 1.2  # of that, too: how far what is shown may be from the frame at hand
 AROUND = 9  # px of the halved picture around what has changed that count as changed, so that no edge smears
 _UNIT = 16  # of a frame, as the number of frames travels
-_WHOLE = 255  # as a share is reckoned with
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,11 @@ def calmed(pictures: Mapping[Name, Levels], frame: Given, before: bytes) -> tupl
 
     before: the history of an earlier frame, or nothing. Raises ValueError for bytes that are none.
     """
-    if not pictures or min(*next(iter(pictures.values())).shape[:2]) < MIN_SIDE:
+    size = next((picture.shape[:2] for picture in pictures.values()), (0, 0))
+    if min(size) < MIN_SIDE or frame.planes[0].shape != _halved(*size):
         return dict(pictures), b""
     history = History.from_bytes(before, pictures) if before else None
-    if history is None or history.planes[0].shape != frame.planes[0].shape:
+    if history is None:
         ones = np.full(frame.planes[0].shape, _UNIT, np.uint8)
         return dict(pictures), History(frame.planes, ones, _named(pictures)).to_bytes()
     shown, after = _followed(pictures, frame, history)
@@ -170,7 +170,7 @@ def _change_of_given(frame: Given, means: tuple[Levels, Levels]) -> Floats:
         for side in WINDOWS:
             size = np.abs(cv2.blur(difference, (side, side)))
             white = max(noise, 0.3) / (2 * side) * 1.2  # the mean has some noise of its own
-            seen = 1.4826 * float(np.median(size[::2, ::2]))
+            seen = 1.4826 * float(np.median(size[::4, ::4]))
             deviation = max(MIN_DEVIATION, min(seen, COARSE * white))
             np.maximum(change, size / (deviation + steep * (3 / side)), out=change)
     low, high = SURE
@@ -193,21 +193,16 @@ def _change_of_picture(picture: Levels, mean: Levels) -> tuple[Levels, Floats]:
 
 
 def _mixed(picture: Levels, mean: Levels, bound: Levels, share: Floats) -> Levels:
-    """The picture brought to its mean by a share (h, w), no farther than a bound (h, w), in whole numbers."""
+    """The picture and its mean, brought within a bound (h, w) of it, which has a share (h, w)."""
     from recofuse_images.codecs import cv2
 
     height, width = picture.shape[:2]
     flat = picture.reshape(height, width, -1)
-
-    def grown(half: Levels) -> NDArray[np.int16]:
-        plane = cv2.resize(half, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.int16)
-        return np.asarray(cv2.merge([plane] * flat.shape[2]), np.int16).reshape(flat.shape)
-
-    most = grown(bound)
-    step = cv2.subtract(mean.reshape(flat.shape), flat, dtype=cv2.CV_16S).reshape(flat.shape)
-    step = np.minimum(np.maximum(step, -most), most)
-    step = cv2.multiply(step, grown(np.rint(share * _WHOLE).astype(np.uint8)), scale=1 / _WHOLE, dtype=cv2.CV_16S)
-    shown = cv2.add(flat, step.reshape(flat.shape), dtype=cv2.CV_8U)
+    most = cv2.merge([cv2.resize(bound, (width, height), interpolation=cv2.INTER_LINEAR)] * flat.shape[2])
+    near = cv2.max(mean.reshape(flat.shape), cv2.subtract(flat, most))  # all stay within 0 and 255 by themselves
+    near = cv2.min(near, cv2.add(flat, most))
+    weights = cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)
+    shown = cv2.blendLinear(near, flat, weights, 1 - weights)
     return np.asarray(shown, np.uint8).reshape(picture.shape)  # OpenCV drops an only channel
 
 

@@ -109,6 +109,7 @@ class Ledger:
             max_in_flight=self.options.max_in_flight,
             resume_after=self._last_answered,
             steady=self.options.steady,
+            calm=self.options.calm,
         )
         return pb.FuseStreamRequest(options=options)
 

@@ -23,6 +23,7 @@ class StreamOptions:
     window: frames of mode `all` that may be without an answer; more hides the way to a distant server. max_in_flight:
     frames that the server works on at once, 0 for its own choice. frame_timeout_s: each frame's deadline, counted from
     its arrival; None for the server's own. steady: hold levels from frame to frame where the scene stands still.
+    calm: average noise away there; with one frame at work unless max_in_flight says more, which makes it less calm.
     reconnect_s: how long to go on trying when there is no answer any more;
     0: not at all. The time in which the source has nothing to send does not count.
     """
@@ -34,6 +35,7 @@ class StreamOptions:
     max_in_flight: int = 0
     frame_timeout_s: float | None = None
     steady: bool = True
+    calm: bool = False
     reconnect_s: float = 60.0
     retry: Retry = field(default_factory=Retry)
 

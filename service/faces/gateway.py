@@ -59,8 +59,8 @@ class FusionRequest:
     """What a caller asks for. vis, ir: files, or raw frames with a layout. timeout_s: None asks for the default.
 
     may_repeat: the caller does not mind that this is computed twice, as for frames; with an idempotency key none does.
-    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track, means: of a stream's frame,
-    see FusionJob.
+    rig: what was asked for, as `Rigs.asked` takes it; empty for a registered pair. track, means, history: of a
+    stream's frame, see FusionJob.
     """
 
     vis: bytes
@@ -77,6 +77,7 @@ class FusionRequest:
     rig: str = ""
     track: str = ""
     means: bytes | None = None
+    history: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +301,7 @@ class Gateway:
             rig=rig,
             track=request.track,
             means=request.means,
+            history=request.history,
         )
 
     def _checked(self, request: FusionRequest) -> tuple[tuple[int, int], Rig | None]:

@@ -348,7 +348,7 @@ class MemoryQueue:
         entry.finished_s = self._clock()
         entry.token = None
         self._size_bytes += RECORD_BYTES + result.size_bytes - job.size_bytes
-        entry.job = replace(job, vis=b"", ir=b"", means=None)  # the payloads are not needed any more
+        entry.job = replace(job, vis=b"", ir=b"", means=None, history=None)  # the payloads are not needed any more
         heapq.heappush(self._finished, (entry.finished_s + entry.ttl_s, job.id))
         if result.error_code in FAULTS:
             self._bury(job, result, entry)

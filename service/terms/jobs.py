@@ -10,7 +10,6 @@ A queue that stores payloads apart from the header (Redis side keys) uses `Fusio
 from __future__ import annotations
 
 import hashlib
-import itertools
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from pydantic import (
 from recofuse_rigs.errors import BadRigError
 from service.terms.errors import ErrorCode, MalformedRequestError, ServiceError, error_of
 from service.terms.measures import Alarm, AlarmText, Alignment, Unit, ValuesFormat
-from service.terms.records import cut_apart, joined, parsed_header
+from service.terms.records import announced, cut_apart, joined, parsed_header, pieces_of
 
 if TYPE_CHECKING:
     from recofuse_rigs.rig import Rig  # brings NumPy, which the command's help goes without
@@ -258,11 +257,17 @@ class _JobHeader(_Strict):
     rig: str | None = None  # as its file
     track: str | None = None
     means: Base64Bytes | None = None
+    history_bytes: Annotated[int, Field(ge=0)] | None = None  # behind the images
+
+    @property
+    def all_sizes(self) -> tuple[int, ...]:
+        """Bytes of the payloads, in their order."""
+        return (*self.sizes, self.history_bytes) if self.history_bytes else self.sizes
 
     @model_serializer(mode="wrap")
     def _without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialise(self)  # as in FusionOptions: older workers know none of them
-        news = ("rig", "track", "means")
+        news = ("rig", "track", "means", "history_bytes")
         return {name: value for name, value in values.items() if value is not None or name not in news}
 
 
@@ -287,7 +292,8 @@ class FusionJob:
     rig: how infrared lies in the visible frame, the content and not its name; None for a registered pair.
     track: of a stream's frame that is to be refined, what the frames before have shown, as a result told it.
     means: of the frames before (`recofuse_images.steady`), which its pictures are held to; empty for a stream's first
-    frame, None for what is no frame of a steady stream.
+    frame, None for what is no frame of a steady stream. history: of the frames before (`recofuse_images.calm`), which
+    its pictures are averaged with; empty and None likewise.
     """
 
     id: str
@@ -307,11 +313,17 @@ class FusionJob:
     rig: Rig | None = None
     track: str = ""
     means: bytes | None = None
+    history: bytes | None = None
+
+    @property
+    def payloads(self) -> tuple[bytes, ...]:
+        """The images, and the history if it has one, in the order in which they are stored."""
+        return (self.vis, self.ir, self.history) if self.history else (self.vis, self.ir)
 
     @property
     def size_bytes(self) -> int:
         """Payload bytes, which admission counts."""
-        return len(self.vis) + len(self.ir) + len(self.means or b"")
+        return sum(map(len, self.payloads)) + len(self.means or b"")
 
     def is_expired(self, now_s: float) -> bool:
         """Whether nobody waits for the result any more."""
@@ -347,47 +359,40 @@ class FusionJob:
             rig=None if self.rig is None else _rig_text(self.rig),
             track=self.track or None,
             means=None if self.means is None else b64encode(self.means),
+            history_bytes=None if self.history is None else len(self.history),
         )
         return header.model_dump_json().encode()
 
     @classmethod
-    def from_parts(cls, header: bytes, vis: bytes, ir: bytes) -> Self:
-        """The job of `header_bytes` and its two payloads. Raises MalformedRequestError."""
-
-        def given(sizes: Sequence[int]) -> Sequence[bytes]:
-            if tuple(sizes) != (len(vis), len(ir)):
-                raise MalformedRequestError(f"payloads of {(len(vis), len(ir))} bytes where {sizes} were announced")
-            return vis, ir
-
-        return cls.from_header(header, given)
+    def from_parts(cls, header: bytes, *payloads: bytes) -> Self:
+        """The job of `header_bytes` and its payloads. Raises MalformedRequestError."""
+        return cls.from_header(header, lambda sizes: announced(payloads, sizes))
 
     @classmethod
     def from_header(cls, header: bytes, read: Callable[[Sequence[int]], Sequence[bytes]]) -> Self:
-        """The job of `header_bytes` and its two payloads, which `read` has when told their lengths.
+        """The job of `header_bytes` and its payloads, which `read` has when told their lengths.
 
         Raises MalformedRequestError.
         """
         parsed = parsed_header(_JobHeader, header)
-        vis, ir = read(parsed.sizes)
-        fields = {name: value for name, value in parsed if name not in ("sizes", "rig", "track")}
+        vis, ir, *others = read(parsed.all_sizes)
+        history = None if parsed.history_bytes is None else b"".join(others)
+        fields = {name: value for name, value in parsed if name not in ("sizes", "rig", "track", "history_bytes")}
         try:
             rig = None if parsed.rig is None else _rig_of(parsed.rig)
         except BadRigError as error:
             raise MalformedRequestError(f"a record's rig is not valid: {error}") from error
-        return cls(vis=vis, ir=ir, rig=rig, track=parsed.track or "", **fields)
+        return cls(vis=vis, ir=ir, rig=rig, track=parsed.track or "", history=history, **fields)
 
     def to_bytes(self) -> bytes:
         """The whole job as one string of bytes."""
-        return joined(JOB_MAGIC, self.header_bytes(), (self.vis, self.ir))
+        return joined(JOB_MAGIC, self.header_bytes(), self.payloads)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
         header, body = cut_apart(JOB_MAGIC, raw)
-        num_vis, num_ir = parsed_header(_JobHeader, header).sizes
-        if len(body) != num_vis + num_ir:
-            raise MalformedRequestError(f"a job of {num_vis + num_ir} payload bytes came with {len(body)}")
-        return cls.from_parts(header, bytes(body[:num_vis]), bytes(body[num_vis:]))
+        return cls.from_header(header, lambda sizes: pieces_of(body, sizes, "a job of {} payload bytes"))
 
 
 class _ResultHeader(_Strict):
@@ -413,6 +418,7 @@ class _ResultHeader(_Strict):
     alignment: Alignment | None = None
     track: str = ""
     seen: Base64Bytes = b""
+    history_bytes: Annotated[int, Field(ge=0)] = 0  # behind the values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -423,8 +429,8 @@ class FusionResult:
     batch_size: how many jobs shared the forward pass; 0 if none was made. ir_source: one of IrSource, what was read of
     the infrared file; empty if an older worker did not say, another word if a newer one knows more. warnings: sentences
     for people, as `printable` has them. values: a file of values_type with the restored infrared in values_unit, empty
-    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track, seen: for the
-    jobs of a stream's next frames, and for nobody else.
+    if nobody asked; alarm: what is hot, if somebody did; alignment: what align=refine came to. track, seen, history:
+    for the jobs of a stream's next frames, and for nobody else.
     """
 
     job_id: str
@@ -447,6 +453,7 @@ class FusionResult:
     alignment: Alignment | None = None
     track: str = ""
     seen: bytes = b""
+    history: bytes = b""
 
     @classmethod
     def failed(cls, job_id: str, error: ServiceError, timings_s: Mapping[Stage, float] | None = None) -> Self:
@@ -463,8 +470,8 @@ class FusionResult:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the pictures, the values and what was seen."""
-        return sum(len(image) for image in self.images.values()) + len(self.values) + len(self.seen)
+        """Bytes of the pictures, the values, the history and what was seen."""
+        return sum(map(len, self.payloads)) + len(self.seen)
 
     def raise_for_error(self) -> None:
         """Raises the ServiceError that the job ended with, if it did."""
@@ -473,8 +480,8 @@ class FusionResult:
 
     @property
     def payloads(self) -> tuple[bytes, ...]:
-        """The pictures and the values, in the order in which they are stored."""
-        return (*self.images.values(), self.values)
+        """The pictures, the values and the history, in the order in which they are stored."""
+        return (*self.images.values(), self.values, self.history)
 
     def header_bytes(self) -> bytes:
         """Everything but the payloads, as JSON."""
@@ -499,6 +506,7 @@ class FusionResult:
             alignment=self.alignment,
             track=self.track,
             seen=b64encode(self.seen),
+            history_bytes=len(self.history),
         )
         return header.model_dump_json().encode()
 
@@ -511,13 +519,7 @@ class FusionResult:
         """The inverse of `to_bytes`. Raises MalformedRequestError for anything else."""
         header, body = cut_apart(RESULT_MAGIC, raw)
 
-        def cut(sizes: Sequence[int]) -> list[bytes]:
-            if len(body) != sum(sizes):
-                raise MalformedRequestError(f"a result of {sum(sizes)} picture bytes came with {len(body)}")
-            ends = list(itertools.accumulate(sizes))
-            return [bytes(body[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
-
-        return cls.from_header(header, cut)
+        return cls.from_header(header, lambda sizes: pieces_of(body, sizes, "a result of {} picture bytes"))
 
     @classmethod
     def from_header(cls, header: bytes, read: Callable[[Sequence[int]], Sequence[bytes]]) -> Self:
@@ -526,9 +528,10 @@ class FusionResult:
         Raises MalformedRequestError.
         """
         parsed = parsed_header(_ResultHeader, header)
-        *images, values = read((*parsed.parts.values(), parsed.values_bytes))
-        fields = {name: value for name, value in parsed if name not in ("parts", "values_bytes")}
-        return cls(images=dict(zip(parsed.parts, images, strict=True)), values=values, **fields)
+        *images, values, history = read((*parsed.parts.values(), parsed.values_bytes, parsed.history_bytes))
+        apart = ("parts", "values_bytes", "history_bytes")
+        fields = {name: value for name, value in parsed if name not in apart}
+        return cls(images=dict(zip(parsed.parts, images, strict=True)), values=values, history=history, **fields)
 
 
 class WorkerInfo(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -24,6 +25,21 @@ def cut_apart(magic: bytes, raw: bytes) -> tuple[bytes, memoryview]:
     if bytes(view[:4]) != magic or len(view) < end:
         raise MalformedRequestError(f"not a {magic.decode()} record, or cut short at {len(raw)} bytes")
     return bytes(view[8:end]), view[end:]
+
+
+def pieces_of(body: memoryview, sizes: Sequence[int], what: str) -> list[bytes]:
+    """Payloads that lie one after the other. Raises MalformedRequestError if they are not of these sizes."""
+    if len(body) != sum(sizes):
+        raise MalformedRequestError(f"{what.format(sum(sizes))} came with {len(body)}")
+    ends = itertools.accumulate(sizes)
+    return [bytes(body[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def announced(payloads: Sequence[bytes], sizes: Sequence[int]) -> Sequence[bytes]:
+    """Payloads that lie apart. Raises MalformedRequestError if they are not of these sizes."""
+    if (found := tuple(map(len, payloads))) != tuple(sizes):
+        raise MalformedRequestError(f"payloads of {found} bytes where {sizes} were announced")
+    return payloads
 
 
 def parsed_header(kind: type[Header], header: bytes) -> Header:

@@ -16,9 +16,9 @@ from service.watch.tracing import NO_JOB_TRACE, JobTrace
 
 if TYPE_CHECKING:
     from recofuse_images.measures import Measured
-    from recofuse_images.steady import Floats
     from recofuse_rigs.warp import Warp
     from service.work.engine import Pixels
+    from service.work.steadying import Frame
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +37,7 @@ class Held:
     warnings: tuple[str, ...] = ()
     alignment: Alignment | None = None
     track: str = ""
-    given: Floats | None = None  # cell means of the pair, if it is a frame of a steady stream
+    frame: Frame | None = None  # what has to be known of the pair, if it is a frame of a steady or calm stream
     trace: JobTrace = NO_JOB_TRACE
 
     @property

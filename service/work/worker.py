@@ -50,7 +50,7 @@ from service.work.engine import Engine, EngineBrokenError, PassOptions, Pipeline
 from service.work.held import Held, PassInput
 
 if TYPE_CHECKING:
-    from recofuse_images.steady import Floats
+    from service.work.steadying import Frame, Told
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ class Worker:
             started = time.perf_counter()
             try:
                 self._pass_options(held)  # what cannot be given is refused before anything is read
-                decoded, held.given = await self._codecs.run(lambda: self._decoded(job))
+                decoded, held.frame = await self._codecs.run(lambda: self._decoded(job))
             except ServiceError as error:
                 await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
                 return
@@ -284,9 +284,9 @@ class Worker:
             self._num_decoding -= 1
             self._changed.set()
 
-    def _decoded(self, job: FusionJob) -> tuple[images.Decoded, Floats | None]:
+    def _decoded(self, job: FusionJob) -> tuple[images.Decoded, Frame | None]:
         decoded = self._codec.decode(job)
-        return decoded, None if job.means is None else steadying.given_of(decoded.pair)
+        return decoded, steadying.Frame.of(job, decoded.pair)
 
     # stage 2: the model
 
@@ -436,7 +436,7 @@ class Worker:
         job, info = held.lease.job, self._info
         started = time.perf_counter()
         try:
-            finished, encoded, seen = await self._codecs.run(lambda: self._encoded(held, pictures))
+            finished, encoded, told = await self._codecs.run(lambda: self._encoded(held, pictures))
         except ServiceError as error:
             await self._finish(held, FusionResult.failed(job.id, error, held.timings_s))
             return
@@ -464,20 +464,21 @@ class Worker:
             alarm=finished.alarm,
             alignment=held.alignment,
             track=held.track,
-            seen=seen,
+            seen=told.seen,
+            history=told.history,
         )
         await self._finish(held, result)
 
     def _encoded(
         self, held: Held, pictures: dict[Part, images.Pixels]
-    ) -> tuple[images.Finished, dict[Part, bytes], bytes]:
-        job, seen = held.lease.job, b""
-        if job.means is not None and held.given is not None:
-            pictures, seen = steadying.steadied(pictures, held.given, job.means, job.options)
+    ) -> tuple[images.Finished, dict[Part, bytes], Told]:
+        job, told = held.lease.job, steadying.Told()
+        if held.frame is not None:
+            pictures, told = steadying.steadied(pictures, held.frame, job)
         blends = self._engine.info.blends
         finished = images.finished(pictures, job.options, held.warp, held.ir_scale, held.measured, blends=blends)
         encoded = {part: self._codec.encode(job, part, pixels) for part, pixels in finished.pictures.items()}
-        return finished, encoded, seen
+        return finished, encoded, told
 
     async def _finish(self, held: Held, result: FusionResult) -> None:
         is_visible = await self._patiently(lambda: self._queue.finish(held.lease, result))

@@ -187,3 +187,8 @@ def test_the_server_is_told_whether_to_hold_levels_steady() -> None:
         opening = Ledger(StreamOptions(steady=is_steady)).opening()
         assert opening.options.HasField("steady")
         assert opening.options.steady is is_steady
+
+
+def test_the_server_is_told_whether_to_average_noise_away() -> None:
+    assert Ledger(StreamOptions(calm=True)).opening().options.calm
+    assert not Ledger(StreamOptions()).opening().options.calm

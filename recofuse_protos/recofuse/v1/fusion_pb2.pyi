@@ -1099,6 +1099,7 @@ class StreamOptions(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     RESUME_AFTER_FIELD_NUMBER: _builtins.int
     STEADY_FIELD_NUMBER: _builtins.int
+    CALM_FIELD_NUMBER: _builtins.int
     flow_control: Global___FlowControl.ValueType
     max_in_flight: _builtins.int
     """Frames being fused or waiting to be sent back, at most. 0: the server's default (2 for `latest`). More gives more
@@ -1110,6 +1111,10 @@ class StreamOptions(_message.Message):
     """
     steady: _builtins.bool
     """Whether levels are held steady from frame to frame where the scene stands still. Unset: true."""
+    calm: _builtins.bool
+    """Whether noise is averaged away over the frames where the scene stands still. Then max_in_flight is 1 by default: of
+    several frames at work each knows fewer of those before it. Unset: false.
+    """
     @_builtins.property
     def fuse(self) -> Global___FuseOptions:
         """of every frame; timeout_ms is each frame's deadline, counted from its arrival"""
@@ -1122,15 +1127,20 @@ class StreamOptions(_message.Message):
         max_in_flight: _builtins.int = ...,
         resume_after: _builtins.int | None = ...,
         steady: _builtins.bool | None = ...,
+        calm: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_resume_after", b"_resume_after", "_steady", b"_steady", "fuse", b"fuse", "resume_after", b"resume_after", "steady", b"steady"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_calm", b"_calm", "_resume_after", b"_resume_after", "_steady", b"_steady", "calm", b"calm", "fuse", b"fuse", "resume_after", b"resume_after", "steady", b"steady"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resume_after", b"_resume_after", "_steady", b"_steady", "flow_control", b"flow_control", "fuse", b"fuse", "max_in_flight", b"max_in_flight", "resume_after", b"resume_after", "steady", b"steady"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_calm", b"_calm", "_resume_after", b"_resume_after", "_steady", b"_steady", "calm", b"calm", "flow_control", b"flow_control", "fuse", b"fuse", "max_in_flight", b"max_in_flight", "resume_after", b"resume_after", "steady", b"steady"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__calm: _TypeAlias = _typing.Literal["calm"]  # noqa: Y015
+    _WhichOneofArgType__calm: _TypeAlias = _typing.Literal["_calm", b"_calm"]  # noqa: Y015
     _WhichOneofReturnType__resume_after: _TypeAlias = _typing.Literal["resume_after"]  # noqa: Y015
     _WhichOneofArgType__resume_after: _TypeAlias = _typing.Literal["_resume_after", b"_resume_after"]  # noqa: Y015
     _WhichOneofReturnType__steady: _TypeAlias = _typing.Literal["steady"]  # noqa: Y015
     _WhichOneofArgType__steady: _TypeAlias = _typing.Literal["_steady", b"_steady"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calm) -> _WhichOneofReturnType__calm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__resume_after) -> _WhichOneofReturnType__resume_after | None: ...
     @_typing.overload

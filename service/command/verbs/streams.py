@@ -140,6 +140,9 @@ def stream(
     steady: Annotated[
         bool, typer.Option(help="Hold levels steady from frame to frame where the scene stands still.")
     ] = True,
+    calm: Annotated[
+        bool, typer.Option("--calm", help="Average noise away where the scene stands still; one frame at a time.")
+    ] = False,
     rig: Annotated[
         str | None,
         typer.Option(
@@ -233,6 +236,7 @@ def stream(
             sinks,
             mode=chosen,
             steady=steady,
+            calm=calm,
             options={
                 "output": cast("Any", part),
                 "steps": steps,

@@ -160,6 +160,10 @@ class Messages:
         self._largest = max(self._largest or 0, self._num_bytes)
         return kept
 
+    def spare(self) -> Holding:
+        """One for what is kept beside messages; the caller releases it."""
+        return Holding(self._arrivals.held)
+
     def close(self) -> None:
         """No more is wanted."""
         self._holding.release()

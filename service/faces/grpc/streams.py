@@ -105,6 +105,9 @@ class Stream:
         self._is_barred = asyncio.Event()  # its key is not valid any more
         self._ordered: asyncio.Queue[tuple[_Arrived, asyncio.Task[pb.FuseStreamResponse]] | _End] = asyncio.Queue()
         self._num_started = 0
+        self._history = (-1, b"")  # of calm frames: the newest that is known, after its frame's place in the stream
+        self._history_room = messages.spare()
+        self._kept.add(self._history_room)
         self._track = (-1, "")  # of refined frames: the newest that is known, after its frame's place in the stream
         self._fusing: set[asyncio.Task[pb.FuseStreamResponse]] = set()
         self._configure(pb.StreamOptions())
@@ -130,6 +133,7 @@ class Stream:
             await asyncio.gather(*unfinished, return_exceptions=True)
             for holding in tuple(self._kept):
                 self._let_go(holding)
+            self._history = -1, b""
             # An error's frames refer to this stream, which would keep it with all frames of both kinds in turn.
             self._ordered, self._end, self._waiting = asyncio.Queue(), None, None
 
@@ -193,6 +197,9 @@ class Stream:
         if options.max_in_flight > most:
             raise InvalidInputError(f"max_in_flight: accepted are at most {most}, not {options.max_in_flight}")
         default = most if self._mode is FlowMode.ALL else min(most, IN_FLIGHT_LATEST)
+        self._is_calm = options.calm
+        if self._is_calm:
+            default = 1  # frames that are at work together know nothing of each other
         self._slots = asyncio.Semaphore(options.max_in_flight or default)
         self._memory = Memory() if options.steady or not options.HasField("steady") else None
         self._means = b""
@@ -258,6 +265,7 @@ class Stream:
             if result.track:
                 self._track = max(self._track, (place, result.track))
             arrived.seen = result.seen
+            self._keep_history(place, result.history)
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)
         except ServiceError as error:
@@ -354,13 +362,25 @@ class Stream:
         # What the gateway will refuse, it must see as it was asked for.
         left_s = timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s
         means = None if self._memory is None else self._means
-        return replace(arrived.pair, timeout_s=left_s, track=self._track[1], means=means)
+        history = self._history[1] if self._is_calm else None
+        return replace(arrived.pair, timeout_s=left_s, track=self._track[1], means=means, history=history)
 
     def _remember(self, arrived: _Arrived) -> None:
         """What the frames after this one are held to, frames in their order."""
         if self._memory is not None and arrived.seen:
             self._memory.add(Seen.from_bytes(arrived.seen))
             self._means = b"" if self._memory.means is None else self._memory.means.to_bytes()
+
+    def _keep_history(self, place: int, history: bytes) -> None:
+        """What the next frame is averaged with, if there is room for it: it begins anew if there is none."""
+        if not self._is_calm or place < self._history[0]:
+            return
+        self._history_room.release()
+        try:
+            self._history_room.add(len(history))
+        except OverloadedError:
+            history = b""
+        self._history = place, history
 
     def _let_go(self, holding: Holding) -> None:
         holding.release()

@@ -10,6 +10,14 @@ from service.queue.contract import DeadLetter
 from service.terms.errors import ErrorCode, JobNotFoundError
 from service.terms.jobs import FusionJob, FusionResult, JobStatus, JobView, Priority
 
+PAYLOADS = ("vis", "ir", "history")  # fields of a payload's hash, as `FusionJob.payloads` has them
+
+
+def payloads_of(values: Sequence[bytes | None]) -> list[bytes]:
+    """What Redis has of `PAYLOADS`; few jobs have a history."""
+    vis, ir, history = values
+    return [vis or b"", ir or b"", *([] if history is None else [history])]
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -108,16 +108,16 @@ class Beside:
 
         Raises FolderFullError, UnavailableError.
         """
-        size = len(job.vis) + len(job.ir)
+        size = sum(map(len, job.payloads))
         if self._folder is None or size < self._folder.min_bytes:
             return 0
         self._doubtful.discard(job_file(job.id))
-        await _run(size, self._folder.write, job_file(job.id), (job.vis, job.ir))
+        await _run(size, self._folder.write, job_file(job.id), job.payloads)
         return size
 
     def doubt_job(self, job: FusionJob) -> None:
         """Redis did not say whether it took this job: its file goes as soon as Redis is back and knows no such job."""
-        if self._folder is not None and len(job.vis) + len(job.ir) >= self._folder.min_bytes:
+        if self._folder is not None and sum(map(len, job.payloads)) >= self._folder.min_bytes:
             self._doubtful.add(job_file(job.id))
 
     async def job(self, header: bytes, job_id: str, size: int) -> FusionJob:
@@ -130,7 +130,7 @@ class Beside:
 
     def let_go_job(self, job: FusionJob) -> None:
         """It has ended, and no dead letter keeps it."""
-        if self._folder is not None and len(job.vis) + len(job.ir) >= self._folder.min_bytes:
+        if self._folder is not None and sum(map(len, job.payloads)) >= self._folder.min_bytes:
             self._folder.recycle(job_file(job.id))
 
     def remove_job(self, job_id: str) -> None:

@@ -26,11 +26,13 @@ from service.queue.contract import (
 )
 from service.queue.redis.address import PREFIX, RedisAddress
 from service.queue.redis.answers import (
+    PAYLOADS,
     Row,
     ended_without_record,
     letter_of,
     no_such_job,
     pairs_of,
+    payloads_of,
     row_of,
     rows_of,
     view_of,
@@ -146,7 +148,8 @@ class RedisQueue:
         try:
             await self._beside.agree()
             beside = await self._beside.put_job(job)
-            writes = [("HSET", payload, "vis", job.vis, "ir", job.ir), ("PEXPIRE", payload, payload_ttl_ms)]
+            stored = [item for named in zip(PAYLOADS, job.payloads, strict=False) for item in named]
+            writes = [("HSET", payload, *stored), ("PEXPIRE", payload, payload_ttl_ms)]
             outcome, detail = await self._transitions.transact(
                 [] if beside else writes,
                 "submit",
@@ -396,13 +399,13 @@ class RedisQueue:
 
     async def _with_images(self, worker_id: str, rows: Sequence[Row]) -> list[Lease]:
         stored = [row for row in rows if not row.beside]
-        payloads: dict[str, tuple[bytes | None, bytes | None]] = {}
+        payloads: dict[str, list[bytes | None]] = {}
         if stored:
             async with self._transitions.calls:
                 with reaching():
                     async with self._client.pipeline(transaction=False) as pipeline:
                         for row in stored:
-                            pipeline.hmget(self._key("payload", row.job_id), "vis", "ir")
+                            pipeline.hmget(self._key("payload", row.job_id), *PAYLOADS)
                         found = await pipeline.execute()
             payloads = dict(zip((row.job_id for row in stored), found, strict=True))
         leases = []
@@ -411,8 +414,7 @@ class RedisQueue:
                 if row.beside:
                     job = await self._beside.job(row.header, row.job_id, row.beside)
                 else:
-                    vis, ir = payloads[row.job_id]
-                    job = FusionJob.from_parts(row.header, vis or b"", ir or b"")
+                    job = FusionJob.from_parts(row.header, *payloads_of(payloads[row.job_id]))
             except (MalformedRequestError, FrameGoneError) as error:
                 # Usually it was cancelled a moment ago, and then this changes nothing.
                 logger.warning("job cannot be read", extra={"job_id": row.job_id, "error": str(error)})
@@ -476,7 +478,7 @@ class RedisQueue:
     async def _letter_of(self, fields: dict[bytes, bytes]) -> DeadLetter | None:
         job_id, header = fields[b"id"].decode(), fields[b"header"]
         with reaching():
-            vis, ir, beside = await self._client.hmget(self._key("dead-payload", job_id), "vis", "ir", "beside")
+            beside, *payloads = await self._client.hmget(self._key("dead-payload", job_id), "beside", *PAYLOADS)
         try:
             if beside is not None:
                 return letter_of(fields, await self._beside.job(header, job_id, int(beside)))
@@ -489,6 +491,6 @@ class RedisQueue:
                 with contextlib.suppress(JobNotFoundError):
                     await self.drop_dead_letter(job_id)
             return None
-        if vis is None or ir is None:
+        if None in payloads[:2]:
             return None  # dropped a moment ago
-        return letter_of(fields, FusionJob.from_parts(header, vis, ir))
+        return letter_of(fields, FusionJob.from_parts(header, *payloads_of(payloads)))

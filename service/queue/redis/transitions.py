@@ -4,7 +4,7 @@ Every transition is one call of the script and therefore atomic; payloads and re
 beside the script, so that nothing large is copied through Lua. Keys, all with the prefix `{recofuse}`:
 
     jobs:high|normal|low    streams, one group `workers`; an entry carries id, deadline, header, and lives until the end
-    payload:ID              hash of vis and ir, or of how many bytes of them lie beside, in the shared folder; TTL past
+    payload:ID              hash of vis, ir and, of few, a history, or of how many bytes of them lie beside; TTL past
                             the deadline; gone at the end
     job:ID                  hash: where the entry is, bytes, times, and at the end what became of it; no TTL, but swept
     result:ID               the result's bytes, or where in the shared folder its pictures are (`beside.py`); TTL

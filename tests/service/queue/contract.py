@@ -81,6 +81,28 @@ class QueueContract:
         assert (lease.job, lease.attempt, lease.worker_id) == (job, 1, "w1")
         assert await world.queue.take("w2", max_jobs=5, wait_s=0) == []
 
+    async def test_a_history_goes_in_and_comes_out(self, world: World) -> None:
+        for history in (b"", b"h" * 9000):
+            job = replace(world.job(), means=b"m", history=history)
+            assert job.size_bytes == len(job.vis) + len(job.ir) + 1 + len(history)
+            await world.queue.submit(job)
+            assert (await world.queue.stats()).size_bytes >= job.size_bytes
+            lease = await world.take_one()
+            assert lease.job == job
+            result = replace(success(job), history=history[::-1] + b"i")
+            assert await world.queue.finish(lease, result)
+            assert await world.queue.wait_result(job.id, timeout_s=5) == result
+
+    async def test_a_dead_letter_keeps_its_history(self, world: World) -> None:
+        job = replace(world.job(), history=b"h" * 5000)
+        await world.queue.submit(job)
+        lease = await world.take_one()
+        await world.queue.finish(lease, FusionResult.failed(job.id, InternalError("our fault")))
+        (letter,) = await world.queue.dead_letters()
+        assert letter.job == job
+        await world.queue.retry_dead_letter(job.id)
+        assert (await world.take_one()).job.history == job.history
+
     async def test_the_result_reaches_who_waits_and_who_comes_later(self, world: World) -> None:
         (job,) = await world.submit()
         waiting = asyncio.create_task(world.queue.wait_result(job.id, timeout_s=5))

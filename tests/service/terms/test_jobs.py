@@ -15,6 +15,7 @@ from service.terms.jobs import (
     MAX_WARNING_CHARS,
     MAX_WARNINGS,
     OVERLAYS,
+    RESULT_MAGIC,
     Exposure,
     FusionJob,
     FusionOptions,
@@ -32,6 +33,7 @@ from service.terms.jobs import (
     printable,
 )
 from service.terms.measures import Alarm, Region
+from service.terms.records import joined
 
 TIMES = st.floats(0, 4e9)
 OPTIONS = st.builds(
@@ -85,6 +87,7 @@ JOBS = st.builds(
     rig=RIGS,
     track=st.sampled_from(["", "AQ=="]),
     means=st.none() | st.binary(max_size=50),
+    history=st.none() | st.binary(max_size=50),
 )
 VALUES = st.floats(-1e6, 1e6)
 REGIONS = st.builds(Region, box=st.just((1, 2, 3, 4)), hottest=VALUES, centroid=st.just((1.5, 2.5)))
@@ -109,6 +112,7 @@ RESULTS = st.builds(
     values_unit=st.sampled_from([None, "counts", "celsius"]),
     alarm=st.none() | ALARMS,
     seen=st.binary(max_size=50),
+    history=st.binary(max_size=50),
 )
 
 
@@ -116,7 +120,7 @@ RESULTS = st.builds(
 @given(JOBS)
 def test_a_job_survives_its_bytes(job: FusionJob) -> None:
     assert FusionJob.from_bytes(job.to_bytes()) == job
-    assert FusionJob.from_parts(job.header_bytes(), job.vis, job.ir) == job
+    assert FusionJob.from_parts(job.header_bytes(), *job.payloads) == job
 
 
 @settings(deadline=None, max_examples=80)
@@ -312,3 +316,19 @@ def test_a_decent_warning_stays_as_it_is() -> None:
     decent = ("ir: 640x480 in colour, and no palette fits: is it a photograph?", "ir: 暖かい")
     assert printable(decent) == decent
     assert printable(["", " \n ", "a\x1b[31m\nb"]) == ("a?[31m b",)
+
+
+def test_a_history_that_was_cut_short_is_refused() -> None:
+    job = FusionJob(id="j", vis=b"v", ir=b"ir", width=3, height=2, created_s=1.5, history=b"abc")
+    for payloads in ((b"v", b"ir"), (b"v", b"ir", b"ab"), (b"v", b"ir", b"abc", b"")):
+        with pytest.raises(MalformedRequestError, match="announced"):
+            FusionJob.from_parts(job.header_bytes(), *payloads)
+    with pytest.raises(MalformedRequestError, match="6 payload bytes"):
+        FusionJob.from_bytes(job.to_bytes()[:-1])
+
+
+def test_an_answer_of_an_older_worker_has_no_history() -> None:
+    result = FusionResult(job_id="j", images={Part.IR: b"i"}, values=b"v")
+    header = json.loads(result.header_bytes())
+    del header["history_bytes"]
+    assert FusionResult.from_bytes(joined(RESULT_MAGIC, json.dumps(header).encode(), (b"i", b"v"))) == result

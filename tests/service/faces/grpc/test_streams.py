@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from service.access.held import Held, Holding
 from service.faces.grpc.streams import Stream, _Arrived
-from service.terms.errors import ErrorCode
+from service.terms.errors import ErrorCode, OverloadedError
 from service.terms.images import Pixels
 from service.terms.jobs import Part
 from service.work.engine import PassOptions
@@ -484,3 +486,74 @@ async def test_streams_do_not_share_what_they_remember(facing: Facing) -> None:
         first = await levels_of(face, [0.0] * 4)
         second = await levels_of(face, [0.0] * 4)
     assert first == second
+
+
+# calm pixels
+
+
+def noisy_pair(seed: int) -> tuple[bytes, bytes]:
+    y, x = np.mgrid[:96, :128] / 20
+    plane = 120 + 60 * np.sin(x) * np.cos(y)
+    generator = np.random.default_rng(seed)
+    vis, ir = ((plane[..., None] + generator.normal(0, 6, (96, 128, n))).astype(np.uint8) for n in (3, 1))
+    return file_of(vis), file_of(ir[..., 0])
+
+
+async def pixels_by_frame(face: Face, count: int, **options: Any) -> list[Pixels]:
+    opening = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW), **options)
+    frames = (frame(number, *noisy_pair(number)) for number in range(count))
+    messages = one_by_one([pb.FuseStreamRequest(options=opening), *frames])
+    return [pixels_of(answer.fusion.pictures[0].image) async for answer in face.stub.FuseStream(messages)]
+
+
+def change_at_the_end(frames: list[Pixels]) -> float:
+    return float(np.mean([np.abs(np.subtract(*two, dtype=float)).mean() for two in itertools.pairwise(frames[-4:])]))
+
+
+async def test_noise_is_averaged_away_in_a_calm_stream(face: Face) -> None:
+    alone, calm = await pixels_by_frame(face, 12), await pixels_by_frame(face, 12, calm=True)
+    np.testing.assert_array_equal(calm[0], alone[0])
+    assert change_at_the_end(calm) < 0.25 * change_at_the_end(alone)
+    again = await pixels_by_frame(face, 12, calm=True)  # of streams none knows another
+    for one, other in zip(calm, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+async def test_a_calm_stream_without_steady_levels(face: Face) -> None:
+    alone, calm = [await pixels_by_frame(face, 12, steady=False, calm=is_calm) for is_calm in (False, True)]
+    assert change_at_the_end(calm) < 0.25 * change_at_the_end(alone)
+
+
+async def test_several_calm_frames_at_work_know_those_that_are_back(face: Face) -> None:
+    alone, calm = await pixels_by_frame(face, 24), await pixels_by_frame(face, 24, calm=True, max_in_flight=3)
+    assert change_at_the_end(calm) < 0.7 * change_at_the_end(alone)
+
+
+async def test_a_history_for_which_there_is_no_room_is_let_go_of(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames go on, as they are."""
+    add = Holding.add
+
+    def full(holding: Holding, num_bytes: int) -> None:
+        if num_bytes > 5000:
+            raise OverloadedError("full", retry_after_s=1.0)
+        add(holding, num_bytes)
+
+    alone = await pixels_by_frame(face, 4, steady=False)
+    monkeypatch.setattr(Holding, "add", full)
+    for one, other in zip(alone, await pixels_by_frame(face, 4, steady=False, calm=True), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+async def test_what_a_calm_stream_kept_is_given_back(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    most: dict[Held, int] = {}
+    take = Held.take
+
+    def counted(held: Held, num_bytes: int) -> None:
+        take(held, num_bytes)
+        most[held] = max(num_bytes, most.get(held, 0))
+
+    monkeypatch.setattr(Held, "take", counted)
+    await pixels_by_frame(face, 4, calm=True)
+    (held,) = most
+    assert most[held] > 5000  # frames are counted elsewhere
+    assert held._arrived == 0
