@@ -44,6 +44,7 @@ from service.watch.metrics import FlowMode, FrameOutcome, Metrics
 logger = logging.getLogger(__name__)
 
 IN_FLIGHT_LATEST = 2  # one in the model and one on its way there; more would only be older
+HISTORY_SHARE = 8  # a history beyond this part of what the queue holds would keep all others out, or its own frame
 RETRY_S = (0.01, 0.25)  # first and longest pause of the first frame in the line before a full queue
 
 
@@ -377,6 +378,8 @@ class Stream:
             return
         self._history_room.release()
         try:
+            if HISTORY_SHARE * len(history) > self._settings.queue.max_bytes:
+                history = b""
             self._history_room.add(len(history))
         except OverloadedError:
             history = b""

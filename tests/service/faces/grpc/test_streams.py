@@ -16,6 +16,7 @@ import pytest
 
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from service.access.held import Held, Holding
+from service.faces.grpc import streams
 from service.faces.grpc.streams import Stream, _Arrived
 from service.terms.errors import ErrorCode, OverloadedError
 from service.terms.images import Pixels
@@ -527,6 +528,16 @@ async def test_a_calm_stream_without_steady_levels(face: Face) -> None:
 async def test_several_calm_frames_at_work_know_those_that_are_back(face: Face) -> None:
     alone, calm = await pixels_by_frame(face, 24), await pixels_by_frame(face, 24, calm=True, max_in_flight=3)
     assert change_at_the_end(calm) < 0.7 * change_at_the_end(alone)
+
+
+async def test_a_history_that_is_too_large_for_the_queue_is_let_go_of(
+    face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next frame would never have a place in it."""
+    alone = await pixels_by_frame(face, 4, steady=False)
+    monkeypatch.setattr(streams, "HISTORY_SHARE", 1 << 20)
+    for one, other in zip(alone, await pixels_by_frame(face, 4, steady=False, calm=True), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 async def test_a_history_for_which_there_is_no_room_is_let_go_of(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
