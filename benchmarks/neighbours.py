@@ -78,7 +78,7 @@ LIBRARY = """
 runtime = Runtime(load_pretrained("compact"))
 pair = torch.from_numpy(vis).permute(0, 3, 1, 2), torch.from_numpy(ir).unsqueeze(1)
 def fuse():
-    runtime.fuse(*pair, seeds=0, outputs=("fused",))
+    runtime.fuse(*pair, seeds=0, outputs=("fused",), exposure="as_shot")
 """
 EARLY = "from recofuse_host.waiting import sleep_while_waiting\nsleep_while_waiting()"
 LATE = "import torch\nfrom recofuse_core import Runtime, load_pretrained"

@@ -38,7 +38,7 @@ vis = generator.integers(0, 256, (1, 3, 480, 640), np.uint8)
 ir = generator.integers(0, 256, (1, 1, 480, 640), np.uint8)
 {load}
 def fuse():
-    runtime.fuse(*pair, outputs=("fused",))
+    runtime.fuse(*pair, outputs=("fused",), exposure="as_shot")
 """
     + WINDOWS
 )

@@ -67,10 +67,13 @@ class Lighting(NamedTuple):
 
         The black of a camera at night is a few levels of green, which lighting would make a green sky and green
         shadows. Blacks of another colour are those of a warm room or of a dusk, and keep it. The colour is a mean over
-        the darkest places.
+        the darkest places, but for those that no sensor saw: bars beside a frame, and what stands behind its time.
         """
-        places = _box(_blocks(vis), 2)
-        y = luma(places)
+        blocks = _blocks(vis)
+        is_seen = (luma(blocks) / UNSEEN).clamp(0.0, 1.0)
+        averaged = _box(torch.cat([blocks, is_seen], dim=1), 2)
+        places, is_seen = averaged[:, :3], ((averaged[:, 3:] - 0.95) / 0.05).clamp(0.0, 1.0)
+        y = luma(places) + (1 - is_seen)
         share = ((y.amin(dim=(2, 3), keepdim=True) - y) / BLACK_RANGE).exp()
         share = share / share.sum(dim=(2, 3), keepdim=True)
         black = (share * places).sum(dim=(2, 3), keepdim=True)
@@ -190,6 +193,7 @@ class ExposureEstimator(nn.Module):
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise
+UNSEEN = 0.004  # of luma: what is darker for certain was seen by no sensor
 BLACK_RANGE = 0.006  # of luma, above the darkest block: what counts as black
 TINT = 0.02  # the most that blacks are taken to differ from grey: more is a colour
 TINT_TAKEN = 0.85  # of it

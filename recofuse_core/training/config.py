@@ -89,6 +89,8 @@ class StageConfig:
             raise ConfigError(f"rollout_steps = {self.rollout_steps} belongs to a rollout, of one step or more each")
         if self.lit_probability and self.name != "coupled":
             raise ConfigError("lit_probability belongs to a coupled stage")
+        if self.weather_probability and not self.lit_probability:
+            raise ConfigError("weather_probability belongs to a coupled stage with lit_probability")
         for name, kinds in (("intensity_target", IntensityTarget), ("gradient_target", GradientTarget)):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}")

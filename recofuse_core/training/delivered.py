@@ -22,8 +22,7 @@ WEATHER = ("downpour", "snowfall", "fog")
 LIT_WEATHER_PROBABILITY = 0.3
 CLEAN_IR_PROBABILITY = 0.3
 LIT_ALIKE = (FrameKind.DARK_PAIR, FrameKind.DARKENED, FrameKind.NIGHT, FrameKind.EMPTY)
-NOISY = (FrameKind.DARK_PAIR, FrameKind.NIGHT)  # they come with the noise of a real camera
-LUMA_NOISE, COLOUR_NOISE = 5, 14  # of 255 levels of the square root
+LUMA_NOISE, COLOUR_NOISE = 4, 14  # of 255 levels of the square root
 LIT_CROP = Range(0.55, 1.0)  # of a frame's sides: not so much smaller that their noise is averaged away
 LIT_SHARES = SHARES | {FrameKind.NIGHT: 0.4}  # they alone have warm people of their own before a dark road
 
@@ -82,7 +81,7 @@ class DeliveredSource:
         frames = self.model.clear(self._on_device(sensed(fallen, generator), low_ir))
         lighting = self.exposure(*frames)
         if kind in LIT_ALIKE:
-            clean = without_noise(scene) if kind in NOISY else scene.clamp(0, 1)
+            clean = without_noise(scene) if kind is FrameKind.NIGHT else scene.clamp(0, 1)
             target = lighting(clean[None].to(frames.vis.device))[0].cpu()
         vis, low_ir = self._unveiled(Pair(lighting(frames.vis), frames.ir))
         return DegradedFrame(target, ir, vis, low_ir)

@@ -142,6 +142,23 @@ def test_blacks_that_are_lifted_come_out_grey() -> None:
     assert float(after[1, 70:90, 50:80].mean()) > 0.6 * float(before[1, 70:90, 50:80].mean())  # and stays green
 
 
+@pytest.mark.parametrize("area", [(slice(0, 12), slice(0, 128)), (slice(80, 92), slice(90, 126))])
+def test_bars_and_boxes_are_no_blacks_of_a_camera(area: tuple[slice, slice]) -> None:
+    night = torch.tensor([3.0, 8.0, 3.0]).view(3, 1, 1).expand(3, 96, 128).clone() / 255
+    night[:, 60:80, 20:60] = 0.2
+    barred = night.clone()
+    barred[:, *area] = 0
+    lighting = lit_by(4.0)
+    places = (slice(None), slice(30, 50))
+    torch.testing.assert_close(lighting(barred[None])[0][places], lighting(night[None])[0][places], atol=0.01, rtol=0)
+
+
+def test_a_black_frame_is_lit_to_no_more_than_its_curve_gives() -> None:
+    black = torch.zeros(1, 3, 64, 64)
+    assert torch.isfinite(lit_by(4.0)(black)).all()
+    assert float(lit_by(4.0)(black).max()) < 0.01
+
+
 def test_a_grey_frame_is_lit_grey_and_a_pale_one_keeps_its_colour() -> None:
     curves = ToneCurves(torch.zeros(1, 3, 1, 1), torch.tensor([3.0, 3.5, 3.0]).view(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
     lighting = Lighting(curves, BilateralGrid(torch.zeros(1, 6, 2, 2, 2)))

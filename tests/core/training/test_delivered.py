@@ -135,3 +135,5 @@ def test_lit_pairs_ask_for_frames_an_estimator_and_a_coupled_stage() -> None:
         next(run.run_stage())
     with pytest.raises(ConfigError, match="coupled"):
         replace(stage("branches"), lit_probability=0.5)
+    with pytest.raises(ConfigError, match="with lit_probability"):
+        replace(stage("coupled"), weather_probability=0.5)
