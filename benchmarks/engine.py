@@ -300,7 +300,8 @@ class Candidate:
     def fuse(self, vis: Tensor, ir: Tensor, steps: int | None) -> None:
         """One whole run, images and results on the host, as the service has them."""
         fuse = self.runtime.fuse if self.runtime else self._fuse_plain
-        fuse(vis, ir, steps=steps, sampler=self.variant.sampler, outputs=self.variant.outputs)
+        wishes = {"steps": steps, "sampler": self.variant.sampler, "outputs": self.variant.outputs}
+        fuse(vis, ir, exposure="as_shot", **wishes)
 
     def _fuse_plain(self, vis: Tensor, ir: Tensor, **options: Any) -> None:
         output = self.model.fuse(vis.to(self.device), ir.to(self.device), **options)
@@ -311,7 +312,7 @@ class Candidate:
     @torch.inference_mode()
     def taken_apart(self, vis: Tensor, ir: Tensor) -> Timing:
         """A short run on the CPU, timed by its own calls."""
-        plan = self.model.plan(steps=TIMED_STEPS, sampler="euler", outputs=self.variant.outputs)
+        plan = self.model.plan(steps=TIMED_STEPS, sampler="euler", outputs=self.variant.outputs, exposure="as_shot")
         like = torch.empty(self.model.latent_shape(len(vis), *vis.shape[-2:]))
         predict, decode = self.model.predict, self.model.autoencoder.decode
         steps: list[float] = []  # when each began
