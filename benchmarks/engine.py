@@ -300,7 +300,7 @@ class Candidate:
     def fuse(self, vis: Tensor, ir: Tensor, steps: int | None) -> None:
         """One whole run, images and results on the host, as the service has them."""
         fuse = self.runtime.fuse if self.runtime else self._fuse_plain
-        wishes = {"steps": steps, "sampler": self.variant.sampler, "outputs": self.variant.outputs}
+        wishes: dict[str, Any] = {"steps": steps, "sampler": self.variant.sampler, "outputs": self.variant.outputs}
         fuse(vis, ir, exposure="as_shot", **wishes)
 
     def _fuse_plain(self, vis: Tensor, ir: Tensor, **options: Any) -> None:
