@@ -5,6 +5,8 @@ single process from being ended by uploads that each are within their limits.
 
 HTTP counts bytes while they come. gRPC hands messages over whole, so what may come is promised before it is asked for:
 `Holding.promise` waits in a line for that much room, `Holding.arrive` puts what really came in the promise's place.
+What is kept for later and can be done without is a `Spare`: it is counted while it is there, and is let go of, the
+oldest first, before anybody is refused or has to wait.
 What a newcomer would get wrong: promises are short where senders are, so waiting for one is worth it, and what waits
 for a worker is not, so nobody waits long for that.
 """
@@ -36,6 +38,7 @@ class Held:
         self._promised = 0
         self._promises: dict[Holding, float] = {}  # since when (monotonic seconds), the oldest first
         self._line: list[_Waiting] = []
+        self._spares: dict[Spare, int] = {}  # bytes, the oldest first; what has arrived counts them, too
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Holding]:
@@ -48,7 +51,7 @@ class Held:
 
     def take(self, num_bytes: int) -> None:
         """Count more that has come, or less if it is negative. Raises OverloadedError if that is too much."""
-        if num_bytes > 0 and self._arrived + self._promised + num_bytes > self._most:
+        if num_bytes > 0 and not self._makes_room(num_bytes):
             raise self.refusal()
         self._arrived += num_bytes
         if num_bytes < 0:
@@ -57,7 +60,7 @@ class Held:
     def promise_now(self, holding: Holding, num_bytes: int) -> bool:
         """Promise this much, or all there is to promise if that is less; False if there is no room for it now."""
         num_bytes = min(num_bytes, self._most)
-        if self._arrived + self._promised + num_bytes > self._most or not self._may_promise(num_bytes):
+        if not self._may_promise(num_bytes) or not self._makes_room(num_bytes):
             return False
         self._promised += num_bytes
         self._promises[holding] = time.monotonic()
@@ -80,7 +83,7 @@ class Held:
                 await asyncio.wait([waiting.granted], timeout=ROOM_WAIT_S)
                 if waiting.granted.done():
                     return
-                is_full = self._arrived + waiting.num_bytes > self._most
+                is_full = self._is_full_for(waiting)
                 if until_s is not None and (is_full or time.monotonic() >= until_s):
                     raise self.refusal()
                 if not is_full:
@@ -92,7 +95,7 @@ class Held:
 
     def arrive(self, holding: Holding, num_bytes: int) -> None:
         """Count what has come in place of its promise. Raises OverloadedError if that is too much."""
-        if self._arrived + self._promised - holding.num_promised + num_bytes > self._most:
+        if not self._makes_room(num_bytes - holding.num_promised):
             raise self.refusal()
         self._arrived += num_bytes
         self.forget(holding)
@@ -104,9 +107,40 @@ class Held:
             holding.num_promised = 0
             self._let_in()
 
+    def keep(self, spare: Spare, num_bytes: int) -> bool:
+        """Count what is kept for later, in place of what was before. False, and nothing, if no room is left over."""
+        self.drop(spare)
+        if self._arrived + self._promised + num_bytes > self._most:
+            return False
+        self._arrived += num_bytes
+        self._spares[spare] = num_bytes
+        return True
+
+    def drop(self, spare: Spare) -> None:
+        """It is kept no more."""
+        if num_bytes := self._spares.pop(spare, 0):
+            self.take(-num_bytes)
+
     def refusal(self) -> OverloadedError:
         """What is said to those for whom there is no room."""
         return OverloadedError("too much is being uploaded at once; try again later", retry_after_s=self._retry_after_s)
+
+    def _makes_room(self, num_bytes: int) -> bool:
+        """Whether this much more has room; spares are let go of for that, if it is of use."""
+        excess = self._arrived + self._promised + num_bytes - self._most
+        if excess > 0 and excess > sum(self._spares.values()):
+            return False
+        while excess > 0:
+            spare = next(iter(self._spares))
+            yielded = self._spares.pop(spare)
+            self._arrived -= yielded
+            excess -= yielded
+            spare.on_yield()
+        return True
+
+    def _is_full_for(self, waiting: _Waiting) -> bool:
+        """Whether what has come leaves no room for it, whatever becomes of promises."""
+        return self._arrived - sum(self._spares.values()) + waiting.num_bytes > self._most
 
     def _may_promise(self, num_bytes: int) -> bool:
         return not self._promises or self._promised + num_bytes <= PROMISED * self._most
@@ -114,7 +148,7 @@ class Held:
     def _let_in(self) -> None:
         """Grant what there is room for. Who waits for what is held to become less does not hold up those behind."""
         for waiting in tuple(self._line):
-            if self._arrived + waiting.num_bytes > self._most:
+            if self._is_full_for(waiting):
                 continue
             if not self.promise_now(waiting.holding, waiting.num_bytes):
                 break
@@ -169,6 +203,22 @@ class Holding:
         num_bytes, self._arrived = self._arrived, 0
         if num_bytes:
             self._held.take(-num_bytes)
+
+
+class Spare:
+    """What one caller keeps for later and can do without. on_yield: called when others get its room."""
+
+    def __init__(self, held: Held, on_yield: Callable[[], None]) -> None:
+        self._held = held
+        self.on_yield = on_yield
+
+    def keep(self, num_bytes: int) -> bool:
+        """Keep so much in place of what was kept before; False, and nothing, if no room is left over for it."""
+        return self._held.keep(self, num_bytes)
+
+    def release(self) -> None:
+        """Nothing is kept any more."""
+        self._held.drop(self)
 
 
 @dataclass(frozen=True, slots=True)

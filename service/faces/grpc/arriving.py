@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from service.access.held import Held, Holding
+from service.access.held import Held, Holding, Spare
 from service.faces.grpc.weighing import admit
 from service.terms.errors import (
     InvalidInputError,
@@ -160,9 +160,9 @@ class Messages:
         self._largest = max(self._largest or 0, self._num_bytes)
         return kept
 
-    def spare(self) -> Holding:
-        """One for what is kept beside messages; the caller releases it."""
-        return Holding(self._arrivals.held)
+    def spare(self, on_yield: Callable[[], None]) -> Spare:
+        """For what is kept beside messages and yields to them; the caller releases it."""
+        return Spare(self._arrivals.held, on_yield)
 
     def close(self) -> None:
         """No more is wanted."""

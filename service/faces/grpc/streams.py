@@ -11,6 +11,7 @@ replaced, so that chance does not decide who gets more. A peer that is there and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -31,6 +32,7 @@ from service.terms.errors import (
     InvalidInputError,
     NoRoomError,
     OverloadedError,
+    PayloadTooLargeError,
     ServiceError,
     TimedOutError,
     UnauthenticatedError,
@@ -52,14 +54,16 @@ RETRY_S = (0.01, 0.25)  # first and longest pause of the first frame in the line
 class _Arrived:
     """A frame, and when it came (monotonic seconds). In mode `latest` a newer one may take its place.
 
-    holding: what it takes in memory. pair: its request, once it was made; then its images are in there alone. seen:
-    what its result told of it, for those after it.
+    holding: what it takes in memory. pair: its request, once it was made; then its images are in there alone. history:
+    what it is averaged with, None for nothing whatever the stream knows. seen: what its result told of it, for those
+    after it.
     """
 
     frame: pb.Frame
     arrived_s: float
     holding: Holding
     pair: FusionRequest | None = None
+    history: bytes | None = b""
     seen: bytes = b""
 
     def let_go_of_images(self) -> None:
@@ -107,8 +111,7 @@ class Stream:
         self._ordered: asyncio.Queue[tuple[_Arrived, asyncio.Task[pb.FuseStreamResponse]] | _End] = asyncio.Queue()
         self._num_started = 0
         self._history = (-1, b"")  # of calm frames: the newest that is known, after its frame's place in the stream
-        self._history_room = messages.spare()
-        self._kept.add(self._history_room)
+        self._history_room = messages.spare(self._forget_history)
         self._track = (-1, "")  # of refined frames: the newest that is known, after its frame's place in the stream
         self._fusing: set[asyncio.Task[pb.FuseStreamResponse]] = set()
         self._configure(pb.StreamOptions())
@@ -134,7 +137,7 @@ class Stream:
             await asyncio.gather(*unfinished, return_exceptions=True)
             for holding in tuple(self._kept):
                 self._let_go(holding)
-            self._history = -1, b""
+            self._forget_history()
             # An error's frames refer to this stream, which would keep it with all frames of both kinds in turn.
             self._ordered, self._end, self._waiting = asyncio.Queue(), None, None
 
@@ -259,14 +262,13 @@ class Stream:
 
         place: how many frames were started before.
         """
-        answer = pb.FuseStreamResponse()
+        answer, history = pb.FuseStreamResponse(), b""
         try:
             await charge()
             result = await self._fuse(arrived, accepted)
             if result.track:
                 self._track = max(self._track, (place, result.track))
-            arrived.seen = result.seen
-            self._keep_history(place, result.history)
+            arrived.seen, history = result.seen, result.history
             fusion = fusion_of(result, is_raw=self._options.is_raw, started_s=arrived.arrived_s)
             answer.fusion.CopyFrom(fusion)
         except ServiceError as error:
@@ -285,6 +287,8 @@ class Stream:
             accepted.set()
             arrived.let_go_of_images()  # the answer may wait long for those before it, and for its client
             self._let_go(arrived.holding)
+        if history or arrived.history:
+            self._keep_history(place, history)  # once the frame itself is let go of; none after one that failed with it
         answer.sequence, answer.timestamp_ns = arrived.frame.sequence, arrived.frame.timestamp_ns
         return answer
 
@@ -312,12 +316,18 @@ class Stream:
                     newest = self._take_waiting()
                     self._let_go(arrived.holding)
                     arrived.frame, arrived.arrived_s, arrived.holding = newest.frame, newest.arrived_s, newest.holding
-                    arrived.pair = None
+                    arrived.pair, arrived.history = None, b""
                     self._drop()
                 try:
                     return await self._gateway.fuse(self._request(arrived), leave)
-                except OverloadedError as error:
-                    is_refused, is_large = True, isinstance(error, NoRoomError)
+                except (OverloadedError, PayloadTooLargeError) as error:
+                    is_large = isinstance(error, NoRoomError | PayloadTooLargeError)
+                    if is_large and arrived.history:
+                        self._do_without_history(arrived)
+                        continue
+                    if isinstance(error, PayloadTooLargeError):
+                        raise
+                    is_refused = True
                 if is_large:
                     step_out()  # and to the end of the line: smaller frames behind this one may fit
                 if is_first or is_large:
@@ -363,7 +373,7 @@ class Stream:
         # What the gateway will refuse, it must see as it was asked for.
         left_s = timeout_s if timeout_s > self._settings.jobs.max_timeout_s else timeout_s - passed_s
         means = None if self._memory is None else self._means
-        history = self._history[1] if self._is_calm else None
+        history = self._bring_history(arrived) if self._is_calm else None
         return replace(arrived.pair, timeout_s=left_s, track=self._track[1], means=means, history=history)
 
     def _remember(self, arrived: _Arrived) -> None:
@@ -372,18 +382,31 @@ class Stream:
             self._memory.add(Seen.from_bytes(arrived.seen))
             self._means = b"" if self._memory.means is None else self._memory.means.to_bytes()
 
+    def _bring_history(self, arrived: _Arrived) -> bytes:
+        """What a frame is averaged with, counted with the frame; what it brought before if there is no room for it."""
+        history = self._history[1]
+        if arrived.history is not None and history is not arrived.history:
+            with contextlib.suppress(OverloadedError):
+                arrived.holding.add(len(history) - len(arrived.history))
+                arrived.history = history
+        return arrived.history or b""
+
+    def _do_without_history(self, arrived: _Arrived) -> None:
+        """The queue takes no job so large; perhaps it takes the frame alone."""
+        arrived.holding.add(-len(arrived.history or b""))
+        arrived.history = None
+        self._forget_history()
+
     def _keep_history(self, place: int, history: bytes) -> None:
-        """What the next frame is averaged with, if there is room for it: it begins anew if there is none."""
+        """What the next frame is averaged with, if room is left over for it: it begins anew if not."""
         if not self._is_calm or place < self._history[0]:
             return
+        is_small = HISTORY_SHARE * len(history) <= self._settings.queue.max_bytes
+        self._history = place, history if is_small and self._history_room.keep(len(history)) else b""
+
+    def _forget_history(self) -> None:
         self._history_room.release()
-        try:
-            if HISTORY_SHARE * len(history) > self._settings.queue.max_bytes:
-                history = b""
-            self._history_room.add(len(history))
-        except OverloadedError:
-            history = b""
-        self._history = place, history
+        self._history = self._history[0], b""
 
     def _let_go(self, holding: Holding) -> None:
         holding.release()

@@ -178,7 +178,7 @@ class RedisQueue:
             self._beside.doubt_job(job)
             if not isinstance(error.__cause__, exceptions.OutOfMemoryError):
                 raise
-            raise OverloadedError(
+            raise NoRoomError(
                 "the queue's memory is full; try again later", retry_after_s=limits.retry_after_s
             ) from error
         finally:

@@ -13,7 +13,7 @@ from recofuse_host.memory import usable_memory
 from recofuse_protos.inference.v2 import inference_pb2, inference_pb2_grpc
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
 from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
-from service.access.held import SHARE, Held
+from service.access.held import SHARE, Held, Spare
 from service.terms.errors import OverloadedError
 from tests.fakes import FakeEngine
 from tests.service.conftest import Serving
@@ -175,3 +175,68 @@ async def test_a_promise_whose_caller_left_is_given_back() -> None:
                 await waiting
     with held.holding() as third:
         third.add(100)
+
+
+class Kept:
+    """Spares of so many bytes, and which of them have yielded."""
+
+    def __init__(self, held: Held, *sizes: int) -> None:
+        self.yielded: list[int] = []
+        self.spares = [Spare(held, lambda number=number: self.yielded.append(number)) for number in range(len(sizes))]  # type: ignore[misc]
+        self.are_kept = [spare.keep(size) for spare, size in zip(self.spares, sizes, strict=True)]
+
+
+async def test_what_can_be_done_without_yields_the_oldest_first() -> None:
+    held = Held(100, retry_after_s=1.0)
+    kept = Kept(held, 30, 30, 30)
+    assert kept.spares[0].keep(30)  # anew, so that it is the youngest
+    with held.holding() as first, held.holding() as second, held.holding() as third:
+        first.add(10)
+        assert kept.yielded == []
+        await second.promise(25, within_s=60)
+        assert kept.yielded == [1]
+        second.arrive(40)
+        assert kept.yielded == [1, 2]
+        third.add(50)
+        assert kept.yielded == [1, 2, 0]
+        with pytest.raises(OverloadedError):
+            third.add(1)
+    with held.holding() as holding:
+        holding.add(100)
+
+
+async def test_who_waits_gets_the_room_of_what_was_kept_meanwhile() -> None:
+    held = Held(100, retry_after_s=1.0)
+    with held.holding() as first, held.holding() as second, held.holding() as third:
+        first.add(20)
+        await second.promise(40, within_s=60)
+        waiting = asyncio.create_task(third.promise(40, within_s=None))  # beyond the half that is for promises
+        await asyncio.sleep(0)
+        kept = Kept(held, 40)
+        second.release()
+        await asyncio.wait_for(waiting, 10)
+        assert kept.yielded == []
+        third.arrive(80)
+        assert kept.yielded == [0]
+
+
+def test_nothing_yields_in_vain() -> None:
+    held = Held(100, retry_after_s=1.0)
+    kept = Kept(held, 60)
+    with held.holding() as first, held.holding() as second:
+        first.add(30)
+        with pytest.raises(OverloadedError):
+            second.add(80)
+        assert kept.yielded == []
+
+
+def test_what_is_kept_takes_room_that_is_left_over_alone() -> None:
+    held = Held(100, retry_after_s=1.0)
+    kept = Kept(held, 60, 50, 40)
+    assert kept.are_kept == [True, False, True]
+    assert not kept.spares[2].keep(41)  # and what was before is let go of
+    kept.spares[0].release()
+    kept.spares[0].release()
+    with held.holding() as holding:
+        holding.add(100)
+    assert kept.yielded == []

@@ -555,6 +555,79 @@ async def test_a_history_for_which_there_is_no_room_is_let_go_of(face: Face, mon
         np.testing.assert_array_equal(one, other)
 
 
+def noisy_raw(number: int) -> pb.FuseStreamRequest:
+    generator = np.random.default_rng(number)
+    y, x = np.mgrid[:96, :128] / 20
+    plane = 120 + 60 * np.sin(x) * np.cos(y)
+    vis, ir = ((plane[..., None] + generator.normal(0, 6, (96, 128, n))).astype(np.uint8) for n in (3, 1))
+    images = [
+        pb.Image(raw=pb.RawImage(pixel_format=pixel_format, width=128, height=96, data=image.tobytes()))
+        for image, pixel_format in ((vis, pb.PIXEL_FORMAT_RGB8), (ir, pb.PIXEL_FORMAT_MONO8))
+    ]
+    return pb.FuseStreamRequest(frame=pb.Frame(sequence=number, vis=images[0], ir=images[1], timeout_ms=60_000))
+
+
+async def test_histories_hold_up_no_frame(facing: Facing) -> None:
+    """Together they would take more than the process may hold, and nobody asks for them before frames are read."""
+    limits = {"max_image_bytes": 3 * 96 * 128, "max_held_bytes": 8 * 4 * 96 * 128}
+    opening = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW), calm=True, steady=False)
+    async with facing(limits=limits, grpc={"stream_idle_s": 0}) as face:
+
+        async def outcomes() -> list[str | None]:
+            sent = [pb.FuseStreamRequest(options=opening), *map(noisy_raw, range(6))]
+            return [answer.WhichOneof("outcome") async for answer in face.stub.FuseStream(one_by_one(sent))]
+
+        async with asyncio.timeout(60):
+            assert await asyncio.gather(*(outcomes() for _ in range(24))) == [["fusion"] * 6] * 24
+
+
+@pytest.mark.parametrize("share", [1, 3])
+async def test_a_frame_that_has_no_place_with_its_history_goes_without(
+    facing: Facing, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    monkeypatch.setattr(streams, "HISTORY_SHARE", share)
+    opening = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW), calm=True, steady=False)
+    sent = [pb.FuseStreamRequest(options=opening), *map(noisy_raw, range(4))]
+    async with facing(queue={"max_bytes": 128 * 96 * 4 + 12_000}) as face:
+        answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
+    assert [answer.error.message for answer in answers] == [""] * 4
+
+
+async def test_a_frame_that_fails_takes_its_history_along(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it was, no frame after it can fail for the same history."""
+    brought: list[int] = []
+    request_of = Stream._request
+
+    def noted(stream: Stream, arrived: _Arrived) -> Any:
+        made = request_of(stream, arrived)
+        brought.append(len(made.history or b""))
+        return made
+
+    monkeypatch.setattr(Stream, "_request", noted)
+    pairs = [noisy_pair(0), noisy_pair(1), (b"nonsense", IR), noisy_pair(3), noisy_pair(4)]
+    opening = pb.StreamOptions(fuse=pb.FuseOptions(format=pb.IMAGE_FORMAT_RAW), calm=True)
+    sent = [pb.FuseStreamRequest(options=opening), *(frame(n, *files) for n, files in enumerate(pairs))]
+    answers = [answer async for answer in face.stub.FuseStream(one_by_one(sent))]
+    assert [answer.WhichOneof("outcome") for answer in answers] == ["fusion", "fusion", "error", "fusion", "fusion"]
+    assert [size > 0 for size in brought] == [False, True, True, False, True]
+
+
+async def test_every_frame_at_work_is_counted_with_its_history(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[tuple[int, int]] = []
+    request_of = Stream._request
+
+    def noted(stream: Stream, arrived: _Arrived) -> Any:
+        before = arrived.holding._arrived - len(arrived.history or b"")
+        made = request_of(stream, arrived)
+        counted.append((arrived.holding._arrived - before, len(made.history or b"")))
+        return made
+
+    monkeypatch.setattr(Stream, "_request", noted)
+    await pixels_by_frame(face, 12, calm=True, max_in_flight=3)
+    assert [count for count, _ in counted] == [size for _, size in counted]
+    assert sum(size > 5000 for _, size in counted) > 4
+
+
 async def test_what_a_calm_stream_kept_is_given_back(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
     most: dict[Held, int] = {}
     take = Held.take
