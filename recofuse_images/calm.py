@@ -1,14 +1,17 @@
 """Noise that is new in every frame, averaged away from a stream's pictures where the scene stands still.
 
-Every pixel is shown as a running mean of the pictures of the frames before, for as long as nothing has changed around
-it; where something has, the frame at hand is shown. What has changed is judged twice: by the frames as they came, both
-of them, in means over small windows against the noise that is seen in them, and by the restored pictures, against how
-much they change anyway and how steep they are. A mean is never farther from the picture at hand than that, so a change
-that nobody noticed leaves no more than a trace of the size of the noise.
+Every pixel is shown as a running mean over the pictures of the frames before, for as long as nothing has changed around
+it; where something has, the frame at hand is shown. The newest frame weighs 1/2, 1/3 and so on, and never less than
+1/(FRAMES + 1), so what changes too slowly to be noticed is followed. What has changed is judged twice: by the frames as
+they came, both of them, in means over small windows against the noise that is seen in them, and by the restored
+pictures, against how much they change anyway and how steep they are. A mean is never farther from the picture at hand
+than that, so a change that nobody noticed leaves no more than a trace of the size of the noise.
 
-What a newcomer would get wrong: all state is the history that goes from frame to frame as bytes, and the mean in it is
-the very picture that was shown. Whoever has the frame and a history can go on, after any frame before; a history of
-other sizes or parts is as good as none. Evidence and weights have half the sides of the pictures.
+What a newcomer would get wrong: all state is the history that goes from frame to frame as bytes, and the picture that
+was shown is the mean in it, rounded. Means are kept in sixteenths of a level: in whole ones, a frame that differs by
+five levels or less would move none of them, and all would stay at the first frames' guess. Whoever has the frame and a
+history can go on, after any frame before; a history of other sizes or parts is as good as none. Evidence and weights
+have half the sides of the pictures.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Levels = NDArray[np.uint8]
+Steps = NDArray[np.uint16]  # of which a level has `STEPS`
 Floats = NDArray[np.float32]
 
 Name = TypeVar("Name", bound=str)  # of a part
 
-MAGIC = b"RFC1"
+MAGIC = b"RFC2"
 MIN_SIDE = 16  # px of a picture below which it is shown as it is
-FRAMES = 10  # that a mean is made of, at most
+FRAMES = 10  # that a mean counts for at most against the newest one
+STEPS = 16  # of a level, in which means are kept; two of them are packed into a byte
 
 # Of the frames as they came: what counts as a change, in standard deviations of the mean over a window.
 WINDOWS = (3, 7, 15)  # px a side, of the halved frame
@@ -60,24 +65,43 @@ class Given:
 class History:
     """What is known of the frames before one.
 
-    planes: running means of the frames as they came, halved. frames: how many frames they are of, in sixteenths, of the
-    same shape. shown: the pictures (H, W) or (H, W, C) by part.
+    planes: running means of the frames as they came, halved. frames: how many frames they count for, in sixteenths, of
+    the same shape. means: those of the pictures (H, W) or (H, W, C) by part.
     """
 
-    planes: tuple[Levels, Levels]
+    planes: tuple[Steps, Steps]
     frames: Levels
-    shown: Mapping[str, Levels]
+    means: Mapping[str, Steps]
+
+    @classmethod
+    def of(cls, frame: Given, pictures: Mapping[Name, Levels]) -> History:
+        """That of a first frame."""
+        vis, ir = frame.planes
+        ones = np.full(vis.shape, _UNIT, np.uint8)
+        return cls((_steps(vis), _steps(ir)), ones, {str(part): _steps(picture) for part, picture in pictures.items()})
 
     def to_bytes(self) -> bytes:
-        """Packed without loss: about half of the pictures' bytes."""
+        """Packed without loss: about as many bytes as the pictures have."""
         from recofuse_images.codecs import imagecodecs
 
         codec: Any = imagecodecs  # whose types know no arrays
-        arrays = [*self.planes, self.frames, *self.shown.values()]
+        means = [*self.planes, *self.means.values()]
+        levels = [rounded(mean) for mean in means]
         # Differences to the row above, which is what is left to pack of a smooth picture.
-        rows = [np.diff(array.reshape(len(array), -1), axis=0, prepend=np.uint8(0)).ravel() for array in arrays]
-        body = bytes(codec.zstd_encode(np.concatenate(rows), level=1))
-        return b"".join((MAGIC, _said_of(self.shown).encode(), b"\n", body))
+        rows = [
+            np.diff(array.reshape(len(array), -1), axis=0, prepend=np.uint8(0)).ravel()
+            for array in (self.frames, *levels)
+        ]
+        rests = np.concatenate(
+            [
+                (mean - _steps(level) + np.uint16(STEPS // 2)).astype(np.uint8).ravel()
+                for mean, level in zip(means, levels, strict=True)
+            ]
+        )
+        low, high = rests[: -(-len(rests) // 2)], rests[-(-len(rests) // 2) :]
+        low[: len(high)] |= high << 4
+        body = bytes(codec.zstd_encode(np.concatenate([*rows, low]), level=1))
+        return b"".join((MAGIC, _said_of(self.means).encode(), b"\n", body))
 
     @classmethod
     def from_bytes(cls, raw: bytes, pictures: Mapping[Name, Levels]) -> History | None:
@@ -93,21 +117,30 @@ class History:
         half = _halved(*next(iter(pictures.values())).shape[:2])
         shapes = [half] * 3 + [picture.shape for picture in pictures.values()]
         sizes = [int(np.prod(shape)) for shape in shapes]
-        levels = np.empty(sum(sizes), np.uint8)  # no more than this, whatever the bytes say
+        num_levels, num_rests = sum(sizes), sum(sizes[1:])
+        unpacked = np.empty(num_levels + -(-num_rests // 2), np.uint8)  # no more than this, whatever the bytes say
         try:
-            unpacked = codec.zstd_decode(body, out=levels)
+            num_unpacked = len(codec.zstd_decode(body, out=unpacked))
         except (RuntimeError, ValueError) as error:
             raise ValueError("a history of a stream's pictures is damaged") from error
-        if len(unpacked) != len(levels):
+        if num_unpacked != len(unpacked):
             raise ValueError("a history of a stream's pictures is cut short")
+        packed = unpacked[num_levels:]
+        rests = np.concatenate([packed & 15, packed[: num_rests // 2] >> 4])
         arrays = []
         for shape, end, size in zip(shapes, np.cumsum(sizes), sizes, strict=True):
-            rows = levels[end - size : end].reshape(shape[0], -1)
+            rows = unpacked[end - size : end].reshape(shape[0], -1)
             for above, row in itertools.pairwise(rows):  # whole rows at a time: a fifth of what `accumulate` takes
                 np.add(above, row, out=row)
             arrays.append(rows.reshape(shape))
-        vis, ir, frames, *shown = arrays
-        return cls((vis, ir), frames, dict(zip(pictures, shown, strict=True)))
+        frames, *levels = arrays
+        means, start = [], 0
+        for level in levels:
+            rest = rests[start : start + level.size].reshape(level.shape)
+            means.append(np.maximum(_steps(level) + rest, STEPS // 2) - np.uint16(STEPS // 2))
+            start += level.size
+        vis, ir, *others = means
+        return cls((vis, ir), frames, dict(zip(pictures, others, strict=True)))
 
 
 def given(vis: Levels, ir: Levels) -> Given:
@@ -132,8 +165,7 @@ def calmed(pictures: Mapping[Name, Levels], frame: Given, before: bytes) -> tupl
         return dict(pictures), b""
     history = History.from_bytes(before, pictures) if before else None
     if history is None:
-        ones = np.full(frame.planes[0].shape, _UNIT, np.uint8)
-        return dict(pictures), History(frame.planes, ones, _named(pictures)).to_bytes()
+        return dict(pictures), History.of(frame, pictures).to_bytes()
     shown, after = _followed(pictures, frame, history)
     return shown, after.to_bytes()
 
@@ -141,22 +173,20 @@ def calmed(pictures: Mapping[Name, Levels], frame: Given, before: bytes) -> tupl
 def _followed(pictures: Mapping[Name, Levels], frame: Given, history: History) -> tuple[dict[Name, Levels], History]:
     from recofuse_images.codecs import cv2
 
-    change = _change_of_given(frame, history.planes)
+    vis, ir = history.planes
+    change = _change_of_given(frame, (rounded(vis), rounded(ir)))
     bounds = {}
     for part, picture in pictures.items():
-        bounds[part], changed = _change_of_picture(picture, history.shown[part])
+        bounds[part], changed = _change_of_picture(picture, rounded(history.means[part]))
         np.maximum(change, changed, out=change)
     stays = cv2.erode((1 - change).clip(0, 1), np.ones((AROUND, AROUND), np.uint8))
     stays = cv2.blur(stays, (AROUND // 2 | 1, AROUND // 2 | 1))
     frames = stays * history.frames.astype(np.float32) * np.float32(1 / _UNIT)
     share = frames / (frames + 1)  # of the mean; the frame at hand has the rest
-    shown = {part: _mixed(picture, history.shown[part], bounds[part], share) for part, picture in pictures.items()}
-    vis, ir = (
-        np.rint(now + share * (mean - now)).astype(np.uint8)
-        for now, mean in zip((plane.astype(np.float32) for plane in frame.planes), history.planes, strict=True)
-    )
+    means = {str(part): _mixed(picture, history.means[part], bounds[part], share) for part, picture in pictures.items()}
+    vis, ir = (_blended(mean, _steps(now), share) for now, mean in zip(frame.planes, history.planes, strict=True))
     numbers = np.rint(np.minimum(frames + 1, FRAMES) * _UNIT).astype(np.uint8)
-    return shown, History((vis, ir), numbers, _named(shown))
+    return {part: rounded(means[part]) for part in pictures}, History((vis, ir), numbers, means)
 
 
 def _change_of_given(frame: Given, means: tuple[Levels, Levels]) -> Floats:
@@ -192,18 +222,35 @@ def _change_of_picture(picture: Levels, mean: Levels) -> tuple[Levels, Floats]:
     return np.rint(FARTHEST * bound).clip(0, 255).astype(np.uint8), changed.astype(np.float32)
 
 
-def _mixed(picture: Levels, mean: Levels, bound: Levels, share: Floats) -> Levels:
-    """The picture and its mean, brought within a bound (h, w) of it, which has a share (h, w)."""
+def _mixed(picture: Levels, mean: Steps, bound: Levels, share: Floats) -> Steps:
+    """The mean of the picture and its mean so far, brought within a bound (h, w) of it, which has a share (h, w)."""
     from recofuse_images.codecs import cv2
 
     height, width = picture.shape[:2]
-    flat = picture.reshape(height, width, -1)
-    most = cv2.merge([cv2.resize(bound, (width, height), interpolation=cv2.INTER_LINEAR)] * flat.shape[2])
-    near = cv2.max(mean.reshape(flat.shape), cv2.subtract(flat, most))  # all stay within 0 and 255 by themselves
-    near = cv2.min(near, cv2.add(flat, most))
-    weights = cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)
-    shown = cv2.blendLinear(near, flat, weights, 1 - weights)
-    return np.asarray(shown, np.uint8).reshape(picture.shape)  # OpenCV drops an only channel
+    now = _steps(picture.reshape(height, width, -1))
+    most = _steps(np.asarray(cv2.resize(bound, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8))
+    mosts = cv2.merge([most] * now.shape[2]).reshape(now.shape)  # OpenCV drops an only channel
+    near = cv2.max(mean.reshape(now.shape), cv2.subtract(now, mosts).reshape(now.shape))
+    near = cv2.min(near, cv2.add(now, mosts))
+    weights = np.asarray(cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
+    return _blended(np.asarray(near, np.uint16).reshape(now.shape), now, weights).reshape(picture.shape)
+
+
+def _blended(mean: Steps, now: Steps, share: Floats) -> Steps:
+    """The mean (H, W) or (H, W, C), which has a share (H, W), and what is now."""
+    from recofuse_images.codecs import cv2
+
+    blended = cv2.blendLinear(mean.astype(np.float32), now.astype(np.float32), share, 1 - share)
+    return np.rint(blended).astype(np.uint16).reshape(now.shape)
+
+
+def rounded(mean: Steps) -> Levels:
+    """A mean as it is shown."""
+    return ((mean + np.uint16(STEPS // 2)) // np.uint16(STEPS)).astype(np.uint8)
+
+
+def _steps(levels: Levels) -> Steps:
+    return levels.astype(np.uint16) * np.uint16(STEPS)
 
 
 def _small_grey(picture: Levels) -> Levels:
@@ -236,10 +283,6 @@ def _halved(height: int, width: int) -> tuple[int, int]:
     return -(-height // 2), -(-width // 2)
 
 
-def _named(pictures: Mapping[Name, Levels]) -> dict[str, Levels]:
-    return {str(part): picture for part, picture in pictures.items()}
-
-
-def _said_of(pictures: Mapping[Name, Levels]) -> str:
+def _said_of(pictures: Mapping[Name, NDArray[Any]]) -> str:
     """Parts and their shapes, in one line."""
     return ",".join(f"{part}:{'x'.join(map(str, picture.shape))}" for part, picture in pictures.items())

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def scene(phase: float = 0.0, size: tuple[int, int] = SIZE) -> Pair:
     return vis.astype(np.uint8), (120 + 80 * np.cos(x) * np.sin(y)).astype(np.uint8)
 
 
-def noisy(picture: Levels, seed: int, noise: float = NOISE) -> Levels:
+def noisy(picture: NDArray[Any], seed: int, noise: float = NOISE) -> Levels:
     return (picture + np.random.default_rng(seed).normal(0, noise, picture.shape)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -133,6 +134,26 @@ def test_a_slow_change_of_light_is_followed() -> None:
         assert abs(float(calm_ones[number].mean()) - float(pairs[number][0].mean())) < 4  # some frames of it
 
 
+@pytest.mark.parametrize("rate", [0.1, -0.1, 0.3])
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+def test_what_changes_too_slowly_to_be_noticed_is_followed(rate: float, noise: float) -> None:
+    """Each frame differs from the mean by less than would move it by a whole level."""
+    vis = np.full((48, 64, 3), 100.3) + np.linspace(0, 20, 64)[:, None]
+    history, known = b"", None
+    for number in range(70):
+        clean = vis + rate * min(number, 20)
+        came = noisy(clean, number, noise)
+        ir = noisy(clean[..., 0], 1000 + number, noise)
+        pictures, history = calm.calmed({"vis": came}, calm.given(came, ir), history)
+        known = History.from_bytes(history, pictures)
+    assert known is not None
+    assert np.median(known.frames) == 16 * calm.FRAMES  # it did not begin anew
+    assert abs(float(pictures["vis"].mean()) - float(clean.mean())) < 0.25
+    for plane in known.planes:
+        assert abs(float(plane.mean()) / calm.STEPS - float(clean.mean())) < 0.5
+    assert float((pictures["vis"] - clean).std()) < 0.65 * noise  # and no pixel stays at its own first guess
+
+
 def test_a_camera_that_moves_blurs_nothing() -> None:
     generator = np.random.default_rng(3)
     wide = np.kron(generator.integers(20, 230, (40, 60)), np.ones((8, 8))).astype(np.uint8)
@@ -149,14 +170,18 @@ def test_a_camera_that_moves_blurs_nothing() -> None:
 def test_a_history_goes_and_comes_as_bytes() -> None:
     vis, ir = (noisy(picture, 1) for picture in scene(size=(33, 47)))
     pictures = {"fused": vis, "ir": ir[..., None]}
-    history = History(calm.given(vis, ir).planes, np.full((17, 24), 40, np.uint8), pictures)
+    generator = np.random.default_rng(1)
+    steps = 255 * calm.STEPS + 1
+    planes = [generator.integers(steps, size=(17, 24), dtype=np.uint16) for _ in range(2)]
+    means = {part: generator.integers(steps, size=plane.shape, dtype=np.uint16) for part, plane in pictures.items()}
+    history = History((planes[0], planes[1]), np.full((17, 24), 40, np.uint8), means)
     raw = history.to_bytes()
     back = History.from_bytes(raw, pictures)
     assert back is not None
     for one, other in zip((*history.planes, history.frames), (*back.planes, back.frames), strict=True):
         np.testing.assert_array_equal(one, other)
-    for part, picture in pictures.items():
-        np.testing.assert_array_equal(back.shown[part], picture)
+    for part, mean in means.items():
+        np.testing.assert_array_equal(back.means[part], mean)
     assert back.to_bytes() == raw
 
 
@@ -175,7 +200,7 @@ def test_what_is_no_history_is_refused() -> None:
     vis, ir = scene()
     frame = calm.given(vis, ir)
     _, history = calm.calmed({"vis": vis}, frame, b"")
-    longer = calm.History(frame.planes, np.zeros_like(frame.planes[0]), {"vis": np.repeat(vis, 2, axis=0)}).to_bytes()
+    longer = History.of(frame, {"vis": np.repeat(vis, 2, axis=0)}).to_bytes()
     bomb = history.partition(b"\n")[0] + b"\n" + longer.partition(b"\n")[2]
     for wrong in (b"x", b"RFS1" + history[4:], history[:-9], history.partition(b"\n")[0] + b"\n", bomb):
         with pytest.raises(ValueError, match="history"):
