@@ -7,9 +7,10 @@ they came, both of them, in means over small windows against the noise that is s
 pictures, against how much they change anyway and how steep they are. A mean is never farther from the picture at hand
 than that, so a change that nobody noticed leaves no more than a trace of the size of the noise.
 
-What a newcomer would get wrong: all state is the history that goes from frame to frame as bytes, and the picture that
-was shown is the mean in it, rounded. Means are kept in sixteenths of a level: in whole ones, a frame that differs by
-five levels or less would move none of them, and all would stay at the first frames' guess. Whoever has the frame and a
+What a newcomer would get wrong: all state is the history that goes from frame to frame as bytes, and the mean in it is
+the very picture that was shown. So means are rounded by chance, up as often as their fraction says: to the nearest
+level, a frame that differs by five levels or less would move none of them, and all would stay at the first frames'
+guess. Chance is drawn from the history, and who repeats a frame gets the same picture. Whoever has the frame and a
 history can go on, after any frame before; a history of other sizes or parts is as good as none. Evidence and weights
 have half the sides of the pictures.
 """
@@ -17,6 +18,7 @@ have half the sides of the pictures.
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,15 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Levels = NDArray[np.uint8]
-Steps = NDArray[np.uint16]  # of which a level has `STEPS`
 Floats = NDArray[np.float32]
 
 Name = TypeVar("Name", bound=str)  # of a part
 
-MAGIC = b"RFC2"
+MAGIC = b"RFC1"
 MIN_SIDE = 16  # px of a picture below which it is shown as it is
 FRAMES = 10  # that a mean counts for at most against the newest one
-STEPS = 16  # of a level, in which means are kept; two of them are packed into a byte
 
 # Of the frames as they came: what counts as a change, in standard deviations of the mean over a window.
 WINDOWS = (3, 7, 15)  # px a side, of the halved frame
@@ -65,43 +65,24 @@ class Given:
 class History:
     """What is known of the frames before one.
 
-    planes: running means of the frames as they came, halved. frames: how many frames they count for, in sixteenths, of
-    the same shape. means: those of the pictures (H, W) or (H, W, C) by part.
+    planes: running means of the frames as they came, halved. frames: how many they count for, in sixteenths, of the
+    same shape. shown: the pictures (H, W) or (H, W, C) by part.
     """
 
-    planes: tuple[Steps, Steps]
+    planes: tuple[Levels, Levels]
     frames: Levels
-    means: Mapping[str, Steps]
-
-    @classmethod
-    def of(cls, frame: Given, pictures: Mapping[Name, Levels]) -> History:
-        """That of a first frame."""
-        vis, ir = frame.planes
-        ones = np.full(vis.shape, _UNIT, np.uint8)
-        return cls((_steps(vis), _steps(ir)), ones, {str(part): _steps(picture) for part, picture in pictures.items()})
+    shown: Mapping[str, Levels]
 
     def to_bytes(self) -> bytes:
-        """Packed without loss: about as many bytes as the pictures have."""
+        """Packed without loss: about half of the pictures' bytes."""
         from recofuse_images.codecs import imagecodecs
 
         codec: Any = imagecodecs  # whose types know no arrays
-        means = [*self.planes, *self.means.values()]
-        levels = [rounded(mean) for mean in means]
+        arrays = [*self.planes, self.frames, *self.shown.values()]
         # Differences to the row above, which is what is left to pack of a smooth picture.
-        rows = [
-            np.diff(array.reshape(len(array), -1), axis=0, prepend=np.uint8(0)).ravel()
-            for array in (self.frames, *levels)
-        ]
-        rests = np.concatenate(
-            [
-                (mean - _steps(level) + np.uint16(STEPS // 2)).astype(np.uint8).ravel()
-                for mean, level in zip(means, levels, strict=True)
-            ]
-        )
-        low, high = rests[: -(-len(rests) // 2)], rests[-(-len(rests) // 2) :]
-        low[: len(high)] |= high << 4
-        body = bytes(codec.zstd_encode(np.concatenate([*rows, low]), level=1))
-        return b"".join((MAGIC, _said_of(self.means).encode(), b"\n", body))
+        rows = [np.diff(array.reshape(len(array), -1), axis=0, prepend=np.uint8(0)).ravel() for array in arrays]
+        body = bytes(codec.zstd_encode(np.concatenate(rows), level=1))
+        return b"".join((MAGIC, _said_of(self.shown).encode(), b"\n", body))
 
     @classmethod
     def from_bytes(cls, raw: bytes, pictures: Mapping[Name, Levels]) -> History | None:
@@ -117,30 +98,21 @@ class History:
         half = _halved(*next(iter(pictures.values())).shape[:2])
         shapes = [half] * 3 + [picture.shape for picture in pictures.values()]
         sizes = [int(np.prod(shape)) for shape in shapes]
-        num_levels, num_rests = sum(sizes), sum(sizes[1:])
-        unpacked = np.empty(num_levels + -(-num_rests // 2), np.uint8)  # no more than this, whatever the bytes say
+        levels = np.empty(sum(sizes), np.uint8)  # no more than this, whatever the bytes say
         try:
-            num_unpacked = len(codec.zstd_decode(body, out=unpacked))
+            unpacked = codec.zstd_decode(body, out=levels)
         except (RuntimeError, ValueError) as error:
             raise ValueError("a history of a stream's pictures is damaged") from error
-        if num_unpacked != len(unpacked):
+        if len(unpacked) != len(levels):
             raise ValueError("a history of a stream's pictures is cut short")
-        packed = unpacked[num_levels:]
-        rests = np.concatenate([packed & 15, packed[: num_rests // 2] >> 4])
         arrays = []
         for shape, end, size in zip(shapes, np.cumsum(sizes), sizes, strict=True):
-            rows = unpacked[end - size : end].reshape(shape[0], -1)
+            rows = levels[end - size : end].reshape(shape[0], -1)
             for above, row in itertools.pairwise(rows):  # whole rows at a time: a fifth of what `accumulate` takes
                 np.add(above, row, out=row)
             arrays.append(rows.reshape(shape))
-        frames, *levels = arrays
-        means, start = [], 0
-        for level in levels:
-            rest = rests[start : start + level.size].reshape(level.shape)
-            means.append(np.maximum(_steps(level) + rest, STEPS // 2) - np.uint16(STEPS // 2))
-            start += level.size
-        vis, ir, *others = means
-        return cls((vis, ir), frames, dict(zip(pictures, others, strict=True)))
+        vis, ir, frames, *shown = arrays
+        return cls((vis, ir), frames, dict(zip(pictures, shown, strict=True)))
 
 
 def given(vis: Levels, ir: Levels) -> Given:
@@ -165,28 +137,32 @@ def calmed(pictures: Mapping[Name, Levels], frame: Given, before: bytes) -> tupl
         return dict(pictures), b""
     history = History.from_bytes(before, pictures) if before else None
     if history is None:
-        return dict(pictures), History.of(frame, pictures).to_bytes()
-    shown, after = _followed(pictures, frame, history)
+        ones = np.full(frame.planes[0].shape, _UNIT, np.uint8)
+        return dict(pictures), History(frame.planes, ones, _named(pictures)).to_bytes()
+    shown, after = _followed(pictures, frame, history, np.random.default_rng(zlib.crc32(before)))
     return shown, after.to_bytes()
 
 
-def _followed(pictures: Mapping[Name, Levels], frame: Given, history: History) -> tuple[dict[Name, Levels], History]:
+def _followed(
+    pictures: Mapping[Name, Levels], frame: Given, history: History, generator: np.random.Generator
+) -> tuple[dict[Name, Levels], History]:
     from recofuse_images.codecs import cv2
 
-    vis, ir = history.planes
-    change = _change_of_given(frame, (rounded(vis), rounded(ir)))
+    change = _change_of_given(frame, history.planes)
     bounds = {}
     for part, picture in pictures.items():
-        bounds[part], changed = _change_of_picture(picture, rounded(history.means[part]))
+        bounds[part], changed = _change_of_picture(picture, history.shown[part])
         np.maximum(change, changed, out=change)
     stays = cv2.erode((1 - change).clip(0, 1), np.ones((AROUND, AROUND), np.uint8))
     stays = cv2.blur(stays, (AROUND // 2 | 1, AROUND // 2 | 1))
     frames = stays * history.frames.astype(np.float32) * np.float32(1 / _UNIT)
     share = frames / (frames + 1)  # of the mean; the frame at hand has the rest
-    means = {str(part): _mixed(picture, history.means[part], bounds[part], share) for part, picture in pictures.items()}
-    vis, ir = (_blended(mean, _steps(now), share) for now, mean in zip(frame.planes, history.planes, strict=True))
+    shown = {
+        part: _mixed(picture, history.shown[part], bounds[part], share, generator) for part, picture in pictures.items()
+    }
+    vis, ir = (_blended(mean, now, share, generator) for now, mean in zip(frame.planes, history.planes, strict=True))
     numbers = np.rint(np.minimum(frames + 1, FRAMES) * _UNIT).astype(np.uint8)
-    return {part: rounded(means[part]) for part in pictures}, History((vis, ir), numbers, means)
+    return shown, History((vis, ir), numbers, _named(shown))
 
 
 def _change_of_given(frame: Given, means: tuple[Levels, Levels]) -> Floats:
@@ -222,35 +198,28 @@ def _change_of_picture(picture: Levels, mean: Levels) -> tuple[Levels, Floats]:
     return np.rint(FARTHEST * bound).clip(0, 255).astype(np.uint8), changed.astype(np.float32)
 
 
-def _mixed(picture: Levels, mean: Steps, bound: Levels, share: Floats) -> Steps:
-    """The mean of the picture and its mean so far, brought within a bound (h, w) of it, which has a share (h, w)."""
+def _mixed(picture: Levels, mean: Levels, bound: Levels, share: Floats, generator: np.random.Generator) -> Levels:
+    """The picture and its mean, brought within a bound (h, w) of it, which has a share (h, w)."""
     from recofuse_images.codecs import cv2
 
     height, width = picture.shape[:2]
-    now = _steps(picture.reshape(height, width, -1))
-    most = _steps(np.asarray(cv2.resize(bound, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8))
-    mosts = cv2.merge([most] * now.shape[2]).reshape(now.shape)  # OpenCV drops an only channel
-    near = cv2.max(mean.reshape(now.shape), cv2.subtract(now, mosts).reshape(now.shape))
-    near = cv2.min(near, cv2.add(now, mosts))
+    flat = picture.reshape(height, width, -1)
+    most = cv2.merge([cv2.resize(bound, (width, height), interpolation=cv2.INTER_LINEAR)] * flat.shape[2])
+    near = cv2.max(mean.reshape(flat.shape), cv2.subtract(flat, most))  # all stay within 0 and 255 by themselves
+    near = cv2.min(near, cv2.add(flat, most))
     weights = np.asarray(cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
-    return _blended(np.asarray(near, np.uint16).reshape(now.shape), now, weights).reshape(picture.shape)
+    return _blended(np.asarray(near, np.uint8).reshape(flat.shape), flat, weights, generator).reshape(picture.shape)
 
 
-def _blended(mean: Steps, now: Steps, share: Floats) -> Steps:
-    """The mean (H, W) or (H, W, C), which has a share (H, W), and what is now."""
-    from recofuse_images.codecs import cv2
-
-    blended = cv2.blendLinear(mean.astype(np.float32), now.astype(np.float32), share, 1 - share)
-    return np.rint(blended).astype(np.uint16).reshape(now.shape)
-
-
-def rounded(mean: Steps) -> Levels:
-    """A mean as it is shown."""
-    return ((mean + np.uint16(STEPS // 2)) // np.uint16(STEPS)).astype(np.uint8)
-
-
-def _steps(levels: Levels) -> Steps:
-    return levels.astype(np.uint16) * np.uint16(STEPS)
+def _blended(mean: Levels, now: Levels, share: Floats, generator: np.random.Generator) -> Levels:
+    """The mean (H, W) or (H, W, C), which has a share (H, W), and what is now, rounded by chance."""
+    blended = mean.astype(np.float32)
+    blended -= now
+    blended *= share.reshape(share.shape + (1,) * (now.ndim - 2))
+    blended += now  # in this order what is the same stays the same
+    drawn = np.frombuffer(generator.bytes(now.size), np.uint8).reshape(now.shape)
+    blended += drawn.astype(np.float32) * np.float32(1 / 256) + np.float32(1 / 512)
+    return blended.astype(np.uint8)  # towards zero; both were levels, so it stays within 255
 
 
 def _small_grey(picture: Levels) -> Levels:
@@ -283,6 +252,10 @@ def _halved(height: int, width: int) -> tuple[int, int]:
     return -(-height // 2), -(-width // 2)
 
 
-def _said_of(pictures: Mapping[Name, NDArray[Any]]) -> str:
+def _named(pictures: Mapping[Name, Levels]) -> dict[str, Levels]:
+    return {str(part): picture for part, picture in pictures.items()}
+
+
+def _said_of(pictures: Mapping[Name, Levels]) -> str:
     """Parts and their shapes, in one line."""
     return ",".join(f"{part}:{'x'.join(map(str, picture.shape))}" for part, picture in pictures.items())
