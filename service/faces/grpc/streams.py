@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+import weakref
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -111,7 +112,7 @@ class Stream:
         self._ordered: asyncio.Queue[tuple[_Arrived, asyncio.Task[pb.FuseStreamResponse]] | _End] = asyncio.Queue()
         self._num_started = 0
         self._history = (-1, b"")  # of calm frames: the newest that is known, after its frame's place in the stream
-        self._history_room = messages.spare(self._forget_history)
+        self._history_room = messages.spare(_weakly(self._forget_history))
         self._track = (-1, "")  # of refined frames: the newest that is known, after its frame's place in the stream
         self._fusing: set[asyncio.Task[pb.FuseStreamResponse]] = set()
         self._configure(pb.StreamOptions())
@@ -438,3 +439,14 @@ def _without_images(frame: pb.Frame) -> pb.Frame:
     if frame.HasField("timeout_ms"):
         bare.timeout_ms = frame.timeout_ms
     return bare
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A bound method that does not keep its object: what a stream holds must not hold the stream."""
+    weak = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (still := weak()) is not None:
+            still()
+
+    return call

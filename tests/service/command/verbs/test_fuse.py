@@ -142,11 +142,11 @@ def test_a_rig_lays_infrared_on_the_visible_frame(tmp_path: Path) -> None:
         (tmp_path / f"ir/{name}.png").write_bytes(file_of(seen.moved))
         (tmp_path / f"{name}.json").write_text(to_json(seen.rig))
         (tmp_path / f"{name}-registered.png").write_bytes(file_of(seen.ir))
-    seen, low_high = scenes["a"], ("--ir-range", *COUNTS)
+    seen, low_high = scenes["a"], ("--exposure", "as_shot", "--ir-range", *COUNTS)
     single = ("--vis", tmp_path / "vis/a.png", "--ir", tmp_path / "ir/a.png", *low_high)
     done = run("fuse", *single, "-o", tmp_path / "a.png", "--rig", tmp_path / "a.json", "--all")
     assert done.exit_code == 0, done.output
-    plain = ("--vis", tmp_path / "vis/a.png", "--ir", tmp_path / "a-registered.png")
+    plain = ("--vis", tmp_path / "vis/a.png", "--ir", tmp_path / "a-registered.png", "--exposure", "as_shot")
     assert run("fuse", *plain, "-o", tmp_path / "registered.png").exit_code == 0
     fused, registered, vis = (
         read_vis(tmp_path / f"{name}.png").numpy().astype(float) for name in ("a", "registered", "a_vis")
