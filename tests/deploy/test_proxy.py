@@ -362,6 +362,8 @@ def test_a_proxy_without_room_for_a_body_says_so() -> None:
 
 
 def test_callers_do_not_wait_for_names_to_be_found() -> None:
+    if shutil.which("nginx") is None:
+        missing("nginx")
     if nginx_version() < RESOLVES_UPSTREAMS:
         pytest.skip("this nginx is too old to look names up while it runs")
     silence = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
