@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from recofuse_core.bilateral import BilateralGrid, as_grid
 from recofuse_core.errors import ConfigError
-from recofuse_core.layers import average_to
+from recofuse_core.layers import average_to, block_means
 from recofuse_core.losses import luma
 from recofuse_core.networks import ToneCurves
 
@@ -51,8 +51,9 @@ class Lighting(NamedTuple):
 
     def __call__(self, vis: Tensor) -> Tensor:
         """Whole visible frames (B, 3, H, W) in [0, 1] to the same: blacks grey, highlights kept apart, colour calm."""
-        grey = vis - self._tint(vis)
-        return calm_colour(vis, self._hold_highlights(vis, self.levels(grey)))
+        before = _blocks(vis)
+        greyed = self._replace(curves=self.curves._replace(shift=self.curves.shift - self._tint(before)))
+        return calm_colour(before, self._hold_highlights(vis, before, greyed.levels(vis)))
 
     def levels(self, vis: Tensor) -> Tensor:
         """The bare curves and grid, a place by itself: (B, 3, H, W) in [0, 1] to the same."""
@@ -62,14 +63,13 @@ class Lighting(NamedTuple):
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
         return self.grid.at_cells(self.curves(cells))
 
-    def _tint(self, vis: Tensor) -> Tensor:
-        """By how much the blacks of frames (B, 3, H, W) differ from grey, (B, 3, 1, 1): nothing if they are not lifted.
+    def _tint(self, blocks: Tensor) -> Tensor:
+        """By how much the blacks of averaged frames (B, 3, h, w) differ from grey, (B, 3, 1, 1): nothing if not lifted.
 
         The black of a camera at night is a few levels of green, which lighting would make a green sky and green
         shadows. Blacks of another colour are those of a warm room or of a dusk, and keep it. The colour is a mean over
         the darkest places, but for those that no sensor saw: bars beside a frame, and what stands behind its time.
         """
-        blocks = _blocks(vis)
         is_seen = (luma(blocks) / UNSEEN).clamp(0.0, 1.0)
         averaged = _box(torch.cat([blocks, is_seen], dim=1), 2)
         places, is_seen = averaged[:, :3], ((averaged[:, 3:] - 0.95) / 0.05).clamp(0.0, 1.0)
@@ -83,21 +83,22 @@ class Lighting(NamedTuple):
         is_lifted = ((stops - 0.7) / 0.6).clamp(0.0, 1.0)
         return (black - luma(black)).clamp(-TINT, TINT) * (TINT_TAKEN * is_green * is_lifted)
 
-    def _hold_highlights(self, vis: Tensor, lit: Tensor) -> Tensor:
+    def _hold_highlights(self, vis: Tensor, before: Tensor, lit: Tensor) -> Tensor:
         """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
+
+        before: the frames `vis`, averaged.
 
         Levels that end at white for a whole frame swallow the writing on a lamp-lit sign. There, the more the closer to
         white, a place is lifted as much as its surroundings' maximum is, so that shares between neighbours stay.
         """
-        before = _blocks(vis)
         brightest = _box(F.max_pool2d(before, 3, stride=1, padding=1), 1)
         lift = (luma(self.levels(brightest)) + DARK) / (luma(brightest) + DARK)
         is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0.0, 1.0)  # a veil that was taken away is no highlight
-        lift, is_lifted = _stretched(torch.cat([lift, is_lifted], dim=1), vis).chunk(2, dim=1)
+        lift, is_lifted = _stretched(lift, vis), _stretched(is_lifted, vis)
         share = ((luma(lit) - 0.8) / 0.2).clamp_(0.0, 1.0).mul_(is_lifted)
         # No lower than a part of what it was: around a lamp the glow, burnt out too, would else become a dark ring.
         held = torch.minimum(vis * lift, lit).maximum(HELD * lit)
-        return torch.lerp(lit, held, share)
+        return torch.addcmul(lit, held - lit, share)
 
 
 class ExposureEstimator(nn.Module):
@@ -143,7 +144,7 @@ class ExposureEstimator(nn.Module):
 
     def average(self, vis: Tensor, ir: Tensor) -> Tensor:
         """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
-        return average_to(torch.cat([vis, ir], dim=1), self.config.cells)
+        return average_to(self.config.cells, vis, ir)
 
     def features(self, cells: Tensor) -> Tensor:
         """Quantiles of every channel of cells, then their std: (B, features)."""
@@ -203,13 +204,13 @@ HELD = 0.75  # of what a place was lit to, kept at least where highlights are he
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 
 
-def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
+def calm_colour(before: Tensor, lit: Tensor) -> Tensor:
     """Lit frames (B, 3, H, W) whose colour noise is smoothed along their luma where they were lifted most.
 
-    Colour noise and JPEG's colour blocks, invisible in the dark frame `vis`, come up with its shadows in blotches wider
-    than the branches see. A guided filter (He et al., 2010) over some fifty pixels takes them. What was not lifted by a
-    stop or so, such as a lamp, keeps its colour, and so does what differs from the filter's by more than a frame's
-    noise does: a red coat stays red, and the street beside it as it was.
+    before: the frames as they came, averaged. Their colour noise and JPEG's colour blocks, invisible in the dark, come
+    up with the shadows in blotches wider than the branches see. A guided filter (He et al., 2010) over some fifty
+    pixels takes them. What was not lifted by a stop or so, such as a lamp, keeps its colour, and so does what differs
+    from the filter's by more than a frame's noise does: a red coat stays red, and the street beside it as it was.
     """
     radius, edge = 6, 1e-3
     small = _blocks(lit)
@@ -225,16 +226,15 @@ def calm_colour(vis: Tensor, lit: Tensor) -> Tensor:
     left_over = (small_colour - slope * small_luma - offset).abs()
     noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
     is_colour = ((left_over.amax(dim=1, keepdim=True) / noise - 2) / 2).clamp(0.0, 1.0)
-    before = _blocks(vis)
     stops = _stops(before, small)
     smoothed = ((stops - 0.7) / 1.2).clamp(0.0, 1.0) * (1 - is_colour)
     kept = _coloured(before) / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
-    applied = [slope * smoothed * kept, offset * smoothed * kept, kept * (1 - smoothed)]
-    drawn = _stretched(torch.cat(applied, dim=1), lit)
-    slope, offset, own = drawn[:, :3], drawn[:, 3:6], drawn[:, 6:]
-    bare = luma(lit)
-    return torch.addcmul(offset, slope + 1, bare).addcmul_(lit - bare, own).clamp_(0.0, 1.0)
+    drawn = smoothed * kept
+    own = kept - drawn
+    applied = (torch.addcmul(1 - own, slope, drawn), offset * drawn, own)
+    slope, offset, own = (_stretched(part, lit) for part in applied)
+    return offset.addcmul_(slope, luma(lit)).addcmul_(lit, own).clamp_(0.0, 1.0)
 
 
 def _stops(before: Tensor, after: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _coloured(blocks: Tensor) -> Tensor:
 
 def _blocks(frame: Tensor) -> Tensor:
     """Means over blocks of BLOCK x BLOCK pixels."""
-    return F.avg_pool2d(frame, BLOCK, ceil_mode=True, count_include_pad=False)
+    return block_means(frame, BLOCK)
 
 
 def _box(blocks: Tensor, radius: int) -> Tensor:

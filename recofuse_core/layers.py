@@ -17,15 +17,16 @@ HEAD_MULTIPLE = 16  # channels of an attention head are filled up to a multiple 
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
 
 
-def average_to(image: Tensor, grid: int) -> Tensor:
-    """Images (B, C, H, W) averaged to (B, C, grid, grid) cells, as `F.adaptive_avg_pool2d`.
+def average_to(grid: int, *images: Tensor) -> Tensor:
+    """Images (B, C, H, W) of a size, joined and averaged to (B, C, grid, grid) cells, as `F.adaptive_avg_pool2d`.
 
     That has no form in ONNX for sizes that are not known beforehand; there, it is a product with the rows' and one with
     the columns' weights.
     """
     if not torch.compiler.is_compiling():
-        return F.adaptive_avg_pool2d(image, grid)
-    return cell_weights(image.shape[-2], grid) @ image @ cell_weights(image.shape[-1], grid).T
+        return F.adaptive_avg_pool2d(torch.cat(images, dim=1) if len(images) > 1 else images[0], grid)
+    rows, columns = (cell_weights(side, grid) for side in images[0].shape[-2:])
+    return torch.cat([rows @ image @ columns.T for image in images], dim=1)
 
 
 def cell_weights(length: int, grid: int) -> Tensor:
@@ -33,6 +34,33 @@ def cell_weights(length: int, grid: int) -> Tensor:
     cells, places = torch.arange(grid)[:, None], torch.arange(length)[None]
     first, end = cells * length // grid, ((cells + 1) * length + grid - 1) // grid
     return ((places >= first) & (places < end)) / (end - first)
+
+
+def block_means(image: Tensor, side: int) -> Tensor:
+    """Means over blocks of side x side pixels, those at the far ends over what there is of them."""
+    if not torch.compiler.is_exporting():
+        return F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False)
+    # Runtimes are several times as fast at convolutions as at pools.
+    channels = image.shape[1]
+    ones = torch.eye(channels)[:, :, None, None].expand(-1, -1, side, side)
+    sums = F.conv2d(F.pad(image, (0, side - 1, 0, side - 1)), ones, stride=side)
+    rows, columns = ((n - side * torch.arange(m)).clamp(max=side) for n, m in _sides(image, sums))
+    return sums / (rows[:, None] * columns)
+
+
+def surroundings(plane: Tensor) -> Tensor:
+    """Means of every pixel and those beside it, of which there are fewer at the ends. plane: (B, 1, H, W)."""
+    if not torch.compiler.is_exporting():
+        return F.avg_pool2d(plane, 3, stride=1, padding=1, count_include_pad=False)
+    sums = F.conv2d(plane, plane.new_ones(1, 1, 3, 3), padding=1)
+    places = ((torch.arange(n), n - 1) for n, _ in _sides(plane, sums))
+    rows, columns = (1 + at.clamp(max=1) + (last - at).clamp(max=1) for at, last in places)
+    return sums / (rows[:, None] * columns)
+
+
+def _sides(before: Tensor, after: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heights, then widths, of both."""
+    return (before.shape[-2], after.shape[-2]), (before.shape[-1], after.shape[-1])
 
 
 def channel_norm(x: Tensor, gain: Tensor, eps: float = NORM_EPS, bias: Tensor | None = None) -> Tensor:

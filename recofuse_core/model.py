@@ -484,7 +484,7 @@ def widen_range(image: Tensor, share: float) -> Tensor:
     if share == 0:
         return image
     y = luma(image)
-    cells = average_to(y, WIDENING_GRID).flatten(1).sort(dim=1).values[:, :, None, None]
+    cells = average_to(WIDENING_GRID, y).flatten(1).sort(dim=1).values[:, :, None, None]
     first, last = widening_ranks(cells.shape[1])
     return widened(image, y, cells[:, first : first + 1], cells[:, last : last + 1], share, WIDENING_GAIN)
 

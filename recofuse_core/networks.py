@@ -498,13 +498,12 @@ class ToneEstimator(nn.Module):
         vis: (B, 3, H, W), ir: (B, 1, H, W), float32 in [0, 1].
         """
         grid, count = self.config.grid, self.config.num_quantiles
-        image = torch.cat([vis, ir], dim=1)
-        cells = average_to(image, grid).flatten(2).sort(dim=-1).values  # (B, 4, grid**2)
+        cells = average_to(grid, vis, ir).flatten(2).sort(dim=-1).values  # (B, 4, grid**2)
         ranks = [round(rank * (grid**2 - 1) / (count - 1)) for rank in range(count)]
         quantiles = torch.stack([cells[..., rank] for rank in ranks], dim=-1)
-        flat = image.flatten(2)
-        spread = torch.stack([flat.std(dim=-1), flat.amin(dim=-1), flat.amax(dim=-1)], dim=1)  # (B, 3, 4)
-        return torch.cat([quantiles.flatten(1), spread.flatten(1)], dim=1)
+        frames = (vis.flatten(2), ir.flatten(2))  # not joined: that is a copy of both
+        stds, least, most = ([told(frame, dim=-1) for frame in frames] for told in (torch.std, torch.amin, torch.amax))
+        return torch.cat([quantiles.flatten(1), *stds, *least, *most], dim=1)
 
     def infrared_features(self) -> Tensor:
         """Which features are of the infrared frame: (features,) booleans."""

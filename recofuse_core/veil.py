@@ -82,7 +82,7 @@ class VeilEstimator(nn.Module):
 
     def average(self, vis: Tensor, ir: Tensor) -> Tensor:
         """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
-        return average_to(torch.cat([vis, ir], dim=1), self.config.cells)
+        return average_to(self.config.cells, vis, ir)
 
     def find(self, cells: Tensor) -> VeilFound:
         """What is told from cells (B, 4, cells, cells) of a pair."""

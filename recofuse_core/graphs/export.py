@@ -38,7 +38,7 @@ from recofuse_core.weather import WeatherSeen, without
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OPSET = 20  # the first with lookups in a grid of three dimensions
+OPSET = 20
 FORMAT_VERSION = 1
 MAX_SIDE = 1 << 20  # of an image, in pixels; the exporter wants to know one
 SAMPLE = (2, 96, 64)  # batch, height and width that a graph is traced with

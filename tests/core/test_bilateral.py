@@ -4,7 +4,7 @@ import torch
 from torch import Generator
 
 from recofuse_core.bilateral import BilateralGrid
-from tests.core.tiny import pairs
+from tests.core.tiny import exported, pairs
 
 
 def test_entries_are_looked_up_by_place_and_brightness() -> None:
@@ -36,3 +36,17 @@ def test_one_entry_for_all_channels_is_three_equal_ones() -> None:
     threefold = BilateralGrid(entries.repeat_interleave(3, dim=1))
     assert torch.allclose(BilateralGrid(entries)(vis), threefold(vis), atol=1e-6)
     assert torch.allclose(BilateralGrid(entries).at_cells(vis), threefold.at_cells(vis), atol=1e-6)
+
+
+def test_other_runtimes_find_the_same_entries() -> None:
+    """All levels weighed, as graphs have it, against one look at each place; darker and brighter than any level too."""
+    entries = torch.randn(2, 6, 8, 4, 5, generator=Generator().manual_seed(2))
+    guide = torch.rand(2, 1, 17, 24, generator=Generator().manual_seed(3)).mul(1.2).sub(0.1)
+    found = exported(lambda values, places: BilateralGrid(values).look_up(places), entries, guide)
+    assert torch.allclose(found, BilateralGrid(entries).look_up(guide), atol=1e-5)
+    vis, _ = pairs(2, 33, 47)
+    assert torch.allclose(
+        exported(lambda values, frame: BilateralGrid(values)(frame), entries, vis),
+        BilateralGrid(entries)(vis),
+        atol=1e-5,
+    )

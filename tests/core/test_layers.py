@@ -17,13 +17,17 @@ from recofuse_core.layers import (
     GatedConvBlock,
     LinearAttention,
     TimeEmbedding,
+    average_to,
+    block_means,
     channel_norm,
     gate,
     halve,
     modulate,
     sinusoid,
+    surroundings,
 )
 from recofuse_core.layers import pointwise as product_or_convolution
+from tests.core.tiny import exported
 
 SIDES = st.integers(1, 7)
 SEEDS = st.integers(0, 2**31)
@@ -259,3 +263,13 @@ def test_conv_block_attention_is_the_definition(height: int, width: int, seed: i
 def test_memory_layout_changes_nothing(block: nn.Module) -> None:
     block, x = randomised(block), normal(2, 16, 6, 5)
     assert close(block(x.contiguous(memory_format=torch.channels_last)), block(x))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 46), (35, 31)], ids=str)
+def test_means_as_other_runtimes_take_them_are_the_same(size: tuple[int, int]) -> None:
+    image, plane = normal(2, 3, *size), normal(2, 1, *size, seed=1)
+    for side in (2, 4):
+        assert close(exported(lambda frame, side=side: block_means(frame, side), image), block_means(image, side))
+    assert close(exported(surroundings, plane), surroundings(plane))
+    joined = torch.cat([image, plane], dim=1)
+    assert close(exported(lambda *frames: average_to(8, *frames), image, plane), average_to(8, joined))

@@ -1,8 +1,10 @@
 """Models small enough for a test to run whole, with weights that do something: a fresh block is the identity."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from recofuse_core.model import ModelConfig, ReCoFuse, build_model
 from recofuse_core.networks import (
@@ -76,3 +78,18 @@ def pairs(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, T
     images = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
     images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
     return images[:, :3].contiguous(), images[:, 3:].contiguous()
+
+
+class _Called(nn.Module):
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.call(*inputs)
+
+
+def exported(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """What a function gives as it is written for other runtimes."""
+    result: Tensor = torch.export.export(_Called(call), inputs, strict=False).module()(*inputs)
+    return result
