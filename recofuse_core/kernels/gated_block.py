@@ -17,6 +17,13 @@ from torch import Tensor
 # The interpreter multiplies the bits of bfloat16 as integers, so there it is given float32, which holds them exactly.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+# What differs from batch to batch and from frame to frame. Left alone, Triton compiles a kernel again for a one and for
+# a multiple of sixteen among these, which takes a minute of a whole model's and would fall into some client's request.
+NUM_ITEMS = ("num_items",)
+SIZES = (
+    "num_rows", "num_items", "num_tiles", "num_positions", "height", "width", "pooled_height", "pooled_width",
+)  # fmt: skip
+
 
 @triton.jit
 def _dot(first, second, total, EXACT: tl.constexpr):
@@ -30,7 +37,7 @@ def _dot(first, second, total, EXACT: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_product(
     x, gain, shift, weight, bias, out, num_rows, eps,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, EXACT: tl.constexpr,
@@ -82,7 +89,7 @@ def _norm_product(
     tl.store(target, first.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _depthwise_gate(
     wide, weight, bias, gated, sums, height, width, num_items, num_tiles,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -117,7 +124,7 @@ def _depthwise_gate(
     tl.store(sums + tile * CHANNELS + columns, tl.sum(product, axis=0), mask=is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend(
     sums, weight, bias, out, num_items, num_tiles, num_positions,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -144,7 +151,7 @@ def _attend(
     tl.store(out + plane * CHANNELS + columns, made, mask=is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _product_add(
     x, scale, weight, bias, residual, out, num_rows, num_items,
     CHANNELS: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
@@ -174,7 +181,7 @@ def _product_add(
     tl.store(out + places + columns[None, :], total.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _finish(
     gated, attention, x, weight1, bias1, gain, shift, weight2, bias2, weight3, bias3, out, num_rows, num_items, eps,
     CHANNELS: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, DEPTH: tl.constexpr,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recofuse_core.kernels.gated_block import _dot, _power
+from recofuse_core.kernels.gated_block import NUM_ITEMS, SIZES, _dot, _power
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _latent(
     return of_vis + tl.load(ir + ir_at, mask=is_there & (is_ir == 1), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUM_ITEMS)
 def _project(
     vis, ir, weight, bias, out, height, width, pooled_height, pooled_width, num_items,
     vis_item, vis_channel, vis_row, vis_column, ir_item, ir_channel, ir_row, ir_column,
@@ -73,7 +73,7 @@ def _project(
     tl.store(target, made.to(out.dtype.element_ty), mask=is_position[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUM_ITEMS)
 def _beside(
     mixed, vis, ir, out, height, width, num_items,
     vis_item, vis_channel, vis_row, vis_column, ir_item, ir_channel, ir_row, ir_column,
@@ -106,7 +106,7 @@ def _keep_sums(sums, tile, y, is_there, channels, is_channel, count, CHANNELS: t
     tl.store(target + CHANNELS, tl.sum(apart * apart, axis=0), mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _tile_sums(x, bias, sums, num_rows, num_tiles, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
     """`_keep_sums` of x plus bias."""
     plane = tl.program_id(1).to(tl.int64)
@@ -121,7 +121,7 @@ def _tile_sums(x, bias, sums, num_rows, num_tiles, CHANNELS: tl.constexpr, ROWS:
     _keep_sums(sums, plane * num_tiles + tl.program_id(0), y, is_there, channels, is_channel, count, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_coefficients(
     sums, gain, shift, bias, out, num_items, num_rows, num_tiles, eps,
     CHANNELS: tl.constexpr, MEMBERS: tl.constexpr, SHARED: tl.constexpr,
@@ -163,7 +163,7 @@ def _norm_coefficients(
     tl.store(target + CHANNELS, plus, mask=is_member)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_silu(
     x, coefficients, out, num_items, num_rows,
     CHANNELS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
@@ -201,7 +201,7 @@ def _modulated(
     return (x.to(tl.float32) + added[None, :]) * (scale + 1.0)[None, :] + shift[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _channel_pools(
     first, second, bias, modulation, pools, num_items, num_rows, num_tiles,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
@@ -221,7 +221,7 @@ def _channel_pools(
     tl.store(target + CHANNELS, tl.max(tl.where(is_there, y, -float("inf")), axis=0), mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _channel_attention(
     pools, squeeze, excite, out, num_items, num_rows, num_tiles,
     CHANNELS: tl.constexpr, SQUEEZED: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr, NARROW: tl.constexpr,
@@ -253,7 +253,7 @@ def _channel_attention(
     tl.store(out + plane * CHANNELS + channels, _sigmoid(logits), mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _spatial_maps(
     first, second, bias, modulation, attention, maps, num_items, num_rows,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
@@ -275,7 +275,7 @@ def _spatial_maps(
     tl.store(target + 1, greatest, mask=positions < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _spatial_gate(
     first, second, bias, modulation, attention, maps, weight, offset, out, sums,
     num_items, height, width, num_tiles,
@@ -313,7 +313,7 @@ def _spatial_gate(
     _keep_sums(sums, plane * num_tiles + tl.program_id(0), y, is_there, channels, is_channel, count, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUM_ITEMS)
 def _weigh(
     first, second, bias, vis, ir, out, height, width,
     vis_item, vis_channel, vis_row, vis_column, ir_item, ir_channel, ir_row, ir_column,

@@ -1,6 +1,7 @@
 """What kernels of our own need of a host: Triton, a C compiler with Python's headers, and a cache to execute from.
 
-Triton compiles the launcher of every kernel with a C compiler of the host and loads it from its cache.
+Triton compiles its way to the driver, and older ones a launcher for every kernel, with a C compiler of the host, and
+loads them from its cache.
 """
 
 import os

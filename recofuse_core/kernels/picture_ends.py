@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 RED, GREEN, BLUE = tl.constexpr(0.299), tl.constexpr(0.587), tl.constexpr(0.114)  # as losses.luma
+# As gated_block.SIZES. Of multiples of sixteen in others several pixels are read at once.
+SIZES = ("height", "num_tiles")
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to whole numbers, halves to even
 
 
@@ -20,7 +22,7 @@ def _clamped(x):
     return tl.where(x > 0.0, tl.minimum(x, 1.0), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _luma_cells(
     image, cells, height, width, item_stride, channel_stride, row_stride, column_stride,
     GRID: tl.constexpr, COLUMNS: tl.constexpr,
@@ -63,7 +65,7 @@ def _ranked(values, out, num_values, first, last, BLOCK: tl.constexpr):
     tl.store(out + row * 2 + which, made.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _paint(
     image, ends, out, is_finite, width, num_pixels, num_tiles, share, gain,
     item_stride, channel_stride, row_stride, column_stride, out_item, out_channel, out_pixel,
