@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.engine import NAMED_SIZE
 from benchmarks.simulated_capture import DEVICE, SimulatedRecorder, simulation, small
 from recofuse_core.model import build_model
-from recofuse_core.picture import OutputName
+from recofuse_core.picture import Exposure, OutputName
 from recofuse_core.runtime import Runtime
 
 
@@ -42,8 +42,8 @@ class HostWork(NamedTuple):
     copying_ms: float
 
 
-def host_work(batch: int = 8, repeats: int = 15) -> HostWork:
-    """See HostWork."""
+def host_work(batch: int = 8, repeats: int = 15, exposure: Exposure | None = None) -> HostWork:
+    """See HostWork. exposure: the rendition, the service's default unless named."""
     from service.terms.jobs import FusionOptions
     from service.terms.settings import EngineSettings
     from service.work.engine import PassOptions
@@ -55,7 +55,7 @@ def host_work(batch: int = 8, repeats: int = 15) -> HostWork:
     engine._runtime = Runtime(
         model, precision="bfloat16", graphs=True, stacked=True, recorder=HostRecorder(), batch_sizes=(batch,)
     )
-    options = PassOptions.of(FusionOptions(), engine.info)
+    options = PassOptions.of(FusionOptions(exposure=exposure), engine.info)
     fused: tuple[OutputName, ...] = ("fused",)
     width, height = NAMED_SIZE
     vis = [np.full((height, width, 3), item, np.uint8) for item in range(batch)]

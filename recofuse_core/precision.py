@@ -10,7 +10,7 @@ within its range.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError
 from recofuse_core.model import ReCoFuse, noise_like
+from recofuse_core.picture import Exposure
 from recofuse_core.stacked import StackedDenoiser
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -115,7 +116,7 @@ def measure(
     size: tuple[int, int] = TRIAL_SIZE,
     everywhere: bool | None = None,
 ) -> list[Trial]:
-    """Run a model on a few frames in float32 and in each of some dtypes.
+    """Run a model on a few frames in float32 and in each of some dtypes, in every rendition that it offers.
 
     everywhere: see `frozen_copy`.
     """
@@ -146,9 +147,15 @@ def measure(
 
 
 def _pictures(model: ReCoFuse, size: tuple[int, int]) -> list[Tensor]:
+    """Of every rendition that the weights offer: lighting lifts what is dark, and what half precision did to it."""
+    renditions: tuple[Exposure, ...] = ("as_shot",) if model.exposure is None else get_args(Exposure)
+    return [picture for exposure in renditions for picture in _pictures_of(model, size, exposure)]
+
+
+def _pictures_of(model: ReCoFuse, size: tuple[int, int], exposure: Exposure) -> list[Tensor]:
     device = next(model.parameters()).device
     vis, ir = trial_frames(size)
-    plan = model.plan(steps=min(TRIAL_STEPS, model.config.steps), exposure="as_shot")
+    plan = model.plan(steps=min(TRIAL_STEPS, model.config.steps), exposure=exposure)
     draw = noise_like([0] * len(vis), torch.empty(model.latent_shape(len(vis), *size), device=device))
     output, is_finite = model.run(vis.to(device), ir.to(device), plan, draw)
     if not bool(is_finite):
