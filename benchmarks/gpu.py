@@ -3,7 +3,8 @@
 The tests marked `gpu`; which half precision is closer to float32; whether torch picks the fastest attention; the ways
 to run the branches beside each other (stacked or apart, torch's kernels or ours), which must agree; drills of a GPU
 that fails (benchmarks/gpu_drills.py); recorded runs under compute-sanitizer, where that is installed; the engine's
-table at 640x480 with the targets of docs/performance.md; and what the service keeps of the engine's throughput.
+table at 640x480 with the targets of docs/performance.md; and what the service keeps of the engine's throughput. That
+all of it has taken less than ten minutes is the last of the checks.
 Without a GPU nothing is checked, and it says so with status 2.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NO_GPU = 2
+LONGEST_S = 600.0
 PROCESS_TIMEOUT_S = 90.0
 MAX_DIFFERENCE = 1.0  # levels, rms: the ways differ by rounding
 ATTENTIONS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
@@ -219,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # noqa: BLE001 - the other parts are to run all the same
             passed, line = False, f"{type(error).__name__}: {error}"
         parts.append(Part(name, passed, line, time.monotonic() - started))
+    spent_s = sum(part.seconds for part in parts)
+    parts.append(Part("time", spent_s < LONGEST_S, f"{spent_s:.0f} s of {LONGEST_S:.0f}", 0.0))
     line = "gpu: " + " | ".join(f"{part.name} {'passed' if part.passed else 'FAILED'}: {part.line}" for part in parts)
     if path is not None:
         document: dict[str, Any] = {"parts": [asdict(part) for part in parts], "line": line}

@@ -43,11 +43,14 @@ def test_one_failure_fails_the_check_and_the_rest_runs(
         "gpu: tests passed: 9 passed | precision passed: well | attention passed: well | forms passed: well | "
     )
     assert " | engine FAILED: ZeroDivisionError: " in last
-    assert last.endswith(" | kept passed: kept 99 %")
+    assert last.endswith(" | kept passed: kept 99 % | time passed: 0 s of 600")
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [part["passed"] for part in written["parts"]] == [True, True, True, True, True, True, False, True]
+    assert [part["passed"] for part in written["parts"]] == [True, True, True, True, True, True, False, True, True]
     monkeypatch.setattr(gpu, "run_engine", lambda: (True, "fast"))
     assert gpu.main([]) == 0
+    monkeypatch.setattr(gpu, "LONGEST_S", 0.0)
+    assert gpu.main([]) == 1
+    assert " | time FAILED: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("room", "passed"), [(11, True), (100, False), (2, False)])

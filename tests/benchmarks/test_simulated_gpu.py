@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import simulated_gpu
+from benchmarks import engine, simulated_gpu
 from benchmarks.simulated_capture import DEVICE, OF_OURS, Capture, Demand, small
 from benchmarks.simulated_gpu import (
     BLOCKS,
@@ -27,6 +27,7 @@ from benchmarks.simulated_gpu import (
     LAUNCH_S,
     SMALL_SIZE,
     SMALL_TILES,
+    TABLE_BATCHES,
     Way,
     captured,
     count,
@@ -36,7 +37,7 @@ from benchmarks.simulated_gpu import (
     table,
 )
 from recofuse_core.kernels.choice import KernelChoice
-from recofuse_core.model import PRESETS, ReCoFuse
+from recofuse_core.model import PRESETS, ReCoFuse, build_model
 from recofuse_core.picture import Exposure, OutputName
 from recofuse_core.precision import Precision
 from recofuse_core.sampler import SAMPLERS, SamplerName
@@ -127,6 +128,25 @@ def test_our_kernels_are_few_and_move_little() -> None:
     assert ours["compact", 8].kernels <= 900
     assert ours["compact", 8].gigabytes <= 16
     assert ours["paper", 1].kernels <= 9000
+
+
+@pytest.mark.slow
+def test_the_targets_for_a_card_are_what_the_model_of_one_supports() -> None:
+    """With torch's kernels, a baseline of 1,600 operations of 7 us a step, and a quarter left to error."""
+    card, config = CARDS["H200"], PRESETS["paper"]
+    single_s, eight_s = (
+        sum(map(card.seconds, run_operations(config, batch, outputs=FUSED))) for batch in TABLE_BATCHES
+    )
+    baseline_step_s = 1600 * 7e-6
+    error = 4 / 3
+    assert baseline_step_s / (error * single_s / config.steps) > engine.GPU_STEP_RATIO
+    assert engine.BASELINE_STEPS * baseline_step_s / (error * single_s) > engine.GPU_RATIO
+    assert 8 / (error * eight_s) > engine.GPU_PAIRS_S
+    width, height = engine.NAMED_SIZE
+    with DEVICE:
+        costs = engine.count_costs(build_model(config).eval(), height, width, item_bytes=2)
+    floor_s = costs.floor_s(8, config.steps, 1, engine.Ceilings(card.half_flops_s, card.bytes_s, card.precision))
+    assert error * eight_s / floor_s < engine.GPU_FLOOR_FACTOR
 
 
 @pytest.mark.parametrize(("preset", "sampler"), [("compact", "ode2"), ("compact", "euler"), ("paper", "posterior")])
