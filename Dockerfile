@@ -37,7 +37,7 @@ COPY deploy/requirements-runtime-cpu.txt deploy/requirements-runtime-cu130.txt .
 RUN /opt/installer/bin/pip --python /opt/packages/bin/python install \
     --only-binary :all: --no-deps --require-hashes --target /opt/model -r "requirements-runtime-${VARIANT}.txt" \
     && rm -rf /opt/model/torch/test /opt/model/torch/bin/test_* /opt/model/torch/bin/protoc* /opt/model/torch/include
-# Triton compiles launchers of kernels where they run. Its C compiler is a wheel like the others; what is not for glibc on
+# Triton compiles its way to the driver where it runs. Its C compiler is a wheel like the others; what is not for glibc on
 # Linux is left out. docs/operations.md says which folder it needs besides.
 RUN if [ -d /opt/model/ziglang ]; then \
     find /opt/model/ziglang/lib /opt/model/ziglang/lib/libc -mindepth 1 -maxdepth 1 -regextype posix-extended \

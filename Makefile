@@ -83,5 +83,5 @@ check-package: $(INSTALLED) ## build the wheel, install it into empty environmen
 check-deploy: $(INSTALLED) ## check everything in deploy/, and run docker-compose.yml as local processes (STRICT=1: all tools)
 	@CHECK_DEPLOY_STRICT=$(STRICT) $(BIN)/python -m pytest tests/deploy
 
-check-image: $(INSTALLED) ## build the images and run them in real containers (STRICT=1: all tools; KEEP=1: for a quick next run)
-	@CHECK_DEPLOY_STRICT=$(STRICT) CHECK_IMAGE_KEEP=$(KEEP) $(BIN)/python -m pytest tests/image
+check-image: $(INSTALLED) ## build the images and run them in real containers (STRICT=1: all tools; KEEP=1: for a quick next run; GPU=1: that for GPUs, too)
+	@CHECK_DEPLOY_STRICT=$(STRICT) CHECK_IMAGE_KEEP=$(KEEP) CHECK_IMAGE_GPU=$(GPU) $(BIN)/python -m pytest tests/image

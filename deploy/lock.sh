@@ -29,7 +29,7 @@ left_out="--no-emit-package setuptools"
     echo safetensors | compile worker $front --extra images - $(without deploy/requirements-api.txt)
     others="$(without deploy/requirements-api.txt deploy/requirements-worker.txt)"
     compile runtime-cpu $front --extra cpu $others
-    # Triton compiles a launcher for every kernel on the host that runs it, for which it needs a C compiler.
+    # Triton compiles its way to the driver on the host that runs it, for which it needs a C compiler.
     echo ziglang | compile runtime-cu130 $front --extra torch $left_out $others -
 }
 sed -n 's/^requires = \["\(.*\)"\]$/\1/p' pyproject.toml | compile build -

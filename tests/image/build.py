@@ -42,7 +42,7 @@ def python_tag() -> str:
     return match[1]
 
 
-def build(podman: Podman, service: dict[str, Any]) -> None:
+def build(podman: Podman, service: dict[str, Any], timeout_s: float = TIMEOUT_S) -> None:
     """Build the image of a compose service, under its name there. Skips if no package index can be reached."""
     arguments = {name: str(value) for name, value in service["build"].get("args", {}).items()}
     done = podman.attempt(
@@ -58,7 +58,7 @@ def build(podman: Podman, service: dict[str, Any]) -> None:
         f"--target={service['build']['target']}",
         f"--tag={service['image']}",
         str(ROOT / service["build"]["context"]),
-        timeout_s=TIMEOUT_S,
+        timeout_s=timeout_s,
     )
     said = done.stdout + done.stderr
     if done.returncode and any(word in said.lower() for word in OFFLINE):

@@ -155,6 +155,12 @@ def limits(asked: dict[str, Any]) -> list[str]:
     return words
 
 
+def tmpfs(mount: str) -> str:
+    """--tmpfs for a mount of a compose file. As Docker mounts it: nothing can be executed there unless it says so."""
+    options = mount.partition(":")[2].split(",")
+    return f"--tmpfs={mount}{'' if 'exec' in options else ',noexec'},notmpcopyup"
+
+
 def last_line(text: str) -> str:
     """Of what a program said."""
     return (text.strip().splitlines() or [""])[-1]
