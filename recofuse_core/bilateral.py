@@ -19,19 +19,17 @@ OFFSET_UNIT = 0.3
 class BilateralGrid(NamedTuple):
     """Gains and offsets of visible frames.
 
-    entries: (B, 6, levels, h, w), the logarithms of three gains, then three offsets, at every brightness and place, or
-    (B, 2, levels, h, w), one of each for all three channels. All of them 0 leave a frame as it is.
+    entries: (B, 6, levels, h, w), the logarithms of three gains, then three offsets, at every brightness and place. All
+    of them 0 leave a frame as it is. What else differs over place and brightness may be looked up, too.
     """
 
     entries: Tensor
 
     def __call__(self, frame: Tensor) -> Tensor:
         """Whole frames (B, 3, H, W) in [0, 1] to the same."""
-        # Looked up at half size: averaged, brightness carries less noise, and it costs a quarter.
-        looked_up = self.look_up(surroundings(block_means(luma(frame), 2)))
         gain, offset = (
             F.interpolate(part, frame.shape[-2:], mode="bilinear", align_corners=False)
-            for part in looked_up.chunk(2, dim=1)
+            for part in self.look_up(guide_of(frame)).chunk(2, dim=1)
         )
         return _applied(frame, gain, offset)
 
@@ -40,7 +38,7 @@ class BilateralGrid(NamedTuple):
         return _applied(cells, *self.look_up(luma(cells)).chunk(2, dim=1))
 
     def look_up(self, guide: Tensor) -> Tensor:
-        """The entries (B, 6 or 2, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place."""
+        """The entries (B, 6, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place."""
         batch, _, height, width = guide.shape
         if torch.compiler.is_exporting():
             return self._summed(guide)
@@ -62,6 +60,14 @@ class BilateralGrid(NamedTuple):
         at = (guide[:, None] * levels - 0.5).clamp(0, levels - 1)
         near = (1 - (at - torch.arange(levels).view(-1, 1, 1)).abs()).clamp_min(0)
         return (planes * near).sum(dim=2)
+
+
+def guide_of(frame: Tensor) -> Tensor:
+    """The brightness of frames (B, 3, H, W) that a grid is looked up at, (B, 1, H / 2, W / 2).
+
+    At half size: averaged, it carries less noise, and looking up costs a quarter.
+    """
+    return surroundings(block_means(luma(frame), 2))
 
 
 def as_grid(values: Tensor, num_levels: int) -> BilateralGrid:

@@ -1,9 +1,9 @@
-"""Exposure: what makes a dark or veiled frame the photograph that it would have been, before anything is restored.
+"""Exposure: what makes a dark frame the photograph that it would have been, before anything is restored.
 
 An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that noise hardly moves it, and gives a
 `Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid for what differs over the
-frame, such as fog over depth. Both start as the identity and are trained to leave a well exposed frame alone.
-docs/decisions/0015 tells why and how well.
+frame. Both start as the identity and are trained to leave a well exposed frame alone, and fog to who lifts veils.
+docs/decisions/0015 and 0041 tell why and how well.
 
 What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
 the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.

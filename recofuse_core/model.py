@@ -229,15 +229,29 @@ class ReCoFuse(nn.Module):
             return frames
         return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir)
 
-    def lift(self, images: Pair) -> Pair:
-        """Whole images under their tone curves, lit or not, without the veil that is left over the visible one.
+    def lift(self, images: Pair, onto: Pair | None = None) -> Pair:
+        """Whole images under their tone curves without the veil over the visible one, and `onto` where there is none.
 
-        They come back unchanged from a model without a veil estimator.
+        onto: frames of the same size, the images themselves if None. A model without a veil estimator finds no veil.
         """
+        onto = images if onto is None else onto
         if self.veil is None:
-            return images
+            return onto
         veil = self.veil(images.vis, images.ir)
-        return images if _is_nothing(veil.share) else Pair(veil.lifted(images.vis), images.ir)
+        return onto if _is_nothing(veil.share) else Pair(veil.lifted(images.vis, onto.vis), onto.ir)
+
+    def unveil(self, frames: Pair) -> Pair:
+        """Whole frames as they are lit: as they were, but toned and without a veil where one lies over the visible one.
+
+        Lighting that is left to lift a veil makes skies dark and green.
+        """
+        return frames if self.veil is None else self.lift(self.normalise(frames), onto=frames)
+
+    def levelled(self, frames: Pair, exposure: Exposure) -> Pair:
+        """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for."""
+        if exposure == "lit":
+            return self.normalise(self.light(self.unveil(frames)))
+        return self.lift(self.normalise(frames))
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
@@ -348,9 +362,9 @@ class ReCoFuse(nn.Module):
         return output, finish.is_finite
 
     def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> Pair:
-        """Images of `run` as they are encoded: without weather, lit if asked for, toned, unveiled, padded, each RGB."""
+        """Images of `run` as they are encoded: without weather, `levelled`, padded, each RGB."""
         frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
-        images = self.lift(self.normalise(self.light(frames) if exposure == "lit" else frames))
+        images = self.levelled(frames, exposure)
         return Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")

@@ -1,9 +1,10 @@
 """The veil of fog, rain and snow: what is left of one over a visible frame, told from both frames and lifted.
 
-It stands behind the tone curves, in either rendition: whatever curves or lighting made of a frame, a veil that differs
-over it, thicker with distance, is left, and infrared sees through it. A `VeilEstimator` looks at the pair averaged to
-some thousand cells and gives a `Veil`: a bilateral grid, alike for all channels, and how much of it is to be applied,
-which is nothing where there is no veil for certain. docs/decisions/0031 and 0035.
+It stands behind the tone curves and before lighting: whatever curves made of a frame, a veil that differs over it,
+thicker with distance, is left, and infrared sees through it. A `VeilEstimator` looks at the pair averaged to some
+thousand cells and gives a `Veil`, by Koschmieder's law: the light of the veil, which is a mean of the frame's own
+colours, the contrast that was lost, and how much of it is to be lifted: nothing where there is no veil for certain.
+docs/decisions/0035 and 0041.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recofuse_core.bilateral import BilateralGrid, as_grid
+from recofuse_core.bilateral import BilateralGrid, as_grid, guide_of
 from recofuse_core.errors import ConfigError
 from recofuse_core.layers import average_to
+from recofuse_core.losses import luma
 
-DOUBTFUL, CERTAIN = 0.88, 0.96  # how probable a veil is where lifting it begins, and from where all of it is lifted
+DOUBTFUL, CERTAIN = 0.6, 0.88  # how probable a veil is where lifting it begins, and from where all of it is lifted
+MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
+MOST_COLOUR = 3.3  # what colour is multiplied by at most
+LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
+LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
+LEAST_WEIGHT = 1e-4  # of a place that does not show it
+MOST_BRIGHTENED = 0.3  # the logarithm of what the light of a veil is multiplied by at most
 
 
 @dataclass(frozen=True)
@@ -36,20 +44,50 @@ class VeilConfig:
 
 
 class Veil(NamedTuple):
-    """What takes the veil off visible frames of a batch, and how much of that is applied, (B,) in [0, 1]."""
+    """What takes the veil off visible frames of a batch, and how much of that is applied.
+
+    share: (B,) in [0, 1]. light: (B, 3, h, w), the veil's own light, smooth over a frame and of colours that are in
+    it. left: (B, 3, h, w), what becomes of that light. grid: (B, 1, levels, h, w), logarithms of the contrast lost.
+    """
 
     share: Tensor
+    light: Tensor
+    left: Tensor
     grid: BilateralGrid
 
-    def lifted(self, vis: Tensor) -> Tensor:
-        """Visible frames (B, 3, H, W) in [0, 1] without it, to the same."""
-        return vis + self.share[:, None, None, None] * (self.grid(vis) - vis)
+    def lifted(self, vis: Tensor, onto: Tensor) -> Tensor:
+        """Visible frames (B, 3, H, W) in [0, 1] without it, and `onto`, the same in shape, where there is none."""
+        lifted = _applied(vis, self._applied_at(guide_of(vis)))
+        return torch.lerp(onto, lifted, self.share[:, None, None, None])
+
+    def at_cells(self, cells: Tensor) -> Tensor:
+        """All of it lifted from averaged frames (B, 3, h, w): for training, where there is no noise left to avoid."""
+        return _applied(cells, self._applied_at(luma(cells)))
+
+    def _applied_at(self, guide: Tensor) -> Tensor:
+        """Gain (1) and offsets (3), (B, 4, h', w'), at the brightness (B, 1, h', w') of every place."""
+        gain = self.grid.look_up(guide).exp()
+        lights = torch.cat([self.light, self.left], dim=1)
+        light, left = F.interpolate(lights, guide.shape[-2:], mode="bilinear", align_corners=False).chunk(2, dim=1)
+        return torch.cat([gain, left - _spread(light, gain)], dim=1)
+
+
+def _applied(frame: Tensor, looked_up: Tensor) -> Tensor:
+    if looked_up.shape[-2:] != frame.shape[-2:]:
+        looked_up = F.interpolate(looked_up, frame.shape[-2:], mode="bilinear", align_corners=False)
+    return (_spread(frame, looked_up[:, :1]) + looked_up[:, 1:]).clamp(0.0, 1.0)
+
+
+def _spread(frame: Tensor, gain: Tensor) -> Tensor:
+    """Levels (B, 3, h, w) times a gain, and their colour times no more than what keeps its noise from showing."""
+    y = luma(frame)
+    return torch.addcmul(y * gain, frame - y, gain.clamp_max(MOST_COLOUR))
 
 
 class VeilFound(NamedTuple):
     """What would take a veil off, were there any, and log-odds that there is one, (B,)."""
 
-    grid: BilateralGrid
+    veil: Veil
     log_odds: Tensor
 
 
@@ -74,9 +112,10 @@ class VeilEstimator(nn.Module):
         self.of_frame = nn.Linear(2 * coarse, coarse)
         self.double_coarse = nn.Conv2d(coarse, middle, 1)
         self.join = _conv(middle, middle)
-        self.grid = nn.Conv2d(middle, 2 * config.num_levels, 1)
+        self.grid = nn.Conv2d(middle, config.num_levels + 1, 1)
         self.judge = nn.Linear(2 * coarse, 1)
-        for head in (self.grid, self.judge):
+        self.fade = nn.Linear(coarse, 1)
+        for head in (self.grid, self.judge, self.fade):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
@@ -94,19 +133,41 @@ class VeilEstimator(nn.Module):
         middle = middle + self.middle(middle)
         coarse = F.silu(self.halve_middle(middle))
         coarse = coarse + F.silu(self.coarse(coarse))
-        mean = coarse.mean(dim=(2, 3))
-        spread = (coarse - mean[:, :, None, None]).square().mean(dim=(2, 3))
+        spread, mean = torch.var_mean(coarse, dim=(2, 3), correction=0)
         frame = torch.cat([mean, torch.log(spread + 1e-3)], dim=1)
-        coarse = F.silu(coarse + self.of_frame(frame)[:, :, None, None])
+        whole = self.of_frame(frame)
+        coarse = F.silu(coarse + whole[:, :, None, None])
         wide = F.interpolate(self.double_coarse(coarse), middle.shape[-2:], mode="bilinear", align_corners=False)
-        joined = F.silu(self.join(middle + wide))
-        return VeilFound(as_grid(self.grid(joined), self.config.num_levels), self.judge(frame)[:, 0])
+        heads = self.grid(F.silu(self.join(middle + wide)))
+        log_odds = self.judge(frame)[:, 0]
+        light = self._light(cells[:, :3], heads[:, -1:])
+        left = light * self.fade(F.silu(whole)).clamp_max(MOST_BRIGHTENED).exp()[:, :, None, None]
+        gains = MOST_CONTRAST * torch.sigmoid(heads[:, :-1] - LITTLE)
+        share = ((torch.sigmoid(log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
+        return VeilFound(Veil(share, light, left, as_grid(gains, self.config.num_levels)), log_odds)
+
+    def _light(self, vis: Tensor, score: Tensor) -> Tensor:
+        """The light of a veil, (B, 3, h, w): means of the cells (B, 3, cells, cells) that show nothing else.
+
+        score: (B, 1, h, w), how much each place does. Near places count more than far ones, so light may differ over a
+        frame, but only slowly.
+        """
+        height, width = score.shape[-2:]
+        weight = (score - score.amax(dim=(2, 3), keepdim=True)).exp() + LEAST_WEIGHT
+        weighed = torch.cat([weight * F.avg_pool2d(vis, vis.shape[-1] // width), weight], dim=1)
+        near = _nearness(height, vis)
+        sums = near @ weighed @ (near if width == height else _nearness(width, vis))
+        return sums[:, :3] / sums[:, 3:]
 
     def forward(self, vis: Tensor, ir: Tensor) -> Veil:
         """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
-        found = self.find(self.average(vis, ir))
-        share = ((torch.sigmoid(found.log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
-        return Veil(share, found.grid)
+        return self.find(self.average(vis, ir)).veil
+
+
+def _nearness(count: int, like: Tensor) -> Tensor:
+    """How much each of `count` places in a row counts for each other, (count, count)."""
+    places = torch.arange(count, device=like.device, dtype=like.dtype) / count
+    return (-0.5 * ((places[:, None] - places) / LIGHT_REACH).square()).exp()
 
 
 def _conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:

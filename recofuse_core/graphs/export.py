@@ -88,15 +88,15 @@ class _Light(_Of):
 
 
 class _Veil(_Of):
-    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, ...]:
         assert self.model.veil is not None
         veil = self.model.veil(vis, ir)
-        return veil.share, veil.grid.entries
+        return veil.share, veil.light, veil.left, veil.grid.entries
 
 
 class _Lift(_Of):
-    def forward(self, vis: Tensor, share: Tensor, grid: Tensor) -> Tensor:
-        return Veil(share, BilateralGrid(grid)).lifted(vis)
+    def forward(self, vis: Tensor, onto: Tensor, share: Tensor, light: Tensor, left: Tensor, grid: Tensor) -> Tensor:
+        return Veil(share, light, left, BilateralGrid(grid)).lifted(vis, onto)
 
 
 class _Encode(_Of):
@@ -148,8 +148,8 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     off, (B,), and what clear needs besides to give vis without it; there if the model has an estimator of it.
     tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same under tone curves, of any size from 32 px;
     light makes the photograph of a well exposed scene first and is there if the model has an estimator.
-    veil: either's result to how much of a veil is to be lifted, (B,), and what lift needs besides to give vis without
-    it; there if the model has an estimator of it.
+    veil: what tone gives to how much of a veil is to be lifted, (B,), and what lift needs besides to give vis without
+    it, as far as there is one, and else another frame, `onto`; there if the model has an estimator of it.
     encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips; encode_ir: one (B, 1, H, W) that
     stands for three equal channels, which is cheaper. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
@@ -205,12 +205,17 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
     if model.veil is not None:
         side = model.veil.config.cells // 4
-        veil = {"share": torch.zeros(batch), "grid": torch.zeros(batch, 2, model.veil.config.num_levels, side, side)}
+        veil = {
+            "share": torch.zeros(batch),
+            "light": torch.zeros(batch, 3, side, side),
+            "left": torch.zeros(batch, 3, side, side),
+            "grid": torch.zeros(batch, 1, model.veil.config.num_levels, side, side),
+        }
         parts["veil"] = Part(_Veil(stepwise), pair, pair_shapes, tuple(veil))
         parts["lift"] = Part(
             _Lift(stepwise),
-            {"vis": frame(3)} | veil,
-            {"vis": any_size, "share": {0: any_batch}, "grid": {0: any_batch}},
+            {"vis": frame(3), "onto": frame(3)} | veil,
+            {"vis": any_size, "onto": any_size} | {name: {0: any_batch} for name in veil},
             ("lifted_vis",),
         )
     encoded = ("latent", *numbered)
@@ -249,7 +254,7 @@ class _Picture(_Of):
     def forward(self, vis: Tensor, ir: Tensor, noise_vis: Tensor, noise_ir: Tensor) -> tuple[Tensor, ...]:
         model = self.model
         frames = model.clear(Pair(vis, ir))
-        images = model.lift(model.normalise(model.light(frames) if self.plan.exposure == "lit" else frames))
+        images = model.levelled(frames, self.plan.exposure)
         prepared = Pair(images.vis, images.ir.expand(-1, 3, -1, -1))
 
         def finish(name: OutputName, decoded: Tensor) -> Tensor:

@@ -227,9 +227,16 @@ class GraphNetworks:
         return results
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
-        """Frames without weather, lit if asked for, toned, without a veil, padded; ir of one channel."""
-        vis, ir = self._run("light" if exposure == "lit" else "tone", self._clear(vis, ir), ir)
-        return Pair(_padded(self._lift(vis, ir)), _padded(ir))
+        """Frames without weather, as ReCoFuse.levelled has them, padded; ir of one channel."""
+        cleared = self._clear(vis, ir)
+        if exposure == "as_shot" or "veil" in self._sessions:
+            toned = Pair(*self._run("tone", cleared, ir))
+        if exposure == "as_shot":
+            levelled = Pair(self._lift(toned, toned.vis), toned.ir)
+        else:
+            unveiled = self._lift(toned, cleared) if "veil" in self._sessions else cleared
+            levelled = Pair(*self._run("light", unveiled, ir))
+        return Pair(*map(_padded, levelled))
 
     def _clear(self, vis: Floats, ir: Floats) -> Floats:
         """The visible frames without weather: what it looks like is asked for only where there is any."""
@@ -240,12 +247,12 @@ class GraphNetworks:
         share, *seen = self._run("weather", vis_sides, _padded(ir))
         return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width] if share.any() else vis
 
-    def _lift(self, vis: Floats, ir: Floats) -> Floats:
-        """Toned visible frames without a veil, where there is any."""
+    def _lift(self, toned: Pair, onto: Floats) -> Floats:
+        """Toned visible frames without their veil, and `onto` where they have none."""
         if "veil" not in self._sessions:
-            return vis
-        share, grid = self._run("veil", vis, ir)
-        return self._run("lift", vis, share, grid)[0] if share.any() else vis
+            return onto
+        share, *veil = self._run("veil", *toned)
+        return self._run("lift", toned.vis, onto, share, *veil)[0] if share.any() else onto
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
         """See Networks; an image of one channel stands for three that are equal."""

@@ -1,9 +1,9 @@
-"""Pairs for the branches as what stands before them delivers frames: weather taken off, lit or not, toned, unveiled.
+"""Pairs for the branches as what stands before them delivers frames: weather taken off, unveiled, lit or not, toned.
 
 What the estimators cannot do is left to the branches, so they have to meet it: streaks and flakes that stay, the rest
 of a veil, the noise that lighting multiplied. A lit frame gets its camera's noise and JPEG first; the target of a dark
 one is the frame without noise, its own too, under the same lighting, so that only what lighting cannot do is asked for;
-that of a foggy one is the clear frame. docs/decisions/0017, 0038.
+that of a foggy one is the clear frame. docs/decisions/0017, 0038, 0041.
 """
 
 import cv2
@@ -67,8 +67,8 @@ class DeliveredSource:
         if float(torch.rand((), generator=generator)) < self.weather_probability:
             given = _in_weather(frame.vis, generator)
             given = sensed(given, generator)
-        vis, ir = self._unveiled(self.model.clear(self._on_device(given, low_ir)))
-        return DegradedFrame(frame.vis, frame.ir, vis, ir)
+        frames = self.model.clear(self._on_device(given, low_ir))
+        return self._delivered(frame.vis, frame.ir, self.model.levelled(frames, "as_shot"))
 
     @torch.no_grad()
     def lit_frame(self, side: int, generator: Generator) -> DegradedFrame:
@@ -78,22 +78,21 @@ class DeliveredSource:
         if float(torch.rand((), generator=generator)) < LIT_WEATHER_PROBABILITY and kind is not FrameKind.EMPTY:
             fallen = _in_weather(scene.clamp(0, 1), generator)
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
-        frames = self.model.clear(self._on_device(sensed(fallen, generator), low_ir))
+        frames = self.model.unveil(self.model.clear(self._on_device(sensed(fallen, generator), low_ir)))
         lighting = self.exposure(*frames)
         if kind in LIT_ALIKE:
             clean = without_noise(scene) if kind is FrameKind.NIGHT else scene.clamp(0, 1)
             target = lighting(clean[None].to(frames.vis.device))[0].cpu()
-        vis, low_ir = self._unveiled(Pair(lighting(frames.vis), frames.ir))
-        return DegradedFrame(target, ir, vis, low_ir)
+        return self._delivered(target, ir, self.model.normalise(Pair(lighting(frames.vis), frames.ir)))
 
     def _on_device(self, vis: Tensor, ir: Tensor) -> Pair:
         device = next(self.exposure.parameters()).device
         return Pair(vis[None].to(device), ir[None].to(device))
 
-    def _unveiled(self, frames: Pair) -> tuple[Tensor, Tensor]:
-        """Images of one frame under its tone curves and without their veil, without the batch."""
-        vis, ir = self.model.lift(self.model.normalise(frames))
-        return vis[0].cpu(), ir[0].cpu()
+    @staticmethod
+    def _delivered(vis: Tensor, ir: Tensor, delivered: Pair) -> DegradedFrame:
+        """Targets (C, S, S), and what comes of a batch of one."""
+        return DegradedFrame(vis, ir, delivered.vis[0].cpu(), delivered.ir[0].cpu())
 
 
 def without_noise(night: Tensor) -> Tensor:

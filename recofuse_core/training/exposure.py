@@ -8,10 +8,12 @@ Frames come from registered pairs and from a second folder, the references, of r
 
 Every part may be missing. What stands for what (`FrameKind`): real dark pairs; well exposed frames, darkened; the same
 left as they are, so that the estimator learns to keep its hands off; true nights, for which there is no reference and
-`well_exposed` makes one; fog; a covered lens or an even grey, which stay. Frames are drawn once, averaged to cells and
-kept, so that a step costs little. All randomness comes from the `torch.Generator` passed in. S is a frame's side in px.
+`well_exposed` makes one; fog, which is not for lighting to lift; a covered lens or an even grey, which stay. Frames are
+drawn once, averaged to cells and kept, so that a step costs little. All randomness comes from the `torch.Generator`
+passed in. S is a frame's side in px.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ CAST = 0.05  # std of a channel's gain
 CROP = Range(0.6, 1.0)  # share of a frame's sides
 
 WELL_EXPOSED = (0.28, 0.60)  # means of frames that are right as they are
+VEILED_MEAN = 0.4  # about that of a dark frame in fog, lit
 TRUE_NIGHT = 0.22  # means of visible frames of pairs below this one are nights
 
 
@@ -72,6 +75,9 @@ SHARES = {
     FrameKind.FOGGED: 0.18,
     FrameKind.EMPTY: 0.02,
 }
+
+
+VEILED = (FrameKind.FOG_PAIR, FrameKind.FOGGED)
 
 
 class Frame(NamedTuple):
@@ -154,6 +160,14 @@ def exposing(image: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda other: (((other - black) / (1 - black)).clamp(0, 1) * gains).clamp(1e-5, 1).pow(power)
 
 
+def _bright_enough(veiled: Tensor) -> Tensor:
+    """A frame in fog as it is, or if it is dark, as bright as a well exposed one."""
+    mean = float(luma(veiled[None]).mean())
+    if mean >= WELL_EXPOSED[0]:
+        return veiled
+    return veiled.clamp_min(1e-4).pow(math.log(VEILED_MEAN) / math.log(max(mean, 0.02)))
+
+
 def is_crisp(levels: np.ndarray) -> bool:
     """Whether a frame is free of haze of its own, so that it can say what one without is: it has black and contrast."""
     cells = cv2.resize(levels, (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -211,8 +225,10 @@ class FrameSource:
             self.pools[kind].append(frame)
 
     def draw(self, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, FrameKind]:
-        """One frame: given and lit vis (3, S, S), ir (1, S, S), and its kind."""
+        """One frame: given and lit vis (3, S, S), ir (1, S, S), and its kind. A veil is not for lighting to lift."""
         given, lit, ir, kind = self.scene(side, generator)
+        if kind in VEILED:
+            lit = _bright_enough(given.clamp(0, 1))
         return sensed(given, generator), lit, ir, kind
 
     def scene(

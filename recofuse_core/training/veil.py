@@ -1,9 +1,8 @@
 """What the veil estimator learns from: frames in fog, rain and snow, and the loss.
 
-It stands behind the weather estimator and the tone curves, in both renditions, so what is asked of it is what these
-leave of a veil: of a lit frame, the clear one in the same light. A frame that had no veil is asked for as it is,
-whatever the curves made of it. Frames are drawn once, averaged to cells and kept, so that a step costs little
-(docs/decisions/0031, 0035).
+It stands behind the weather estimator and the tone curves, so what is asked of it is what these leave of a veil. A
+frame that had no veil is asked for as it is, whatever the curves made of it. Frames are drawn once, averaged to cells
+and kept, so that a step costs little (docs/decisions/0035, 0041).
 """
 
 from dataclasses import dataclass, fields
@@ -38,18 +37,18 @@ class VeilKind(StrEnum):
 
 
 SHARES = {
-    VeilKind.FOG: 0.15,
-    VeilKind.GREY_FOG: 0.35,
+    VeilKind.FOG: 0.22,
+    VeilKind.GREY_FOG: 0.30,
     VeilKind.HAZE: 0.03,
     VeilKind.DOWNPOUR: 0.06,
     VeilKind.SNOWFALL: 0.06,
     VeilKind.FOG_PAIR: 0.12,
-    VeilKind.NONE: 0.23,
+    VeilKind.NONE: 0.21,
 }
 # What is veiled: mostly what is well exposed and crisp. With that alone, nights and bright days come out grey; without
 # grey fog by day, over photographs too, a grey sky comes out as a night's.
 NIGHT_PROBABILITY, GREY_NIGHT_PROBABILITY = 0.28, 0.08
-PHOTO_PROBABILITY = 0.28  # of grey fog
+PHOTO_PROBABILITY = 0.4  # of grey fog
 ANY_PROBABILITY = 0.2
 STRENGTHS: tuple[Strength, ...] = ("light", "medium", "medium", "strong")
 AS_IT_CAME = (VisKind.LOW_LIGHT, VisKind.LOW_LIGHT, VisKind.COLOUR_CAST, VisKind.BLUR)  # of frames without a veil
@@ -59,10 +58,12 @@ DARKER_GAMMA, DARKER_GAIN = Range(0.7, 1.6), Range(1.0, 0.6)
 BRIGHTER_GAMMA, BRIGHTER_GAIN = Range(0.55, 1.0), Range(1.0, 1.0)
 FOG_DENSITY = Range(0.35, 3.6, log=True)
 AIRLIGHT = Range(0.45, 0.95)
-AIRLIGHT_SLOPE = Range(0.0, 0.2)
+AIRLIGHT_SLOPE = Range(0.0, 0.3)
 AIRLIGHT_TINT = 0.02  # std
+SMOG_PROBABILITY = 0.3
+SMOG = (0.05, 0.0, -0.06)  # what it adds to red, green and blue: warm as dust, or the other way round
 SUN_PROBABILITY = 0.25
-SUN, SUN_RADIUS = Range(0.05, 0.3), Range(0.1, 0.4)  # what it adds, and how far, in sides
+SUN, SUN_RADIUS = Range(0.05, 0.45), Range(0.1, 0.5)  # what it adds, and how far, in sides
 DUSK_PROBABILITY = 0.15
 DUSK_GAMMA, DUSK_GAIN = Range(0.8, 1.6), Range(1.0, 0.6)
 LEFT_OVER = Range(0.0, 0.35)  # of streaks and flakes, where they were taken off
@@ -99,7 +100,8 @@ class VeilSource:
         self.nights = frames.pools[FrameKind.NIGHT]
         self.scenes = frames.scenes
         self.photos = [Frame(photo, photo) for photo in frames.photos]
-        self.others: list[list[Frame]] = [pool for pool in (self.scenes, self.clear) if pool]
+        dark = frames.pools[FrameKind.DARK_PAIR]
+        self.others: list[list[Frame]] = [pool for pool in (self.scenes, self.clear, self.photos, dark) if pool]
         self.kinds = [
             kind
             for kind in VeilKind
@@ -176,7 +178,10 @@ def uneven_airlight(side: int, generator: Generator) -> Tensor:
         row, column = 0.6 * torch.rand((), generator=generator), torch.rand((), generator=generator)
         squared = (places.view(-1, 1) - row).square() + (places - column).square()
         light = light + SUN.draw(generator) * (-squared / (2 * SUN_RADIUS.draw(generator) ** 2)).exp()
-    return (light + AIRLIGHT_TINT * torch.randn(3, 1, 1, generator=generator)).clamp(0, 1)
+    tint = AIRLIGHT_TINT * torch.randn(3, 1, 1, generator=generator)
+    if _chance(SMOG_PROBABILITY, generator):
+        tint = tint + Range(-1.0, 1.3).draw(generator) * torch.tensor(SMOG).view(3, 1, 1)
+    return (light + tint).clamp(0, 1)
 
 
 def _exposed(given: Tensor, clear: Tensor, gammas: Range, gains: Range, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -186,7 +191,6 @@ def _exposed(given: Tensor, clear: Tensor, gammas: Range, gains: Range, generato
 
 # --- samples and loss -------------------------------------------------------------------------------------------------
 
-LIT_PROBABILITY = 0.35
 IS_VEIL, IS_NONE = 4e-3, 6e-4  # squared error that a veil adds: from where it is one, and up to where it is none
 
 
@@ -216,8 +220,6 @@ class VeilSamples:
             given, clear, ir, kind = source.frame(side, generator)
             frames = Pair(given[None].to(device), ir[None].to(device))
             wanted = Pair(clear[None].to(device), frames.ir)
-            if model.exposure is not None and _chance(LIT_PROBABILITY, generator):
-                frames, wanted = model.light(frames), model.light(wanted)
             toned = model.normalise(frames)
             cells = estimator.average(*toned)
             seen = F.avg_pool2d(cells[:, :3], 2)
@@ -253,7 +255,7 @@ def veil_loss(estimator: VeilEstimator, samples: VeilSamples) -> dict[str, Tenso
     toned = F.avg_pool2d(cells[:, :3], 2)
     clear = _with_bright_skies(clear, toned, samples.squared)
     found = estimator.find(cells)
-    ours = found.grid.at_cells(toned)
+    ours = found.veil.at_cells(toned)
     is_veil = (samples.squared > IS_VEIL).float()
     weight = is_veil + NO_VEIL_WEIGHT
     error = ours - clear

@@ -462,7 +462,7 @@ def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
             *(f"exposure.{head}" for head in ("curve_head", "grid_head")),
         )
         levels = ("fine", "middle.#", "coarse", "halve_fine", "halve_middle", "double_coarse")
-        expected |= both(*(f"veil.{part}" for part in ("stem", *levels, "of_frame", "join", "grid", "judge")))
+        expected |= both(*(f"veil.{part}" for part in ("stem", *levels, "of_frame", "join", "grid", "judge", "fade")))
         expected |= both(*(f"weather.{part}" for part in ("stem", "witness", "judge", "head")))
         expected |= both(
             *(f"weather.{way}" for way in ("halve_fine", "halve_middle", "double_middle", "double_coarse"))

@@ -37,7 +37,7 @@ def test_a_fresh_estimator_finds_no_veil(size: tuple[int, int]) -> None:
     vis, ir = pairs(2, *size)
     veil = VeilEstimator(SMALL)(vis, ir)
     assert torch.equal(veil.share, torch.zeros(2))
-    assert torch.equal(veil.lifted(vis), vis)
+    assert torch.equal(veil.lifted(vis, vis), vis)
 
 
 @settings(deadline=None, max_examples=15)
@@ -68,6 +68,44 @@ def test_a_veil_is_lifted_in_both_renditions(exposure: Exposure) -> None:
     vis, ir = pairs(1, 64, 48)
     found, none = (veil_model(probability).fuse(vis, ir, exposure=exposure) for probability in (0.95, 0.05))
     assert largest_difference(found, none) > 1e-3
+
+
+def test_where_there_is_no_veil_the_other_frame_stays() -> None:
+    (vis, ir), (other, _) = pairs(1, 64, 64), pairs(1, 64, 64, seed=1)
+    for probability, kept in ((0.05, 1.0), ((DOUBTFUL + CERTAIN) / 2, 0.5), (0.99, 0.0)):
+        model = veil_model(probability)
+        lifted = veil_model(0.99).lift(Pair(vis, ir)).vis
+        found = model.lift(Pair(vis, ir), onto=Pair(other, ir)).vis
+        assert torch.allclose(found, kept * other + (1 - kept) * lifted, atol=1e-3)
+
+
+@pytest.mark.parametrize("colour", [(0.3, 0.5, 0.7), (0.05, 0.9, 0.5), (0.5, 0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
+    seed: int, colour: tuple[float, float, float]
+) -> None:
+    """Whatever contrast a network takes to be lost where: the light of a veil is a colour of the frame."""
+    model = veil_model(0.99, seed)
+    assert model.veil is not None
+    model.veil.grid.weight.normal_(0, 2, generator=Generator().manual_seed(seed))
+    vis = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    veil = model.veil(vis, torch.rand(1, 1, 64, 64, generator=Generator().manual_seed(seed)))
+    assert torch.allclose(veil.light, vis[..., :4, :4], atol=1e-5)
+    assert float(veil.grid.entries.std()) > 0.01
+    lifted = model.lift(Pair(vis, vis[:, :1])).vis
+    faded = lifted / vis
+    assert torch.allclose(faded, faded[:, :1, :1, :1].expand_as(faded), atol=1e-3) or float(lifted.max()) == 1
+
+
+def test_a_veil_is_lifted_before_a_frame_is_lit() -> None:
+    """And a frame without one is lit as it came: the tone curves come behind."""
+    vis, ir = pairs(1, 64, 64)
+    for probability in (0.99, 0.05):
+        model = veil_model(probability)
+        frames = Pair(vis, ir)
+        lit = model.lift(model.normalise(frames)) if probability > CERTAIN else frames
+        expected = model.normalise(model.light(Pair(lit.vis, ir)))
+        assert torch.allclose(model.levelled(frames, "lit").vis, expected.vis, atol=1e-5)
 
 
 def test_no_corner_is_told_from_another() -> None:

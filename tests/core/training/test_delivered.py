@@ -96,14 +96,18 @@ def test_pairs_as_shot_come_in_weather_as_often_as_asked(probability: float) -> 
 
 
 def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weather goes first, then comes the lighting, then the tone curves, and the veil is lifted last."""
+    """Weather goes first, then the veil, under tone curves; then comes the lighting, and tone curves again."""
     model = Bare()
     monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
-    monkeypatch.setattr(model, "normalise", lambda images: images._replace(vis=images.vis + 0.2))
-    monkeypatch.setattr(model, "lift", lambda images: Pair(images.vis / 2, images.ir * 0))
+    monkeypatch.setattr(model, "normalise", lambda images: Pair(images.vis + 0.2, images.ir * 0))
+    monkeypatch.setattr(model, "lift", lambda images, onto=None: images._replace(vis=images.vis / 2))
+    monkeypatch.setattr(model, "unveil", lambda frames: frames._replace(vis=frames.vis + 0.05))
     source, generator = source_of(FrameKind.NIGHT, model), Generator().manual_seed(3)
-    for made, level in ((source.lit_frame(SIDE, generator), GAIN * 0.1), (source.frame(SIDE, generator), 0.1)):
-        torch.testing.assert_close(made.degraded_vis, torch.full((3, SIDE, SIDE), (level + 0.2) / 2))
+    for made, level in (
+        (source.lit_frame(SIDE, generator), GAIN * 0.15 + 0.2),
+        (source.frame(SIDE, generator), (0.1 + 0.2) / 2),
+    ):
+        torch.testing.assert_close(made.degraded_vis, torch.full((3, SIDE, SIDE), level))
         assert float(made.degraded_ir.abs().max()) == 0
 
 
