@@ -38,7 +38,7 @@ class BilateralGrid(NamedTuple):
         return _applied(cells, *self.look_up(luma(cells)).chunk(2, dim=1))
 
     def look_up(self, guide: Tensor) -> Tensor:
-        """The entries (B, 6, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place."""
+        """The entries (B, channels, h', w') at the brightness (B, 1, h', w') in [0, 1] of every place."""
         batch, _, height, width = guide.shape
         if torch.compiler.is_exporting():
             return self._summed(guide)
@@ -63,7 +63,7 @@ class BilateralGrid(NamedTuple):
 
 
 def guide_of(frame: Tensor) -> Tensor:
-    """The brightness of frames (B, 3, H, W) that a grid is looked up at, (B, 1, H / 2, W / 2).
+    """The brightness of frames (B, 3, H, W) that a grid is looked up at, (B, 1, H / 2, W / 2), rounded up.
 
     At half size: averaged, it carries less noise, and looking up costs a quarter.
     """

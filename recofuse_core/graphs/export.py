@@ -28,6 +28,7 @@ from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
+from recofuse_core.graphs.runtime import FORMAT_VERSION
 from recofuse_core.model import ReCoFuse, TorchNetworks, widen_range
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20
-FORMAT_VERSION = 1
 MAX_SIDE = 1 << 20  # of an image, in pixels; the exporter wants to know one
 SAMPLE = (2, 96, 64)  # batch, height and width that a graph is traced with
 PREFIX = "recofuse."  # of the metadata

@@ -68,6 +68,8 @@ PartName = Literal[
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
 FACTS_KEY = "recofuse.about"  # of the metadata, in the graph `predict`
 CHECKSUM_KEY = "recofuse.checksum"
+VERSION_KEY = "recofuse.format_version"
+FORMAT_VERSION = 2  # 1: veils were lifted by gains and offsets, and behind the lighting
 
 
 def graph_path(weights: Path, part: PartName) -> Path:
@@ -321,7 +323,13 @@ def _opened(weights: Path, part: PartName, checksum: str, num_threads: int) -> o
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise CheckpointError(f"{path} does not load: {error}") from error
-    found = session.get_modelmeta().custom_metadata_map.get(CHECKSUM_KEY)
+    known = session.get_modelmeta().custom_metadata_map
+    if (version := known.get(VERSION_KEY)) != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} was written by another release (format {version}, not {FORMAT_VERSION}); write the graphs again, "
+            "with `recofuse convert --to graphs`"
+        )
+    found = known.get(CHECKSUM_KEY)
     if found != checksum:
         raise CheckpointError(f"{path} was written for other weights ({found}) than {weights} has ({checksum})")
     return session

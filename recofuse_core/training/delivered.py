@@ -78,11 +78,15 @@ class DeliveredSource:
         if float(torch.rand((), generator=generator)) < LIT_WEATHER_PROBABILITY and kind is not FrameKind.EMPTY:
             fallen = _in_weather(scene.clamp(0, 1), generator)
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
-        frames = self.model.unveil(self.model.clear(self._on_device(sensed(fallen, generator), low_ir)))
+        cleared = self.model.clear(self._on_device(sensed(fallen, generator), low_ir))
+        frames = self.model.unveil(cleared)
         lighting = self.exposure(*frames)
         if kind in LIT_ALIKE:
             clean = without_noise(scene) if kind is FrameKind.NIGHT else scene.clamp(0, 1)
-            target = lighting(clean[None].to(frames.vis.device))[0].cpu()
+            clean = clean[None].to(frames.vis.device)
+            # What lost a veil is another frame, of other levels: the clean one is lit by itself.
+            is_unveiled = not torch.equal(frames.vis, cleared.vis)
+            target = (self.exposure(clean, frames.ir) if is_unveiled else lighting)(clean)[0].cpu()
         return self._delivered(target, ir, self.model.normalise(Pair(lighting(frames.vis), frames.ir)))
 
     def _on_device(self, vis: Tensor, ir: Tensor) -> Pair:

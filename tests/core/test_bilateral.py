@@ -30,14 +30,6 @@ def test_gains_and_offsets_act_where_they_are() -> None:
     assert torch.allclose(lit[..., 36:, :], torch.tensor(0.9), atol=1e-4)
 
 
-def test_one_entry_for_all_channels_is_three_equal_ones() -> None:
-    entries = torch.randn(2, 2, 3, 4, 5, generator=Generator().manual_seed(1))
-    vis, _ = pairs(2, 33, 47)
-    threefold = BilateralGrid(entries.repeat_interleave(3, dim=1))
-    assert torch.allclose(BilateralGrid(entries)(vis), threefold(vis), atol=1e-6)
-    assert torch.allclose(BilateralGrid(entries).at_cells(vis), threefold.at_cells(vis), atol=1e-6)
-
-
 def test_other_runtimes_find_the_same_entries() -> None:
     """All levels weighed, as graphs have it, against one look at each place; darker and brighter than any level too."""
     entries = torch.randn(2, 6, 8, 4, 5, generator=Generator().manual_seed(2))

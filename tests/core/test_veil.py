@@ -16,7 +16,7 @@ from recofuse_core.model import ReCoFuse
 from recofuse_core.picture import Exposure
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
-from recofuse_core.veil import CERTAIN, DOUBTFUL, VeilConfig, VeilEstimator
+from recofuse_core.veil import CERTAIN, DOUBTFUL, MOST_BRIGHTENED, VeilConfig, VeilEstimator
 from tests.core.test_exposure import WITH_EXPOSURE
 from tests.core.tiny import largest_difference, pairs, tiny_model
 
@@ -88,13 +88,22 @@ def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
     model = veil_model(0.99, seed)
     assert model.veil is not None
     model.veil.grid.weight.normal_(0, 2, generator=Generator().manual_seed(seed))
+    model.veil.fade.weight.zero_()
+    model.veil.fade.bias.fill_(-0.2)
     vis = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     veil = model.veil(vis, torch.rand(1, 1, 64, 64, generator=Generator().manual_seed(seed)))
     assert torch.allclose(veil.light, vis[..., :4, :4], atol=1e-5)
     assert float(veil.grid.entries.std()) > 0.01
     lifted = model.lift(Pair(vis, vis[:, :1])).vis
-    faded = lifted / vis
-    assert torch.allclose(faded, faded[:, :1, :1, :1].expand_as(faded), atol=1e-3) or float(lifted.max()) == 1
+    assert torch.allclose(lifted, math.exp(-0.2) * vis, atol=1e-4)
+
+
+def test_the_light_of_a_veil_is_left_hardly_brighter() -> None:
+    model = veil_model(0.99)
+    assert model.veil is not None
+    model.veil.fade.bias.fill_(100.0)
+    veil = model.veil(*pairs(1, 64, 64))
+    assert torch.allclose(veil.left, math.exp(MOST_BRIGHTENED) * veil.light, rtol=1e-5)
 
 
 def test_a_veil_is_lifted_before_a_frame_is_lit() -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from torch import Generator, Tensor
 
 from recofuse_core import Runtime, load_checkpoint, load_pretrained, save_checkpoint
 from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import CheckpointError, NumericsError, ShapeError
-from recofuse_core.graphs.runtime import GraphRuntime, graph_path, has_graphs
+from recofuse_core.graphs.runtime import VERSION_KEY, GraphRuntime, graph_path, has_graphs
 from recofuse_core.picture import FusionOutput
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
@@ -90,11 +92,14 @@ def test_weather_comes_off_as_with_torch(graphs: GraphRuntime, model: Runtime) -
 
 
 def test_a_veil_is_lifted_as_with_torch(graphs: GraphRuntime, model: Runtime) -> None:
-    scene = make_scene(0, 150, 190)
-    vis = degrade_vis(scene.vis, Generator().manual_seed(0), "strong", ["fog"]).image[None]
-    images = vis, scene.ir[None, :1]
+    """One frame of a batch has a veil, the other one has none; sides are odd."""
+    scene = make_scene(0, 151, 189)
+    foggy = degrade_vis(scene.vis, Generator().manual_seed(0), "strong", ["fog"]).image
+    images = torch.stack([foggy, scene.vis]), scene.ir[None, :1].expand(2, -1, -1, -1)
     toned = model.model.normalise(model.model.clear(Pair(*images)))
-    assert float((model.model.lift(toned).vis - toned.vis).abs().mean()) > 0.01
+    change = (model.model.lift(toned).vis - toned.vis).abs().mean(dim=(1, 2, 3))
+    assert change[0] > 0.01
+    assert change[1] == 0
     for exposure in ("as_shot", "lit"):
         assert fused(graphs, model, images, exposure=exposure) < 1e-3
 
@@ -166,6 +171,17 @@ def test_graphs_of_other_weights_are_refused(copied: Path) -> None:
     config, state, info = load_checkpoint(copied)
     save_checkpoint(copied, state, config, name=info.name, version="next", preset=info.preset)
     with pytest.raises(CheckpointError, match="was written for other weights"):
+        GraphRuntime(copied, num_threads=1)
+
+
+def test_graphs_of_another_release_are_refused_before_a_frame_comes(copied: Path) -> None:
+    lift = graph_path(copied, "lift")
+    graph = onnx.load(lift, load_external_data=False)
+    for entry in graph.metadata_props:
+        if entry.key == VERSION_KEY:
+            entry.value = "1"
+    lift.write_bytes(graph.SerializeToString())
+    with pytest.raises(CheckpointError, match="write the graphs again"):
         GraphRuntime(copied, num_threads=1)
 
 
