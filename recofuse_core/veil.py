@@ -19,7 +19,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
 
-DOUBTFUL, CERTAIN = 0.6, 0.88  # how probable a veil is where lifting it begins, and from where all of it is lifted
+DOUBTFUL, CERTAIN = 0.3, 0.6  # how probable a veil is where lifting it begins, and from where all of it is lifted
 MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
 MOST_COLOUR = 3.3  # what colour is multiplied by at most
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
