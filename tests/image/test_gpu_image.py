@@ -1,4 +1,4 @@
-"""The worker's image for GPUs, without one: `make check-image GPU=1`, since it fetches 3 GB and takes some 25 GB of disk.
+"""The worker's image for GPUs, without one: `make check-image GPU=1`, as it fetches 3 GB and takes some 25 GB of disk.
 
 What is in it, that Triton's compilers work where and as whom it runs, and what it says where no GPU can be used. With a
 card it has not been tried.
