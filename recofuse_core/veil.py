@@ -20,6 +20,7 @@ from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
 
 DOUBTFUL, CERTAIN = 0.3, 0.6  # how probable a veil is where lifting it begins, and from where all of it is lifted
+FRESH_LOG_ODDS = -3.0  # before the judge is trained: there is none
 MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
 MOST_COLOUR = 3.3  # what colour is multiplied by at most
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
@@ -118,6 +119,7 @@ class VeilEstimator(nn.Module):
         for head in (self.grid, self.judge, self.fade):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        nn.init.constant_(self.judge.bias, FRESH_LOG_ODDS)
 
     def average(self, vis: Tensor, ir: Tensor) -> Tensor:
         """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
