@@ -170,11 +170,14 @@ def steps(picture: NDArray[np.float64], columns: slice) -> float:
 
 
 def test_the_border_of_infrared_shows_no_seam() -> None:
-    """Across the border the picture changes against the visible one no more steeply than it does inside."""
+    """Across the border the picture changes against the visible one no more steeply than it does inside.
+
+    On streets where a picture that is cut there shows one.
+    """
     graphs = GraphRuntime("compact", num_threads=1)
     border, size = 110, (256, 192)
     warp = ending_at(border, size)
-    for seed in (3, 4):
+    for seed in (4, 5):
         scene = street(seed, cover=1.3, size=size)
         vis, ir = scene.vis.transpose(2, 0, 1)[None] // 4, warp.apply(scene.ir)[None, None]
         plain = graphs.fuse(vis, ir, exposure="lit")
@@ -185,6 +188,7 @@ def test_the_border_of_infrared_shows_no_seam() -> None:
         fused, vis, whole = (picture[0].astype(float) for picture in (plain.fused, plain.vis, blended.fused))
         around, inside = slice(border - 60, border + 20), slice(border + 20, None)
         change, cut = whole - vis, np.where(warp.coverage, fused - vis, 0)
+        assert steps(cut, around) > 3
         assert steps(change, around) <= min(steps(change, inside), 0.6 * steps(cut, around))
         assert np.abs(whole - fused)[..., border + 30 :].mean() < 0.4 * np.abs(vis - fused)[..., border + 30 :].mean()
         assert np.abs(change[..., : border - 80]).mean() < 2
