@@ -25,6 +25,7 @@ MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
 MOST_COLOUR = 3.3  # what colour is multiplied by at most
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
 LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
+NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
 LEAST_WEIGHT = 1e-4  # of a place that does not show it
 MOST_BRIGHTENED = 0.3  # the logarithm of what the light of a veil is multiplied by at most
 
@@ -159,7 +160,10 @@ class VeilEstimator(nn.Module):
         weighed = torch.cat([weight * F.avg_pool2d(vis, vis.shape[-1] // width), weight], dim=1)
         near = _nearness(height, vis)
         sums = near @ weighed @ (near if width == height else _nearness(width, vis))
-        return sums[:, :3] / sums[:, 3:]
+        light = sums[:, :3] / sums[:, 3:]
+        y = luma(light)
+        # By night what is brightest is a lamp: its colour, taken off as that of a veil, would leave its opposite.
+        return torch.lerp(y, light, ((y - NIGHT_LIGHT) / (DAY_LIGHT - NIGHT_LIGHT)).clamp(0.0, 1.0))
 
     def forward(self, vis: Tensor, ir: Tensor) -> Veil:
         """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""

@@ -79,7 +79,7 @@ def test_where_there_is_no_veil_the_other_frame_stays() -> None:
         assert torch.allclose(found, kept * other + (1 - kept) * lifted, atol=1e-3)
 
 
-@pytest.mark.parametrize("colour", [(0.3, 0.5, 0.7), (0.05, 0.9, 0.5), (0.5, 0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("colour", [(0.6, 0.7, 0.8), (0.05, 0.95, 0.5), (0.5, 0.5, 0.5)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
     seed: int, colour: tuple[float, float, float]
@@ -96,6 +96,16 @@ def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
     assert float(veil.grid.entries.std()) > 0.01
     lifted = model.lift(Pair(vis, vis[:, :1])).vis
     assert torch.allclose(lifted, math.exp(-0.2) * vis, atol=1e-4)
+
+
+def test_the_light_of_a_dark_veil_is_grey() -> None:
+    """A lamp's colour would leave its opposite all over a night."""
+    model = veil_model(0.99)
+    assert model.veil is not None
+    cyan = torch.tensor([0.31, 0.46, 0.42]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    light = model.veil(cyan, cyan[:, :1]).light
+    assert float((light - light.mean(dim=1, keepdim=True)).abs().max()) < 1e-5
+    assert float(light.mean()) == pytest.approx(0.4105, abs=1e-3)
 
 
 def test_the_light_of_a_veil_is_left_hardly_brighter() -> None:
