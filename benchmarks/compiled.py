@@ -167,16 +167,20 @@ def told(capability: tuple[int, int], found: Sequence[Compiled]) -> tuple[bool, 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compile for every card of the table or those named; returns 0 if everything compiles and has room."""
+    """Compile for every card of the table or those named. Returns 0 if all compiles and fits, 2 for unknown words."""
+    cards = {f"{major}.{minor}": (major, minor) for major, minor in SHARED_BYTES}
+    if unknown := [word for word in arguments if word not in PRESETS and word not in cards]:
+        accepted = f"a preset ({', '.join(PRESETS)}) nor a compute capability ({', '.join(cards)})"
+        print(f"{', '.join(unknown)}: neither {accepted}", file=sys.stderr)
+        return 2
     presets = [word for word in arguments if word in PRESETS] or list(PRESETS)
-    named = [tuple(map(int, word.split("."))) for word in arguments if word not in PRESETS]
+    named = [cards[word] for word in arguments if word in cards] or list(SHARED_BYTES)
     all_fit = True
     for preset in presets:
-        for capability in SHARED_BYTES:
-            if not named or capability in named:
-                fits, line = told(capability, compiled(PRESETS[preset], capability))
-                all_fit &= fits
-                print(f"{preset}, {line}", flush=True)
+        for capability in named:
+            fits, line = told(capability, compiled(PRESETS[preset], capability))
+            all_fit &= fits
+            print(f"{preset}, {line}", flush=True)
     return 0 if all_fit else 1
 
 

@@ -59,25 +59,26 @@ class Veil(NamedTuple):
 
     def lifted(self, vis: Tensor, onto: Tensor) -> Tensor:
         """Visible frames (B, 3, H, W) in [0, 1] without it, and `onto`, the same in shape, where there is none."""
-        lifted = _applied(vis, self._applied_at(guide_of(vis)))
-        return torch.lerp(onto, lifted, self.share[:, None, None, None])
+        gain, offset = (
+            F.interpolate(part, vis.shape[-2:], mode="bilinear", align_corners=False)
+            for part in self._looked_up(guide_of(vis))
+        )
+        return torch.lerp(onto, _applied(vis, gain, offset), self.share[:, None, None, None])
 
     def at_cells(self, cells: Tensor) -> Tensor:
         """All of it lifted from averaged frames (B, 3, h, w): for training, where there is no noise left to avoid."""
-        return _applied(cells, self._applied_at(luma(cells)))
+        return _applied(cells, *self._looked_up(luma(cells)))
 
-    def _applied_at(self, guide: Tensor) -> Tensor:
-        """Gain (1) and offsets (3), (B, 4, h', w'), at the brightness (B, 1, h', w') of every place."""
+    def _looked_up(self, guide: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain (B, 1, h', w') and offsets (B, 3, h', w') at the brightness (B, 1, h', w') of every place."""
         gain = self.grid.look_up(guide).exp()
         lights = torch.cat([self.light, self.left], dim=1)
         light, left = F.interpolate(lights, guide.shape[-2:], mode="bilinear", align_corners=False).chunk(2, dim=1)
-        return torch.cat([gain, left - _spread(light, gain)], dim=1)
+        return gain, left - _spread(light, gain)
 
 
-def _applied(frame: Tensor, looked_up: Tensor) -> Tensor:
-    if looked_up.shape[-2:] != frame.shape[-2:]:
-        looked_up = F.interpolate(looked_up, frame.shape[-2:], mode="bilinear", align_corners=False)
-    return (_spread(frame, looked_up[:, :1]) + looked_up[:, 1:]).clamp(0.0, 1.0)
+def _applied(frame: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    return (_spread(frame, gain) + offset).clamp(0.0, 1.0)
 
 
 def _spread(frame: Tensor, gain: Tensor) -> Tensor:

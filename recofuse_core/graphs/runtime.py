@@ -230,15 +230,17 @@ class GraphNetworks:
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
         """Frames without weather, as ReCoFuse.levelled has them, padded; ir of one channel."""
-        cleared = self._clear(vis, ir)
-        if exposure == "as_shot" or "veil" in self._sessions:
-            toned = Pair(*self._run("tone", cleared, ir))
-        if exposure == "as_shot":
-            levelled = Pair(self._lift(toned, toned.vis), toned.ir)
-        else:
-            unveiled = self._lift(toned, cleared) if "veil" in self._sessions else cleared
-            levelled = Pair(*self._run("light", unveiled, ir))
-        return Pair(*map(_padded, levelled))
+        return Pair(*map(_padded, self._levelled(self._clear(vis, ir), ir, exposure)))
+
+    def _levelled(self, cleared: Floats, ir: Floats, exposure: Exposure) -> Pair:
+        if exposure == "lit":
+            return Pair(*self._run("light", self._unveil(cleared, ir), ir))
+        toned = Pair(*self._run("tone", cleared, ir))
+        return Pair(self._lift(toned, toned.vis), toned.ir)
+
+    def _unveil(self, cleared: Floats, ir: Floats) -> Floats:
+        """The visible frames as they are lit; under tone curves only within, so that a large pair takes less memory."""
+        return self._lift(Pair(*self._run("tone", cleared, ir)), cleared) if "veil" in self._sessions else cleared
 
     def _clear(self, vis: Floats, ir: Floats) -> Floats:
         """The visible frames without weather: what it looks like is asked for only where there is any."""

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import ExposureConfig, ExposureEstimator
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator, Lighting
 from recofuse_core.model import PRESETS, ReCoFuse
 from recofuse_core.sampler import Pair
 from recofuse_core.training.config import DataConfig, TrainConfig
@@ -109,6 +109,38 @@ def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.Monk
     ):
         torch.testing.assert_close(made.degraded_vis, torch.full((3, SIDE, SIDE), level))
         assert float(made.degraded_ir.abs().max()) == 0
+
+
+class BySight(ExposureEstimator):
+    """Brings the mean of whatever frame it sees to LIT_MEAN, so that a target shows which frame it was lit by."""
+
+    LIT_MEAN = 0.6
+
+    def forward(self, vis: Tensor, ir: Tensor) -> Lighting:
+        """See ExposureEstimator."""
+        lighting = super().forward(vis, ir)
+        gain = (self.LIT_MEAN / vis.mean()).expand_as(lighting.curves.gain)
+        return lighting._replace(curves=lighting.curves._replace(gain=gain))
+
+
+@pytest.mark.parametrize("veil", [0.0, 0.15])
+def test_the_clean_frame_is_lit_as_the_given_one_unless_that_lost_a_veil(
+    monkeypatch: pytest.MonkeyPatch, veil: float
+) -> None:
+    """The given frame comes brighter than the clean one: by its own lighting the clean one would be as bright."""
+    model, clean, given = Bare(), 0.2, 0.25
+    monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + given + veil))
+    monkeypatch.setattr(model, "unveil", lambda frames: frames._replace(vis=frames.vis - veil) if veil else frames)
+    source = source_of(FrameKind.NIGHT, model)
+    source.exposure = BySight(ExposureConfig(**SIZES))
+    scene = torch.full((3, SIDE, SIDE), clean)
+    monkeypatch.setattr(
+        source.frames, "scene", lambda *_: (scene, scene, torch.full((1, SIDE, SIDE), 0.4), FrameKind.DARKENED)
+    )
+    frame = source.lit_frame(SIDE, Generator().manual_seed(4))
+    by = clean if veil else given
+    torch.testing.assert_close(frame.vis, scene * (BySight.LIT_MEAN / by), atol=0.01, rtol=0)
+    torch.testing.assert_close(frame.degraded_vis, torch.full_like(scene, BySight.LIT_MEAN), atol=0.01, rtol=0)
 
 
 def trainer(frames: FrameSource | None) -> Trainer:

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests.extras import ROOT
+
 pytest.importorskip("triton", reason="Triton is not installed: there is no wheel of it for this platform")
 
 CODE = """
@@ -23,13 +25,17 @@ print(*told(card, found))
 """
 
 
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("preset", "card"), [("compact", (7, 5)), ("compact", (9, 0))], ids=str)
 def test_every_kernel_compiles_for_a_card_and_once(preset: str, card: tuple[int, int]) -> None:
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = CODE.format(preset=preset, card=card)
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    done = python("-c", CODE.format(preset=preset, card=card))
     assert done.returncode == 0, done.stderr[-3000:]
     *lines, last = done.stdout.splitlines()
     names, first_asked = zip(*(line.split() for line in lines), strict=True)
@@ -47,7 +53,17 @@ def test_what_has_no_room_on_a_card_is_named() -> None:
         "found = [Compiled('_finish', (1, 2, 3), 1.0, bytes) for bytes in (1 << 10, 70 << 10)]\n"
         "print(*told((7, 5), found)); print(*told((9, 0), found))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = python("-c", code).stdout.splitlines()
     assert said[0].startswith("False ")
     assert said[0].endswith("shared memory at most 71680 of 65536 bytes; WITHOUT ROOM: _finish (71680)")
     assert said[1].startswith("True ")
+
+
+@pytest.mark.parametrize("word", ["8.7", "compakt", "9"])
+def test_a_word_that_is_neither_a_preset_nor_a_known_card_is_refused(word: str) -> None:
+    done = python("-m", "benchmarks.compiled", "compact", word)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert done.stderr == (
+        f"{word}: neither a preset (paper, compact) nor a compute capability (7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0)\n"
+    )
