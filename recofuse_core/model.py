@@ -229,29 +229,30 @@ class ReCoFuse(nn.Module):
             return frames
         return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir)
 
-    def lift(self, images: Pair, onto: Pair | None = None) -> Pair:
-        """Whole images under their tone curves without the veil over the visible one, and `onto` where there is none.
+    def lift(self, toned: Pair, seen: Pair, onto: Pair | None = None) -> Pair:
+        """Whole frames under their tone curves without the veil over the visible one, and `onto` where there is none.
 
-        onto: frames of the same size, the images themselves if None. A model without a veil estimator finds no veil.
+        seen: the frames as they came. onto: frames of the same size, the toned ones if None. A model without a veil
+        estimator finds no veil.
         """
-        onto = images if onto is None else onto
+        onto = toned if onto is None else onto
         if self.veil is None:
             return onto
-        veil = self.veil(images.vis, images.ir)
-        return onto if _is_nothing(veil.share) else Pair(veil.lifted(images.vis, onto.vis), onto.ir)
+        veil = self.veil(toned.vis, toned.ir, seen.vis)
+        return onto if _is_nothing(veil.share) else Pair(veil.lifted(toned.vis, onto.vis), onto.ir)
 
     def unveil(self, frames: Pair) -> Pair:
         """Whole frames as they are lit: as they were, but toned and without a veil where one lies over the visible one.
 
         Lighting that is left to lift a veil makes skies dark and green.
         """
-        return frames if self.veil is None else self.lift(self.normalise(frames), onto=frames)
+        return frames if self.veil is None else self.lift(self.normalise(frames), frames, onto=frames)
 
     def levelled(self, frames: Pair, exposure: Exposure) -> Pair:
         """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for."""
         if exposure == "lit":
             return self.normalise(self.light(self.unveil(frames)))
-        return self.lift(self.normalise(frames))
+        return self.lift(self.normalise(frames), frames)
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""

@@ -26,6 +26,7 @@ MOST_COLOUR = 3.3  # what colour is multiplied by at most
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
 LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
 NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
+LEAST_LIGHT = (0.10, 0.16)  # mean luma as it came: up to where it is too dark for a veil, and from where it is not
 LEAST_WEIGHT = 1e-4  # of a place that does not show it
 MOST_BRIGHTENED = 0.3  # the logarithm of what the light of a veil is multiplied by at most
 
@@ -166,9 +167,16 @@ class VeilEstimator(nn.Module):
         # By night what is brightest is a lamp: its colour, taken off as that of a veil, would leave its opposite.
         return torch.lerp(y, light, ((y - NIGHT_LIGHT) / (DAY_LIGHT - NIGHT_LIGHT)).clamp(0.0, 1.0))
 
-    def forward(self, vis: Tensor, ir: Tensor) -> Veil:
-        """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1]."""
-        return self.find(self.average(vis, ir)).veil
+    def forward(self, vis: Tensor, ir: Tensor, seen: Tensor) -> Veil:
+        """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1].
+
+        seen: (B, 3, H, W), vis before the curves, which make of a frame that is too dark one as flat and bright as in
+        fog. A veil is light: where hardly any came, there is none.
+        """
+        veil = self.find(self.average(vis, ir)).veil
+        dark, bright = LEAST_LIGHT
+        came = ((luma(seen).mean(dim=(1, 2, 3)) - dark) / (bright - dark)).clamp(0.0, 1.0)
+        return veil._replace(share=veil.share * came)
 
 
 def _nearness(count: int, like: Tensor) -> Tensor:

@@ -236,11 +236,13 @@ class GraphNetworks:
         if exposure == "lit":
             return Pair(*self._run("light", self._unveil(cleared, ir), ir))
         toned = Pair(*self._run("tone", cleared, ir))
-        return Pair(self._lift(toned, toned.vis), toned.ir)
+        return Pair(self._lift(toned, cleared, toned.vis), toned.ir)
 
     def _unveil(self, cleared: Floats, ir: Floats) -> Floats:
         """The visible frames as they are lit; under tone curves only within, so that a large pair takes less memory."""
-        return self._lift(Pair(*self._run("tone", cleared, ir)), cleared) if "veil" in self._sessions else cleared
+        if "veil" not in self._sessions:
+            return cleared
+        return self._lift(Pair(*self._run("tone", cleared, ir)), cleared, cleared)
 
     def _clear(self, vis: Floats, ir: Floats) -> Floats:
         """The visible frames without weather: what it looks like is asked for only where there is any."""
@@ -251,11 +253,11 @@ class GraphNetworks:
         share, *seen = self._run("weather", vis_sides, _padded(ir))
         return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width] if share.any() else vis
 
-    def _lift(self, toned: Pair, onto: Floats) -> Floats:
-        """Toned visible frames without their veil, and `onto` where they have none."""
+    def _lift(self, toned: Pair, seen: Floats, onto: Floats) -> Floats:
+        """Toned visible frames, `seen` before, without their veil, and `onto` where they have none."""
         if "veil" not in self._sessions:
             return onto
-        share, *veil = self._run("veil", *toned)
+        share, *veil = self._run("veil", *toned, seen)
         return self._run("lift", toned.vis, onto, share, *veil)[0] if share.any() else onto
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:

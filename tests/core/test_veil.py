@@ -20,6 +20,7 @@ from recofuse_core.veil import CERTAIN, DOUBTFUL, MOST_BRIGHTENED, VeilConfig, V
 from tests.core.test_exposure import WITH_EXPOSURE
 from tests.core.tiny import largest_difference, pairs, tiny_model
 
+LIGHTS = (0.0, 0.09, 0.13, 0.17, 0.9)  # mean luma
 SMALL = VeilConfig(cells=16, channels=(4, 6, 8), num_levels=3)
 
 
@@ -35,7 +36,7 @@ def veil_model(probability: float, seed: int = 0) -> ReCoFuse:
 @pytest.mark.parametrize("size", [(64, 80), (33, 47)])
 def test_a_fresh_estimator_finds_no_veil(size: tuple[int, int]) -> None:
     vis, ir = pairs(2, *size)
-    veil = VeilEstimator(SMALL)(vis, ir)
+    veil = VeilEstimator(SMALL)(vis, ir, vis)
     assert torch.equal(veil.share, torch.zeros(2))
     assert torch.equal(veil.lifted(vis, vis), vis)
 
@@ -45,22 +46,36 @@ def test_a_fresh_estimator_finds_no_veil(size: tuple[int, int]) -> None:
 def test_veils_are_lifted_item_by_item_within_range(seed: int, height: int, width: int) -> None:
     vis, ir = pairs(3, height, width, seed)
     model = veil_model(0.95, seed)
-    lifted = model.lift(Pair(vis, ir))
+    frames = Pair(vis, ir)
+    lifted = model.lift(frames, frames)
     assert lifted.vis.shape == vis.shape
     assert 0 <= float(lifted.vis.min()) <= float(lifted.vis.max()) <= 1
-    assert torch.allclose(lifted.vis[1:2], model.lift(Pair(vis[1:2], ir[1:2])).vis, atol=1e-5)
+    second = Pair(vis[1:2], ir[1:2])
+    assert torch.allclose(lifted.vis[1:2], model.lift(second, second).vis, atol=1e-5)
     assert torch.equal(lifted.ir, ir)
 
 
 def test_a_veil_is_lifted_the_more_the_surer_it_is() -> None:
     vis, ir = pairs(1, 64, 64)
+    frames = Pair(vis, ir)
     halfway = (DOUBTFUL + CERTAIN) / 2
     change = []
     for probability in (0.9 * DOUBTFUL, halfway, (1 + CERTAIN) / 2):
-        lifted = veil_model(probability).lift(Pair(vis, ir)).vis
+        lifted = veil_model(probability).lift(frames, frames).vis
         change.append(float((lifted - vis).abs().mean()))
     assert change[0] == 0 < change[1] < change[2]
     assert change[1] == pytest.approx(change[2] / 2, rel=1e-3)
+
+
+def test_of_a_frame_that_hardly_got_light_no_veil_is_lifted() -> None:
+    """Whatever the curves made of it, and the less certainly the less light there was."""
+    vis, ir = pairs(1, 64, 64)
+    model = veil_model(0.99)
+    toned = Pair(vis, ir)
+    came = [float((model.lift(toned, Pair(torch.full_like(vis, y), ir)).vis - vis).abs().mean()) for y in LIGHTS]
+    assert came[0] == came[1] == 0
+    assert came[2] == pytest.approx(came[3] / 2, rel=1e-3)
+    assert came[3] == came[4] > 1e-3
 
 
 @pytest.mark.parametrize("exposure", ["as_shot", "lit"])
@@ -72,10 +87,11 @@ def test_a_veil_is_lifted_in_both_renditions(exposure: Exposure) -> None:
 
 def test_where_there_is_no_veil_the_other_frame_stays() -> None:
     (vis, ir), (other, _) = pairs(1, 64, 64), pairs(1, 64, 64, seed=1)
+    frames = Pair(vis, ir)
     for probability, kept in ((0.05, 1.0), ((DOUBTFUL + CERTAIN) / 2, 0.5), (0.99, 0.0)):
         model = veil_model(probability)
-        lifted = veil_model(0.99).lift(Pair(vis, ir)).vis
-        found = model.lift(Pair(vis, ir), onto=Pair(other, ir)).vis
+        lifted = veil_model(0.99).lift(frames, frames).vis
+        found = model.lift(frames, frames, onto=Pair(other, ir)).vis
         assert torch.allclose(found, kept * other + (1 - kept) * lifted, atol=1e-3)
 
 
@@ -91,10 +107,11 @@ def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
     model.veil.fade.weight.zero_()
     model.veil.fade.bias.fill_(-0.2)
     vis = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 64, 64)
-    veil = model.veil(vis, torch.rand(1, 1, 64, 64, generator=Generator().manual_seed(seed)))
+    veil = model.veil(vis, torch.rand(1, 1, 64, 64, generator=Generator().manual_seed(seed)), vis)
     assert torch.allclose(veil.light, vis[..., :4, :4], atol=1e-5)
     assert float(veil.grid.entries.std()) > 0.01
-    lifted = model.lift(Pair(vis, vis[:, :1])).vis
+    frames = Pair(vis, vis[:, :1])
+    lifted = model.lift(frames, frames).vis
     assert torch.allclose(lifted, math.exp(-0.2) * vis, atol=1e-4)
 
 
@@ -103,7 +120,7 @@ def test_the_light_of_a_dark_veil_is_grey() -> None:
     model = veil_model(0.99)
     assert model.veil is not None
     cyan = torch.tensor([0.31, 0.46, 0.42]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
-    light = model.veil(cyan, cyan[:, :1]).light
+    light = model.veil(cyan, cyan[:, :1], cyan).light
     assert float((light - light.mean(dim=1, keepdim=True)).abs().max()) < 1e-5
     assert float(light.mean()) == pytest.approx(0.4105, abs=1e-3)
 
@@ -112,7 +129,8 @@ def test_the_light_of_a_veil_is_left_hardly_brighter() -> None:
     model = veil_model(0.99)
     assert model.veil is not None
     model.veil.fade.bias.fill_(100.0)
-    veil = model.veil(*pairs(1, 64, 64))
+    vis, ir = pairs(1, 64, 64)
+    veil = model.veil(vis, ir, vis)
     assert torch.allclose(veil.left, math.exp(MOST_BRIGHTENED) * veil.light, rtol=1e-5)
 
 
@@ -122,7 +140,7 @@ def test_a_veil_is_lifted_before_a_frame_is_lit() -> None:
     for probability in (0.99, 0.05):
         model = veil_model(probability)
         frames = Pair(vis, ir)
-        lit = model.lift(model.normalise(frames)) if probability > CERTAIN else frames
+        lit = model.lift(model.normalise(frames), frames) if probability > CERTAIN else frames
         expected = model.normalise(model.light(Pair(lit.vis, ir)))
         assert torch.allclose(model.levelled(frames, "lit").vis, expected.vis, atol=1e-5)
 
@@ -131,7 +149,7 @@ def test_no_corner_is_told_from_another() -> None:
     """A frame of one colour has one veil all over: where a frame ends is not seen."""
     model = veil_model(0.95)
     assert model.veil is not None
-    rows = model.veil(torch.full((1, 3, 64, 64), 0.6), torch.full((1, 1, 64, 64), 0.3)).grid.entries
+    rows = model.veil(*(torch.full((1, channels, 64, 64), 0.6) for channels in (3, 1, 3))).grid.entries
     assert torch.allclose(rows[..., :1].expand_as(rows), rows, atol=1e-5)
     assert float((rows[..., 0, :] - rows[..., -1, :]).abs().max()) > 1e-2  # above and below may differ
 
@@ -149,10 +167,23 @@ def test_the_shipped_weights_lift_fog_and_leave_clear_frames_alone() -> None:
     for seed in (2, 6, 9):
         scene = make_scene(seed, 192, 256)
         ir = scene.ir[None, :1]
-        clear = model.normalise(Pair(scene.vis[None], ir))
-        assert torch.equal(model.lift(clear).vis, clear.vis)
+        clear = Pair(scene.vis[None], ir)
+        assert torch.equal(model.unveil(clear).vis, clear.vis)
         foggy = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", ["fog"]).image[None]
-        frames = model.normalise(Pair(foggy, ir))
-        toned.append(float((frames.vis - scene.vis).square().mean()))
-        lifted.append(float((model.lift(frames).vis - scene.vis).square().mean()))
+        frames = Pair(foggy, ir)
+        toned.append(float((model.normalise(frames).vis - scene.vis).square().mean()))
+        lifted.append(float((model.unveil(frames).vis - scene.vis).square().mean()))
     assert sum(lifted) < 0.7 * sum(toned)
+
+
+@pytest.mark.parametrize("size", [(160, 224), (480, 640)], ids=str)
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.25])
+def test_the_shipped_weights_take_no_dark_frame_for_a_veiled_one(gain: float, size: tuple[int, int]) -> None:
+    """Curves make a dark street flat and bright; a veil that is lifted from it would leave it bright."""
+    model = load_pretrained().requires_grad_(False)
+    for seed in (1, 8):
+        scene = make_scene(seed, *size)
+        noise = 0.01 * torch.randn(scene.vis.shape, generator=Generator().manual_seed(seed))
+        for dark in (gain * scene.vis, (gain * scene.vis + noise).clamp(0, 1)):
+            frames = Pair(dark[None], scene.ir[None, :1])
+            assert torch.equal(model.unveil(frames).vis, frames.vis)

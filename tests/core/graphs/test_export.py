@@ -136,7 +136,7 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     foggy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["fog"]).image
     veiled = Pair(torch.stack([foggy, scene.vis]), weather.ir)
     toned = model.normalise(veiled)
-    share, *veil = (torch.from_numpy(part) for part in results(runners["veil"], *toned))
+    share, *veil = (torch.from_numpy(part) for part in results(runners["veil"], *toned, veiled.vis))
     assert share[0] > 0 == share[1]
     lifted = model.unveil(veiled).vis
     assert float((lifted[0] - foggy).abs().mean()) > 0.01
