@@ -123,9 +123,17 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
     path = Path(path)
     header = read_header(path)
     require_match(str(path), shapes_of(blank_model(header.config, path)), header.shapes)
-    _, stored = read_verified(path)
-    state = {name: torch.from_numpy(array).to(torch.float32, copy=True) for name, array in stored.items()}
-    return Checkpoint(header.config, state, header.info)
+    return Checkpoint(header.config, load_state(path), header.info)
+
+
+def load_state(path: StrPath) -> State:
+    """The float32 tensors of a checkpoint of ours, every byte verified, whatever model they fit: to train on from.
+
+    Raises CheckpointError if the file is missing, truncated, no safetensors file, not ours, of another version, or if
+    its tensors do not have the recorded checksum.
+    """
+    _, stored = read_verified(Path(path))
+    return {name: torch.from_numpy(array).to(torch.float32, copy=True) for name, array in stored.items()}
 
 
 def load_pretrained(name_or_path: StrPath = "compact", *, device: str | torch.device = "cpu") -> ReCoFuse:

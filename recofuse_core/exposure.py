@@ -93,7 +93,7 @@ class Lighting(NamedTuple):
         """
         brightest = _box(F.max_pool2d(before, 3, stride=1, padding=1), 1)
         lift = (luma(self.levels(brightest)) + DARK) / (luma(brightest) + DARK)
-        is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0.0, 1.0)  # a veil that was taken away is no highlight
+        is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0.0, 1.0)  # what got darker is no highlight
         lift, is_lifted = _stretched(lift, vis), _stretched(is_lifted, vis)
         share = ((luma(lit) - 0.8) / 0.2).clamp_(0.0, 1.0).mul_(is_lifted)
         # No lower than a part of what it was: around a lamp the glow, burnt out too, would else become a dark ring.
@@ -105,7 +105,7 @@ class ExposureEstimator(nn.Module):
     """Gives the `Lighting` of a pair.
 
     The curves come from quantiles of all four averaged channels; the grid from convolutions over the cells, before and
-    under the curves, and over their summary. The infrared frame sees through a veil, so it helps to tell one.
+    under the curves, and over their summary. The infrared frame tells what stands in a black.
     """
 
     CHANNELS = 4  # vis, then ir

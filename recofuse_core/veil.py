@@ -3,7 +3,7 @@
 It stands behind the tone curves and before lighting: whatever curves made of a frame, a veil that differs over it,
 thicker with distance, is left, and infrared sees through it. A `VeilEstimator` looks at the pair averaged to some
 thousand cells and gives a `Veil`, by Koschmieder's law: the light of the veil, which is a mean of the frame's own
-colours, the contrast that was lost, and how much of it is to be lifted: nothing where there is no veil for certain.
+colours, the contrast that was lost, and how much of it is to be lifted: nothing where none is probable.
 docs/decisions/0035 and 0041.
 """
 

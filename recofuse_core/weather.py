@@ -3,8 +3,8 @@
 They have shapes that a network of convolutions tells from a scene, and infrared sees through most of them, so a
 `WeatherEstimator` looks at both frames and gives what they added to the visible one. Everything behind it (lighting,
 tone curves, both branches, and the skips of the fused picture) meets a frame without them. The veil of rain and fog is
-not its business: that is told from the whole frame, by the curves. docs/decisions/0028 tells why this is a stage of its
-own, and how well it works.
+not its business: that is told from the whole frame, by the curves and the veil estimator. docs/decisions/0028 tells why
+this is a stage of its own, and how well it works.
 """
 
 from dataclasses import dataclass

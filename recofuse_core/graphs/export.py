@@ -28,7 +28,7 @@ from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
-from recofuse_core.graphs.runtime import FORMAT_VERSION
+from recofuse_core.graphs.runtime import CHECKSUM_KEY, FORMAT_VERSION, PREFIX, VERSION_KEY
 from recofuse_core.model import ReCoFuse, TorchNetworks, widen_range
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 OPSET = 20
 MAX_SIDE = 1 << 20  # of an image, in pixels; the exporter wants to know one
 SAMPLE = (2, 96, 64)  # batch, height and width that a graph is traced with
-PREFIX = "recofuse."  # of the metadata
 OWN = "model."  # before the names of the checkpoint
 
 
@@ -365,15 +364,14 @@ def point_to(graph: ModelProto, checkpoint: Path) -> ModelProto:
 def describe(graph: ModelProto, header: CheckpointHeader, **more: str) -> None:
     """Write into a graph's metadata whose it is; more: further entries."""
     entries = {
-        "format_version": str(FORMAT_VERSION),
-        "name": header.info.name,
-        "version": header.info.version,
-        "checksum": header.checksum,
-        **more,
-    }
+        VERSION_KEY: str(FORMAT_VERSION),
+        PREFIX + "name": header.info.name,
+        PREFIX + "version": header.info.version,
+        CHECKSUM_KEY: header.checksum,
+    } | {PREFIX + key: value for key, value in more.items()}
     del graph.metadata_props[:]
     for key, value in entries.items():
-        graph.metadata_props.add(key=PREFIX + key, value=value)
+        graph.metadata_props.add(key=key, value=value)
 
 
 def about(model: ReCoFuse, parts: Mapping[str, Part]) -> dict[str, object]:

@@ -66,9 +66,10 @@ PartName = Literal[
 ]
 
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
-FACTS_KEY = "recofuse.about"  # of the metadata, in the graph `predict`
-CHECKSUM_KEY = "recofuse.checksum"
-VERSION_KEY = "recofuse.format_version"
+PREFIX = "recofuse."  # of the metadata
+FACTS_KEY = PREFIX + "about"  # in the graph `predict`
+CHECKSUM_KEY = PREFIX + "checksum"
+VERSION_KEY = PREFIX + "format_version"
 FORMAT_VERSION = 2  # 1: veils were lifted by gains and offsets, and behind the lighting
 
 

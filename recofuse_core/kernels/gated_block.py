@@ -18,7 +18,7 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # What differs from batch to batch and from frame to frame. Left alone, Triton compiles a kernel again for a one and for
-# a multiple of sixteen among these, which takes a minute of a whole model's and would fall into some client's request.
+# a multiple of sixteen among these, which costs seconds for every kernel, in the middle of some client's request.
 NUM_ITEMS = ("num_items",)
 SIZES = (
     "num_rows", "num_items", "num_tiles", "num_positions", "height", "width", "pooled_height", "pooled_width",

@@ -66,6 +66,8 @@ class FrameKind(StrEnum):
     EMPTY = "empty"
 
 
+VEILED = (FrameKind.FOG_PAIR, FrameKind.FOGGED)  # their clear frame is for who lifts veils, not for lighting, to reach
+
 SHARES = {
     FrameKind.DARK_PAIR: 0.24,
     FrameKind.DARKENED: 0.17,
@@ -75,9 +77,6 @@ SHARES = {
     FrameKind.FOGGED: 0.18,
     FrameKind.EMPTY: 0.02,
 }
-
-
-VEILED = (FrameKind.FOG_PAIR, FrameKind.FOGGED)
 
 
 class Frame(NamedTuple):
@@ -161,11 +160,16 @@ def exposing(image: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _bright_enough(veiled: Tensor) -> Tensor:
-    """A frame in fog as it is, or if it is dark, as bright as a well exposed one."""
+    """A frame in fog as it is, or if it is as dark as a night, as bright as a well exposed one.
+
+    In between it is a mixture: a step would ask for two brightnesses of frames that are alike.
+    """
     mean = float(luma(veiled[None]).mean())
-    if mean >= WELL_EXPOSED[0]:
+    share = min(max((WELL_EXPOSED[0] - mean) / (WELL_EXPOSED[0] - TRUE_NIGHT), 0), 1)
+    if share == 0:
         return veiled
-    return veiled.clamp_min(1e-4).pow(math.log(VEILED_MEAN) / math.log(max(mean, 0.02)))
+    brighter = veiled.clamp_min(1e-4).pow(math.log(VEILED_MEAN) / math.log(max(mean, 0.02)))
+    return veiled + share * (brighter - veiled)
 
 
 def is_crisp(levels: np.ndarray) -> bool:

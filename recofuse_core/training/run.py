@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recofuse_core.checkpoint import load_checkpoint, save_checkpoint
+from recofuse_core.checkpoint import load_state, save_checkpoint
 from recofuse_core.threads import use_threads
 from recofuse_core.training.config import StageConfig, StageName, read_config
 from recofuse_core.training.exposure import FrameSource, read_references
@@ -33,8 +33,9 @@ def train_from_config(
 
     `output` receives state.pt (a run that finds one of its own configuration goes on from it), tensorboard/,
     best.safetensors (the averaged weights of a stage's best validation) and, after every stage, STAGE.safetensors; the
-    last one is also model.safetensors. `initial` is a checkpoint to start from, `first_stage` skips the stages before
-    it. In a group of processes each calls this with a device of its own.
+    last one is also model.safetensors. `first_stage` skips the stages before it. `initial` is a checkpoint to start
+    from, of this recipe or an earlier one (see `Trainer.start_from`). In a group of processes each calls this with a
+    device of its own.
     Raises ConfigError, DatasetError, CheckpointError or NumericsError.
     """
     from torch.utils.tensorboard import SummaryWriter
@@ -56,10 +57,10 @@ def train_from_config(
     is_writer = trainer.group.is_first
     output.mkdir(parents=True, exist_ok=True)
     state_path = output / "state.pt"
-    if initial is not None:
-        trainer.start_from(load_checkpoint(initial).state)
     if first_stage is not None:
-        trainer.skip_to(first_stage)
+        trainer.skip_to(first_stage)  # first: which stages are to come decides what may begin anew
+    if initial is not None:
+        trainer.start_from(load_state(initial))
     if state_path.exists():
         trainer.resume(state_path)
 

@@ -1,6 +1,7 @@
 """The loop: a model under training, one stage after the other, and its state on disk."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -48,6 +49,19 @@ from recofuse_core.training.weather import (
 )
 from recofuse_core.veil import VeilEstimator
 from recofuse_core.weather import WeatherEstimator
+from recofuse_core.weights_file import listed
+
+logger = logging.getLogger(__name__)
+
+FROM_THE_START: dict[str, StageName] = {  # the stage that trains a network which knows nothing yet
+    "weather": "weather",
+    "exposure": "exposure",
+    "tone": "tone",
+    "veil": "veil",
+    "autoencoder": "autoencoder",
+    "denoiser": "branches",
+    "fusion": "branches",
+}
 
 
 @dataclass(frozen=True)
@@ -426,20 +440,33 @@ class Trainer:
     def start_from(self, weights: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> None:
         """Begin the present stage with given weights instead of random ones, or with those that start with `parts`.
 
-        Weights from before there was an exposure estimator leave it as the identity.
-        Raises CheckpointError if a weight of the model that is asked for is not among them, or has another shape.
+        What does not fit in name or shape, as after a change of a network, begins anew if the stage that trains that
+        network from the start is still to come. Weights from before there was an exposure estimator leave it as the
+        identity. Raises CheckpointError if another weight of the model that is asked for is not among them or has
+        another shape, or if none fits.
         """
         own = self.model.state_dict()
         has_exposure = any(name.startswith("exposure.") for name in weights)
         asked = [name for name in own if name.startswith(parts) and (has_exposure or not name.startswith("exposure."))]
-        if missing := [name for name in asked if name not in weights]:
-            raise CheckpointError(f"{len(missing)} weights to start from are missing, such as {missing[0]}")
-        if wrong := [name for name in asked if weights[name].shape != own[name].shape]:
-            shapes = f"{tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-            raise CheckpointError(f"{len(wrong)} weights to start from have another shape: {wrong[0]} has {shapes}")
         if not asked:
             raise CheckpointError(f"the model has no weights whose names start with {' or '.join(parts)}")
-        self.model.load_state_dict(own | {name: weights[name] for name in asked})
+        fitting = [name for name in asked if name in weights and weights[name].shape == own[name].shape]
+        to_come = {stage.name for stage in self.config.stages[self.stage_index :]}
+        others = [name for name in asked if name not in fitting]
+        anew = [name for name in others if FROM_THE_START[name.partition(".")[0]] in to_come]
+        required = [name for name in others if name not in anew]
+        if missing := [name for name in required if name not in weights]:
+            raise CheckpointError(f"{len(missing)} weights to start from are missing, such as {missing[0]}")
+        if required:
+            shapes = f"{tuple(weights[required[0]].shape)}, not {tuple(own[required[0]].shape)}"
+            raise CheckpointError(
+                f"{len(required)} weights to start from have another shape: {required[0]} has {shapes}"
+            )
+        if not fitting:
+            raise CheckpointError("none of the weights to start from fits the model")
+        if anew:
+            logger.warning("weights to start from do not fit and begin anew: %s", listed(anew))
+        self.model.load_state_dict(own | {name: weights[name] for name in fitting})
         self.start_stage()
 
     def skip_to(self, name: StageName) -> None:

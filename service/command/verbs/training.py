@@ -17,16 +17,20 @@ from service.terms.errors import InvalidInputError
 if TYPE_CHECKING:
     import torch
 
+STAGES = ("weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled")
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="Training configuration (TOML), such as configs/compact.toml.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of the run; a run found there is resumed.")
     ] = Path("runs/compact"),
-    initial: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="Checkpoint to start from; what does not fit begins anew in its stage.")
+    ] = None,
     first_stage: Annotated[
         str | None,
-        typer.Option(metavar="exposure|tone|autoencoder|branches|coupled", help="Skip the stages before this one."),
+        typer.Option(metavar="|".join(STAGES), help="Skip the stages before this one."),
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -34,8 +38,8 @@ def train(
 
     Under torchrun every process trains on a share of its own: torchrun --nproc-per-node 4 -m service train CONFIG.
     """
-    if first_stage not in (None, *(stages := ("exposure", "tone", "autoencoder", "branches", "coupled"))):
-        raise InvalidInputError(f"first-stage: {first_stage!r} is not one of {', '.join(stages)}")
+    if first_stage not in (None, *STAGES):
+        raise InvalidInputError(f"first-stage: {first_stage!r} is not one of {', '.join(STAGES)}")
     if missing := [name for name in ("tensorboard", "tqdm") if importlib.util.find_spec(name) is None]:
         raise InvalidInputError(f"training needs {' and '.join(missing)}: pip install 'recofuse[train]'")
     import torch

@@ -17,6 +17,8 @@ from recofuse_core.scenes.scene import make_scene
 from recofuse_core.training.config import DataConfig, StageConfig, TrainConfig
 from recofuse_core.training.exposure import (
     SHARES,
+    TRUE_NIGHT,
+    VEILED_MEAN,
     WELL_EXPOSED,
     Frame,
     FrameKind,
@@ -163,6 +165,23 @@ def test_frames_are_of_every_kind_and_the_generators() -> None:
         if kind in (FrameKind.FOG_PAIR, FrameKind.FOGGED):  # no veil is asked to be lifted, and no darkness kept
             assert float(lit.mean()) > max(WELL_EXPOSED[0], float(given.mean())) - 0.03
             assert float(lit.std() - given.std()) < (0.02 if float(given.mean()) > WELL_EXPOSED[0] + 0.02 else 0.2)
+
+
+def test_the_target_of_a_veiled_frame_has_no_step() -> None:
+    """Frames that differ by a thousandth are to be lit alike: as they are from the first mean on that is right."""
+    made = source()
+    made.kinds = [FrameKind.FOGGED]
+    means = torch.arange(150, 400) / 1000
+    targets = []
+    for mean in means.tolist():
+        fogged = torch.full((3, SIDE, SIDE), mean)
+        made.scene = lambda *_, fogged=fogged: (fogged, fogged, fogged[:1], FrameKind.FOGGED)  # type: ignore[method-assign]
+        targets.append(float(made.draw(SIDE, seeded(0))[1].mean()))
+    found = torch.tensor(targets)
+    assert float(found.diff().abs().max()) < 0.005
+    is_right = means > WELL_EXPOSED[0]
+    assert torch.allclose(found[is_right], means[is_right], atol=1e-5)
+    assert torch.allclose(found[means < TRUE_NIGHT], torch.tensor(VEILED_MEAN), atol=1e-4)
 
 
 def test_a_covered_lens_is_to_stay_black() -> None:

@@ -14,7 +14,7 @@ from recofuse_core.sampler import Pair, Prediction
 from recofuse_core.training.config import DataConfig, StageConfig, StageName, TrainConfig, Updates
 from recofuse_core.training.latents import Encoded, LatentSource
 from recofuse_core.training.pairs import PairSource
-from recofuse_core.training.trainer import Trainer
+from recofuse_core.training.trainer import FROM_THE_START, Trainer
 from tests.core.training.small import CROP, scenes, stage, trainer
 
 
@@ -200,3 +200,26 @@ def test_weights_to_start_from_must_be_all_there() -> None:
         run.start_from({**given, name: given[name].flatten()[:1]})
     with pytest.raises(CheckpointError, match="no weights whose names start with fusoin"):
         run.start_from(given, ("fusoin.",))
+
+
+def test_a_network_that_changed_begins_anew_if_its_stage_is_to_come(caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(stage("tone"), stage("branches"))
+    fresh = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    lacking, reshaped = [name for name in fresh if name.startswith("tone.layers.")][:2]
+    earlier = {name: tensor + 1 for name, tensor in fresh.items() if name != lacking}
+    earlier[reshaped] = earlier[reshaped].flatten()[:1]
+    run.start_from(earlier)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if name in (lacking, reshaped) else fresh[name] + 1), name
+    (record,) = caplog.records
+    assert record.getMessage() == f"weights to start from do not fit and begin anew: 2: {lacking}, {reshaped}"
+    run.skip_to("branches")
+    with pytest.raises(CheckpointError, match=f"1 weights to start from are missing, such as {lacking}"):
+        run.start_from(earlier)
+    with pytest.raises(CheckpointError, match="none of the weights to start from fits"):
+        trainer(stage("tone")).start_from({}, ("tone.",))
+
+
+def test_every_network_has_a_stage_that_trains_it_from_the_start() -> None:
+    networks = {name.partition(".")[0] for name in trainer(stage("branches")).model.state_dict()}
+    assert networks == set(FROM_THE_START)

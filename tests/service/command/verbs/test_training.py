@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from recofuse_core import devices, save_checkpoint
 from recofuse_core.data import write_image
 from recofuse_core.devices import Card, Sight
 from recofuse_core.scenes.scene import make_scene
+from recofuse_core.training.config import StageName
 from service.command.verbs import training
 from tests.core.tiny import GATED, tiny_model
 from tests.core.training.test_ablations import CONFIG
@@ -59,6 +60,10 @@ def test_train_tells_what_is_wrong_with_a_configuration(tmp_path: Path) -> None:
     config.write_text("preset = 'compact'\nsurprise = 1\n[data]\nroot = '.'\n[[stages]]\n")
     assert_one_line(run("train", config, "-o", tmp_path / "run"), "run.toml")
     assert_one_line(run("train", config, "-o", tmp_path / "run", "--first-stage", "fourth"), "coupled")
+
+
+def test_every_stage_may_be_the_first() -> None:
+    assert get_args(StageName) == training.STAGES
 
 
 def test_a_process_of_a_group_sets_its_own_gpu_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
