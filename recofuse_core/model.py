@@ -230,7 +230,7 @@ class ReCoFuse(nn.Module):
         return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir)
 
     def lift(self, toned: Pair, seen: Pair, onto: Pair | None = None) -> Pair:
-        """Whole frames under their tone curves without the veil over the visible one, and `onto` where there is none.
+        """Whole frames under their tone curves without the veil over the visible one, and `onto` where there was none.
 
         seen: the frames as they came. onto: frames of the same size, the toned ones if None. A model without a veil
         estimator finds no veil.
@@ -239,7 +239,8 @@ class ReCoFuse(nn.Module):
         if self.veil is None:
             return onto
         veil = self.veil(toned.vis, toned.ir, seen.vis)
-        return onto if _is_nothing(veil.share) else Pair(veil.lifted(toned.vis, onto.vis), onto.ir)
+        is_kept = _is_nothing(veil.share) and (onto is toned or veil.darkened is None or _is_nothing(veil.darkened))
+        return onto if is_kept else Pair(veil.lifted(toned.vis, onto.vis), onto.ir)
 
     def unveil(self, frames: Pair) -> Pair:
         """Whole frames as they are lit: as they were, but toned and without a veil where one lies over the visible one.

@@ -26,7 +26,9 @@ MOST_COLOUR = 3.3  # what colour is multiplied by at most
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
 LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
 NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
-LEAST_LIGHT = (0.10, 0.16)  # mean luma as it came: up to where it is too dark for a veil, and from where it is not
+LEAST_LIGHT = (0.10, 0.16)  # mean level as it came: up to where it is too dark for a veil, and from where it is not
+MOST_LIFTED = 0.95  # of a veil: lighting gives blacks that were cut, and hold nothing, a grey or a purple of its own
+DARKENED, BY = 1.6, 0.08  # times darker than it came: from there on curves took a veil off, by that level for certain
 LEAST_WEIGHT = 1e-4  # of a place that does not show it
 MOST_BRIGHTENED = 0.3  # the logarithm of what the light of a veil is multiplied by at most
 
@@ -51,19 +53,24 @@ class Veil(NamedTuple):
 
     share: (B,) in [0, 1]. light: (B, 3, h, w), the veil's own light, smooth over a frame and of colours that are in
     it. left: (B, 3, h, w), what becomes of that light. grid: (B, 1, levels, h, w), logarithms of the contrast lost.
+    darkened: (B,) in [0, 1], how much the curves alone took a veil off, which leaves a frame much darker than it came;
+    None for not at all.
     """
 
     share: Tensor
     light: Tensor
     left: Tensor
     grid: BilateralGrid
+    darkened: Tensor | None = None
 
     def lifted(self, vis: Tensor, onto: Tensor) -> Tensor:
-        """Visible frames (B, 3, H, W) in [0, 1] without it, and `onto`, the same in shape, where there is none."""
+        """Toned visible frames (B, 3, H, W) in [0, 1] without it; where there was none, `onto`, the same in shape."""
         gain, offset = (
             F.interpolate(part, vis.shape[-2:], mode="bilinear", align_corners=False)
             for part in self._looked_up(guide_of(vis))
         )
+        if self.darkened is not None:
+            onto = torch.lerp(onto, vis, self.darkened[:, None, None, None])
         return torch.lerp(onto, _applied(vis, gain, offset), self.share[:, None, None, None])
 
     def at_cells(self, cells: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ class VeilEstimator(nn.Module):
         light = self._light(cells[:, :3], heads[:, -1:])
         left = light * self.fade(F.silu(whole)).clamp_max(MOST_BRIGHTENED).exp()[:, :, None, None]
         gains = MOST_CONTRAST * torch.sigmoid(heads[:, :-1] - LITTLE)
-        share = ((torch.sigmoid(log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
+        share = ((torch.sigmoid(log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, MOST_LIFTED)
         return VeilFound(Veil(share, light, left, as_grid(gains, self.config.num_levels)), log_odds)
 
     def _light(self, vis: Tensor, score: Tensor) -> Tensor:
@@ -165,24 +172,32 @@ class VeilEstimator(nn.Module):
         light = sums[:, :3] / sums[:, 3:]
         y = luma(light)
         # By night what is brightest is a lamp: its colour, taken off as that of a veil, would leave its opposite.
-        return torch.lerp(y, light, ((y - NIGHT_LIGHT) / (DAY_LIGHT - NIGHT_LIGHT)).clamp(0.0, 1.0))
+        return torch.lerp(light, y, _below(y, NIGHT_LIGHT, DAY_LIGHT))
 
     def forward(self, vis: Tensor, ir: Tensor, seen: Tensor) -> Veil:
         """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1].
 
         seen: (B, 3, H, W), vis before the curves, which make of a frame that is too dark one as flat and bright as in
-        fog. A veil is light: where hardly any came, there is none.
+        fog, and of a hazy night a clear one. A veil is light: where hardly any came, there is none, and where the
+        curves took most of it, there was one.
         """
-        veil = self.find(self.average(vis, ir)).veil
-        dark, bright = LEAST_LIGHT
-        came = ((luma(seen).mean(dim=(1, 2, 3)) - dark) / (bright - dark)).clamp(0.0, 1.0)
-        return veil._replace(share=veil.share * came)
+        cells = self.average(vis, ir)
+        veil = self.find(cells).veil
+        came, toned = seen.mean(dim=(1, 2, 3)), cells[:, :3].mean(dim=(1, 2, 3))
+        share = torch.addcmul(veil.share, veil.share, _below(came, *LEAST_LIGHT), value=-1)
+        darkened = (torch.sub(came, toned, alpha=DARKENED) / BY).clamp(0.0, MOST_LIFTED)
+        return veil._replace(share=share, darkened=darkened)
+
+
+def _below(value: Tensor, low: float, high: float) -> Tensor:
+    """1 up to `low`, 0 from `high` on, and linear between them."""
+    return torch.rsub(value, high / (high - low), alpha=1 / (high - low)).clamp(0.0, 1.0)
 
 
 def _nearness(count: int, like: Tensor) -> Tensor:
     """How much each of `count` places in a row counts for each other, (count, count)."""
-    places = torch.arange(count, device=like.device, dtype=like.dtype) / count
-    return (-0.5 * ((places[:, None] - places) / LIGHT_REACH).square()).exp()
+    places = torch.arange(count, device=like.device, dtype=like.dtype)
+    return ((places[:, None] - places).square() * (-0.5 / (LIGHT_REACH * count) ** 2)).exp()
 
 
 def _conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:

@@ -90,12 +90,15 @@ class _Veil(_Of):
     def forward(self, vis: Tensor, ir: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
         assert self.model.veil is not None
         veil = self.model.veil(vis, ir, seen)
-        return veil.share, veil.light, veil.left, veil.grid.entries
+        assert veil.darkened is not None
+        return veil.share, veil.darkened, veil.light, veil.left, veil.grid.entries
 
 
 class _Lift(_Of):
-    def forward(self, vis: Tensor, onto: Tensor, share: Tensor, light: Tensor, left: Tensor, grid: Tensor) -> Tensor:
-        return Veil(share, light, left, BilateralGrid(grid)).lifted(vis, onto)
+    def forward(
+        self, vis: Tensor, onto: Tensor, share: Tensor, darkened: Tensor, light: Tensor, left: Tensor, grid: Tensor
+    ) -> Tensor:
+        return Veil(share, light, left, BilateralGrid(grid), darkened).lifted(vis, onto)
 
 
 class _Encode(_Of):
@@ -147,9 +150,9 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     off, (B,), and what clear needs besides to give vis without it; there if the model has an estimator of it.
     tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same under tone curves, of any size from 32 px;
     light makes the photograph of a well exposed scene first and is there if the model has an estimator.
-    veil: what tone gives, and vis as tone got it, to how much of a veil is to be lifted, (B,), and what lift needs
-    besides to give vis without it, as far as there is one, and else another frame, `onto`; there if the model has an
-    estimator of it.
+    veil: what tone gives, and vis as tone got it, to how much of a veil is to be lifted, and how much of one tone took,
+    (B,) both, and what lift needs besides to give vis without it, as far as there was one, and else another frame,
+    `onto`; there if the model has an estimator of it.
     encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips; encode_ir: one (B, 1, H, W) that
     stands for three equal channels, which is cheaper. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
@@ -207,6 +210,7 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         side = model.veil.config.cells // 4
         veil = {
             "share": torch.zeros(batch),
+            "darkened": torch.zeros(batch),
             "light": torch.zeros(batch, 3, side, side),
             "left": torch.zeros(batch, 3, side, side),
             "grid": torch.zeros(batch, 1, model.veil.config.num_levels, side, side),

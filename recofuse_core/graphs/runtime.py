@@ -258,8 +258,10 @@ class GraphNetworks:
         """Toned visible frames, `seen` before, without their veil, and `onto` where they have none."""
         if "veil" not in self._sessions:
             return onto
-        share, *veil = self._run("veil", *toned, seen)
-        return self._run("lift", toned.vis, onto, share, *veil)[0] if share.any() else onto
+        share, darkened, *veil = self._run("veil", *toned, seen)
+        if not share.any() and (onto is toned.vis or not darkened.any()):
+            return onto
+        return self._run("lift", toned.vis, onto, share, darkened, *veil)[0]
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
         """See Networks; an image of one channel stands for three that are equal."""

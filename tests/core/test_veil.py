@@ -16,7 +16,7 @@ from recofuse_core.model import ReCoFuse
 from recofuse_core.picture import Exposure
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
-from recofuse_core.veil import CERTAIN, DOUBTFUL, MOST_BRIGHTENED, VeilConfig, VeilEstimator
+from recofuse_core.veil import CERTAIN, DOUBTFUL, MOST_BRIGHTENED, MOST_LIFTED, VeilConfig, VeilEstimator
 from tests.core.test_exposure import WITH_EXPOSURE
 from tests.core.tiny import largest_difference, pairs, tiny_model
 
@@ -64,7 +64,7 @@ def test_a_veil_is_lifted_the_more_the_surer_it_is() -> None:
         lifted = veil_model(probability).lift(frames, frames).vis
         change.append(float((lifted - vis).abs().mean()))
     assert change[0] == 0 < change[1] < change[2]
-    assert change[1] == pytest.approx(change[2] / 2, rel=1e-3)
+    assert change[1] == pytest.approx(change[2] * 0.5 / MOST_LIFTED, rel=1e-3)
 
 
 def test_of_a_frame_that_hardly_got_light_no_veil_is_lifted() -> None:
@@ -88,11 +88,37 @@ def test_a_veil_is_lifted_in_both_renditions(exposure: Exposure) -> None:
 def test_where_there_is_no_veil_the_other_frame_stays() -> None:
     (vis, ir), (other, _) = pairs(1, 64, 64), pairs(1, 64, 64, seed=1)
     frames = Pair(vis, ir)
-    for probability, kept in ((0.05, 1.0), ((DOUBTFUL + CERTAIN) / 2, 0.5), (0.99, 0.0)):
-        model = veil_model(probability)
-        lifted = veil_model(0.99).lift(frames, frames).vis
-        found = model.lift(frames, frames, onto=Pair(other, ir)).vis
-        assert torch.allclose(found, kept * other + (1 - kept) * lifted, atol=1e-3)
+    changes = []
+    for probability in (0.05, (DOUBTFUL + CERTAIN) / 2, 0.99):
+        lifted = veil_model(probability).lift(frames, frames, onto=Pair(other, ir)).vis
+        changes.append(lifted - other)
+    assert float(changes[0].abs().max()) == 0
+    assert torch.allclose(changes[1], changes[2] * 0.5 / MOST_LIFTED, atol=1e-3)
+
+
+def test_a_little_of_a_veil_stays() -> None:
+    """Else blacks are cut, and lighting gives what holds nothing a colour of its own."""
+    vis, ir = pairs(1, 64, 64)
+    model = veil_model(0.99)
+    assert model.veil is not None
+    model.veil.fade.bias.fill_(-100.0)
+    frames = Pair(0.5 * vis, ir)
+    lifted = model.lift(frames, frames).vis
+    assert float(lifted.amin()) < 0.1 * float(frames.vis.mean())
+    assert bool((lifted >= (1 - MOST_LIFTED) * frames.vis - 1e-6).all())
+
+
+def test_a_night_that_curves_freed_of_haze_is_lit_as_they_left_it() -> None:
+    """As it came it is bright enough, and lighting would leave it; a day in haze is lit as it came."""
+    vis, ir = pairs(1, 64, 64)
+    model = veil_model(0.05)
+    clear = Pair(vis, ir)
+    mean = float(vis.mean())
+    for times, of_toned in ((1.0, 0.0), (1.5, 0.0), (3.0, MOST_LIFTED)):
+        hazy = Pair(vis + (times - 1) * mean, ir)  # beyond white here, so that the mean is known
+        lit = model.lift(clear, hazy, onto=hazy).vis
+        assert torch.allclose(lit, hazy.vis + of_toned * (clear.vis - hazy.vis), atol=1e-5)
+        assert model.lift(clear, hazy).vis is clear.vis  # as shot
 
 
 @pytest.mark.parametrize("colour", [(0.6, 0.7, 0.8), (0.05, 0.95, 0.5), (0.5, 0.5, 0.5)], ids=str)
@@ -112,7 +138,7 @@ def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
     assert float(veil.grid.entries.std()) > 0.01
     frames = Pair(vis, vis[:, :1])
     lifted = model.lift(frames, frames).vis
-    assert torch.allclose(lifted, math.exp(-0.2) * vis, atol=1e-4)
+    assert torch.allclose(lifted, (1 - MOST_LIFTED * (1 - math.exp(-0.2))) * vis, atol=1e-4)
 
 
 def test_the_light_of_a_dark_veil_is_grey() -> None:
