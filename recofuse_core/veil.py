@@ -4,7 +4,7 @@ It stands behind the tone curves and before lighting: whatever curves made of a 
 thicker with distance, is left, and infrared sees through it. A `VeilEstimator` looks at the pair averaged to some
 thousand cells and gives a `Veil`, by Koschmieder's law: the light of the veil, which is a mean of the frame's own
 colours, the contrast that was lost, and how much of it is to be lifted: nothing where none is probable.
-docs/decisions/0035 and 0041.
+docs/decisions/0035, 0041 and 0043.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still te
 NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
 LEAST_LIGHT = (0.10, 0.16)  # mean level as it came: up to where it is too dark for a veil, and from where it is not
 MOST_LIFTED = 0.95  # of a veil: lighting gives blacks that were cut, and hold nothing, a grey or a purple of its own
-DARKENED, BY = 1.6, 0.08  # times darker than it came: from there on curves took a veil off, by that level for certain
+DARKENED, BY = 1.6, 0.08  # how many times the toned mean, and how much more, came where curves took a veil off
 LEAST_WEIGHT = 1e-4  # of a place that does not show it
 MOST_BRIGHTENED = 0.3  # the logarithm of what the light of a veil is multiplied by at most
 

@@ -250,7 +250,10 @@ class FrameSource:
                 given = _cast(given, 0.3, generator)
                 given, lit = _in_the_night(given, lit, 0.15, generator)
             case FrameKind.DARKENED:
-                given = _cast(darkened(given, generator), 0.3, generator)
+                power = DARKENING_GAMMA.draw(generator) if _chance(0.6, generator) else 1.0
+                given = (given * DARKENING_GAIN.draw(generator)).pow(power)
+                given = given * max(1.0, 0.02 / max(float(given.mean()), 1e-4))  # a scene in three levels tells nothing
+                given = _cast(given, 0.3, generator)
                 given, lit = _in_the_night(given, lit, 0.25, generator)
             case FrameKind.NIGHT:
                 lit = well_exposed(given)
@@ -285,13 +288,6 @@ class FrameSource:
             return torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1).float() / 255
 
         return cut(frame.given), cut(frame.lit), cut(ir)
-
-
-def darkened(image: Tensor, generator: Generator) -> Tensor:
-    """A frame (3, S, S) in [0, 1] as too short an exposure gives it, before a sensor saw it."""
-    power = DARKENING_GAMMA.draw(generator) if _chance(0.6, generator) else 1.0
-    image = (image * DARKENING_GAIN.draw(generator)).pow(power)
-    return image * max(1.0, 0.02 / max(float(image.mean()), 1e-4))  # a scene in three levels tells nothing
 
 
 def sensed(image: Tensor, generator: Generator) -> Tensor:

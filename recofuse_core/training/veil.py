@@ -20,7 +20,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.sampler import Pair
-from recofuse_core.training.exposure import CROP, Frame, FrameKind, FrameSource, darkened, fogged_again, sensed
+from recofuse_core.training.exposure import CROP, Frame, FrameKind, FrameSource, fogged_again, sensed
 from recofuse_core.veil import VeilEstimator
 
 
@@ -53,7 +53,6 @@ ANY_PROBABILITY = 0.2
 STRENGTHS: tuple[Strength, ...] = ("light", "medium", "medium", "strong")
 AS_IT_CAME = (VisKind.LOW_LIGHT, VisKind.LOW_LIGHT, VisKind.COLOUR_CAST, VisKind.BLUR)  # of frames without a veil
 AS_IT_CAME_PROBABILITY = 0.35
-TOO_DARK_PROBABILITY = 0.3  # of the rest: curves make of a dark frame one as flat and bright as in fog
 DARKER_PROBABILITY, BRIGHTER_PROBABILITY = 0.2, 0.25
 DARKER_GAMMA, DARKER_GAIN = Range(0.7, 1.6), Range(1.0, 0.6)
 BRIGHTER_GAMMA, BRIGHTER_GAIN = Range(0.55, 1.0), Range(1.0, 1.0)
@@ -132,8 +131,6 @@ class VeilSource:
                     given, clear = _exposed(given, clear, DUSK_GAMMA, DUSK_GAIN, generator)
             case VeilKind.NONE if _chance(AS_IT_CAME_PROBABILITY, generator):
                 given = degrade_vis(clear, generator, strength, [AS_IT_CAME[_index(len(AS_IT_CAME), generator)]]).image
-            case VeilKind.NONE if _chance(TOO_DARK_PROBABILITY, generator):
-                given = darkened(given, generator)
             case _:
                 pass
         if _chance(SENSED_PROBABILITY, generator):
