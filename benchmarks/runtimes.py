@@ -73,10 +73,9 @@ class OpenVinoNetworks(GraphNetworks):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        parts: list[PartName] = [part for part in self._sessions if part != "light"]
         self._requests: dict[PartName, Any] = {
             part: core.compile_model(core.read_model(graph_path(path, part)), "CPU", hints).create_infer_request()
-            for part in parts
+            for part in self._sessions
         }
 
     def _run(self, part: PartName, *arrays: NDArray[Any]) -> list[Floats]:

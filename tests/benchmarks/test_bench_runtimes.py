@@ -12,7 +12,7 @@ from benchmarks import neighbours, runtimes
 from benchmarks.neighbours import Cost, Fuser, Row
 from benchmarks.runtimes import Outcome
 from recofuse_core.graphs.runtime import GraphRuntime
-from recofuse_core.picture import OutputName
+from recofuse_core.picture import Exposure, OutputName
 
 KINDS = {"torch": "Runtime", "onnxruntime": "GraphRuntime"}
 TORCH = Row(name="torch", alone=Cost(1.0, 2.0), busy=Cost(3.0, 4.0))
@@ -56,14 +56,15 @@ def test_a_run_says_its_ratios_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["torch", "onnxruntime"]
 
 
-def test_openvino_makes_the_same_pictures_of_the_graphs() -> None:
+@pytest.mark.parametrize("exposure", ["lit", "as_shot"])
+def test_openvino_makes_the_same_pictures_of_the_graphs(exposure: Exposure) -> None:
     pytest.importorskip("openvino")
     generator = np.random.default_rng(0)
     vis = generator.integers(0, 256, (1, 3, 64, 96), np.uint8)
     ir = generator.integers(0, 256, (1, 1, 64, 96), np.uint8)
     fused: tuple[OutputName, ...] = ("fused",)
-    expected = GraphRuntime("compact", num_threads=1).fuse(vis, ir, outputs=fused).fused
-    found = runtimes.openvino_runtime(1).fuse(vis, ir, outputs=fused).fused
+    expected = GraphRuntime("compact", num_threads=1).fuse(vis, ir, outputs=fused, exposure=exposure).fused
+    found = runtimes.openvino_runtime(1).fuse(vis, ir, outputs=fused, exposure=exposure).fused
     assert expected is not None
     assert found is not None
     assert np.abs(expected.astype(int) - found.astype(int)).max() <= 1
