@@ -239,7 +239,9 @@ class ReCoFuse(nn.Module):
         if self.veil is None:
             return onto
         veil = self.veil(toned.vis, toned.ir, seen.vis)
-        is_kept = _is_nothing(veil.share) and (onto is toned or veil.darkened is None or _is_nothing(veil.darkened))
+        if onto is toned:  # what the curves left is what stays anyway
+            veil = veil._replace(darkened=None)
+        is_kept = _is_nothing(veil.share) and (veil.darkened is None or _is_nothing(veil.darkened))
         return onto if is_kept else Pair(veil.lifted(toned.vis, onto.vis), onto.ir)
 
     def unveil(self, frames: Pair) -> Pair:

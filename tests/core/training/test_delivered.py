@@ -100,7 +100,7 @@ def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.Monk
     model = Bare()
     monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
     monkeypatch.setattr(model, "normalise", lambda images: Pair(images.vis + 0.2, images.ir * 0))
-    monkeypatch.setattr(model, "lift", lambda images, onto=None: images._replace(vis=images.vis / 2))
+    monkeypatch.setattr(model, "lift", lambda toned, seen: toned._replace(vis=toned.vis / 2))
     monkeypatch.setattr(model, "unveil", lambda frames: frames._replace(vis=frames.vis + 0.05))
     source, generator = source_of(FrameKind.NIGHT, model), Generator().manual_seed(3)
     for made, level in (
