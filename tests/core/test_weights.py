@@ -70,6 +70,14 @@ def test_a_dark_frame_is_lit_where_that_is_asked_for(seed: int, gain: float) -> 
     assert psnr_of(lit, clean) > psnr_of(gain * clean, clean) + 6
 
 
+@pytest.mark.parametrize("seed", [0, 1, 8])
+def test_a_night_in_haze_is_lit(seed: int) -> None:
+    """Bright as it came and dark without its haze: lit as it came, it would be darker than as shot, at 0.07 to 0.10."""
+    scene = make_scene(seed, 160, 224)
+    hazy, ir = (0.35 * scene.vis**3.5 + 0.65 * 0.6)[None], scene.ir[None]
+    assert float(restored(hazy, ir, "lit").mean()) > 0.2
+
+
 @pytest.mark.parametrize("seed", [3, 8])
 def test_lighting_leaves_a_well_exposed_frame_alone(seed: int) -> None:
     scene = make_scene(seed, 160, 224)

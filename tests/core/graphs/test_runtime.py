@@ -105,6 +105,23 @@ def test_a_veil_is_lifted_as_with_torch(graphs: GraphRuntime, model: Runtime) ->
         assert fused(graphs, model, images, exposure=exposure) < 1e-3
 
 
+def test_a_night_that_curves_freed_of_haze_is_lit_as_with_torch(graphs: GraphRuntime, model: Runtime) -> None:
+    """No veil is judged, yet the toned frame is what is lit; the other one of the batch is lit as it came."""
+    scene = make_scene(2, 151, 189)
+    hazy = 0.6 * scene.vis**4.5 + 0.4 * 0.45
+    images = torch.stack([hazy, scene.vis]), scene.ir[None, :1].expand(2, -1, -1, -1)
+    frames = model.model.clear(Pair(*images))
+    toned = model.model.normalise(frames)
+    assert model.model.veil is not None
+    veil = model.model.veil(*toned, frames.vis)
+    assert torch.equal(veil.share, torch.zeros(2))
+    assert veil.darkened is not None
+    assert veil.darkened[0] > 0.9
+    assert veil.darkened[1] == 0
+    for exposure in ("as_shot", "lit"):
+        assert fused(graphs, model, images, exposure=exposure) < 1e-3
+
+
 def test_a_partly_covered_frame_is_that_of_torch(graphs: GraphRuntime, model: Runtime) -> None:
     shares = np.linspace(0, 1.4, 130).clip(0, 1)[None, None, :, None] * [255, 511]
     overlap = np.broadcast_to(shares.clip(0, 255).astype(np.uint8), (2, 90, 130, 2))
