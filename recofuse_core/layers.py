@@ -14,6 +14,7 @@ from torch.nn import functional as F
 HALVES = (torch.bfloat16, torch.float16)
 MAX_ROWS_OF_PRODUCT = 1024
 HEAD_MULTIPLE = 16  # channels of an attention head are filled up to a multiple of it
+CHANNELS_AT_ONCE = 8  # that other runtimes take the greatest of
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
 
 
@@ -27,6 +28,18 @@ def average_to(grid: int, *images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(torch.cat(images, dim=1) if len(images) > 1 else images[0], grid)
     rows, columns = (cell_weights(side, grid) for side in images[0].shape[-2:])
     return torch.cat([rows @ image @ columns.T for image in images], dim=1)
+
+
+def mean_and_most(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and greatest values over the channels, (B, 1, H, W) each."""
+    if not torch.compiler.is_exporting() or x.shape[1] % CHANNELS_AT_ONCE:
+        return x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+    # Runtimes read all channels of a position before those of the next, and planes whose size is a multiple of 4096
+    # bytes, as those of 1280x1024 and tiles of 768, share one set of a cache: as many as that holds come at a time.
+    batch, channels, height, width = x.shape
+    mean = F.conv2d(x, x.new_full((1, channels, 1, 1), 1 / channels))
+    groups = x.reshape(batch, channels // CHANNELS_AT_ONCE, CHANNELS_AT_ONCE, height, width)
+    return mean, groups.amax(2).amax(1, keepdim=True)
 
 
 def cell_weights(length: int, grid: int) -> Tensor:
@@ -109,6 +122,23 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     if not _is_product_faster(x, conv, x.shape[0] * x.shape[2] * x.shape[3]):
         return conv(x)  # type: ignore[no-any-return]
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+def double(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution without bias to four times the channels, shuffled to twice the sides."""
+    if not torch.compiler.is_exporting():
+        return F.pixel_shuffle(pointwise(x, conv), 2)
+    return doubled_by(x, conv.weight)
+
+
+def doubled_by(x: Tensor, weight: Tensor) -> Tensor:
+    """`double` for other runtimes, which move single numbers else: here all channels of a position together."""
+    batch, channels, height, width = x.shape
+    places = weight.view(-1, 2, 2, channels).permute(1, 2, 0, 3).reshape(-1, channels, 1, 1)  # row, column, channel
+    wide = F.conv2d(x, places).permute(0, 2, 3, 1)
+    rows = wide.reshape(batch, height, width, 2, -1).transpose(2, 3)  # (B, h, row, w, column and channel)
+    doubled: Tensor = rows.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+    return doubled
 
 
 def halve(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -294,5 +324,5 @@ class ConvBlockAttention(nn.Module):
         batch, num_pools, channels = pooled.shape
         logits = self.excite(F.relu(self.squeeze(pooled.reshape(batch * num_pools, channels, 1, 1))))
         x = x * logits.view(batch, num_pools, channels, 1, 1).sum(dim=1).sigmoid()
-        maps: Tensor = self.spatial(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1))
+        maps: Tensor = self.spatial(torch.cat(mean_and_most(x), dim=1))
         return x * maps.sigmoid()

@@ -29,9 +29,9 @@ from recofuse_core.layers import (
     TimeEmbedding,
     TimeTable,
     average_to,
+    double,
     halve,
     modulate,
-    pointwise,
 )
 
 Skips = tuple[Tensor, ...]
@@ -307,8 +307,7 @@ class Denoiser(nn.Module):
             x = halve(x, down)  # type: ignore[arg-type]  # a ModuleList does not say what it holds
         x = _through(self.middle, x, modulations)
         for blocks, up in zip(self.decoders, self.ups, strict=True):
-            wide = pointwise(x, up)  # type: ignore[arg-type]
-            x = _through(blocks, kept.pop() + F.pixel_shuffle(wide, 2), modulations)
+            x = _through(blocks, kept.pop() + double(x, up), modulations)  # type: ignore[arg-type]
         out: Tensor = self.ending(x + first)
         return out[..., :height, :width].float()
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recofuse_core.layers import NORM_EPS, GatedConvBlock, Modulation
+from recofuse_core.layers import NORM_EPS, GatedConvBlock, Modulation, doubled_by
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import Denoiser, GatedAutoencoder, Skips
 
@@ -138,7 +138,7 @@ class PortableAutoencoder(GatedAutoencoder):
             x = block(x)
         quarter = self.skip_mix.out_channels
         wide = turned(self.up.weight, dim=1)  # four outputs for each channel that it is shuffled to
-        x = F.pixel_shuffle(F.conv2d(x, turned(wide.view(quarter, -1)).view_as(wide)), 2)
+        x = doubled_by(x, turned(wide.view(quarter, -1)).view_as(wide))
         x, skip = _in_blocks(x), _in_blocks(skips[0])
         of_x, of_skip = self.skip_gate.weight.chunk(2, dim=1)
         trust = F.conv2d(x, turned(of_x, dim=1), self.skip_gate.bias, padding=1)

@@ -20,8 +20,10 @@ from recofuse_core.layers import (
     average_to,
     block_means,
     channel_norm,
+    double,
     gate,
     halve,
+    mean_and_most,
     modulate,
     sinusoid,
     surroundings,
@@ -273,3 +275,13 @@ def test_means_as_other_runtimes_take_them_are_the_same(size: tuple[int, int]) -
     assert close(exported(surroundings, plane), surroundings(plane))
     joined = torch.cat([image, plane], dim=1)
     assert close(exported(lambda *frames: average_to(8, *frames), image, plane), average_to(8, joined))
+
+
+def test_so_are_doubled_sides_and_pools_over_channels() -> None:
+    up, x = randomised(nn.Conv2d(16, 12, 1, bias=False)), normal(2, 16, 5, 7)
+    assert close(exported(lambda x: double(x, up), x), double(x, up))
+    for channels in (16, 6):
+        part = x[:, :channels]
+        mean, most = mean_and_most(part)
+        assert close(exported(lambda x: mean_and_most(x)[0], part), mean)
+        assert torch.equal(exported(lambda x: mean_and_most(x)[1], part), most)
