@@ -14,6 +14,7 @@ from torch.nn import functional as F
 HALVES = (torch.bfloat16, torch.float16)
 MAX_ROWS_OF_PRODUCT = 1024
 HEAD_MULTIPLE = 16  # channels of an attention head are filled up to a multiple of it
+MAX_CONTEXT_SIDE = 20  # squares a side of a pooled context: as many as a frame of 640 pixels has at a pool of 4
 CHANNELS_AT_ONCE = 8  # that other runtimes take the greatest of
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
 
@@ -59,6 +60,29 @@ def block_means(image: Tensor, side: int) -> Tensor:
     sums = F.conv2d(F.pad(image, (0, side - 1, 0, side - 1)), ones, stride=side)
     rows, columns = ((n - side * torch.arange(m)).clamp(max=side) for n, m in _sides(image, sums))
     return sums / (rows[:, None] * columns)
+
+
+def coarser(means: Tensor, size: tuple[int, int], side: int, times: int) -> Tensor:
+    """Means over squares of `times` the side, from those of an image of this size over squares of `side`.
+
+    A product with what each weighs in the rows and one in the columns, so that `times` need not be known beforehand.
+    """
+    rows, columns = (_merging(length, side, times) for length in size)
+    return rows @ means @ columns.mT
+
+
+def _merging(length: int, side: int, times: int) -> Tensor:
+    """What means over `side` of `length` places weigh in means over `times` as many: 1, if it is once."""
+    count = _quotient(length, side)
+    squares = torch.arange(count)
+    sizes = (length - side * squares).clamp(max=side)
+    weights = (squares // times == torch.arange(_quotient(count, times))[:, None]) * sizes
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _quotient(length: int, side: int) -> int:
+    """Rounded up; without negative numbers, which other runtimes round towards zero."""
+    return (length + side - 1) // side
 
 
 def surroundings(plane: Tensor) -> Tensor:
@@ -274,10 +298,26 @@ def _float_or_none(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
 
 
+def context_square(pool: int, height: int, width: int) -> int:
+    """The side of the squares that a context is averaged over: `pool`, or so many times it that they do not get more.
+
+    No more than MAX_CONTEXT_SIDE lie along a side, so that attention costs as much a position in large frames as in
+    smaller ones (docs/decisions/0045). A pool of 1, as published, stays what it is.
+    """
+    return pool * _times(_quotient(height, pool), _quotient(width, pool)) if pool > 1 else 1
+
+
+def _times(rows: int, columns: int) -> int:
+    """How many of so many squares become one along a side."""
+    most: int = torch.sym_max(rows, columns)  # type: ignore[no-untyped-call]
+    return _quotient(most, MAX_CONTEXT_SIDE)
+
+
 class CrossAttention(nn.Module):
     """Single-head attention of every position of `query` to every position of `context`, plus `query` (TIM, step 2).
 
-    pool: side of the squares that `context` is averaged over first. 1, as published, costs the square of the pixels.
+    pool: side of the squares that `context` is averaged over first, in frames of up to 640 pixels a side; see
+    `context_square` for larger ones. 1, as published, costs the square of the pixels.
     """
 
     def __init__(self, channels: int, pool: int = 1) -> None:
@@ -288,10 +328,15 @@ class CrossAttention(nn.Module):
         self.value = nn.Conv2d(channels, channels, 1)
 
     def pooled(self, context: Tensor) -> Tensor:
-        """What is attended to: (B, C, h, w) to (B, C, ceil(h / pool), ceil(w / pool))."""
+        """What is attended to: (B, C, h, w) to (B, C, ceil(h / s), ceil(w / s)) with s = `context_square`."""
+        height, width = context.shape[-2:]
         if self.pool == 1:
             return context
-        return F.avg_pool2d(context, self.pool, ceil_mode=True, count_include_pad=False)
+        if not torch.compiler.is_exporting():
+            square = context_square(self.pool, height, width)
+            return F.avg_pool2d(context, square, ceil_mode=True, count_include_pad=False)
+        means = F.avg_pool2d(context, self.pool, ceil_mode=True, count_include_pad=False)
+        return coarser(means, (height, width), self.pool, _times(*means.shape[-2:]))
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         batch, channels, height, width = query.shape

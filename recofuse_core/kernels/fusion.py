@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError
 from recofuse_core.kernels import fusion_operations as operations
-from recofuse_core.layers import HEAD_MULTIPLE, ConvBlockAttention
+from recofuse_core.layers import HEAD_MULTIPLE, ConvBlockAttention, context_square
 from recofuse_core.networks import LatentFusion, NormActConv
 
 Parts = list[Tensor]
@@ -67,8 +67,9 @@ class FusedLatentFusion(nn.Module):
         get = self.get_buffer
         channels, size = vis.shape[1], list(vis.shape[2:])
         modulation = torch.cat([part.flatten() for part in conditioning]) if len(conditioning) > 1 else conditioning[0]
+        square = context_square(self.pool, *size)
         query = operations.project(vis, ir, get("query_weight"), get("query_bias"), 1, False)
-        context = operations.project(vis, ir, get("context_weight"), get("context_bias"), self.pool, True)
+        context = operations.project(vis, ir, get("context_weight"), get("context_bias"), square, True)
         key, value = context.flatten(0, 1)[:, None].chunk(2, dim=-1)  # (2 B, 1, M, head)
         mixed = F.scaled_dot_product_attention(query.flatten(0, 1)[:, None], key, value, scale=channels**-0.5)
         rows = operations.beside(mixed.view_as(query), vis, ir)

@@ -37,14 +37,14 @@ def _latent(
     return of_vis + tl.load(ir + ir_at, mask=is_there & (is_ir == 1), other=0.0)
 
 
-@triton.jit(do_not_specialize=NUM_ITEMS)
+@triton.jit(do_not_specialize=(*NUM_ITEMS, "pool"))
 def _project(
-    vis, ir, weight, bias, out, height, width, pooled_height, pooled_width, num_items,
+    vis, ir, weight, bias, out, height, width, pooled_height, pooled_width, pool, num_items,
     vis_item, vis_channel, vis_row, vis_column, ir_item, ir_channel, ir_row, ir_column,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, POOL: tl.constexpr, SWAPPED: tl.constexpr, EXACT: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, SWAPPED: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Means over squares of POOL of one latent, times weight plus bias; plane 0 is of vis, or of ir if SWAPPED."""
+    """Means over squares of `pool` of one latent, times weight plus bias; plane 0 is of vis, or of ir if SWAPPED."""
     plane = tl.program_id(1)
     which, item = plane // num_items, (plane % num_items).to(tl.int64)
     is_ir = which ^ SWAPPED
@@ -52,11 +52,11 @@ def _project(
     channels, columns = tl.arange(0, DEPTH), tl.arange(0, COLUMNS)
     num_rows = pooled_height * pooled_width
     is_position, is_channel, is_column = positions < num_rows, channels < CHANNELS, columns < WIDTH
-    row, column = positions // pooled_width * POOL, positions % pooled_width * POOL
+    row, column = positions // pooled_width * pool, positions % pooled_width * pool
     total = tl.zeros((ROWS, DEPTH), tl.float32)
     count = tl.zeros((ROWS,), tl.float32)
-    for place in range(POOL * POOL):
-        y, x = row + place // POOL, column + place % POOL
+    for place in range(pool * pool):
+        y, x = row + place // pool, column + place % pool
         is_inside = is_position & (y < height) & (x < width)
         part = _latent(
             vis, ir, is_ir, item, channels, y, x, is_inside[:, None] & is_channel[None, :],
@@ -347,8 +347,8 @@ def project(vis: Tensor, ir: Tensor, weight: Tensor, bias: Tensor, pool: int, sw
     tile = 64
     grid = (triton.cdiv(rows * columns, tile), 2 * batch)
     _project[grid](
-        vis, ir, weight, bias, out, height, width, rows, columns, batch, *vis.stride(), *ir.stride(),
-        channels, weight.shape[-1], pool, int(swapped), weight.dtype == torch.float32,
+        vis, ir, weight, bias, out, height, width, rows, columns, pool, batch, *vis.stride(), *ir.stride(),
+        channels, weight.shape[-1], int(swapped), weight.dtype == torch.float32,
         ROWS=tile, DEPTH=_power(channels), COLUMNS=_power(weight.shape[-1]),
     )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 from recofuse_core.layers import (
+    MAX_CONTEXT_SIDE,
     ChannelNorm,
     ConvBlockAttention,
     CrossAttention,
@@ -20,6 +21,8 @@ from recofuse_core.layers import (
     average_to,
     block_means,
     channel_norm,
+    coarser,
+    context_square,
     double,
     gate,
     halve,
@@ -231,6 +234,28 @@ def test_cross_attention_is_a_materialised_softmax(height: int, width: int, pool
     assert close(attention(query, context), expected)
 
 
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([2, 4]))
+def test_a_context_has_no_more_squares_in_larger_frames(height: int, width: int, pool: int) -> None:
+    square = context_square(pool, height, width)
+    longest = -(-max(height, width) // pool)
+    assert square == pool if longest <= MAX_CONTEXT_SIDE else square % pool == 0
+    assert MAX_CONTEXT_SIDE / 2 < -(-max(height, width) // square) <= MAX_CONTEXT_SIDE or square == pool
+    assert context_square(1, height, width) == 1  # as published
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 90), st.integers(70, 100), SEEDS)
+def test_a_large_context_is_averaged_over_larger_squares(height: int, width: int, seed: int) -> None:
+    attention, context = randomised(CrossAttention(3, 4), seed), normal(2, 3, height, width, seed=seed)
+    side = 4 if max(height, width) <= 80 else 8
+    squares = [
+        [context[..., y : y + side, x : x + side].mean(dim=(2, 3)) for x in range(0, width, side)]
+        for y in range(0, height, side)
+    ]
+    attended_to = torch.stack([torch.stack(row, dim=-1) for row in squares], dim=-2)
+    assert close(attention.pooled(context), attended_to)
+
+
 @settings(deadline=None, max_examples=10)
 @given(SIDES, SIDES, SEEDS)
 def test_conv_block_attention_is_the_definition(height: int, width: int, seed: int) -> None:
@@ -275,6 +300,16 @@ def test_means_as_other_runtimes_take_them_are_the_same(size: tuple[int, int]) -
     assert close(exported(surroundings, plane), surroundings(plane))
     joined = torch.cat([image, plane], dim=1)
     assert close(exported(lambda *frames: average_to(8, *frames), image, plane), average_to(8, joined))
+    for times in (1, 2, 3):
+        merged = exported(lambda frame, times=times: coarser(block_means(frame, 4), size, 4, times), image)
+        assert close(merged, block_means(image, 4 * times))
+    assert torch.equal(coarser(block_means(image, 4), size, 4, 1), block_means(image, 4))
+
+
+@pytest.mark.parametrize("size", [(20, 48), (5, 90), (82, 81)], ids=str)
+def test_so_is_a_pooled_context(size: tuple[int, int]) -> None:
+    attention, context = CrossAttention(3, 4), normal(2, 3, *size)
+    assert close(exported(attention.pooled, context), attention.pooled(context))
 
 
 def test_so_are_doubled_sides_and_pools_over_channels() -> None:

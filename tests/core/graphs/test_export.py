@@ -49,7 +49,8 @@ def complete() -> ReCoFuse:
     """All but the lighting, which is most of what there is to export."""
     tone = ToneConfig(grid=16, num_quantiles=8, width=16)
     weather = WeatherConfig(channels=(4, 4, 4), blocks=(0, 0, 0))
-    model = tiny_model(replace(GATED, tone=tone, weather=weather, widening=0.4, steps=1))
+    fusion = replace(GATED.fusion, context_pool=4)  # wide frames have more squares than a context keeps
+    model = tiny_model(replace(GATED, fusion=fusion, tone=tone, weather=weather, widening=0.4, steps=1))
     # A fresh random head would burn out every frame, and differences with it.
     for name, parameter in model.named_parameters():
         if name.startswith("tone.layers.4"):

@@ -52,7 +52,10 @@ def fused(graphs: GraphRuntime, model: Runtime, images: Sequence[Tensor], **opti
     return float(max(differences))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 64), (67, 90)], ids=str)
+SIZES = [(32, 32), (48, 64), (67, 90), (48, 1300)]  # the last attends to larger squares
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_pictures_are_those_of_torch(graphs: GraphRuntime, model: Runtime, batch: int, size: tuple[int, int]) -> None:
     images = pairs(batch, *size)

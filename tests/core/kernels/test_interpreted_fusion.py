@@ -110,15 +110,23 @@ def fusion_module(config: FusionConfig) -> LatentFusion:
 
 
 @pytest.mark.parametrize(
-    ("pool", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.float16), (1, torch.bfloat16)], ids=str
+    ("pool", "dtype", "width"),
+    [
+        (1, torch.float32, 7),
+        (2, torch.float32, 7),
+        (2, torch.float32, 45),  # more squares than a context has
+        (2, torch.float16, 7),
+        (1, torch.bfloat16, 7),
+    ],
+    ids=str,
 )
 @torch.inference_mode()
-def test_the_fused_module_is_the_plain_one(pool: int, dtype: torch.dtype) -> None:
+def test_the_fused_module_is_the_plain_one(pool: int, dtype: torch.dtype, width: int) -> None:
     config = FusionConfig(4, width=16, time_dim=64, num_groups=4, context_pool=pool, uses_time=pool == 1)
     plain = fusion_module(config).to(dtype)
     plain.time.float()
     fused = FusedLatentFusion(plain)
-    vis, ir = drawn(2, 1, 4, 5, 7)
+    vis, ir = drawn(2, 1, 4, 5, width)
     step = torch.tensor([40])
     conditioning = fused.conditioning(step)
     assert torch.equal(conditioning[0].flatten(), torch.cat([part.flatten() for part in plain.conditioning(step)]))
