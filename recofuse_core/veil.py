@@ -4,7 +4,7 @@ It stands behind the tone curves and before lighting: whatever curves made of a 
 thicker with distance, is left, and infrared sees through it. A `VeilEstimator` looks at the pair averaged to some
 thousand cells and gives a `Veil`, by Koschmieder's law: the light of the veil, which is a mean of the frame's own
 colours, the contrast that was lost, and how much of it is to be lifted: nothing where none is probable.
-docs/decisions/0035, 0041 and 0043.
+docs/decisions/0035, 0041, 0043 and 0044.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,15 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
 
-DOUBTFUL, CERTAIN = 0.3, 0.6  # how probable a veil is where lifting it begins, and from where all of it is lifted
-FRESH_LOG_ODDS = -3.0  # before the judge is trained: there is none
+DOUBTFUL, CERTAIN = -0.85, 0.4  # log-odds of a veil: where lifting it begins, and from where all of it is lifted
+NEUTRAL, BRIGHT = 0.25, 0.326  # mean level as it came: what tells nothing of a veil, from where more tells no more
+LIGHT_TELLS = 25.0  # by how much the log-odds rise with the mean level
+FRESH_LOG_ODDS = -4.0  # before the judge is trained: there is none
 MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
 MOST_COLOUR = 3.3  # what colour is multiplied by at most
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
 LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
 NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
-LEAST_LIGHT = (0.10, 0.16)  # mean level as it came: up to where it is too dark for a veil, and from where it is not
 MOST_LIFTED = 0.95  # of a veil: lighting gives blacks that were cut, and hold nothing, a grey or a purple of its own
 DARKENED, BY = 1.6, 0.08  # how many times the toned mean, and how much more, came where curves took a veil off
 LEAST_WEIGHT = 1e-4  # of a place that does not show it
@@ -96,7 +97,7 @@ def _spread(frame: Tensor, gain: Tensor) -> Tensor:
 
 
 class VeilFound(NamedTuple):
-    """What would take a veil off, were there any, and log-odds that there is one, (B,)."""
+    """What would take a veil off, were there any, all of it; and log-odds that there is one, by its looks, (B,)."""
 
     veil: Veil
     log_odds: Tensor
@@ -155,8 +156,8 @@ class VeilEstimator(nn.Module):
         light = self._light(cells[:, :3], heads[:, -1:])
         left = light * self.fade(F.silu(whole)).clamp_max(MOST_BRIGHTENED).exp()[:, :, None, None]
         gains = MOST_CONTRAST * torch.sigmoid(heads[:, :-1] - LITTLE)
-        share = ((torch.sigmoid(log_odds) - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, MOST_LIFTED)
-        return VeilFound(Veil(share, light, left, as_grid(gains, self.config.num_levels)), log_odds)
+        veil = Veil(torch.ones_like(log_odds), light, left, as_grid(gains, self.config.num_levels))
+        return VeilFound(veil, log_odds)
 
     def _light(self, vis: Tensor, score: Tensor) -> Tensor:
         """The light of a veil, (B, 3, h, w): means of the cells (B, 3, cells, cells) that show nothing else.
@@ -178,13 +179,14 @@ class VeilEstimator(nn.Module):
         """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1].
 
         seen: (B, 3, H, W), vis before the curves, which make of a frame that is too dark one as flat and bright as in
-        fog, and of a hazy night a clear one. A veil is light: where hardly any came, there is none, and where the
-        curves took most of it, there was one.
+        fog, and of a hazy night a clear one. A veil is light: the less of it came, the surer a veil must be to be
+        lifted, and where the curves took most of it, there was one.
         """
         cells = self.average(vis, ir)
-        veil = self.find(cells).veil
+        veil, log_odds = self.find(cells)
         came, toned = seen.mean(dim=(1, 2, 3)), cells[:, :3].mean(dim=(1, 2, 3))
-        share = torch.addcmul(veil.share, veil.share, _below(came, *LEAST_LIGHT), value=-1)
+        log_odds = torch.add(log_odds, came.clamp_max(BRIGHT) - NEUTRAL, alpha=LIGHT_TELLS)
+        share = ((log_odds - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, MOST_LIFTED)
         darkened = (torch.sub(came, toned, alpha=DARKENED) / BY).clamp(0.0, MOST_LIFTED)
         return veil._replace(share=share, darkened=darkened)
 
