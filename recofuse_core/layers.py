@@ -37,6 +37,7 @@ def mean_and_most(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.mean(1, keepdim=True), x.amax(1, keepdim=True)
     # Runtimes read all channels of a position before those of the next, and planes whose size is a multiple of 4096
     # bytes, as those of 1280x1024 and tiles of 768, share one set of a cache: as many as that holds come at a time.
+    # Sums in a convolution may round otherwise than those of a mean, for more than one item.
     batch, channels, height, width = x.shape
     mean = F.conv2d(x, x.new_full((1, channels, 1, 1), 1 / channels))
     groups = x.reshape(batch, channels // CHANNELS_AT_ONCE, CHANNELS_AT_ONCE, height, width)
@@ -149,14 +150,20 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def double(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution without bias to four times the channels, shuffled to twice the sides."""
+    """A 1x1 convolution without bias to four times the channels, shuffled to twice the sides.
+
+    (B, C, h, w) to (B, C', 2 h, 2 w), where conv has 4 C' channels.
+    """
     if not torch.compiler.is_exporting():
         return F.pixel_shuffle(pointwise(x, conv), 2)
     return doubled_by(x, conv.weight)
 
 
 def doubled_by(x: Tensor, weight: Tensor) -> Tensor:
-    """`double` for other runtimes, which move single numbers else: here all channels of a position together."""
+    """`double` for other runtimes, by the convolution's weight (4 C', C, 1, 1).
+
+    There a pixel shuffle is a transpose that moves number by number; this one moves all channels of a position at once.
+    """
     batch, channels, height, width = x.shape
     places = weight.view(-1, 2, 2, channels).permute(1, 2, 0, 3).reshape(-1, channels, 1, 1)  # row, column, channel
     wide = F.conv2d(x, places).permute(0, 2, 3, 1)
@@ -299,10 +306,10 @@ def _float_or_none(bias: Tensor | None) -> Tensor | None:
 
 
 def context_square(pool: int, height: int, width: int) -> int:
-    """The side of the squares that a context is averaged over: `pool`, or so many times it that they do not get more.
+    """The side, in positions, of the squares that a context of height x width positions is averaged over.
 
-    No more than MAX_CONTEXT_SIDE lie along a side, so that attention costs as much a position in large frames as in
-    smaller ones (docs/decisions/0045). A pool of 1, as published, stays what it is.
+    The least multiple of `pool` that leaves no more than MAX_CONTEXT_SIDE along a side, so that attention costs as much
+    a position in large frames as in smaller ones (docs/decisions/0045). A pool of 1, as published, stays what it is.
     """
     return pool * _times(_quotient(height, pool), _quotient(width, pool)) if pool > 1 else 1
 
@@ -316,8 +323,8 @@ def _times(rows: int, columns: int) -> int:
 class CrossAttention(nn.Module):
     """Single-head attention of every position of `query` to every position of `context`, plus `query` (TIM, step 2).
 
-    pool: side of the squares that `context` is averaged over first, in frames of up to 640 pixels a side; see
-    `context_square` for larger ones. 1, as published, costs the square of the pixels.
+    pool: least side of the squares that `context` is averaged over first (`context_square`). 1, as published, costs the
+    square of the pixels.
     """
 
     def __init__(self, channels: int, pool: int = 1) -> None:

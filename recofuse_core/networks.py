@@ -361,7 +361,7 @@ class FusionConfig:
     time_dim: int = 256
     num_groups: int = 32
     uses_time: bool = True  # False: every step is taken for step 0 (an ablation)
-    context_pool: int = 1  # side of the squares of positions that either latent attends to in the other
+    context_pool: int = 1  # least side of the squares that either latent attends to in the other: `context_square`
     tabulated_steps: int | None = None  # vectors of the steps up to this one are kept themselves, not what makes them
 
     def __post_init__(self) -> None:

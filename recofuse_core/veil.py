@@ -97,7 +97,10 @@ def _spread(frame: Tensor, gain: Tensor) -> Tensor:
 
 
 class VeilFound(NamedTuple):
-    """What would take a veil off, were there any, all of it; and log-odds that there is one, by its looks, (B,)."""
+    """What would take a veil off, were there any, and log-odds that there is one, by its looks, (B,).
+
+    The share is 1 until `VeilEstimator.forward` has judged it.
+    """
 
     veil: Veil
     log_odds: Tensor

@@ -180,7 +180,7 @@ def portable_copy(model: ReCoFuse, *, is_step_fixed: bool) -> ReCoFuse:
     """A model for export alone, its blocks written for other runtimes; `model` stays as it is and keeps its memory."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # shared, not copied
     portable = copy.deepcopy(model, memo).requires_grad_(False).eval()
-    entered = _after_shuffles(portable) if is_step_fixed else set()  # norms leave the blocks anyhow where it is not
+    entered = _after_doubling(portable) if is_step_fixed else set()  # norms leave the blocks anyhow where it is not
     turned_blocks = _turned_blocks(portable)
     for module in list(portable.modules()):
         for name, child in list(module.named_children()):
@@ -204,8 +204,8 @@ def _turned_blocks(model: ReCoFuse) -> set[int]:
     return {id(block) for level in levels for block in level.children()}
 
 
-def _after_shuffles(model: ReCoFuse) -> set[int]:
-    """The ids of a denoiser's blocks that a pixel shuffle comes before."""
+def _after_doubling(model: ReCoFuse) -> set[int]:
+    """The ids of a denoiser's blocks that doubled sides come before, which leaves no blocks of channels."""
     levels = [level for module in model.modules() if isinstance(module, Denoiser) for level in module.decoders]
     return {id(block) for level in levels for block in list(level.children())[:1]}
 

@@ -238,8 +238,11 @@ def test_cross_attention_is_a_materialised_softmax(height: int, width: int, pool
 def test_a_context_has_no_more_squares_in_larger_frames(height: int, width: int, pool: int) -> None:
     square = context_square(pool, height, width)
     longest = -(-max(height, width) // pool)
-    assert square == pool if longest <= MAX_CONTEXT_SIDE else square % pool == 0
-    assert MAX_CONTEXT_SIDE / 2 < -(-max(height, width) // square) <= MAX_CONTEXT_SIDE or square == pool
+    if longest <= MAX_CONTEXT_SIDE:
+        assert square == pool
+    else:
+        assert square % pool == 0
+        assert MAX_CONTEXT_SIDE / 2 < -(-max(height, width) // square) <= MAX_CONTEXT_SIDE
     assert context_square(1, height, width) == 1  # as published
 
 

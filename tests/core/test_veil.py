@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Generator
+from torch import Generator, Tensor
 
 from recofuse_core.checkpoint import load_pretrained
+from recofuse_core.degradations.physics import haze
 from recofuse_core.degradations.recipes import degrade_vis
+from recofuse_core.degradations.weather import scene_depth
 from recofuse_core.errors import ConfigError
 from recofuse_core.model import ReCoFuse
 from recofuse_core.picture import Exposure
@@ -200,15 +202,36 @@ def test_sizes_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
         replace(SMALL, **wrong)  # type: ignore[arg-type]
 
 
+def psnr_of(squared_error: Tensor) -> float:
+    """In dB, of frames in [0, 1]."""
+    return float(-10 * torch.log10(squared_error))
+
+
+def test_the_shipped_weights_lift_thin_haze() -> None:
+    """Which does not look as certain as fog: what tells it is that there is light."""
+    model = load_pretrained().requires_grad_(False)
+    for seed in (0, 1, 7):
+        scene = make_scene(seed, 192, 256)
+        through = (-0.3 * scene_depth(scene.vis, Generator().manual_seed(seed))).exp()
+        frames = Pair(haze(scene.vis, torch.full((3, 1, 1), 0.8), through)[None], scene.ir[None, :1])
+        toned, lifted = model.normalise(frames), model.unveil(frames)
+        gained = [psnr_of((each.vis - scene.vis).square().mean()) for each in (toned, lifted)]
+        assert gained[1] > gained[0] + 2
+
+
 def test_the_shipped_weights_lift_fog_and_leave_clear_frames_alone() -> None:
-    """On generated streets, which no training saw, beside what the tone curves alone make of them."""
+    """On generated streets, which no training saw, beside what the tone curves alone make of them.
+
+    One of them is judged to have a thin veil, which changes it little (docs/decisions/0044).
+    """
     model = load_pretrained().requires_grad_(False)
     toned, lifted = [], []
     for seed in (2, 6, 9):
         scene = make_scene(seed, 192, 256)
         ir = scene.ir[None, :1]
         clear = Pair(scene.vis[None], ir)
-        assert float((model.unveil(clear).vis - clear.vis).square().mean()) < 10**-3.5
+        changed = (model.unveil(clear).vis - clear.vis).square().mean()
+        assert psnr_of(changed) > 36 if seed == 6 else changed == 0
         foggy = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", ["fog"]).image[None]
         frames = Pair(foggy, ir)
         toned.append(float((model.normalise(frames).vis - scene.vis).square().mean()))
@@ -217,7 +240,7 @@ def test_the_shipped_weights_lift_fog_and_leave_clear_frames_alone() -> None:
 
 
 @pytest.mark.parametrize("size", [(160, 224), (480, 640)], ids=str)
-@pytest.mark.parametrize("gain", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.25, 0.4])
 def test_the_shipped_weights_take_no_dark_frame_for_a_veiled_one(gain: float, size: tuple[int, int]) -> None:
     """Curves make a dark street flat and bright; a veil that is lifted from it would leave it bright."""
     model = load_pretrained().requires_grad_(False)

@@ -115,7 +115,7 @@ def fusion_module(config: FusionConfig) -> LatentFusion:
         (1, torch.float32, 7),
         (2, torch.float32, 7),
         (2, torch.float32, 45),  # more squares than a context has
-        (2, torch.float16, 7),
+        (2, torch.float16, 45),
         (1, torch.bfloat16, 7),
     ],
     ids=str,
