@@ -31,19 +31,6 @@ def average_to(grid: int, *images: Tensor) -> Tensor:
     return torch.cat([rows @ image @ columns.T for image in images], dim=1)
 
 
-def mean_and_most(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and greatest values over the channels, (B, 1, H, W) each."""
-    if not torch.compiler.is_exporting() or x.shape[1] % CHANNELS_AT_ONCE:
-        return x.mean(1, keepdim=True), x.amax(1, keepdim=True)
-    # Runtimes read all channels of a position before those of the next, and planes whose size is a multiple of 4096
-    # bytes, as those of 1280x1024 and tiles of 768, share one set of a cache: as many as that holds come at a time.
-    # Sums in a convolution may round otherwise than those of a mean, for more than one item.
-    batch, channels, height, width = x.shape
-    mean = F.conv2d(x, x.new_full((1, channels, 1, 1), 1 / channels))
-    groups = x.reshape(batch, channels // CHANNELS_AT_ONCE, CHANNELS_AT_ONCE, height, width)
-    return mean, groups.amax(2).amax(1, keepdim=True)
-
-
 def cell_weights(length: int, grid: int) -> Tensor:
     """What every one of `length` places weighs in the mean of every cell, (grid, length): cells may share a place."""
     cells, places = torch.arange(grid)[:, None], torch.arange(length)[None]
@@ -61,29 +48,6 @@ def block_means(image: Tensor, side: int) -> Tensor:
     sums = F.conv2d(F.pad(image, (0, side - 1, 0, side - 1)), ones, stride=side)
     rows, columns = ((n - side * torch.arange(m)).clamp(max=side) for n, m in _sides(image, sums))
     return sums / (rows[:, None] * columns)
-
-
-def coarser(means: Tensor, size: tuple[int, int], side: int, times: int) -> Tensor:
-    """Means over squares of `times` the side, from those of an image of this size over squares of `side`.
-
-    A product with what each weighs in the rows and one in the columns, so that `times` need not be known beforehand.
-    """
-    rows, columns = (_merging(length, side, times) for length in size)
-    return rows @ means @ columns.mT
-
-
-def _merging(length: int, side: int, times: int) -> Tensor:
-    """What means over `side` of `length` places weigh in means over `times` as many: 1, if it is once."""
-    count = _quotient(length, side)
-    squares = torch.arange(count)
-    sizes = (length - side * squares).clamp(max=side)
-    weights = (squares // times == torch.arange(_quotient(count, times))[:, None]) * sizes
-    return weights / weights.sum(dim=1, keepdim=True)
-
-
-def _quotient(length: int, side: int) -> int:
-    """Rounded up; without negative numbers, which other runtimes round towards zero."""
-    return (length + side - 1) // side
 
 
 def surroundings(plane: Tensor) -> Tensor:
@@ -311,13 +275,37 @@ def context_square(pool: int, height: int, width: int) -> int:
     The least multiple of `pool` that leaves no more than MAX_CONTEXT_SIDE along a side, so that attention costs as much
     a position in large frames as in smaller ones (docs/decisions/0045). A pool of 1, as published, stays what it is.
     """
-    return pool * _times(_quotient(height, pool), _quotient(width, pool)) if pool > 1 else 1
+    return pool * _times(_rounded_up(height, pool), _rounded_up(width, pool)) if pool > 1 else 1
 
 
 def _times(rows: int, columns: int) -> int:
     """How many of so many squares become one along a side."""
     most: int = torch.sym_max(rows, columns)  # type: ignore[no-untyped-call]
-    return _quotient(most, MAX_CONTEXT_SIDE)
+    return _rounded_up(most, MAX_CONTEXT_SIDE)
+
+
+def coarser(means: Tensor, size: tuple[int, int], side: int, times: int) -> Tensor:
+    """Means over squares of `times` the side, from those of an image of this size over squares of `side`.
+
+    (B, C, h, w) to (B, C, ceil(h / times), ceil(w / times)). A product with what each weighs in the rows and one in the
+    columns, so that `times` need not be known beforehand.
+    """
+    rows, columns = (_merging(length, side, times) for length in size)
+    return rows @ means @ columns.mT
+
+
+def _merging(length: int, side: int, times: int) -> Tensor:
+    """What means over `side` of `length` places weigh in means over `times` as many: 1, if it is once."""
+    count = _rounded_up(length, side)
+    squares = torch.arange(count)
+    sizes = (length - side * squares).clamp(max=side)
+    weights = (squares // times == torch.arange(_rounded_up(count, times))[:, None]) * sizes
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _rounded_up(length: int, side: int) -> int:
+    """Length / side, without negative numbers, which other runtimes round towards zero."""
+    return (length + side - 1) // side
 
 
 class CrossAttention(nn.Module):
@@ -360,6 +348,19 @@ class CrossAttention(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)[..., :channels]  # (B, 1, n, C)
         return mixed.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + query
+
+
+def mean_and_most(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and greatest values over the channels, (B, 1, H, W) each."""
+    if not torch.compiler.is_exporting() or x.shape[1] % CHANNELS_AT_ONCE:
+        return x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+    # Runtimes read all channels of a position before those of the next, and planes whose size is a multiple of 4096
+    # bytes, as those of 1280x1024 and tiles of 768, share one set of a cache: as many as that holds come at a time.
+    # Sums in a convolution may round otherwise than those of a mean, for more than one item.
+    batch, channels, height, width = x.shape
+    mean = F.conv2d(x, x.new_full((1, channels, 1, 1), 1 / channels))
+    groups = x.reshape(batch, channels // CHANNELS_AT_ONCE, CHANNELS_AT_ONCE, height, width)
+    return mean, groups.amax(2).amax(1, keepdim=True)
 
 
 class ConvBlockAttention(nn.Module):

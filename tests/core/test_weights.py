@@ -11,6 +11,7 @@ from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.picture import Exposure
 from recofuse_core.scenes.scene import make_scene
+from tests.core.tiny import psnr_of
 
 
 @cache
@@ -54,10 +55,6 @@ def restored(vis: Tensor, ir: Tensor, exposure: Exposure) -> Tensor:
     image: Tensor | None = shipped().fuse(vis, ir, outputs=["vis"], exposure=exposure).vis
     assert image is not None
     return image
-
-
-def psnr_of(image: Tensor, target: Tensor) -> float:
-    return float(-10 * torch.log10((image - target).square().mean()))
 
 
 @pytest.mark.parametrize("seed", [3, 8])
