@@ -25,6 +25,7 @@ LIGHT_TELLS = 25.0  # by how much the log-odds rise with the mean level
 FRESH_LOG_ODDS = -4.0  # before the judge is trained: there is none
 MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
 MOST_COLOUR = 3.3  # what colour is multiplied by at most
+COLOUR_ERROR = 0.05  # of the colour of a veil's light, in shares of what colour there is to a luma of 1
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
 LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
 NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
@@ -87,7 +88,15 @@ class Veil(NamedTuple):
 
 
 def _applied(frame: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    return (_spread(frame, gain) + offset).clamp(0.0, 1.0)
+    """Levels (B, 3, h, w) without a veil, and without the colour that an error in the colour of its light would give.
+
+    That error is multiplied as colour is. What is dark behind the veil has less colour than that, and came out red or
+    blue by night; of what is bright it is nothing (a Wiener filter of colours that are about as strong as their luma).
+    """
+    lifted = _spread(frame, gain) + offset
+    y = luma(lifted).clamp(0.0, 1.0)
+    signal, error = y.square(), (COLOUR_ERROR * (gain.clamp_max(MOST_COLOUR) - 1)).square()
+    return torch.lerp(y, lifted, signal / (signal + error + 1e-8)).clamp(0.0, 1.0)
 
 
 def _spread(frame: Tensor, gain: Tensor) -> Tensor:
