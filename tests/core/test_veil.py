@@ -159,8 +159,8 @@ def test_whatever_was_learnt_an_even_sky_stays_even_and_of_its_colour(
     lifted = model.lift(frames, frames).vis
     expected = (1 - MOST_LIFTED * (1 - math.exp(-0.2))) * vis
     assert torch.allclose(luma(lifted), luma(expected), atol=1e-4)
-    colour = (expected - luma(expected)).abs().amax()
-    assert (lifted - expected).abs().amax() <= 0.06 * colour + 1e-4  # of which an error in the light's would be more
+    strongest = (expected - luma(expected)).abs().amax()
+    assert (lifted - expected).abs().amax() <= 0.06 * strongest + 1e-4
 
 
 def test_the_light_of_a_dark_veil_is_grey() -> None:
