@@ -552,7 +552,7 @@ def _is_nothing(share: Tensor) -> bool:
 
 def _unit_range(image: Tensor) -> Tensor:
     """Floats in [0, 1] of floats or levels."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    return image / 255 if image.dtype == torch.uint8 else image.float()
 
 
 def require_pair(vis: Tensor, ir: Tensor) -> tuple[int, int, int]:
