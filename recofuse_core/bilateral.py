@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recofuse_core.layers import block_means, surroundings
+from recofuse_core.layers import block_means, scaled, stretched, surroundings
 from recofuse_core.losses import luma
 
 OFFSET_UNIT = 0.3
@@ -28,11 +28,8 @@ class BilateralGrid(NamedTuple):
 
     def __call__(self, frame: Tensor) -> Tensor:
         """Whole frames (B, 3, H, W) in [0, 1] to the same."""
-        gain, offset = (
-            F.interpolate(part, frame.shape[-2:], mode="bilinear", align_corners=False)
-            for part in self.look_up(guide_of(frame)).chunk(2, dim=1)
-        )
-        return _applied(frame, gain, offset)
+        looked_up = self.look_up(guide_of(luma(frame)))
+        return _applied(frame, *stretched(looked_up, frame.shape[-2:], 3, 3))
 
     def at_cells(self, cells: Tensor) -> Tensor:
         """Averaged frames (B, 3, h, w) as they are: for training, where there is no noise left to avoid."""
@@ -44,7 +41,7 @@ class BilateralGrid(NamedTuple):
         if torch.compiler.is_exporting():
             return self._summed(guide)
         y, x = _centres(height, guide).view(1, -1, 1), _centres(width, guide).view(1, 1, -1)
-        place = (x.expand(batch, height, width), y.expand(batch, height, width), 2 * guide[:, 0] - 1)
+        place = (x.expand(batch, height, width), y.expand(batch, height, width), scaled(guide[:, 0], 2, -1))
         looked_up: Tensor = F.grid_sample(
             self.entries, torch.stack(place, -1)[:, None], padding_mode="border", align_corners=False
         )
@@ -67,12 +64,12 @@ class BilateralGrid(NamedTuple):
         return functools.reduce(torch.add, weighed)
 
 
-def guide_of(frame: Tensor) -> Tensor:
-    """The brightness of frames (B, 3, H, W) that a grid is looked up at, (B, 1, H / 2, W / 2), rounded up.
+def guide_of(y: Tensor) -> Tensor:
+    """What a grid is looked up at, (B, 1, H / 2, W / 2), rounded up, for frames of luma (B, 1, H, W).
 
     At half size: averaged, it carries less noise, and looking up costs a quarter.
     """
-    return surroundings(block_means(luma(frame), 2))
+    return surroundings(block_means(y, 2))
 
 
 def as_grid(values: Tensor, num_levels: int) -> BilateralGrid:
@@ -82,7 +79,7 @@ def as_grid(values: Tensor, num_levels: int) -> BilateralGrid:
 
 
 def _applied(frame: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    return (frame * gain.exp() + OFFSET_UNIT * offset).clamp(0.0, 1.0)
+    return torch.add(frame * gain.exp(), offset, alpha=OFFSET_UNIT).clamp(0.0, 1.0)
 
 
 def _between(entries: int, count: int) -> Tensor:

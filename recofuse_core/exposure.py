@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recofuse_core.bilateral import BilateralGrid, as_grid
+from recofuse_core.brightening import Brightening
 from recofuse_core.errors import ConfigError
-from recofuse_core.layers import average_to, block_means
+from recofuse_core.layers import average_to, block_means, mixed, ramp, scaled, stretched
 from recofuse_core.losses import luma
 from recofuse_core.networks import ToneCurves
 
@@ -50,10 +51,10 @@ class Lighting(NamedTuple):
     grid: BilateralGrid
 
     def __call__(self, vis: Tensor) -> Tensor:
-        """Whole visible frames (B, 3, H, W) in [0, 1] to the same: blacks grey, highlights kept apart, colour calm."""
-        before = _blocks(vis)
+        """Whole visible frames (B, 3, H, W) in [0, 1] to the same: blacks grey, highlights kept, colour calm, crisp."""
+        before = _averaged(vis)
         greyed = self._replace(curves=self.curves._replace(shift=self.curves.shift - self._tint(before)))
-        return calm_colour(before, self._hold_highlights(vis, before, greyed.levels(vis)))
+        return contrasted(before, calm_colour(before, self._hold_highlights(vis, before, greyed.levels(vis))))
 
     def levels(self, vis: Tensor) -> Tensor:
         """The bare curves and grid, a place by itself: (B, 3, H, W) in [0, 1] to the same."""
@@ -63,27 +64,26 @@ class Lighting(NamedTuple):
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
         return self.grid.at_cells(self.curves(cells))
 
-    def _tint(self, blocks: Tensor) -> Tensor:
-        """By how much the blacks of averaged frames (B, 3, h, w) differ from grey, (B, 3, 1, 1): nothing if not lifted.
+    def _tint(self, frames: "_Averaged") -> Tensor:
+        """By how much the blacks of frames differ from grey, (B, 3, 1, 1): nothing if they are not lifted.
 
         The black of a camera at night is a few levels of green, which lighting would make a green sky and green
         shadows. Blacks of another colour are those of a warm room or of a dusk, and keep it. The colour is a mean over
         the darkest places, but for those that no sensor saw: bars beside a frame, and what stands behind its time.
         """
-        is_seen = (luma(blocks) / UNSEEN).clamp(0.0, 1.0)
-        averaged = _box(torch.cat([blocks, is_seen], dim=1), 2)
-        places, is_seen = averaged[:, :3], ((averaged[:, 3:] - 0.95) / 0.05).clamp(0.0, 1.0)
-        y = luma(places) + (1 - is_seen)
-        share = ((y.amin(dim=(2, 3), keepdim=True) - y) / BLACK_RANGE).exp()
-        share = share / share.sum(dim=(2, 3), keepdim=True)
-        black = (share * places).sum(dim=(2, 3), keepdim=True)
-        stops = (share * _stops(places, self.levels(places))).sum(dim=(2, 3), keepdim=True)
+        averaged = _box(torch.cat([frames.levels, (frames.y / UNSEEN).clamp(0.0, 1.0)], dim=1), 2)
+        places, is_seen = averaged[:, :3], averaged[:, 3:]
+        y = luma(places)
+        stops = _stops(y, luma(self.levels(places))).clamp_min(0)
+        darkness = (y + ramp(is_seen, 1.0, 0.95)) / -BLACK_RANGE
+        share = darkness.flatten(2).softmax(dim=-1).mT  # (B, h w, 1)
+        black, stops = ((values.flatten(2) @ share)[..., None] for values in (places, stops))
         red, green, blue = black.chunk(3, dim=1)
         is_green = ((green - torch.maximum(red, blue)) / GREEN).clamp(0.0, 1.0)
-        is_lifted = ((stops - 0.7) / 0.6).clamp(0.0, 1.0)
+        is_lifted = ramp(stops, 0.7, 1.3)
         return (black - luma(black)).clamp(-TINT, TINT) * (TINT_TAKEN * is_green * is_lifted)
 
-    def _hold_highlights(self, vis: Tensor, before: Tensor, lit: Tensor) -> Tensor:
+    def _hold_highlights(self, vis: Tensor, before: "_Averaged", lit: Tensor) -> Tensor:
         """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
 
         before: the frames `vis`, averaged.
@@ -91,14 +91,15 @@ class Lighting(NamedTuple):
         Levels that end at white for a whole frame swallow the writing on a lamp-lit sign. There, the more the closer to
         white, a place is lifted as much as its surroundings' maximum is, so that shares between neighbours stay.
         """
-        brightest = _box(F.max_pool2d(before, 3, stride=1, padding=1), 1)
-        lift = (luma(self.levels(brightest)) + DARK) / (luma(brightest) + DARK)
-        is_lifted = (_stops(before, _blocks(lit)) / 0.3).clamp(0.0, 1.0)  # what got darker is no highlight
-        lift, is_lifted = _stretched(lift, vis), _stretched(is_lifted, vis)
-        share = ((luma(lit) - 0.8) / 0.2).clamp_(0.0, 1.0).mul_(is_lifted)
+        y = luma(lit)
+        brightest = _box(F.max_pool2d(before.levels, 3, stride=1, padding=1), 1)
+        lift = _rise(luma(brightest), luma(self.levels(brightest)))
+        is_lifted = (_stops(before.y, _blocks(y)) / 0.3).clamp(0.0, 1.0)  # what got darker is no highlight
+        lift, is_lifted = stretched(torch.cat([lift, is_lifted], dim=1), vis.shape[-2:], 1, 1)
+        share = ramp(y, 0.8, 1.0).mul_(is_lifted)
         # No lower than a part of what it was: around a lamp the glow, burnt out too, would else become a dark ring.
         held = torch.minimum(vis * lift, lit).maximum(HELD * lit)
-        return torch.addcmul(lit, held - lit, share)
+        return mixed(lit, held, share)
 
 
 class ExposureEstimator(nn.Module):
@@ -202,9 +203,25 @@ GREY = (0.001, 0.004)  # mean colour in shares of the mean luma: up to where a f
 GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
+LIT = (1.3, 2.0)  # how many times as bright a frame became: from where a night was lit, and certainly
+CONTRAST = 0.1  # by how much middle tones differ more from the mean of a lit night, at most
+IR_AIM = 0.18  # mean of an infrared frame that is bright enough beside one
+IR_MOST = 2.0  # of the amount of brightening: blacks, and the noise in them, become three times as bright at most
 
 
-def calm_colour(before: Tensor, lit: Tensor) -> Tensor:
+class _Averaged(NamedTuple):
+    """Frames averaged over blocks: their levels (B, 3, h, w) and the luma of those, (B, 1, h, w)."""
+
+    levels: Tensor
+    y: Tensor
+
+
+def _averaged(frame: Tensor) -> _Averaged:
+    blocks = _blocks(frame)
+    return _Averaged(blocks, luma(blocks))
+
+
+def calm_colour(before: _Averaged, lit: Tensor) -> Tensor:
     """Lit frames (B, 3, H, W) whose colour noise is smoothed along their luma where they were lifted most.
 
     before: the frames as they came, averaged. Their colour noise and JPEG's colour blocks, invisible in the dark, come
@@ -213,40 +230,67 @@ def calm_colour(before: Tensor, lit: Tensor) -> Tensor:
     from the filter's by more than a frame's noise does: a red coat stays red, and the street beside it as it was.
     """
     radius, edge = 6, 1e-3
-    small = _blocks(lit)
-    small_luma = luma(small)
-    small_colour = small - small_luma
-    parts = [small_luma, small_luma.square(), small_colour, small_luma * small_colour]
-    means = _box(torch.cat(parts, dim=1), radius)
-    mean_luma, mean_square, mean_colour, mean_product = means[:, :1], means[:, 1:2], means[:, 2:5], means[:, 5:]
-    slope = (mean_product - mean_luma * mean_colour) / (mean_square - mean_luma.square() + edge)
-    line = torch.cat([slope, mean_colour - slope * mean_luma], dim=1)
+    small, y = _averaged(lit)
+    parts = torch.cat([y, small - y], dim=1)  # luma, then colour
+    means, products = _box(torch.cat([parts, y * parts], dim=1), radius).chunk(2, dim=1)
+    mean_y = means[:, :1]
+    covariance = torch.addcmul(products, mean_y, means, value=-1)  # with luma: the first is its variance
+    slope = covariance[:, 1:] / (covariance[:, :1] + edge)
+    line = torch.cat([slope, torch.addcmul(means[:, 1:], slope, mean_y, value=-1)], dim=1)
     slope, offset = _box(line, radius).chunk(2, dim=1)
 
-    left_over = (small_colour - slope * small_luma - offset).abs()
+    left_over = torch.addcmul(parts[:, 1:] - offset, slope, y, value=-1).abs()
     noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
-    is_colour = ((left_over.amax(dim=1, keepdim=True) / noise - 2) / 2).clamp(0.0, 1.0)
-    stops = _stops(before, small)
-    smoothed = ((stops - 0.7) / 1.2).clamp(0.0, 1.0) * (1 - is_colour)
-    kept = _coloured(before) / (1 + 0.05 * (stops - 1).clamp_min(0))  # of all colour
+    is_noise = ramp(left_over.amax(dim=1, keepdim=True) / noise, 4.0, 2.0)
+    stops = _stops(before.y, y)
+    smoothed = ramp(stops, 0.7, 1.9) * is_noise
+    kept = _coloured(before) / (0.95 + 0.05 * stops).clamp_min(1)  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
     drawn = smoothed * kept
     own = kept - drawn
-    applied = (torch.addcmul(1 - own, slope, drawn), offset * drawn, own)
-    slope, offset, own = (_stretched(part, lit) for part in applied)
-    return offset.addcmul_(slope, luma(lit)).addcmul_(lit, own).clamp_(0.0, 1.0)
+    applied = torch.cat([torch.addcmul(1 - own, slope, drawn), offset * drawn, own], dim=1)
+    slope, offset, own = stretched(applied, lit.shape[-2:], 3, 3, 1)
+    return torch.addcmul(offset, slope, luma(lit)).addcmul_(lit, own).clamp_(0.0, 1.0)
+
+
+def contrasted(before: _Averaged, lit: Tensor) -> Tensor:
+    """Lit frames (B, 3, H, W) in [0, 1] with the contrast that an estimator trained on squared errors leaves out.
+
+    It is unsure how bright a place was, so it keeps to the mean. Black and white stay, and days, which were not lit.
+    before: the frames as they came, averaged.
+    """
+    mean = lit.mean(dim=(1, 2, 3), keepdim=True)
+    more = (4 * CONTRAST) * is_lit(before.levels, lit) * (lit - mean)
+    return torch.addcmul(lit, more, lit * (1 - lit))
+
+
+def is_lit(before: Tensor, after: Tensor) -> Tensor:
+    """Whether frames (B, 3, h, w), of any sizes, are nights that were lit, 0 to 1, (B, 1, 1, 1)."""
+    came, became = (frames.mean(dim=(1, 2, 3), keepdim=True) for frames in (before, after))
+    return ramp(became / came.clamp_min(1e-3), *LIT)
+
+
+def brightening(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
+    """How much brighter infrared (B, 1, H, W) has to be beside `lit`, which was `seen` before, both (B, 3, H, W)."""
+    level = ir.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
+    wanted = scaled(1 / level, IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(0.0, IR_MOST)  # even frames get there
+    return Brightening(wanted * is_lit(seen, lit))
+
+
+def _rise(before: Tensor, after: Tensor) -> Tensor:
+    """How many times as bright luma (B, 1, H, W) became: the same."""
+    return (after + DARK) / (before + DARK)
 
 
 def _stops(before: Tensor, after: Tensor) -> Tensor:
-    """By how many doublings the luma of frames (B, 3, H, W) rose, 0 or more: (B, 1, H, W)."""
-    return (torch.log2(luma(after) + DARK) - torch.log2(luma(before) + DARK)).clamp_min(0)
+    """By how many doublings luma (B, 1, H, W) rose, below 0 where it fell: the same."""
+    return torch.log2(_rise(before, after))
 
 
-def _coloured(blocks: Tensor) -> Tensor:
-    """Whether averaged frames (B, 3, h, w) have any colour, 0 to 1, (B, 1, 1, 1): grey ones would get a tint."""
-    y = luma(blocks)
-    colour = (blocks - y).abs().mean(dim=(1, 2, 3), keepdim=True) / (y.mean(dim=(1, 2, 3), keepdim=True) + 0.005)
-    return ((colour - GREY[0]) / (GREY[1] - GREY[0])).clamp(0.0, 1.0)
+def _coloured(frames: _Averaged) -> Tensor:
+    """Whether frames have any colour, 0 to 1, (B, 1, 1, 1): grey ones would get a tint."""
+    colour = (frames.levels - frames.y).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return ramp(colour / (frames.y.mean(dim=(1, 2, 3), keepdim=True) + 0.005), *GREY)
 
 
 def _blocks(frame: Tensor) -> Tensor:
@@ -256,14 +300,20 @@ def _blocks(frame: Tensor) -> Tensor:
 
 def _box(blocks: Tensor, radius: int) -> Tensor:
     """Means over squares of 2 radius + 1 blocks a side, cut at the border."""
+    return _convolved(blocks, radius) if blocks.device.type == "cpu" else _pooled(blocks, radius)
+
+
+def _pooled(blocks: Tensor, radius: int) -> Tensor:
+    side = 2 * radius + 1
+    across = F.avg_pool2d(blocks, (1, side), stride=1, padding=(0, radius), count_include_pad=False)
+    return F.avg_pool2d(across, (side, 1), stride=1, padding=(radius, 0), count_include_pad=False)
+
+
+def _convolved(blocks: Tensor, radius: int) -> Tensor:
+    """`_pooled` for processors and for other runtimes, which take several times as long for pools."""
     counted = torch.cat([blocks, torch.ones_like(blocks[:, :1])], dim=1)
+    counted = counted.contiguous(memory_format=torch.channels_last)  # four times as fast for the wider squares
     ones = blocks.new_ones(counted.shape[1], 1, 2 * radius + 1, 1)
     across = F.conv2d(counted, ones.transpose(2, 3), padding=(0, radius), groups=len(ones))
-    # Not pooled: ONNX Runtime takes several times as long for that.
     sums = F.conv2d(across, ones, padding=(radius, 0), groups=len(ones))
-    return sums[:, :-1] / sums[:, -1:]
-
-
-def _stretched(blocks: Tensor, frame: Tensor) -> Tensor:
-    """Blocks at the size of the frame that they were made of."""
-    return F.interpolate(blocks, frame.shape[-2:], mode="bilinear", align_corners=False)
+    return (sums[:, :-1] / sums[:, -1:]).contiguous()

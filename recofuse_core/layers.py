@@ -19,6 +19,24 @@ CHANNELS_AT_ONCE = 8  # that other runtimes take the greatest of
 NORM_EPS = 1e-5  # the published code switches to 1e-3 for half inputs; statistics here are float32 in every dtype
 
 
+def ramp(value: Tensor, start: float, end: float, most: float = 1.0) -> Tensor:
+    """0 up to `start`, 1 from `end` on, linear between them and cut at `most`; falling where `end` is the lower one."""
+    scale = 1 / (end - start)
+    return scaled(value, scale, -start * scale).clamp(0.0, most)
+
+
+def scaled(value: Tensor, scale: float, offset: float) -> Tensor:
+    """Value times a number, plus a number, as one operation: torch has no other that does both."""
+    return torch.rsub(value, offset, alpha=-scale)
+
+
+def mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """The first of two where share is 0, the second where it is 1, and so much of either between."""
+    if not torch.compiler.is_exporting():
+        return torch.lerp(first, second, share)
+    return first + share * (second - first)  # of `lerp`, runtimes compute two forms and choose place by place
+
+
 def average_to(grid: int, *images: Tensor) -> Tensor:
     """Images (B, C, H, W) of a size, joined and averaged to (B, C, grid, grid) cells, as `F.adaptive_avg_pool2d`.
 
@@ -48,6 +66,18 @@ def block_means(image: Tensor, side: int) -> Tensor:
     sums = F.conv2d(F.pad(image, (0, side - 1, 0, side - 1)), ones, stride=side)
     rows, columns = ((n - side * torch.arange(m)).clamp(max=side) for n, m in _sides(image, sums))
     return sums / (rows[:, None] * columns)
+
+
+def stretched(joined: Tensor, size: tuple[int, ...], *channels: int) -> list[Tensor]:
+    """Planes (B, C, h, w) at another size, linearly, and parted into so many channels each."""
+    if torch.compiler.is_exporting():  # runtimes copy what is parted, which is less before it is stretched
+        return [_stretched(part, size) for part in torch.split(joined, list(channels), dim=1)]
+    # Three channels by themselves take torch more than twice as long on a processor: it turns their memory and back.
+    return list(torch.split(_stretched(joined, size), list(channels), dim=1))
+
+
+def _stretched(planes: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(planes, size, mode="bilinear", align_corners=False)
 
 
 def surroundings(plane: Tensor) -> Tensor:

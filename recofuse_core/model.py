@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import recofuse_core.threads  # noqa: F401 - no more threads than the process may use
 from recofuse_core.arithmetic import full_float32
-from recofuse_core.brightening import Brightening, brightening
+from recofuse_core.brightening import Brightening
 from recofuse_core.errors import ConfigError, ShapeError
-from recofuse_core.exposure import ExposureConfig, ExposureEstimator
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator, brightening
 from recofuse_core.layers import average_to
 from recofuse_core.losses import luma
 from recofuse_core.networks import (
@@ -585,7 +585,7 @@ def _is_nothing(share: Tensor) -> bool:
 
 def _unit_range(image: Tensor) -> Tensor:
     """Floats in [0, 1] of floats or levels."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    return image / 255 if image.dtype == torch.uint8 else image.float()
 
 
 def require_pair(vis: Tensor, ir: Tensor) -> tuple[int, int, int]:

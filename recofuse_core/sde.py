@@ -117,7 +117,7 @@ class MeanRevertingSDE:
 
     def noise_state(self, mu: State, noise: State) -> State:
         """The state the reverse process starts from: mu + lam n."""
-        return mu + self.lam * noise
+        return plus(mu, noise, self.lam)
 
     def score(self, noise: State, timesteps: Tensor | int) -> State:
         """Score of the marginal from predicted noise: -eps / sigma_bar_t."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from recofuse_core.bilateral import BilateralGrid, as_grid, guide_of
 from recofuse_core.errors import ConfigError
-from recofuse_core.layers import average_to
+from recofuse_core.layers import average_to, mixed, ramp, scaled, stretched
 from recofuse_core.losses import luma
 
 DOUBTFUL, CERTAIN = -0.85, 0.4  # log-odds of a veil: where lifting it begins, and from where all of it is lifted
@@ -67,42 +67,44 @@ class Veil(NamedTuple):
 
     def lifted(self, vis: Tensor, onto: Tensor) -> Tensor:
         """Toned visible frames (B, 3, H, W) in [0, 1] without it; where there was none, `onto`, the same in shape."""
-        gain, offset = (
-            F.interpolate(part, vis.shape[-2:], mode="bilinear", align_corners=False)
-            for part in self._looked_up(guide_of(vis))
-        )
+        y = luma(vis)
+        gain, offset = stretched(torch.cat(self._looked_up(guide_of(y)), dim=1), vis.shape[-2:], 1, 3)
         if self.darkened is not None:
-            onto = torch.lerp(onto, vis, self.darkened[:, None, None, None])
-        return torch.lerp(onto, _applied(vis, gain, offset), self.share[:, None, None, None])
+            onto = mixed(onto, vis, self.darkened[:, None, None, None])
+        return mixed(onto, _applied(vis, y, gain, offset), self.share[:, None, None, None])
 
     def at_cells(self, cells: Tensor) -> Tensor:
         """All of it lifted from averaged frames (B, 3, h, w): for training, where there is no noise left to avoid."""
-        return _applied(cells, *self._looked_up(luma(cells)))
+        y = luma(cells)
+        return _applied(cells, y, *self._looked_up(y))
 
     def _looked_up(self, guide: Tensor) -> tuple[Tensor, Tensor]:
         """Gain (B, 1, h', w') and offsets (B, 3, h', w') at the brightness (B, 1, h', w') of every place."""
         gain = self.grid.look_up(guide).exp()
         lights = torch.cat([self.light, self.left], dim=1)
         light, left = F.interpolate(lights, guide.shape[-2:], mode="bilinear", align_corners=False).chunk(2, dim=1)
-        return gain, left - _spread(light, gain)
+        return gain, _spread(light, luma(light), gain, left, sign=-1)
 
 
-def _applied(frame: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    """Levels (B, 3, h, w) without a veil, and without the colour that an error in the colour of its light would give.
+def _applied(frame: Tensor, y: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """Levels (B, 3, h, w) of luma y without a veil, nor the colour that an error in the colour of its light would give.
 
     That error is multiplied as colour is. What is dark behind the veil has less colour than that, and came out red or
     blue by night; of what is bright it is nothing (a Wiener filter of colours that are about as strong as their luma).
     """
-    lifted = _spread(frame, gain) + offset
-    y = luma(lifted).clamp(0.0, 1.0)
-    signal, error = y.square(), (COLOUR_ERROR * (gain.clamp_max(MOST_COLOUR) - 1)).square()
-    return torch.lerp(y, lifted, signal / (signal + error + 1e-8)).clamp(0.0, 1.0)
+    lifted = _spread(frame, y, gain, offset)
+    y = luma(lifted).clamp(1e-4, 1.0)
+    error = scaled(gain.clamp_max(MOST_COLOUR), COLOUR_ERROR, -COLOUR_ERROR) / y
+    return mixed(y, lifted, 1 / (1 + error.square())).clamp(0.0, 1.0)
 
 
-def _spread(frame: Tensor, gain: Tensor) -> Tensor:
-    """Levels (B, 3, h, w) times a gain, and their colour times no more than what keeps its noise from showing."""
-    y = luma(frame)
-    return torch.addcmul(y * gain, frame - y, gain.clamp_max(MOST_COLOUR))
+def _spread(frame: Tensor, y: Tensor, gain: Tensor, offset: Tensor, sign: int = 1) -> Tensor:
+    """Levels (B, 3, h, w) times a gain, and their colour times no more than what keeps its noise from showing.
+
+    y: the luma of the levels. offset: what all of that is added to, or taken from.
+    """
+    grey = torch.addcmul(offset, y, gain, value=sign)
+    return torch.addcmul(grey, frame - y, gain.clamp_max(MOST_COLOUR), value=sign)
 
 
 class VeilFound(NamedTuple):
@@ -185,7 +187,7 @@ class VeilEstimator(nn.Module):
         light = sums[:, :3] / sums[:, 3:]
         y = luma(light)
         # By night what is brightest is a lamp: its colour, taken off as that of a veil, would leave its opposite.
-        return torch.lerp(light, y, _below(y, NIGHT_LIGHT, DAY_LIGHT))
+        return mixed(light, y, ramp(y, DAY_LIGHT, NIGHT_LIGHT))
 
     def forward(self, vis: Tensor, ir: Tensor, seen: Tensor) -> Veil:
         """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1].
@@ -198,14 +200,9 @@ class VeilEstimator(nn.Module):
         veil, log_odds = self.find(cells)
         came, toned = seen.mean(dim=(1, 2, 3)), cells[:, :3].mean(dim=(1, 2, 3))
         log_odds = torch.add(log_odds, came.clamp_max(BRIGHT) - NEUTRAL, alpha=LIGHT_TELLS)
-        share = ((log_odds - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, MOST_LIFTED)
-        darkened = (torch.sub(came, toned, alpha=DARKENED) / BY).clamp(0.0, MOST_LIFTED)
+        share = ramp(log_odds, DOUBTFUL, CERTAIN, MOST_LIFTED)
+        darkened = ramp(torch.sub(came, toned, alpha=DARKENED), 0.0, BY, MOST_LIFTED)
         return veil._replace(share=share, darkened=darkened)
-
-
-def _below(value: Tensor, low: float, high: float) -> Tensor:
-    """1 up to `low`, 0 from `high` on, and linear between them."""
-    return torch.rsub(value, high / (high - low), alpha=1 / (high - low)).clamp(0.0, 1.0)
 
 
 def _nearness(count: int, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recofuse_core.errors import ConfigError
+from recofuse_core.layers import ramp
 
 STRIDE = 16  # frames are reduced by as much; their sides must be multiples of it
 CELL = 4  # pixels a side that the first layer reads and the last one writes at once
@@ -107,8 +108,7 @@ class WeatherEstimator(nn.Module):
 
     def share(self, coarse: Tensor) -> Tensor:
         """How much of what was found is taken off each frame, (B,) in [0, 1]; 0 where there is hardly any weather."""
-        probability = torch.sigmoid(self.log_odds(coarse))
-        return ((probability - DOUBTFUL) / (CERTAIN - DOUBTFUL)).clamp(0.0, 1.0)
+        return ramp(torch.sigmoid(self.log_odds(coarse)), DOUBTFUL, CERTAIN)
 
     def added(self, seen: WeatherSeen) -> Tensor:
         """What weather added to the visible frames, were there any, (B, 3, H, W) float32: most of the work."""
@@ -129,7 +129,7 @@ class WeatherEstimator(nn.Module):
 
 def without(vis: Tensor, added: Tensor, share: Tensor) -> Tensor:
     """Visible frames (B, 3, H, W) in [0, 1] without a share (B,) of what weather added to them, to the same."""
-    return (vis - share[:, None, None, None] * added).clamp(0.0, 1.0)
+    return torch.addcmul(vis, share[:, None, None, None], added, value=-1).clamp(0.0, 1.0)
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

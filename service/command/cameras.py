@@ -57,6 +57,7 @@ CHANNEL = (
 class CameraPlan:
     """What the cameras do. size: (width, height), pixels. steps, exposure: None asks for the model's own.
 
+    steady, calm: of every stream, as `recofuse_client.streams.options.StreamOptions` has them.
     rig: how infrared lies in the visible frame, and which the server is told; None for registered cameras.
     """
 
@@ -69,6 +70,8 @@ class CameraPlan:
     answer: AnswerFormat = "jpeg"
     steps: int | None = None
     exposure: Exposure | None = None
+    steady: bool = True
+    calm: bool = False
     rig: Rig | None = None
     max_in_flight: int = 0
     seed: int = 0
@@ -146,6 +149,8 @@ class CameraReport:
             "answer": plan.answer,
             "steps": plan.steps,
             "exposure": plan.exposure,
+            "steady": plan.steady,
+            "calm": plan.calm,
             "has_rig": plan.rig is not None,
             "num_sent": self.total("num_sent"),
             "num_fused": self.total("num_fused"),
@@ -366,6 +371,8 @@ class _Camera:
             flow_control=pb.FlowControl.Value(f"FLOW_CONTROL_{plan.mode.name}"),
             max_in_flight=plan.max_in_flight,
             resume_after=self._last_answer,
+            steady=plan.steady,
+            calm=plan.calm,
         )
 
     def _frame(self, sequence: int, timestamp_ns: int) -> pb.FuseStreamRequest:

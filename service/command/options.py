@@ -27,6 +27,10 @@ Exposure = Annotated[
         "lifted in both; the model's own if unset.",
     ),
 ]
+Steady = Annotated[bool, typer.Option(help="Hold levels steady from frame to frame where the scene stands still.")]
+Calm = Annotated[
+    bool, typer.Option("--calm", help="Average noise away where the scene stands still; one frame at a time.")
+]
 Align = Annotated[
     str,
     typer.Option(

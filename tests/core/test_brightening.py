@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from recofuse_core.brightening import AIM, MOST, Brightening, brightening
+from recofuse_core.brightening import Brightening
 from recofuse_core.checkpoint import load_pretrained
+from recofuse_core.exposure import IR_AIM, IR_MOST, brightening
 from recofuse_core.picture import Exposure
 from recofuse_core.recording import EagerRecorder
 from recofuse_core.runtime import Runtime
@@ -22,7 +23,7 @@ def even(level: float, channels: int = 3, size: int = 40) -> Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(amount=st.floats(0, MOST), seed=st.integers(0, 2**31))
+@given(amount=st.floats(0, IR_MOST), seed=st.integers(0, 2**31))
 def test_it_keeps_ends_and_order_and_can_be_undone(amount: float, seed: int) -> None:
     by = Brightening(torch.full((1, 1, 1, 1), amount))
     levels = torch.rand(1, 1, 8, 8, generator=Generator().manual_seed(seed)).flatten().sort().values
@@ -38,12 +39,12 @@ def test_it_keeps_ends_and_order_and_can_be_undone(amount: float, seed: int) -> 
 @pytest.mark.parametrize(
     ("ir", "before", "after", "expected"),
     [
-        (0.1, 0.1, 0.35, AIM),  # a dark thermogram beside a lit night
+        (0.1, 0.1, 0.35, IR_AIM),  # a dark thermogram beside a lit night
         (0.01, 0.1, 0.35, 3 * 0.01 / 1.02),  # hardly anything was measured: no more than thrice
         (0.3, 0.1, 0.35, 0.3),  # bright enough
         (0.1, 0.35, 0.36, 0.1),  # a day
         (0.0, 0.1, 0.35, 0.0),  # a covered lens
-        (0.1, 0.0, 0.35, AIM),
+        (0.1, 0.0, 0.35, IR_AIM),
     ],
 )
 def test_it_is_for_dark_infrared_beside_what_was_lit(ir: float, before: float, after: float, expected: float) -> None:

@@ -27,8 +27,11 @@ from recofuse_core.layers import (
     gate,
     halve,
     mean_and_most,
+    mixed,
     modulate,
+    ramp,
     sinusoid,
+    stretched,
     surroundings,
 )
 from recofuse_core.layers import pointwise as product_or_convolution
@@ -323,3 +326,23 @@ def test_so_are_doubled_sides_and_pools_over_channels() -> None:
         mean, most = mean_and_most(part)
         assert close(exported(lambda x: mean_and_most(x)[0], part), mean)
         assert torch.equal(exported(lambda x: mean_and_most(x)[1], part), most)
+
+
+@pytest.mark.parametrize(("start", "end", "most"), [(0.2, 0.7, 1.0), (0.7, 0.2, 1.0), (-1.5, 2.0, 0.95)])
+def test_a_ramp_rises_or_falls_between_its_ends(start: float, end: float, most: float) -> None:
+    values = torch.linspace(-3, 3, 61)
+    expected = ((values.double() - start) / (end - start)).clamp(0, most)
+    assert close(ramp(values, start, end, most), expected)
+
+
+def test_mixing_and_stretching_are_the_same_in_graphs() -> None:
+    first, second, share = normal(2, 3, 9, 8), normal(2, 3, 9, 8, seed=1), torch.linspace(0, 1, 144).view(2, 1, 9, 8)
+    assert close(mixed(first, second, share), first + share * (second - first))
+    assert close(exported(mixed, first, second, share), mixed(first, second, share))
+    joined = torch.cat([first, share], dim=1)
+    parts = stretched(joined, (35, 31), 3, 1)
+    assert [part.shape for part in parts] == [(2, 3, 35, 31), (2, 1, 35, 31)]
+    for index, part in enumerate((first, share)):
+        alone = nn.functional.interpolate(part, (35, 31), mode="bilinear", align_corners=False)
+        assert close(parts[index], alone)
+        assert close(exported(lambda x, index=index: stretched(x, (35, 31), 3, 1)[index], joined), alone)

@@ -54,3 +54,10 @@ def test_the_strongest_picture_has_the_larger_luma_and_the_visible_chroma() -> N
     best = strongest(vis, ir)
     torch.testing.assert_close(luma(best), torch.maximum(luma(vis), luma(ir)))
     torch.testing.assert_close(chroma(best), chroma(vis))
+
+
+def test_the_luma_of_a_grey_is_that_grey() -> None:
+    image = torch.rand(2, 3, 16, 16, generator=Generator().manual_seed(0))
+    shares = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    torch.testing.assert_close(luma(image), (shares * image).sum(dim=1, keepdim=True))
+    assert torch.equal(luma(image[:, :1].expand(-1, 3, -1, -1)), image[:, :1])

@@ -12,12 +12,14 @@ from service.command.options import (
     DEFAULT_WEIGHTS,
     AlarmAt,
     Align,
+    Calm,
     Colour,
     ColourRange,
     Degrees,
     Exposure,
     IrRange,
     Outline,
+    Steady,
     VisRange,
     Weights,
     sides_of,
@@ -44,6 +46,8 @@ def simulate_cameras(
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
     exposure: Exposure = None,
+    steady: Steady = True,
+    calm: Calm = False,
     rig: Annotated[
         Path | None,
         typer.Option(
@@ -89,6 +93,8 @@ def simulate_cameras(
         answer=cast("Any", answer),
         steps=steps,
         exposure=cast("Any", exposure),
+        steady=steady,
+        calm=calm,
         rig=None if rig is None else from_file(rig),
         max_in_flight=max_in_flight,
         seed=seed,
@@ -137,12 +143,8 @@ def stream(
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own if unset.")
     ] = None,
     exposure: Exposure = None,
-    steady: Annotated[
-        bool, typer.Option(help="Hold levels steady from frame to frame where the scene stands still.")
-    ] = True,
-    calm: Annotated[
-        bool, typer.Option("--calm", help="Average noise away where the scene stands still; one frame at a time.")
-    ] = False,
+    steady: Steady = True,
+    calm: Calm = False,
     rig: Annotated[
         str | None,
         typer.Option(

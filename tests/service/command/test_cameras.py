@@ -8,17 +8,20 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from benchmarks import streams
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from recofuse_protos.recofuse.v1 import fusion_pb2_grpc
 from recofuse_rigs.rig import Rig
 from recofuse_rigs.warp import warp_of
 from service.command.cameras import CameraPlan, message_of, render_loop, simulate
@@ -60,6 +63,35 @@ async def test_cameras_may_ask_for_an_exposure(serving: Serving) -> None:
             report = await simulate([server.grpc_address], asked, LOOPS)
             assert report.figures["exposure"] == exposure
             assert {options.exposure for options in server.engine.options} == {expected}
+
+
+class Listening(fusion_pb2_grpc.FusionServiceServicer):
+    """Answers frames without pictures, and keeps what streams were opened with."""
+
+    def __init__(self) -> None:
+        self.opened: list[pb.StreamOptions] = []
+
+    async def FuseStream(  # noqa: N802 - the name in the contract
+        self, requests: AsyncIterator[pb.FuseStreamRequest], context: object
+    ) -> AsyncIterator[pb.FuseStreamResponse]:
+        async for request in requests:
+            if request.HasField("options"):
+                self.opened.append(request.options)
+            else:
+                yield pb.FuseStreamResponse(sequence=request.frame.sequence, fusion=pb.Fusion())
+
+
+@pytest.mark.parametrize(("steady", "calm"), [(True, False), (False, True)])
+async def test_cameras_may_ask_for_steady_levels_and_calm_pixels(steady: bool, calm: bool) -> None:
+    server, listening = grpc.aio.server(), Listening()  # type: ignore[abstract]  # the other calls never come
+    fusion_pb2_grpc.add_FusionServiceServicer_to_server(listening, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    asked = plan(FlowMode.ALL, num_streams=2, seconds=0.3, steady=steady, calm=calm)
+    report = await simulate([address], asked, LOOPS)
+    await server.stop(None)
+    assert [(opened.steady, opened.calm) for opened in listening.opened] == [(steady, calm)] * 2
+    assert (report.figures["steady"], report.figures["calm"]) == (steady, calm)
 
 
 async def test_stale_frames_are_dropped_and_counted(serving: Serving) -> None:
@@ -144,11 +176,12 @@ async def test_cameras_see_through_a_rig_that_puts_them_right(serving: Serving) 
 def test_the_command_starts_a_server_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "service", "simulate-cameras", "--streams", "2", "--fps", "5", "--seconds", "1"]
-    command += ["--size", "64x64", "--engine", "null", "--mode", "all", "--json", str(out)]
+    command += ["--size", "64x64", "--engine", "null", "--mode", "all", "--no-steady", "--calm", "--json", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "200"})
     assert run.returncode == 0, run.stderr
     figures = json.loads(out.read_text())
     assert figures["num_sent"] == figures["num_fused"] > 0
+    assert (figures["steady"], figures["calm"]) == (False, True)
     assert run.stdout.splitlines()[-1].startswith("2 cameras of 64x64 at 5 fps, mode all: ")
 
 
