@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import recofuse_core.threads  # noqa: F401 - no more threads than the process may use
 from recofuse_core.arithmetic import full_float32
+from recofuse_core.brightening import Brightening, brightening
 from recofuse_core.errors import ConfigError, ShapeError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator
 from recofuse_core.layers import average_to
@@ -129,6 +130,14 @@ class Conditioning(NamedTuple):
 
 Conditions = Callable[[int], Conditioning]
 Constants = dict[object, Any]  # by what they were made for
+
+
+class Levelled(NamedTuple):
+    """Frames as the branches see them, ir of one channel. brightening: what made infrared brighter, if anything did."""
+
+    vis: Tensor
+    ir: Tensor
+    brightening: Brightening | None = None
 
 
 class ReCoFuse(nn.Module):
@@ -251,11 +260,13 @@ class ReCoFuse(nn.Module):
         """
         return frames if self.veil is None else self.lift(self.normalise(frames), frames, onto=frames)
 
-    def levelled(self, frames: Pair, exposure: Exposure) -> Pair:
+    def levelled(self, frames: Pair, exposure: Exposure) -> Levelled:
         """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for."""
         if exposure == "lit":
-            return self.normalise(self.light(self.unveil(frames)))
-        return self.lift(self.normalise(frames), frames)
+            unveiled = self.unveil(frames)
+            images, by = brightened(self.normalise(self.light(unveiled)), unveiled.vis)
+            return Levelled(*images, by)
+        return Levelled(*self.lift(self.normalise(frames), frames))
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
@@ -358,35 +369,46 @@ class ReCoFuse(nn.Module):
         levels = vis.dtype == torch.uint8
         networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled, constants=constants)
         size = (int(vis.shape[-2]), int(vis.shape[-1]))
-        finish = Finishing(self, levels=levels, tone=None if overlap is None else overlap.tone)
-        frames = self.prepared(vis, ir, plan.exposure)
+        frames, brightened_by = self.prepared(vis, ir, plan.exposure)
+        tone = None if overlap is None else overlap.tone
+        finish = Finishing(self, levels=levels, tone=tone, brightened_by=brightened_by)
         blend = None if overlap is None else overlap.blend
         pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous, blend)
         output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
         return output, finish.is_finite
 
-    def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> Pair:
-        """Images of `run` as they are encoded: without weather, `levelled`, padded, each RGB."""
+    def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> tuple[Pair, Brightening | None]:
+        """Images of `run` as they are encoded, without weather, `levelled`, padded, each RGB; what brightened ir."""
         frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
         images = self.levelled(frames, exposure)
-        return Pair(
+        encoded = Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")
             .expand(-1, 3, -1, -1)
             .contiguous(memory_format=torch.channels_last),
         )
+        return encoded, images.brightening
 
 
 class Finishing:
     """What becomes of decoded images, and whether all of them are finite so far.
 
-    tone: (B, 1, H, W), how far the range of the fused image is widened; None for wholly.
+    tone: (B, 1, H, W), how far the range of the fused image is widened; None for wholly. brightened_by: what is undone
+    of the restored infrared image.
     """
 
-    def __init__(self, model: ReCoFuse, *, levels: bool, tone: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: ReCoFuse,
+        *,
+        levels: bool,
+        tone: Tensor | None = None,
+        brightened_by: Brightening | None = None,
+    ) -> None:
         self._finish = model.finish
         self._levels = levels
         self._tone = tone
+        self._brightened_by = brightened_by
         self._flags: list[Tensor] = []
 
     def __call__(self, name: OutputName, decoded: Tensor) -> Tensor:
@@ -394,12 +416,17 @@ class Finishing:
         image: Tensor
         if name == "fused" and self._tone is not None:
             widened, is_finite = self._finish(decoded, name, False)
-            image = torch.lerp(decoded.clamp(0.0, 1.0), widened, self._tone)
-            image = (image * 255).round().byte() if self._levels else image
+            image = self._written(torch.lerp(decoded.clamp(0.0, 1.0), widened, self._tone))
+        elif name == "ir" and self._brightened_by is not None:
+            brighter, is_finite = self._finish(decoded, name, False)
+            image = self._written(self._brightened_by.undone(brighter))
         else:
             image, is_finite = self._finish(decoded, name, self._levels)
         self._flags.append(is_finite)
         return image
+
+    def _written(self, image: Tensor) -> Tensor:
+        return (image * 255).round().byte() if self._levels else image
 
     @property
     def is_finite(self) -> Tensor:
@@ -540,6 +567,12 @@ class Finish(nn.Module):
         elif name == "ir":
             image = image.mean(dim=1, keepdim=True)
         return (image * 255).round().byte() if levels else image, is_finite
+
+
+def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:
+    """Lit images under tone curves with infrared as bright as they ask for, and by what. seen: vis before."""
+    by = brightening(images.ir, seen, images.vis)
+    return Pair(images.vis, by(images.ir)), by
 
 
 def _is_nothing(share: Tensor) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from recofuse_core.brightening import Brightening
 from recofuse_core.frames import Images, is_on_host, put, together
 from recofuse_core.model import Conditions, Constants, Finishing, ReCoFuse, TorchNetworks
 from recofuse_core.overlap import Floats, Overlap
@@ -297,7 +298,8 @@ class SteppedProgram(Program):
         vis, ir = self._images[:2]
 
         def begin() -> Results:
-            encoded = frame.encode(model.prepared(vis, ir, key.plan.exposure))
+            images, brightened_by = model.prepared(vis, ir, key.plan.exposure)
+            encoded = frame.encode(images)
             for degraded, place in zip(encoded.mu, mu, strict=True):
                 place.copy_(degraded)
             for limit, place in zip(limits_of(mu) if is_limited else (), (low, high), strict=is_limited):
@@ -305,7 +307,7 @@ class SteppedProgram(Program):
             state.copy_(torch.addcmul(mu, noise, numbers.spread))
             if is_second_order:
                 previous.zero_()
-            return (*encoded.vis_skips, *encoded.ir_skips)
+            return (*encoded.vis_skips, *encoded.ir_skips, *(brightened_by or ()))
 
         def step() -> Results:
             prediction = frame.predict(Pair(*state), Pair(*mu), 0)  # of the time step in the block
@@ -318,18 +320,19 @@ class SteppedProgram(Program):
             return ()
 
         def end() -> Results:
-            count = len(skips) // 2
+            count = len(kept) // 2  # of a frame's skips, behind which the amount of brightening lies, if there is one
             overlap = self._overlap()
             tone, blend = (None, None) if overlap is None else (overlap.tone, overlap.blend)
-            finish = Finishing(model, levels=key.levels, tone=tone)
-            encoded = Encoded(Pair(*mu), skips[:count], skips[count:])
+            brightened_by = Brightening(*kept[2 * count :]) if len(kept) % 2 else None
+            finish = Finishing(model, levels=key.levels, tone=tone, brightened_by=brightened_by)
+            encoded = Encoded(Pair(*mu), kept[:count], kept[count : 2 * count])
             pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish, blend)
             return self._laid_out(pictures, finish.is_finite)
 
-        self._begin, skips = self._recorder.record(begin)
+        self._begin, kept = self._recorder.record(begin)
         self._step, _ = self._recorder.record(step)
         self._end, results = self._recorder.record(end)
-        self._static += skips
+        self._static += kept
         return results
 
     def _frame(self, conditions: Conditions) -> Frame:

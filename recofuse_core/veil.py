@@ -25,6 +25,7 @@ LIGHT_TELLS = 25.0  # by how much the log-odds rise with the mean level
 FRESH_LOG_ODDS = -4.0  # before the judge is trained: there is none
 MOST_CONTRAST = 2.4  # the logarithm of the most that contrast is multiplied by
 MOST_COLOUR = 3.3  # what colour is multiplied by at most
+COLOUR_ERROR = 0.05  # of the colour of a veil's light, in shares of what colour there is to a luma of 1
 LITTLE = 2.0  # below zero, from where the logistic function of contrast is begun
 LIGHT_REACH = 0.25  # std, in sides of a frame, of how far away a place still tells a veil's light
 NIGHT_LIGHT, DAY_LIGHT = 0.45, 0.6  # luma of a veil's light: up to where it is grey, and from where it has a colour
@@ -70,13 +71,12 @@ class Veil(NamedTuple):
         gain, offset = stretched(torch.cat(self._looked_up(guide_of(y)), dim=1), vis.shape[-2:], 1, 3)
         if self.darkened is not None:
             onto = mixed(onto, vis, self.darkened[:, None, None, None])
-        lifted = _spread(vis, y, gain, offset).clamp(0.0, 1.0)
-        return mixed(onto, lifted, self.share[:, None, None, None])
+        return mixed(onto, _applied(vis, y, gain, offset), self.share[:, None, None, None])
 
     def at_cells(self, cells: Tensor) -> Tensor:
         """All of it lifted from averaged frames (B, 3, h, w): for training, where there is no noise left to avoid."""
         y = luma(cells)
-        return _spread(cells, y, *self._looked_up(y)).clamp(0.0, 1.0)
+        return _applied(cells, y, *self._looked_up(y))
 
     def _looked_up(self, guide: Tensor) -> tuple[Tensor, Tensor]:
         """Gain (B, 1, h', w') and offsets (B, 3, h', w') at the brightness (B, 1, h', w') of every place."""
@@ -84,6 +84,19 @@ class Veil(NamedTuple):
         lights = torch.cat([self.light, self.left], dim=1)
         light, left = F.interpolate(lights, guide.shape[-2:], mode="bilinear", align_corners=False).chunk(2, dim=1)
         return gain, _spread(light, luma(light), gain, left, sign=-1)
+
+
+def _applied(frame: Tensor, y: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """Levels (B, 3, h, w) without a veil, and without the colour that an error in the colour of its light would give.
+
+    That error is multiplied as colour is. What is dark behind the veil has less colour than that, and came out red or
+    blue by night; of what is bright it is nothing (a Wiener filter of colours that are about as strong as their luma).
+    y: the luma of the levels.
+    """
+    lifted = _spread(frame, y, gain, offset)
+    grey = luma(lifted).clamp(0.0, 1.0)
+    signal, error = grey.square(), (COLOUR_ERROR * (gain.clamp_max(MOST_COLOUR) - 1)).square()
+    return mixed(grey, lifted, signal / (signal + error + 1e-8)).clamp(0.0, 1.0)
 
 
 def _spread(frame: Tensor, y: Tensor, gain: Tensor, offset: Tensor, sign: int = 1) -> Tensor:

@@ -29,7 +29,7 @@ from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrain
 from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
 from recofuse_core.graphs.runtime import CHECKSUM_KEY, FORMAT_VERSION, PREFIX, VERSION_KEY
-from recofuse_core.model import ReCoFuse, TorchNetworks, widen_range
+from recofuse_core.model import ReCoFuse, TorchNetworks, brightened, widen_range
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
 from recofuse_core.tiling import TilingConfig
@@ -82,8 +82,9 @@ class _Tone(_Of):
 
 
 class _Light(_Of):
-    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.normalise(self.model.light(Pair(vis, ir)))
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, ...]:
+        images, by = brightened(self.model.normalise(self.model.light(Pair(vis, ir))), vis)
+        return *images, by.amount
 
 
 class _Veil(_Of):
@@ -149,7 +150,8 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     weather: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1], sides multiples of 16, to how much weather is to be taken
     off, (B,), and what clear needs besides to give vis without it; there if the model has an estimator of it.
     tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same under tone curves, of any size from 32 px;
-    light makes the photograph of a well exposed scene first and is there if the model has an estimator.
+    light makes the photograph of a well exposed scene first, and infrared brighter by an amount that it gives besides,
+    (B, 1, 1, 1), which `Brightening` undoes; it is there if the model has an estimator.
     veil: what tone gives, and vis as tone got it, to how much of a veil is to be lifted, and how much of one tone took,
     (B,) both, and what lift needs besides to give vis without it, as far as there was one, and else another frame,
     `onto`; there if the model has an estimator of it.
@@ -205,7 +207,7 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         )
     parts["tone"] = Part(_Tone(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
     if model.exposure is not None:
-        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
+        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir", "brightened_by"))
     if model.veil is not None:
         side = model.veil.config.cells // 4
         veil = {
@@ -265,7 +267,10 @@ class _Picture(_Of):
             image = decoded.clamp(0.0, 1.0)
             if name == "fused":
                 return widen_range(image, model.config.widening)
-            return image.mean(dim=1, keepdim=True) if name == "ir" else image
+            if name == "ir":
+                image = image.mean(dim=1, keepdim=True)
+                return image if images.brightening is None else images.brightening.undone(image)
+            return image
 
         networks = TorchNetworks(model, model.condition)
         size: Any = tuple(vis.shape[-2:])

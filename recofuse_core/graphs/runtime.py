@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from recofuse_core.brightening import Brightening
 from recofuse_core.errors import CheckpointError, ShapeError
 from recofuse_core.overlap import Overlap, require_overlap, shares_of
 from recofuse_core.picture import (
@@ -70,7 +71,7 @@ PREFIX = "recofuse."  # of the metadata
 FACTS_KEY = PREFIX + "about"  # in the graph `predict`
 CHECKSUM_KEY = PREFIX + "checksum"
 VERSION_KEY = PREFIX + "format_version"
-FORMAT_VERSION = 2  # 1: veils were lifted by gains and offsets, and behind the lighting
+FORMAT_VERSION = 3  # 2: infrared was not brightened. 1: veils were lifted by gains and offsets, behind the lighting
 
 
 def graph_path(weights: Path, part: PartName) -> Path:
@@ -190,7 +191,7 @@ class GraphRuntime:
         draw = seeded_noise(seed_list(seeds, batch), shape, lambda noise: noise)
         networks = self._networks
         is_levels = vis.dtype == np.uint8
-        frames = networks.prepare(_unit_range(vis), _unit_range(ir), plan.exposure)
+        frames, brightened_by = networks.prepare(_unit_range(vis), _unit_range(ir), plan.exposure)
 
         def finish(name: OutputName, decoded: Floats) -> Images:
             require_finite(np.isfinite(decoded).all())
@@ -200,6 +201,7 @@ class GraphRuntime:
                 image = widened if partial is None else image + partial.tone * (widened - image)
             elif name == "ir":
                 image = image.mean(axis=1, keepdims=True)
+                image = image if brightened_by is None else brightened_by.undone(image)
             if not is_levels:
                 return np.ascontiguousarray(image)
             image *= 255
@@ -229,15 +231,14 @@ class GraphNetworks:
             raise
         return results
 
-    def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Pair:
-        """Frames without weather, as ReCoFuse.levelled has them, padded; ir of one channel."""
-        return Pair(*map(_padded, self._levelled(self._clear(vis, ir), ir, exposure)))
-
-    def _levelled(self, cleared: Floats, ir: Floats, exposure: Exposure) -> Pair:
+    def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> tuple[Pair, Brightening | None]:
+        """Frames without weather, as ReCoFuse.levelled has them, padded, ir of one channel; what made it brighter."""
+        cleared = self._clear(vis, ir)
         if exposure == "lit":
-            return Pair(*self._run("light", self._unveil(cleared, ir), ir))
+            lit_vis, brighter_ir, amount = self._run("light", self._unveil(cleared, ir), ir)
+            return Pair(_padded(lit_vis), _padded(brighter_ir)), Brightening(amount)
         toned = Pair(*self._run("tone", cleared, ir))
-        return Pair(self._lift(toned, cleared, toned.vis), toned.ir)
+        return Pair(_padded(self._lift(toned, cleared, toned.vis)), _padded(toned.ir)), None
 
     def _unveil(self, cleared: Floats, ir: Floats) -> Floats:
         """The visible frames as they are lit; under tone curves only within, so that a large pair takes less memory."""

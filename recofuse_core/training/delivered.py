@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from recofuse_core.degradations.recipes import Range, degrade_ir, degrade_vis
 from recofuse_core.exposure import ExposureEstimator
-from recofuse_core.model import ReCoFuse
+from recofuse_core.model import Levelled, ReCoFuse, brightened
 from recofuse_core.sampler import Pair
 from recofuse_core.training.exposure import SHARES, FrameKind, FrameSource, sensed
 from recofuse_core.training.pairs import Batch, DegradedFrame, PairSource, cut_batch
@@ -87,14 +87,16 @@ class DeliveredSource:
             # What lost a veil is another frame, of other levels: the clean one is lit by itself.
             is_unveiled = not torch.equal(frames.vis, cleared.vis)
             target = (self.exposure(clean, frames.ir) if is_unveiled else lighting)(clean)[0].cpu()
-        return self._delivered(target, ir, self.model.normalise(Pair(lighting(frames.vis), frames.ir)))
+        toned = self.model.normalise(Pair(lighting(frames.vis), frames.ir))
+        delivered, by = brightened(toned, frames.vis)
+        return self._delivered(target, by(ir[None].to(toned.ir.device))[0].cpu(), delivered)
 
     def _on_device(self, vis: Tensor, ir: Tensor) -> Pair:
         device = next(self.exposure.parameters()).device
         return Pair(vis[None].to(device), ir[None].to(device))
 
     @staticmethod
-    def _delivered(vis: Tensor, ir: Tensor, delivered: Pair) -> DegradedFrame:
+    def _delivered(vis: Tensor, ir: Tensor, delivered: Pair | Levelled) -> DegradedFrame:
         """Targets (C, S, S), and what comes of a batch of one."""
         return DegradedFrame(vis, ir, delivered.vis[0].cpu(), delivered.ir[0].cpu())
 

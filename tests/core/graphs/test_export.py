@@ -14,7 +14,7 @@ from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoi
 from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import ConfigError
 from recofuse_core.graphs import export
-from recofuse_core.model import ReCoFuse, widen_range
+from recofuse_core.model import ReCoFuse, brightened, widen_range
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
@@ -122,9 +122,13 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     model = load_pretrained("compact").requires_grad_(False)
     runners = {part: session(WEIGHTS / f"compact.{part}.onnx") for part in SHIPPED}
     vis, ir = pairs(2, 91, 133)  # any size
-    for part, frames in (("tone", Pair(vis, ir)), ("light", model.light(Pair(vis, ir)))):
-        for actual, expected in zip(results(runners[part], vis, ir), model.normalise(frames), strict=True):
-            np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+    for actual, expected in zip(results(runners["tone"], vis, ir), model.normalise(Pair(vis, ir)), strict=True):
+        np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+    night = Pair(0.2 * vis, 0.1 * ir)
+    images, by = brightened(model.normalise(model.light(night)), night.vis)
+    assert float(by.amount.min()) > 0.3
+    for actual, expected in zip(results(runners["light"], *night), (*images, by.amount), strict=True):
+        np.testing.assert_allclose(actual, expected.numpy(), atol=2e-5)
     scene = make_scene(0, 160, 192)
     rainy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["downpour"]).image
     weather = Pair(torch.stack([rainy, scene.vis]), scene.ir[:1].expand(2, 1, -1, -1))

@@ -125,6 +125,16 @@ def test_a_night_that_curves_freed_of_haze_is_lit_as_with_torch(graphs: GraphRun
         assert fused(graphs, model, images, exposure=exposure) < 1e-3
 
 
+def test_a_night_under_dark_infrared_is_as_with_torch(graphs: GraphRuntime, model: Runtime) -> None:
+    """Infrared is brightened for the fused picture, and restored as it was."""
+    scene = make_scene(2, 151, 189)
+    images = 0.08 * scene.vis[None], scene.ir[None, :1] ** 3
+    frames = model.model.levelled(model.model.clear(Pair(*images)), "lit")
+    assert frames.brightening is not None
+    assert float(frames.brightening.amount) > 0.3
+    assert fused(graphs, model, images, exposure="lit") < 1e-3
+
+
 def test_a_partly_covered_frame_is_that_of_torch(graphs: GraphRuntime, model: Runtime) -> None:
     shares = np.linspace(0, 1.4, 130).clip(0, 1)[None, None, :, None] * [255, 511]
     overlap = np.broadcast_to(shares.clip(0, 255).astype(np.uint8), (2, 90, 130, 2))
