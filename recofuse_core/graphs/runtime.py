@@ -350,6 +350,7 @@ def _session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.use_env_allocators", "1")
+    options.enable_mem_pattern = False  # a second run of a shape would take one block for all that it computes
     options.log_severity_level = 3  # its warnings tell of constants that were folded
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
