@@ -311,7 +311,7 @@ class GraphNetworks:
             return image.astype(np.float32, copy=False)
         return np.divide(image, np.float32(255), out=self.zeros(image.shape, image), dtype=np.float32)
 
-    def zeros(self, shape: tuple[int, ...], like: Floats) -> Floats:
+    def zeros(self, shape: tuple[int, ...], like: Images) -> Floats:
         """See Canvas; float32 always. Its memory is no other array's, and goes back to the graphs' arena with it."""
         return self._run("zeros", np.array(shape, np.int64))[0]
 
