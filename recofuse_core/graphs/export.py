@@ -448,6 +448,22 @@ def write_picture(weights: str | Path, output: Path, **wishes: Any) -> ModelProt
     return graph
 
 
+def write_zeros(path: Path) -> None:
+    """Write the graph of a shape (N,) to zeros of it, with which a runtime has arrays in the memory of its graphs."""
+    onnx = _require_onnx()
+    helper, kinds = onnx.helper, onnx.TensorProto
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["shape"], ["zeros"])],
+        "zeros",
+        [helper.make_tensor_value_info("shape", kinds.INT64, ["rank"])],
+        [helper.make_tensor_value_info("zeros", kinds.FLOAT, None)],
+    )
+    versions = [helper.make_opsetid("", OPSET)]
+    ir_version = helper.find_min_ir_version_for(versions)
+    model = helper.make_model(graph, opset_imports=versions, ir_version=ir_version, producer_name="recofuse")
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
 def _cleaned(graph: ModelProto) -> ModelProto:
     """Without where in the sources everything came from, which is most of a graph's bytes.
 

@@ -4,7 +4,8 @@
 noise, on numpy arrays. Only what the networks compute comes from graphs, which torch wrote once (export.py); they read
 their weights from the safetensors file that they lie beside. A start takes a second or two and no torch.
 
-Threads that wait sleep, and all graphs of a process take their memory from one arena.
+Threads that wait sleep, and all graphs of a process take their memory from one arena. Arrays of whole frames come from
+there, too: the system would clear the pages of fresh ones for every frame (docs/decisions/0047).
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ PartName = Literal[
     "fuse_skips",
     "decode",
     "widen",
+    "zeros",
 ]
 
+ZEROS_PATH = Path(__file__).with_name("zeros.onnx")  # a graph that belongs to no weights: an array of a shape
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
 PREFIX = "recofuse."  # of the metadata
 FACTS_KEY = PREFIX + "about"  # in the graph `predict`
@@ -124,7 +127,8 @@ class GraphRuntime:
         if self.facts.widening > 0:
             others.append("widen")
         sessions = {part: _opened(weights, part, label.checksum, self.threads.count) for part in others}
-        self._networks = GraphNetworks({"predict": predict, **sessions}, self.facts.prediction)
+        sessions |= {"predict": predict, "zeros": _session(ZEROS_PATH, 1)}
+        self._networks = GraphNetworks(sessions, self.facts.prediction)
         self.sde = MeanRevertingSDE(self.facts.sde)
         self.info = ModelInfo(
             name=label.about.name,
@@ -191,11 +195,11 @@ class GraphRuntime:
         draw = seeded_noise(seed_list(seeds, batch), shape, lambda noise: noise)
         networks = self._networks
         is_levels = vis.dtype == np.uint8
-        frames, brightened_by = networks.prepare(_unit_range(vis), _unit_range(ir), plan.exposure)
+        frames, brightened_by = networks.prepare(networks.unit_range(vis), networks.unit_range(ir), plan.exposure)
 
         def finish(name: OutputName, decoded: Floats) -> Images:
             require_finite(np.isfinite(decoded).all())
-            image = decoded.clip(0, 1)
+            image = np.clip(decoded, 0, 1, out=decoded)  # nobody else has it
             if name == "fused":
                 widened = networks.widen(image)
                 image = widened if partial is None else image + partial.tone * (widened - image)
@@ -301,9 +305,15 @@ class GraphNetworks:
         """See Networks."""
         return np.concatenate(parts)
 
-    def zeros(self, shape: tuple[int, ...], like: Floats) -> Floats:
-        """See Canvas."""
-        return np.zeros(shape, like.dtype)
+    def unit_range(self, image: Images) -> Floats:
+        """Floats in [0, 1] of floats or levels."""
+        if image.dtype != np.uint8:
+            return image.astype(np.float32, copy=False)
+        return np.divide(image, np.float32(255), out=self.zeros(image.shape, image), dtype=np.float32)
+
+    def zeros(self, shape: tuple[int, ...], like: Images) -> Floats:
+        """See Canvas; float32 always. Its memory is no other array's, and goes back to the graphs' arena with it."""
+        return self._run("zeros", np.array(shape, np.int64))[0]
 
     def ramps(self, spans: Spans, length: int, scale: int, like: Floats) -> Ramps:
         """See Canvas."""
@@ -322,15 +332,7 @@ def _opened(weights: Path, part: PartName, checksum: str, num_threads: int) -> o
     path = graph_path(weights, part)
     if not path.is_file():
         raise CheckpointError(f"there is no graph at {path}; torch writes it, with `recofuse convert --to graphs`")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3  # its warnings tell of constants that were folded
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise CheckpointError(f"{path} does not load: {error}") from error
+    session = _session(path, num_threads)
     known = session.get_modelmeta().custom_metadata_map
     if (version := known.get(VERSION_KEY)) != str(FORMAT_VERSION):
         raise CheckpointError(
@@ -341,6 +343,19 @@ def _opened(weights: Path, part: PartName, checksum: str, num_threads: int) -> o
     if found != checksum:
         raise CheckpointError(f"{path} was written for other weights ({found}) than {weights} has ({checksum})")
     return session
+
+
+def _session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.enable_mem_pattern = False  # a second run of a shape would take one block for all that it computes
+    options.log_severity_level = 3  # its warnings tell of constants that were folded
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckpointError(f"{path} does not load: {error}") from error
 
 
 def _facts_of(weights: Path, predict: onnxruntime.InferenceSession) -> Facts:
@@ -366,10 +381,3 @@ def _padded(image: Floats) -> Floats:
     height, width = image.shape[-2:]
     rows, columns = padded(height) - height, padded(width) - width
     return np.pad(image, ((0, 0), (0, 0), (0, rows), (0, columns)), "reflect") if rows or columns else image
-
-
-def _unit_range(image: Images) -> Floats:
-    """Floats in [0, 1] of floats or levels."""
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / np.float32(255)
-    return image.astype(np.float32, copy=False)

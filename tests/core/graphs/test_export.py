@@ -14,6 +14,7 @@ from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoi
 from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import ConfigError
 from recofuse_core.graphs import export
+from recofuse_core.graphs.runtime import ZEROS_PATH
 from recofuse_core.model import ReCoFuse, brightened, widen_range
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
@@ -179,3 +180,10 @@ def test_a_graph_that_points_to_weights_reads_them_there(tmp_path: Path) -> None
     vis, ir = noise(1, 4, 6, 8), noise(1, 4, 6, 8, seed=1)
     (actual,) = results(session(path), vis, ir)
     np.testing.assert_allclose(actual, stored.final_fusion(Pair(vis, ir)).numpy(), atol=1e-5)
+
+
+def test_the_graph_of_zeros_is_as_it_is_written(tmp_path: Path) -> None:
+    export.write_zeros(tmp_path / "zeros.onnx")
+    assert (tmp_path / "zeros.onnx").read_bytes() == ZEROS_PATH.read_bytes()
+    (zeros,) = session(ZEROS_PATH).run(None, {"shape": np.array([2, 3, 4])})
+    np.testing.assert_array_equal(zeros, np.zeros((2, 3, 4), np.float32), strict=True)

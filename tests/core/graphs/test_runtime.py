@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +52,11 @@ def fused(graphs: GraphRuntime, model: Runtime, images: Sequence[Tensor], **opti
             assert picture.dtype == expected.numpy().dtype
             differences.append(np.abs(picture.astype(float) - expected.numpy().astype(float)).max())
     return float(max(differences))
+
+
+def pictures_of(output: FusionOutput) -> list[Any]:
+    """Those that were asked for."""
+    return [picture for picture in (output.fused, output.vis, output.ir) if picture is not None]
 
 
 SIZES = [(32, 32), (48, 64), (67, 90), (48, 1300)]  # the last attends to larger squares
@@ -156,6 +163,52 @@ def test_an_item_is_the_same_alone_and_in_a_batch(graphs: GraphRuntime) -> None:
     assert together.fused is not None
     assert alone.fused is not None
     assert np.abs(together.fused[1] - alone.fused[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "tiling", [None, TilingConfig(max_pixels=64 * 64, tile=64, overlap=16)], ids=["whole", "tiled"]
+)
+@pytest.mark.parametrize("size", [(96, 128), (90, 130)], ids=str)  # the latter is padded
+@pytest.mark.parametrize("is_levels", [False, True], ids=["floats", "levels"])
+def test_pictures_are_the_callers_own(
+    graphs: GraphRuntime, tiling: TilingConfig | None, size: tuple[int, int], is_levels: bool
+) -> None:
+    """Neither what was given nor what was returned changes with later pairs, whatever memory these take."""
+
+    def given(seed: int) -> list[Any]:
+        images = [image.numpy() for image in pairs(1, *size, seed=seed)]
+        return [(image * 255).astype(np.uint8) for image in images] if is_levels else images
+
+    images = given(0)
+    kept = [image.copy() for image in images]
+    pictures = pictures_of(graphs.fuse(*images, tiling=tiling))
+    copies = [picture.copy() for picture in pictures]
+    others = pictures_of(graphs.fuse(*given(1), tiling=tiling))
+    for one, copy in zip([*pictures, *images], [*copies, *kept], strict=True):
+        np.testing.assert_array_equal(one, copy)
+    arrays = [*pictures, *others, *images]
+    assert not any(np.shares_memory(one, other) for one, other in itertools.combinations(arrays, 2))
+    others[0][:] = 0  # and it may be written to
+    again = pictures_of(graphs.fuse(*images, tiling=tiling))
+    for one, copy in zip(again, copies, strict=True):
+        np.testing.assert_array_equal(one, copy)
+
+
+def test_arrays_of_whole_frames_come_from_memory_that_was_used_before(graphs: GraphRuntime) -> None:
+    """The system clears no pages for them: glibc would give an array of this size back."""
+    shape = (1, 64, 540, 240)
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        whole = graphs._networks.zeros(shape, np.empty(0, np.float32))
+        assert whole.shape == shape
+        assert not whole.any()
+        whole += 1
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    num_pages = np.prod(shape) * 4 // resource.getpagesize()
+    faults()
+    assert min(faults() for _ in range(3)) < 0.1 * num_pages
 
 
 def test_bad_images_are_refused(graphs: GraphRuntime) -> None:
