@@ -52,7 +52,7 @@ class Lighting(NamedTuple):
 
     def __call__(self, vis: Tensor) -> Tensor:
         """Whole visible frames (B, 3, H, W) in [0, 1] to the same: blacks grey, highlights kept, colour calm, crisp."""
-        before = _averaged(vis)
+        before = averaged(vis)
         greyed = self._replace(curves=self.curves._replace(shift=self.curves.shift - self._tint(before)))
         return contrasted(before, calm_colour(before, self._hold_highlights(vis, before, greyed.levels(vis))))
 
@@ -64,15 +64,15 @@ class Lighting(NamedTuple):
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
         return self.grid.at_cells(self.curves(cells))
 
-    def _tint(self, frames: "_Averaged") -> Tensor:
+    def _tint(self, frames: "Averaged") -> Tensor:
         """By how much the blacks of frames differ from grey, (B, 3, 1, 1): nothing if they are not lifted.
 
         The black of a camera at night is a few levels of green, which lighting would make a green sky and green
         shadows. Blacks of another colour are those of a warm room or of a dusk, and keep it. The colour is a mean over
         the darkest places, but for those that no sensor saw: bars beside a frame, and what stands behind its time.
         """
-        averaged = _box(torch.cat([frames.levels, (frames.y / UNSEEN).clamp(0.0, 1.0)], dim=1), 2)
-        places, is_seen = averaged[:, :3], averaged[:, 3:]
+        around = _box(torch.cat([frames.levels, (frames.y / UNSEEN).clamp(0.0, 1.0)], dim=1), 2)
+        places, is_seen = around[:, :3], around[:, 3:]
         y = luma(places)
         stops = _stops(y, luma(self.levels(places))).clamp_min(0)
         darkness = (y + ramp(is_seen, 1.0, 0.95)) / -BLACK_RANGE
@@ -83,7 +83,7 @@ class Lighting(NamedTuple):
         is_lifted = ramp(stops, 0.7, 1.3)
         return (black - luma(black)).clamp(-TINT, TINT) * (TINT_TAKEN * is_green * is_lifted)
 
-    def _hold_highlights(self, vis: Tensor, before: "_Averaged", lit: Tensor) -> Tensor:
+    def _hold_highlights(self, vis: Tensor, before: "Averaged", lit: Tensor) -> Tensor:
         """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
 
         before: the frames `vis`, averaged.
@@ -204,24 +204,26 @@ GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 LIT = (1.3, 2.0)  # how many times as bright a frame became: from where a night was lit, and certainly
-CONTRAST = 0.1  # by how much middle tones differ more from the mean of a lit night, at most
+CONTRAST = 0.1  # by how much middle tones of a lit night differ more from its mean, at most
+FAR_ABOVE = 0.25  # the mean: brighter places are moved no more, or what is written on lit signs would lose contrast
 IR_AIM = 0.18  # mean of an infrared frame that is bright enough beside one
 IR_MOST = 2.0  # of the amount of brightening: blacks, and the noise in them, become three times as bright at most
 
 
-class _Averaged(NamedTuple):
+class Averaged(NamedTuple):
     """Frames averaged over blocks: their levels (B, 3, h, w) and the luma of those, (B, 1, h, w)."""
 
     levels: Tensor
     y: Tensor
 
 
-def _averaged(frame: Tensor) -> _Averaged:
+def averaged(frame: Tensor) -> Averaged:
+    """A frame (B, 3, H, W) averaged over blocks of BLOCK x BLOCK pixels."""
     blocks = _blocks(frame)
-    return _Averaged(blocks, luma(blocks))
+    return Averaged(blocks, luma(blocks))
 
 
-def calm_colour(before: _Averaged, lit: Tensor) -> Tensor:
+def calm_colour(before: Averaged, lit: Tensor) -> Tensor:
     """Lit frames (B, 3, H, W) whose colour noise is smoothed along their luma where they were lifted most.
 
     before: the frames as they came, averaged. Their colour noise and JPEG's colour blocks, invisible in the dark, come
@@ -230,7 +232,7 @@ def calm_colour(before: _Averaged, lit: Tensor) -> Tensor:
     from the filter's by more than a frame's noise does: a red coat stays red, and the street beside it as it was.
     """
     radius, edge = 6, 1e-3
-    small, y = _averaged(lit)
+    small, y = averaged(lit)
     parts = torch.cat([y, small - y], dim=1)  # luma, then colour
     means, products = _box(torch.cat([parts, y * parts], dim=1), radius).chunk(2, dim=1)
     mean_y = means[:, :1]
@@ -253,14 +255,14 @@ def calm_colour(before: _Averaged, lit: Tensor) -> Tensor:
     return torch.addcmul(offset, slope, luma(lit)).addcmul_(lit, own).clamp_(0.0, 1.0)
 
 
-def contrasted(before: _Averaged, lit: Tensor) -> Tensor:
+def contrasted(before: Averaged, lit: Tensor) -> Tensor:
     """Lit frames (B, 3, H, W) in [0, 1] with the contrast that an estimator trained on squared errors leaves out.
 
     It is unsure how bright a place was, so it keeps to the mean. Black and white stay, and days, which were not lit.
     before: the frames as they came, averaged.
     """
     mean = lit.mean(dim=(1, 2, 3), keepdim=True)
-    more = (4 * CONTRAST) * is_lit(before.levels, lit) * (lit - mean)
+    more = (4 * CONTRAST) * is_lit(before.levels, lit) * (lit - mean).clamp_max(FAR_ABOVE)
     return torch.addcmul(lit, more, lit * (1 - lit))
 
 
@@ -287,7 +289,7 @@ def _stops(before: Tensor, after: Tensor) -> Tensor:
     return torch.log2(_rise(before, after))
 
 
-def _coloured(frames: _Averaged) -> Tensor:
+def _coloured(frames: Averaged) -> Tensor:
     """Whether frames have any colour, 0 to 1, (B, 1, 1, 1): grey ones would get a tint."""
     colour = (frames.levels - frames.y).abs().mean(dim=(1, 2, 3), keepdim=True)
     return ramp(colour / (frames.y.mean(dim=(1, 2, 3), keepdim=True) + 0.005), *GREY)

@@ -12,7 +12,7 @@ from torch import Generator
 from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import load_pretrained, save_checkpoint
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import ExposureConfig, ExposureEstimator, Lighting, _box, _pooled
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator, Lighting, _box, _pooled, averaged, contrasted
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneCurves
@@ -245,6 +245,21 @@ def test_lit_is_the_rest_of_the_model_on_lit_frames() -> None:
     assert (
         largest_difference(model.fuse(vis, ir, exposure="lit"), model.fuse(lit.vis, lit.ir, exposure="as_shot")) < 1e-6
     )
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), gain=st.floats(1.0, 8.0))
+def test_a_lit_night_has_more_contrast_and_keeps_black_white_and_order(seed: int, gain: float) -> None:
+    levels = torch.rand(60, generator=Generator().manual_seed(seed)).sort().values
+    levels = torch.cat([torch.zeros(2), levels, torch.ones(2)]).view(1, 1, 8, 8).expand(1, 3, 8, 8)
+    crisp = contrasted(averaged(levels / gain), levels)
+    assert torch.equal(crisp[:, :, 0, :2], torch.zeros(1, 3, 2))
+    assert torch.equal(crisp[:, :, -1, -2:], torch.ones(1, 3, 2))
+    assert bool((crisp.flatten(2).diff(dim=-1) >= -1e-6).all())
+    if gain <= 1.3:  # a day
+        assert torch.allclose(crisp, levels, atol=1e-5)
+    if gain >= 2:
+        assert float(crisp.std()) > 1.005 * float(levels.std())
 
 
 def test_tiles_of_a_large_frame_share_its_lighting() -> None:
