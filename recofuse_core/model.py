@@ -13,8 +13,7 @@ from recofuse_core.arithmetic import full_float32
 from recofuse_core.brightening import Brightening
 from recofuse_core.errors import ConfigError, ShapeError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator, brightening
-from recofuse_core.layers import average_to
-from recofuse_core.losses import luma
+from recofuse_core.finishing import Finish, Finishing
 from recofuse_core.networks import (
     AutoencoderConfig,
     BlockModulations,
@@ -65,7 +64,7 @@ class ModelConfig:
 
     coupling: where TIM acts. "every_step" is the paper's; "late" fuses the restored latents alone, "none" takes their
     mean instead (both ablations, docs/ablations.md).
-    widening: how far the range of the fused image is widened towards black and white, see `widen_range`.
+    widening: how far the range of the fused image is widened towards black and white, see `finishing.widen_range`.
     """
 
     autoencoder: AutoencoderConfig
@@ -371,7 +370,7 @@ class ReCoFuse(nn.Module):
         size = (int(vis.shape[-2]), int(vis.shape[-1]))
         frames, brightened_by = self.prepared(vis, ir, plan.exposure)
         tone = None if overlap is None else overlap.tone
-        finish = Finishing(self, levels=levels, tone=tone, brightened_by=brightened_by)
+        finish = Finishing(self.finish, levels=levels, tone=tone, brightened_by=brightened_by)
         blend = None if overlap is None else overlap.blend
         pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous, blend)
         output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
@@ -388,50 +387,6 @@ class ReCoFuse(nn.Module):
             .contiguous(memory_format=torch.channels_last),
         )
         return encoded, images.brightening
-
-
-class Finishing:
-    """What becomes of decoded images, and whether all of them are finite so far.
-
-    tone: (B, 1, H, W), how far the range of the fused image is widened; None for wholly. brightened_by: what is undone
-    of the restored infrared image.
-    """
-
-    def __init__(
-        self,
-        model: ReCoFuse,
-        *,
-        levels: bool,
-        tone: Tensor | None = None,
-        brightened_by: Brightening | None = None,
-    ) -> None:
-        self._finish = model.finish
-        self._levels = levels
-        self._tone = tone
-        self._brightened_by = brightened_by
-        self._flags: list[Tensor] = []
-
-    def __call__(self, name: OutputName, decoded: Tensor) -> Tensor:
-        """See picture.Finish."""
-        image: Tensor
-        if name == "fused" and self._tone is not None:
-            widened, is_finite = self._finish(decoded, name, False)
-            image = self._written(torch.lerp(decoded.clamp(0.0, 1.0), widened, self._tone))
-        elif name == "ir" and self._brightened_by is not None:
-            brighter, is_finite = self._finish(decoded, name, False)
-            image = self._written(self._brightened_by.undone(brighter))
-        else:
-            image, is_finite = self._finish(decoded, name, self._levels)
-        self._flags.append(is_finite)
-        return image
-
-    def _written(self, image: Tensor) -> Tensor:
-        return (image * 255).round().byte() if self._levels else image
-
-    @property
-    def is_finite(self) -> Tensor:
-        """Without dimensions; nothing waits for it."""
-        return functools.reduce(torch.logical_and, self._flags)
 
 
 class TorchNetworks:
@@ -512,61 +467,6 @@ def noise_like(seeds: Sequence[int], like: Tensor) -> NoiseSource:
     """`seeded_noise` as tensors like `like` (B, C, h, w), on its device."""
     _, *shape = like.shape
     return seeded_noise(seeds, shape, lambda noise: torch.from_numpy(noise).to(like.device))
-
-
-WIDENING_GRID = 64  # cells a side that a frame is averaged to, so that noise and hot pixels hardly move its ends
-WIDENING_TAIL = 0.005  # share of the cells beyond either end
-WIDENING_GAIN = 1.5  # at most, so that fog and flat frames do not come back as noise
-
-
-def widen_range(image: Tensor, share: float) -> Tensor:
-    """Move both ends of each image's range of luma by a share of their way to black and to white.
-
-    image: (B, 3, H, W) in [0, 1]; returns the same. The curve has three straight parts, from (0, 0) to the lower end,
-    to the upper and to (1, 1): it clips no luma and keeps its order. Chroma stays. The share is less where the middle
-    part would be steeper than `WIDENING_GAIN`; a frame that uses the whole range comes back as it is.
-    """
-    if share == 0:
-        return image
-    y = luma(image)
-    cells = average_to(WIDENING_GRID, y).flatten(1).sort(dim=1).values[:, :, None, None]
-    first, last = widening_ranks(cells.shape[1])
-    return widened(image, y, cells[:, first : first + 1], cells[:, last : last + 1], share, WIDENING_GAIN)
-
-
-def widening_ranks(num_cells: int) -> tuple[int, int]:
-    """The places, among sorted cells, of those at which the range of luma begins and ends."""
-    tail = round(WIDENING_TAIL * num_cells)
-    return tail, num_cells - tail - 1
-
-
-def widened(image: Tensor, y: Tensor, low: Tensor, high: Tensor, share: float, most: float) -> Tensor:
-    """`widen_range` with luma and both ends (B, 1, 1, 1) of it known. most: the gain."""
-    used = (high - low).clamp(1e-6, 1 - 1e-6)
-    unused = 1 - used
-    moved = ((most - 1) * used / unused).clamp(max=share)
-    # How far luma moves: outwards by the share of its way at and beyond either end, and in between along a line.
-    between = (moved * unused / used) * (y - low) - moved * low
-    change = torch.maximum(-moved * y, torch.minimum(between, moved * (1 - y)))
-    return (image + change).clamp(0.0, 1.0)
-
-
-class Finish(nn.Module):
-    """What becomes of a decoded image. It has no weights: a place for what runs this otherwise (kernels/ends.py)."""
-
-    def __init__(self, widening: float) -> None:
-        super().__init__()
-        self.widening = widening
-
-    def forward(self, decoded: Tensor, name: OutputName, levels: bool) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W), not clamped, to the picture in [0, 1] or levels; and whether all of it is finite."""
-        is_finite = torch.isfinite(decoded).all()
-        image = decoded.clamp(0.0, 1.0)
-        if name == "fused":
-            image = widen_range(image, self.widening)
-        elif name == "ir":
-            image = image.mean(dim=1, keepdim=True)
-        return (image * 255).round().byte() if levels else image, is_finite
 
 
 def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:

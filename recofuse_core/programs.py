@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from recofuse_core.brightening import Brightening
+from recofuse_core.finishing import Finishing
 from recofuse_core.frames import Images, is_on_host, put, together
-from recofuse_core.model import Conditions, Constants, Finishing, ReCoFuse, TorchNetworks
+from recofuse_core.model import Conditions, Constants, ReCoFuse, TorchNetworks
 from recofuse_core.overlap import Floats, Overlap
 from recofuse_core.picture import (
     ALL_OUTPUTS,
@@ -324,7 +325,7 @@ class SteppedProgram(Program):
             overlap = self._overlap()
             tone, blend = (None, None) if overlap is None else (overlap.tone, overlap.blend)
             brightened_by = Brightening(*kept[2 * count :]) if len(kept) % 2 else None
-            finish = Finishing(model, levels=key.levels, tone=tone, brightened_by=brightened_by)
+            finish = Finishing(model.finish, levels=key.levels, tone=tone, brightened_by=brightened_by)
             encoded = Encoded(Pair(*mu), kept[:count], kept[count : 2 * count])
             pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish, blend)
             return self._laid_out(pictures, finish.is_finite)

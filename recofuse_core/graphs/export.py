@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
+from recofuse_core.finishing import widen_range
 from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
 from recofuse_core.graphs.runtime import CHECKSUM_KEY, FORMAT_VERSION, PREFIX, VERSION_KEY
-from recofuse_core.model import ReCoFuse, TorchNetworks, brightened, widen_range
+from recofuse_core.model import ReCoFuse, TorchNetworks, brightened
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
 from recofuse_core.tiling import TilingConfig

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from recofuse_core.errors import ConfigError
 from recofuse_core.faults import Fault, fault_of
+from recofuse_core.finishing import Finish
 from recofuse_core.layers import GatedConvBlock
-from recofuse_core.model import Finish, ReCoFuse, noise_like
+from recofuse_core.model import ReCoFuse, noise_like
 from recofuse_core.networks import LatentFusion
 from recofuse_core.stacked import StackedBlock, StackedDenoiser
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from recofuse_core.finishing import WIDENING_GAIN, WIDENING_GRID, Finish, widening_ranks
 from recofuse_core.kernels import picture_operations as operations
-from recofuse_core.model import WIDENING_GAIN, WIDENING_GRID, Finish, widening_ranks
 from recofuse_core.picture import OutputName
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recofuse_core.finishing import widened
 from recofuse_core.kernels import fusion_operations as operations
 from recofuse_core.kernels import picture_operations
 from recofuse_core.kernels.operations import TILE
 from recofuse_core.losses import luma
-from recofuse_core.model import widened
 
 
 def norm_product(

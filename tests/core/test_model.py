@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
+from recofuse_core.finishing import WIDENING_GAIN, widen_range
 from recofuse_core.losses import chroma, luma
-from recofuse_core.model import WIDENING_GAIN, ModelConfig, ReCoFuse, TorchNetworks, noise_like, widen_range
+from recofuse_core.model import ModelConfig, ReCoFuse, TorchNetworks, noise_like
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
 from recofuse_core.sampler import SAMPLERS, Pair, Prediction, SamplerName
 from recofuse_core.tiling import TilingConfig

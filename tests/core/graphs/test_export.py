@@ -13,9 +13,10 @@ from torch import Tensor
 from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoint
 from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import ConfigError
+from recofuse_core.finishing import widen_range
 from recofuse_core.graphs import export
 from recofuse_core.graphs.runtime import ZEROS_PATH
-from recofuse_core.model import ReCoFuse, brightened, widen_range
+from recofuse_core.model import ReCoFuse, brightened
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from recofuse_core.errors import ConfigError
+from recofuse_core.finishing import Finish
 from recofuse_core.kernels import choice
 from recofuse_core.kernels.choice import Form, Trial, places, relative_rms, seen_calls, tried, use_kernels, use_winners
-from recofuse_core.model import Finish, ReCoFuse
+from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import LatentFusion
 from recofuse_core.precision import frozen_copy
 from recofuse_core.runtime import Runtime

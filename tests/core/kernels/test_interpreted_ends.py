@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed: there is no wheel of it for this platform")
 
+from recofuse_core.finishing import Finish
 from recofuse_core.kernels import picture_operations as operations
 from recofuse_core.kernels import twins
 from recofuse_core.kernels.ends import FusedFinish
-from recofuse_core.model import Finish
 from recofuse_core.picture import ALL_OUTPUTS, OutputName
 from tests.core.kernels.blocks import drawn
 from tests.core.kernels.test_interpreted import BRANCHES, FEW
