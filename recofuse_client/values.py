@@ -96,9 +96,10 @@ class Options:
     output: which pictures. format: "array" for pixels, else the encoding of the files. steps (1 to 1000), sampler,
     exposure: None asks for the model's own. seed: below 2^63; equal seeds give equal pictures. vis_range, ir_range:
     source values (low, high) of either image that become black and white, in place of the server's automatic choice.
-    exposure: "lit" makes a dark scene a well exposed photograph, lamps kept; "as_shot" leaves it as dark as it came;
-    veils are lifted in both. `Model.exposures` tells what the served weights offer. rig: of cameras that are not
-    registered, whose pictures may then differ in size and shape; see `RigLike`, and `Client.rigs` for the server's own.
+    exposure: "lit" makes a dark scene a well exposed photograph, lamps kept, and dark infrared brighter in the fused
+    picture; "as_shot" leaves the scene as dark as it came; veils are lifted in both. `Model.exposures` tells what the
+    served weights offer. rig: of cameras that are not registered, whose pictures may then differ in size and shape; see
+    `RigLike`, and `Client.rigs` for the server's own.
     colour: of the fused picture; "white_hot", "iron" and "rainbow" lay infrared in a palette over the visible picture
     in grey, from nothing to full between the infrared values of colour_range, in the upper half of the scale if None.
 

@@ -3,7 +3,8 @@
 An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that noise hardly moves it, and gives a
 `Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid for what differs over the
 frame. Both start as the identity and are trained to leave a well exposed frame alone, and fog to who lifts veils.
-docs/decisions/0015 and 0041 tell why and how well.
+docs/decisions/0015 and 0041 tell why and how well. What follows from how much brighter a frame became, and from no
+weight, stands here, too: contrast, and how bright infrared has to be beside it (0046).
 
 What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
 the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.
@@ -22,6 +23,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.layers import average_to, block_means, mixed, ramp, scaled, stretched
 from recofuse_core.losses import luma
 from recofuse_core.networks import ToneCurves
+from recofuse_core.sampler import Pair
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class ExposureConfig:
             raise ConfigError(f"cells must be a multiple of 8, got {self.cells}")
         if min(self.num_quantiles, self.num_levels) < 2:
             raise ConfigError("quantiles and levels must be 2 at least")
+
+
+class Averaged(NamedTuple):
+    """Frames averaged over blocks: their levels (B, 3, h, w) and the luma of those, (B, 1, h, w)."""
+
+    levels: Tensor
+    y: Tensor
+
+
+def averaged(frame: Tensor) -> Averaged:
+    """A frame (B, 3, H, W) averaged over blocks of BLOCK x BLOCK pixels."""
+    blocks = _blocks(frame)
+    return Averaged(blocks, luma(blocks))
 
 
 class Lighting(NamedTuple):
@@ -64,7 +79,7 @@ class Lighting(NamedTuple):
         """Averaged frames (B, 3, cells, cells) lit as they are: for training, where there is no noise left to avoid."""
         return self.grid.at_cells(self.curves(cells))
 
-    def _tint(self, frames: "Averaged") -> Tensor:
+    def _tint(self, frames: Averaged) -> Tensor:
         """By how much the blacks of frames differ from grey, (B, 3, 1, 1): nothing if they are not lifted.
 
         The black of a camera at night is a few levels of green, which lighting would make a green sky and green
@@ -83,7 +98,7 @@ class Lighting(NamedTuple):
         is_lifted = ramp(stops, 0.7, 1.3)
         return (black - luma(black)).clamp(-TINT, TINT) * (TINT_TAKEN * is_green * is_lifted)
 
-    def _hold_highlights(self, vis: Tensor, before: "Averaged", lit: Tensor) -> Tensor:
+    def _hold_highlights(self, vis: Tensor, before: Averaged, lit: Tensor) -> Tensor:
         """Lit frames (B, 3, H, W) with what would burn out at its share of the brightest places beside it.
 
         before: the frames `vis`, averaged.
@@ -205,22 +220,9 @@ HELD = 0.75  # of what a place was lit to, kept at least where highlights are he
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 LIT = (1.3, 2.0)  # how many times as bright a frame became: from where a night was lit, and certainly
 CONTRAST = 0.08  # by how much middle tones of a lit night differ more from its mean, at most
-FAR_ABOVE = 0.25  # the mean: brighter places are moved no more, or what is written on lit signs would lose contrast
+FAR_ABOVE = 0.25  # the mean: from there on no more than there, or what is written on lit signs would lose contrast
 IR_AIM = 0.18  # mean of an infrared frame that is bright enough beside one
 IR_MOST = 2.0  # of the amount of brightening: blacks, and the noise in them, become three times as bright at most
-
-
-class Averaged(NamedTuple):
-    """Frames averaged over blocks: their levels (B, 3, h, w) and the luma of those, (B, 1, h, w)."""
-
-    levels: Tensor
-    y: Tensor
-
-
-def averaged(frame: Tensor) -> Averaged:
-    """A frame (B, 3, H, W) averaged over blocks of BLOCK x BLOCK pixels."""
-    blocks = _blocks(frame)
-    return Averaged(blocks, luma(blocks))
 
 
 def calm_colour(before: Averaged, lit: Tensor) -> Tensor:
@@ -272,7 +274,16 @@ def is_lit(before: Tensor, after: Tensor) -> Tensor:
     return ramp(became / came.clamp_min(1e-3), *LIT)
 
 
-def brightening(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
+def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:
+    """Lit images under tone curves with infrared as bright as they ask for, and by what made it so.
+
+    images: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1]. seen: vis before it was lit.
+    """
+    by = brightening_for(images.ir, seen, images.vis)
+    return Pair(images.vis, by(images.ir)), by
+
+
+def brightening_for(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
     """How much brighter infrared (B, 1, H, W) has to be beside `lit`, which was `seen` before, both (B, 3, H, W)."""
     level = ir.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
     wanted = scaled(1 / level, IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(0.0, IR_MOST)  # even frames get there

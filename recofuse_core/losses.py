@@ -17,7 +17,7 @@ def luma(image: Tensor) -> Tensor:
         shares = torch.tensor([[0.299, 0.587, 0.114]])
         return (shares @ image.flatten(2)).view(image.shape[0], 1, *image.shape[2:])
     red, green, blue = image[:, 0:1], image[:, 1:2], image[:, 2:3]
-    return torch.lerp(torch.lerp(red, green, 0.587 / 0.886), blue, 0.114)  # two kernels, not five; and greys stay exact
+    return torch.lerp(torch.lerp(red, green, 0.587 / 0.886), blue, 0.114)  # 0.886 = 0.299 + 0.587; greys stay exact
 
 
 def chroma(image: Tensor) -> Tensor:

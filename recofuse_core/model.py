@@ -12,7 +12,7 @@ import recofuse_core.threads  # noqa: F401 - no more threads than the process ma
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.brightening import Brightening
 from recofuse_core.errors import ConfigError, ShapeError
-from recofuse_core.exposure import ExposureConfig, ExposureEstimator, brightening
+from recofuse_core.exposure import ExposureConfig, ExposureEstimator, brightened
 from recofuse_core.finishing import Finish, Finishing
 from recofuse_core.networks import (
     AutoencoderConfig,
@@ -129,14 +129,6 @@ class Conditioning(NamedTuple):
 
 Conditions = Callable[[int], Conditioning]
 Constants = dict[object, Any]  # by what they were made for
-
-
-class Levelled(NamedTuple):
-    """Frames as the branches see them, ir of one channel. brightening: what made infrared brighter, if anything did."""
-
-    vis: Tensor
-    ir: Tensor
-    brightening: Brightening | None = None
 
 
 class ReCoFuse(nn.Module):
@@ -259,13 +251,15 @@ class ReCoFuse(nn.Module):
         """
         return frames if self.veil is None else self.lift(self.normalise(frames), frames, onto=frames)
 
-    def levelled(self, frames: Pair, exposure: Exposure) -> Levelled:
-        """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for."""
+    def levelled(self, frames: Pair, exposure: Exposure) -> tuple[Pair, Brightening | None]:
+        """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for.
+
+        And what made infrared brighter, beside lit frames.
+        """
         if exposure == "lit":
             unveiled = self.unveil(frames)
-            images, by = brightened(self.normalise(self.light(unveiled)), unveiled.vis)
-            return Levelled(*images, by)
-        return Levelled(*self.lift(self.normalise(frames), frames))
+            return brightened(self.normalise(self.light(unveiled)), unveiled.vis)
+        return self.lift(self.normalise(frames), frames), None
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
@@ -379,14 +373,14 @@ class ReCoFuse(nn.Module):
     def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> tuple[Pair, Brightening | None]:
         """Images of `run` as they are encoded, without weather, `levelled`, padded, each RGB; what brightened ir."""
         frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
-        images = self.levelled(frames, exposure)
+        images, brightened_by = self.levelled(frames, exposure)
         encoded = Pair(
             pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
             pad_to_multiple(images.ir, PADDING, "reflect")
             .expand(-1, 3, -1, -1)
             .contiguous(memory_format=torch.channels_last),
         )
-        return encoded, images.brightening
+        return encoded, brightened_by
 
 
 class TorchNetworks:
@@ -467,12 +461,6 @@ def noise_like(seeds: Sequence[int], like: Tensor) -> NoiseSource:
     """`seeded_noise` as tensors like `like` (B, C, h, w), on its device."""
     _, *shape = like.shape
     return seeded_noise(seeds, shape, lambda noise: torch.from_numpy(noise).to(like.device))
-
-
-def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:
-    """Lit images under tone curves with infrared as bright as they ask for, and by what. seen: vis before."""
-    by = brightening(images.ir, seen, images.vis)
-    return Pair(images.vis, by(images.ir)), by
 
 
 def _is_nothing(share: Tensor) -> bool:

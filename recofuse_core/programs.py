@@ -291,7 +291,8 @@ class SteppedProgram(Program):
         self._row = torch.zeros(len(Numbers._fields), device=device)
         self._block = torch.zeros_like(supplies.conditions.packed(0))
         low, high = (torch.zeros(2, key.batch, 1, 1, 1, device=device) for _ in range(2))
-        self._static += [self._noise, state, mu, previous, self._row, self._block, low, high]
+        brightening = Brightening(torch.zeros(key.batch, 1, 1, 1, device=device))  # of lit runs
+        self._static += [self._noise, state, mu, previous, self._row, self._block, low, high, brightening.amount]
         numbers = Numbers(*self._row)
         conditioning = supplies.conditions.seen_in(self._block)
         frame = self._frame(lambda t: conditioning)
@@ -308,7 +309,9 @@ class SteppedProgram(Program):
             state.copy_(torch.addcmul(mu, noise, numbers.spread))
             if is_second_order:
                 previous.zero_()
-            return (*encoded.vis_skips, *encoded.ir_skips, *(brightened_by or ()))
+            if brightened_by is not None:
+                brightening.amount.copy_(brightened_by.amount)
+            return (*encoded.vis_skips, *encoded.ir_skips)
 
         def step() -> Results:
             prediction = frame.predict(Pair(*state), Pair(*mu), 0)  # of the time step in the block
@@ -321,19 +324,19 @@ class SteppedProgram(Program):
             return ()
 
         def end() -> Results:
-            count = len(kept) // 2  # of a frame's skips, behind which the amount of brightening lies, if there is one
+            count = len(skips) // 2
             overlap = self._overlap()
             tone, blend = (None, None) if overlap is None else (overlap.tone, overlap.blend)
-            brightened_by = Brightening(*kept[2 * count :]) if len(kept) % 2 else None
+            brightened_by = brightening if key.plan.exposure == "lit" else None
             finish = Finishing(model.finish, levels=key.levels, tone=tone, brightened_by=brightened_by)
-            encoded = Encoded(Pair(*mu), kept[:count], kept[count : 2 * count])
+            encoded = Encoded(Pair(*mu), skips[:count], skips[count:])
             pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish, blend)
             return self._laid_out(pictures, finish.is_finite)
 
-        self._begin, kept = self._recorder.record(begin)
+        self._begin, skips = self._recorder.record(begin)
         self._step, _ = self._recorder.record(step)
         self._end, results = self._recorder.record(end)
-        self._static += kept
+        self._static += skips
         return results
 
     def _frame(self, conditions: Conditions) -> Frame:

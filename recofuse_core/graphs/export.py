@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
 from recofuse_core.errors import CheckpointError, ConfigError
+from recofuse_core.exposure import brightened
 from recofuse_core.finishing import widen_range
 from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
 from recofuse_core.graphs.runtime import CHECKSUM_KEY, FORMAT_VERSION, PREFIX, VERSION_KEY
-from recofuse_core.model import ReCoFuse, TorchNetworks, brightened
+from recofuse_core.model import ReCoFuse, TorchNetworks
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
 from recofuse_core.tiling import TilingConfig
@@ -261,7 +262,7 @@ class _Picture(_Of):
     def forward(self, vis: Tensor, ir: Tensor, noise_vis: Tensor, noise_ir: Tensor) -> tuple[Tensor, ...]:
         model = self.model
         frames = model.clear(Pair(vis, ir))
-        images = model.levelled(frames, self.plan.exposure)
+        images, brightened_by = model.levelled(frames, self.plan.exposure)
         prepared = Pair(images.vis, images.ir.expand(-1, 3, -1, -1))
 
         def finish(name: OutputName, decoded: Tensor) -> Tensor:
@@ -270,7 +271,7 @@ class _Picture(_Of):
                 return widen_range(image, model.config.widening)
             if name == "ir":
                 image = image.mean(dim=1, keepdim=True)
-                return image if images.brightening is None else images.brightening.undone(image)
+                return image if brightened_by is None else brightened_by.undone(image)
             return image
 
         networks = TorchNetworks(model, model.condition)

@@ -4,8 +4,9 @@
 noise, on numpy arrays. Only what the networks compute comes from graphs, which torch wrote once (export.py); they read
 their weights from the safetensors file that they lie beside. A start takes a second or two and no torch.
 
-Threads that wait sleep, and all graphs of a process take their memory from one arena. Arrays of whole frames come from
-there, too: the system would clear the pages of fresh ones for every frame (docs/decisions/0047).
+Threads that wait sleep, and all graphs of a process take their memory from one arena. What is joined of tiles lies
+there, too, and so do frames as floats: the system would clear the pages of fresh arrays for every frame
+(docs/decisions/0047).
 """
 
 from __future__ import annotations

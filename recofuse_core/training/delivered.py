@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from recofuse_core.degradations.recipes import Range, degrade_ir, degrade_vis
-from recofuse_core.exposure import ExposureEstimator
-from recofuse_core.model import Levelled, ReCoFuse, brightened
+from recofuse_core.exposure import ExposureEstimator, brightened
+from recofuse_core.model import ReCoFuse
 from recofuse_core.sampler import Pair
 from recofuse_core.training.exposure import SHARES, FrameKind, FrameSource, sensed
 from recofuse_core.training.pairs import Batch, DegradedFrame, PairSource, cut_batch
@@ -68,7 +68,8 @@ class DeliveredSource:
             given = _in_weather(frame.vis, generator)
             given = sensed(given, generator)
         frames = self.model.clear(self._on_device(given, low_ir))
-        return self._delivered(frame.vis, frame.ir, self.model.levelled(frames, "as_shot"))
+        delivered, _ = self.model.levelled(frames, "as_shot")
+        return self._delivered(frame.vis, frame.ir, delivered)
 
     @torch.no_grad()
     def lit_frame(self, side: int, generator: Generator) -> DegradedFrame:
@@ -96,7 +97,7 @@ class DeliveredSource:
         return Pair(vis[None].to(device), ir[None].to(device))
 
     @staticmethod
-    def _delivered(vis: Tensor, ir: Tensor, delivered: Pair | Levelled) -> DegradedFrame:
+    def _delivered(vis: Tensor, ir: Tensor, delivered: Pair) -> DegradedFrame:
         """Targets (C, S, S), and what comes of a batch of one."""
         return DegradedFrame(vis, ir, delivered.vis[0].cpu(), delivered.ir[0].cpu())
 

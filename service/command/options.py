@@ -23,8 +23,8 @@ Exposure = Annotated[
     str | None,
     typer.Option(
         metavar="lit|as_shot",
-        help="lit: a dark scene as a well exposed photograph, lamps kept; as_shot: as dark as it came; veils are "
-        "lifted in both; the model's own if unset.",
+        help="lit: a dark scene as a well exposed photograph, lamps kept, dark infrared brighter in the fused picture; "
+        "as_shot: as dark as it came; veils are lifted in both; the model's own if unset.",
     ),
 ]
 Steady = Annotated[bool, typer.Option(help="Hold levels steady from frame to frame where the scene stands still.")]

@@ -181,8 +181,8 @@ def test_what_is_dark_behind_a_veil_gets_no_colour_by_its_light() -> None:
     greys = torch.tensor([0.36, 0.37, 0.38]).view(1, 1, 1, 3).expand(1, 3, 32, 3)
     lifted = veil.lifted(greys, greys)
     strongest = (lifted.amax(dim=1) - lifted.amin(dim=1))[0, 0]
-    assert strongest[0] < 0.02  # of a luma of 0.03; 0.14 wherever nothing is told from an error
-    assert strongest[2] < 0.08  # of 0.09
+    assert strongest[0] < 0.02  # of a luma of 0.03; 0.12 to 0.14 where nothing is told from an error
+    assert strongest[2] < 0.07  # of 0.09
     lamp = torch.tensor([0.9, 0.5, 0.45]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     kept = veil.lifted(lamp, lamp)[0, :, 16, 16]
     assert float(kept[0] - kept[2]) > 0.7
@@ -205,7 +205,7 @@ def test_a_veil_is_lifted_before_a_frame_is_lit() -> None:
         frames = Pair(vis, ir)
         lit = model.lift(model.normalise(frames), frames) if log_odds == VEILED else frames
         expected = model.normalise(model.light(Pair(lit.vis, ir)))
-        assert torch.allclose(model.levelled(frames, "lit").vis, expected.vis, atol=1e-5)
+        assert torch.allclose(model.levelled(frames, "lit")[0].vis, expected.vis, atol=1e-5)
 
 
 def test_no_corner_is_told_from_another() -> None:

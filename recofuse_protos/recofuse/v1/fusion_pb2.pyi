@@ -192,7 +192,7 @@ class _ExposureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exposure.Val
     EXPOSURE_AS_SHOT: _Exposure.ValueType  # 1
     """the scene stays as dark as it came"""
     EXPOSURE_LIT: _Exposure.ValueType  # 2
-    """a well exposed photograph: a dark scene is lit, lamps kept; veils are lifted in both"""
+    """a well exposed photograph: a dark scene is lit, lamps kept, and dark infrared is brighter"""
 
 class Exposure(_Exposure, metaclass=_ExposureEnumTypeWrapper):
     """What "restored" means for the visible picture, and so for the fused one."""
@@ -202,7 +202,7 @@ EXPOSURE_UNSPECIFIED: Exposure.ValueType  # 0
 EXPOSURE_AS_SHOT: Exposure.ValueType  # 1
 """the scene stays as dark as it came"""
 EXPOSURE_LIT: Exposure.ValueType  # 2
-"""a well exposed photograph: a dark scene is lit, lamps kept; veils are lifted in both"""
+"""a well exposed photograph: a dark scene is lit, lamps kept, and dark infrared is brighter"""
 Global___Exposure: _TypeAlias = Exposure  # noqa: Y015
 
 class _Colour:

@@ -68,8 +68,9 @@ FORM: dict[str, Any] = {
         "exposure": {
             "type": "string",
             "enum": list(get_args(Exposure)),
-            "description": "lit: a dark scene as a well exposed photograph, lamps kept; as_shot: as dark as it came; "
-            "veils are lifted in both. Default: the model's own; GET /v1/models tells which a model offers",
+            "description": "lit: a dark scene as a well exposed photograph, lamps kept, dark infrared brighter in the "
+            "fused picture; as_shot: as dark as it came; veils are lifted in both. Default: the model's own; GET "
+            "/v1/models tells which a model offers",
         },
         "rig": {
             "type": "string",

@@ -13,14 +13,16 @@ from torch import Tensor
 from recofuse_core.checkpoint import load_pretrained, read_header, save_checkpoint
 from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.errors import ConfigError
+from recofuse_core.exposure import brightened
 from recofuse_core.finishing import widen_range
 from recofuse_core.graphs import export
 from recofuse_core.graphs.runtime import ZEROS_PATH
-from recofuse_core.model import ReCoFuse, brightened
+from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
 from recofuse_core.weather import WeatherConfig
+from tests.core.test_brightening import night_model
 from tests.core.tiny import GATED, images_of, pairs, tiny_model
 
 onnx = pytest.importorskip("onnx")
@@ -83,6 +85,24 @@ def test_a_picture_is_that_of_torch() -> None:
         actual = results(runner, vis, ir, *draw)
         for picture, image in zip(actual, images_of(expected), strict=True):
             assert_levels(picture, image)
+
+
+def test_a_picture_of_a_night_undoes_what_brightened_infrared() -> None:
+    """What is exported, run by torch: the lighting takes minutes to export."""
+    model = night_model()
+    plan = model.plan(exposure="lit", outputs=["fused", "ir"])
+    vis, ir = pairs(2, 64, 48)
+    dark = Pair(0.15 * vis, 0.1 * ir)
+    _, brightened_by = model.levelled(dark, "lit")
+    assert brightened_by is not None
+    assert float(brightened_by.amount.min()) > 0.3
+    shape = model.latent_shape(2, 64, 48)
+    draw = Pair(noise(*shape), noise(*shape, seed=1))
+    with torch.inference_mode():
+        pictures = export.picture_of(model, plan).module(*dark, *draw)
+        expected, _ = model.run(*dark, plan, lambda: draw)
+    for picture, image in zip(pictures, images_of(expected), strict=True):
+        assert_levels(picture.numpy(), image)
 
 
 def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:

@@ -136,9 +136,9 @@ def test_a_night_under_dark_infrared_is_as_with_torch(graphs: GraphRuntime, mode
     """Infrared is brightened for the fused picture, and restored as it was."""
     scene = make_scene(2, 151, 189)
     images = 0.08 * scene.vis[None], scene.ir[None, :1] ** 3
-    frames = model.model.levelled(model.model.clear(Pair(*images)), "lit")
-    assert frames.brightening is not None
-    assert float(frames.brightening.amount) > 0.3
+    _, brightened_by = model.model.levelled(model.model.clear(Pair(*images)), "lit")
+    assert brightened_by is not None
+    assert float(brightened_by.amount) > 0.3
     assert fused(graphs, model, images, exposure="lit") < 1e-3
 
 
@@ -195,8 +195,8 @@ def test_pictures_are_the_callers_own(
 
 
 def test_arrays_of_whole_frames_come_from_memory_that_was_used_before(graphs: GraphRuntime) -> None:
-    """The system clears no pages for them: glibc would give an array of this size back."""
-    shape = (1, 64, 540, 240)
+    """The system clears no pages for them: glibc would give an array of this size, 128 MiB, back."""
+    shape = (1, 64, 1088, 480)
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -206,9 +206,8 @@ def test_arrays_of_whole_frames_come_from_memory_that_was_used_before(graphs: Gr
         whole += 1
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    num_pages = np.prod(shape) * 4 // resource.getpagesize()
     faults()
-    assert min(faults() for _ in range(3)) < 0.1 * num_pages
+    assert min(faults() for _ in range(3)) < 50  # of 32,640 pages; 1,900 faults in arrays of numpy, with large pages
 
 
 def test_bad_images_are_refused(graphs: GraphRuntime) -> None:

@@ -111,6 +111,25 @@ def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.Monk
         assert float(made.degraded_ir.abs().max()) == 0
 
 
+@pytest.mark.parametrize(("is_lit", "expected"), [(True, 0.18), (False, 0.1)])
+def test_dark_infrared_is_brightened_beside_lit_nights_and_so_is_its_target(
+    monkeypatch: pytest.MonkeyPatch, is_lit: bool, expected: float
+) -> None:
+    """The brightening that the given frame asks for is the target's, too."""
+    model = Bare()
+    monkeypatch.setattr(model, "normalise", lambda images: Pair(images.vis, images.ir * 0 + 0.1))
+    source = source_of(FrameKind.NIGHT, model)
+    dark = torch.full((1, SIDE, SIDE), 0.1)
+    night = torch.full((3, SIDE, SIDE), 0.1)
+    monkeypatch.setattr(source.frames, "scene", lambda *_: (night, night, dark, FrameKind.NIGHT))
+    monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
+    generator = Generator().manual_seed(5)
+    made = source.lit_frame(SIDE, generator) if is_lit else source.frame(SIDE, generator)
+    torch.testing.assert_close(made.degraded_ir, torch.full_like(dark, expected), atol=1e-3, rtol=0)
+    if is_lit:
+        torch.testing.assert_close(made.ir, torch.full_like(dark, expected), atol=1e-3, rtol=0)
+
+
 class BySight(ExposureEstimator):
     """Brings the mean of whatever frame it sees to LIT_MEAN, so that a target shows which frame it was lit by."""
 

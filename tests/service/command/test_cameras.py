@@ -81,15 +81,17 @@ class Listening(fusion_pb2_grpc.FusionServiceServicer):
                 yield pb.FuseStreamResponse(sequence=request.frame.sequence, fusion=pb.Fusion())
 
 
-@pytest.mark.parametrize(("steady", "calm"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("steady", "calm"), [(True, False), (False, True), (True, True)])
 async def test_cameras_may_ask_for_steady_levels_and_calm_pixels(steady: bool, calm: bool) -> None:
     server, listening = grpc.aio.server(), Listening()  # type: ignore[abstract]  # the other calls never come
     fusion_pb2_grpc.add_FusionServiceServicer_to_server(listening, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     asked = plan(FlowMode.ALL, num_streams=2, seconds=0.3, steady=steady, calm=calm)
-    report = await simulate([address], asked, LOOPS)
-    await server.stop(None)
+    try:
+        report = await simulate([address], asked, LOOPS)
+    finally:
+        await server.stop(None)
     assert [(opened.steady, opened.calm) for opened in listening.opened] == [(steady, calm)] * 2
     assert (report.figures["steady"], report.figures["calm"]) == (steady, calm)
 
