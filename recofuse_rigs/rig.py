@@ -228,7 +228,8 @@ def _check_matrix(values: Sequence[float], vis_size: Size, ir_size: Size) -> Non
     depth = matrix[2, 0] * x + matrix[2, 1] * y + matrix[2, 2]
     if not (depth.min() > 0 and depth.max() <= MAX_LEAN * depth.min()):
         raise BadRigError("matrix: it leans further than two cameras beside each other can, or mirrors the picture")
-    determinant = float(np.linalg.det(matrix / np.abs(depth).mean()))
+    with np.errstate(all="ignore"):  # LAPACK divides by pivots that are no normal numbers; what comes of it is refused
+        determinant = float(np.linalg.det(matrix / np.abs(depth).mean()))
     # A homography enlarges areas by det / depth**3.
     zooms = np.sqrt(np.maximum(determinant, 0) / (depth / np.abs(depth).mean()) ** 3)
     if not (zooms.min() * MAX_ZOOM >= 1 and zooms.max() <= MAX_ZOOM):

@@ -79,6 +79,7 @@ def test_a_changed_value_is_taken_or_refused(name: str, value: Any) -> None:
 
 HOSTILE = {
     "singular": {"matrix": (1.0, 2.0, 0.0, 2.0, 4.0, 0.0, 0.0, 0.0, 1.0)},
+    "all but singular": {"matrix": (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.1e-308, 1.0)},
     "mirrored": {"matrix": (-1.0, 0.0, 640.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)},
     "all zero": {"matrix": (0.0,) * 9},
     "not a number": {"matrix": (math.nan, *IDENTITY[1:])},

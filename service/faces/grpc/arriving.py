@@ -190,26 +190,38 @@ class _RoomWantedError(Exception):
     """Nothing came for a while, and others waited for the room that it had."""
 
 
+class _Patience:
+    """How long a message is waited for: less than was meant, once others want the room that it has."""
+
+    def __init__(self, holding: Holding) -> None:
+        self.timeout: asyncio.Timeout | None = None
+        self.is_wanted = False
+        self._holding = holding
+
+    def give_up(self) -> None:
+        """Wait no longer."""
+        self.is_wanted, self._holding.on_wanted = True, None  # once: it takes a moment to take effect
+        if self.timeout is not None:
+            self.timeout.reschedule(asyncio.get_running_loop().time())
+
+
 async def _read(context: Context, holding: Holding, within_s: float | None) -> bytes | None:
     """The next message as it is; None after the last. Raises TimeoutError, _RoomWantedError."""
-    is_wanted = False
+    patience = _Patience(holding)
     try:
-        async with asyncio.timeout(within_s) as patience:
-
-            def give_up() -> None:
-                nonlocal is_wanted
-                is_wanted, holding.on_wanted = True, None  # once: it takes a moment to take effect
-                patience.reschedule(asyncio.get_running_loop().time())
-
-            holding.on_wanted = give_up
+        async with asyncio.timeout(within_s) as patience.timeout:
+            holding.on_wanted = patience.give_up
             try:
                 raw: Any = await context.read()
             finally:
                 holding.on_wanted = None
     except TimeoutError as error:
-        if is_wanted:
+        if patience.is_wanted:
             raise _RoomWantedError from error
         raise
+    finally:
+        # It knows its task, which keeps how it was cancelled and so this frame: a cycle that would hold the whole call.
+        patience.timeout = None
     return None if raw is grpc.aio.EOF else raw
 
 

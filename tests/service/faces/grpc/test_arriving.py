@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from recofuse_protos.inference.v2 import inference_pb2
 from recofuse_protos.recofuse.v1 import fusion_pb2 as pb
+from service.access.held import Held
 from service.access.keys import FileKeys, new_key
-from service.faces.grpc.arriving import ANNOUNCED, MAX_SMALL_BYTES
+from service.faces.grpc.arriving import ANNOUNCED, MAX_SMALL_BYTES, Arrivals, Messages
 from service.terms.errors import ErrorCode
+from service.terms.settings import Settings
 from tests.service.error_cases import IR, VIS
 from tests.service.faces.grpc.face import FUSE, Face, Facing, checked, detail_of, eventually, frame, request
 
@@ -99,6 +104,36 @@ async def test_many_calls_that_announce_nothing_wait_for_one_another(facing: Fac
     async with facing(limits=limits) as face:
         answers = await asyncio.gather(*(face.stub.Fuse(request()) for _ in range(64)))
         assert all(answer.fusion.pictures for answer in answers)
+
+
+async def test_who_waits_for_a_message_and_is_cancelled_leaves_no_cycle() -> None:
+    """Else what the call holds would stay until the collector comes."""
+
+    class Silent:
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        async def read(self) -> bytes:
+            await asyncio.Event().wait()
+            return b""
+
+    def waiting() -> tuple[weakref.ref[Silent], asyncio.Task[object]]:
+        silent: Any = Silent()
+        arrivals = Arrivals(Held(1 << 30, retry_after_s=1.0), Settings())
+        messages = Messages(arrivals, silent, pb.FuseStreamRequest.FromString, FUSE)
+        return weakref.ref(silent), asyncio.ensure_future(anext(messages))
+
+    gc.disable()
+    try:
+        context, reading = waiting()
+        await asyncio.sleep(0.01)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        del reading
+        await asyncio.sleep(0.01)  # the loop lets go of it
+        assert context() is None
+    finally:
+        gc.enable()
 
 
 async def test_streams_of_one_process_share_the_room(facing: Facing) -> None:
