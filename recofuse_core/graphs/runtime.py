@@ -66,7 +66,6 @@ PartName = Literal[
     "fuse_skips",
     "decode",
     "widen",
-    "zeros",
 ]
 
 ZEROS_PATH = Path(__file__).with_name("zeros.onnx")  # a graph that belongs to no weights: an array of a shape
@@ -128,8 +127,7 @@ class GraphRuntime:
         if self.facts.widening > 0:
             others.append("widen")
         sessions = {part: _opened(weights, part, label.checksum, self.threads.count) for part in others}
-        sessions |= {"predict": predict, "zeros": _session(ZEROS_PATH, 1)}
-        self._networks = GraphNetworks(sessions, self.facts.prediction)
+        self._networks = GraphNetworks({"predict": predict, **sessions}, self.facts.prediction)
         self.sde = MeanRevertingSDE(self.facts.sde)
         self.info = ModelInfo(
             name=label.about.name,
@@ -223,18 +221,13 @@ class GraphNetworks:
 
     def __init__(self, sessions: dict[PartName, onnxruntime.InferenceSession], prediction: PredictionKind) -> None:
         self._sessions = sessions
+        self._zeros = _session(ZEROS_PATH, 1)
         self._inputs = {part: [entry.name for entry in session.get_inputs()] for part, session in sessions.items()}
         self._prediction = prediction
 
     def _run(self, part: PartName, *arrays: NDArray[Any]) -> list[Floats]:
         feed = dict(zip(self._inputs[part], map(np.ascontiguousarray, arrays), strict=True))
-        try:
-            results: list[Floats] = self._sessions[part].run(None, feed)
-        except Exception as error:
-            if any(words in str(error) for words in NO_MEMORY):
-                raise MemoryError(f"no memory for {part}") from None
-            raise
-        return results
+        return _results(self._sessions[part], feed, part)
 
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> tuple[Pair, Brightening | None]:
         """Frames without weather, as ReCoFuse.levelled has them, padded, ir of one channel; what made it brighter."""
@@ -314,7 +307,7 @@ class GraphNetworks:
 
     def zeros(self, shape: tuple[int, ...], like: Images) -> Floats:
         """See Canvas; float32 always. Its memory is no other array's, and goes back to the graphs' arena with it."""
-        return self._run("zeros", np.array(shape, np.int64))[0]
+        return _results(self._zeros, {"shape": np.array(shape, np.int64)}, "a frame")[0]
 
     def ramps(self, spans: Spans, length: int, scale: int, like: Floats) -> Ramps:
         """See Canvas."""
@@ -357,6 +350,17 @@ def _session(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise CheckpointError(f"{path} does not load: {error}") from error
+
+
+def _results(session: onnxruntime.InferenceSession, feed: dict[str, NDArray[Any]], what: str) -> list[Floats]:
+    """All outputs of a graph. Raises MemoryError, which names what there was none for."""
+    try:
+        results: list[Floats] = session.run(None, feed)
+    except Exception as error:
+        if any(words in str(error) for words in NO_MEMORY):
+            raise MemoryError(f"no memory for {what}") from None
+        raise
+    return results
 
 
 def _facts_of(weights: Path, predict: onnxruntime.InferenceSession) -> Facts:
