@@ -46,7 +46,7 @@ def watch_gpus(registry: CollectorRegistry) -> int:
 
 
 class GpuCollector(Collector):
-    """Asks the driver, once a second at most: it may take tens of milliseconds, and whoever serves metrics waits."""
+    """Asks the driver, once a second at most. It may take tens of milliseconds: faces tell metrics on a thread."""
 
     def __init__(self, num_gpus: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_gpus = num_gpus

@@ -6,6 +6,7 @@ Labels come from enums and route templates, never from ids or paths, so their nu
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator, Mapping
@@ -274,6 +275,10 @@ class Metrics:
         """The exposition and its content type, in the form that an Accept header asks for."""
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """`render` on a thread: the driver of a GPU, which is asked then, may take tens of milliseconds."""
+        return await asyncio.to_thread(self.render, accept)
 
 
 class RequestTimer:

@@ -205,7 +205,7 @@ def _add_operations(app: FastAPI, gateway: Gateway, metrics: Metrics) -> None:
     )
     async def exposition(request: Request) -> Response:
         await gateway.observe_queue()
-        body, content_type = metrics.render(request.headers.get("accept", ""))
+        body, content_type = await metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     page = resources.files("service.faces.http").joinpath("docs.html").read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ def build_monitor_app(is_warm: Callable[[], bool], metrics: Metrics) -> FastAPI:
 
     @app.get("/metrics")
     async def exposition(request: Request) -> Response:
-        body, content_type = metrics.render(request.headers.get("accept", ""))
+        body, content_type = await metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     return app
