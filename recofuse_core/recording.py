@@ -84,6 +84,9 @@ class CudaRecorder:
 
     Graphs of one pool may share memory for everything but what they keep (inputs lie outside the pool), so what one has
     computed must be copied out, within the same `run`, before another is replayed.
+
+    cuBLAS's workspaces lie outside the pool, too, and graphs know their addresses: nothing may clear them
+    (`torch._C._cuda_clearCublasWorkspaces`) while a graph lives.
     """
 
     NUM_WARM_RUNS = 2  # the first picks algorithms and allocates workspaces, which a capture must not do

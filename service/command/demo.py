@@ -26,7 +26,7 @@ from service.terms import images
 from service.terms.errors import InvalidInputError, UnavailableError
 from service.terms.settings import CodecSettings, LimitSettings, Settings
 
-READY_TIMEOUT_S = 120.0  # importing torch on a cold disk takes most of it
+READY_TIMEOUT_S = 300.0  # of torch on a cold disk, and beside a GPU of compiling, trying and recording
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
 
