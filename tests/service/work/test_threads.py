@@ -81,17 +81,18 @@ def test_threads_of_the_model(
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(0, 4), (9, 9)])
-def test_a_worker_with_a_gpu_needs_few_threads_and_makes_no_context_on_another(
+def test_a_worker_with_a_gpu_needs_few_threads_waits_for_none_and_makes_no_context_on_another(
     monkeypatch: pytest.MonkeyPatch, asked: int, expected: int
 ) -> None:
     """The GPU is there by name alone: what would use it is replaced."""
     used: list[object] = []
     set_threads: list[int] = []
+    intervals_s: list[float] = []
     monkeypatch.setattr(threads, "_TORCHS_OWN", 32)
     monkeypatch.setattr(threads, "read_processors", lambda: Processors(64, None))
     monkeypatch.setattr(torch, "set_num_threads", set_threads.append)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr(sys, "setswitchinterval", intervals_s.append)
     monkeypatch.setattr("recofuse_core.devices.named_device", lambda name: name)
     monkeypatch.setattr("recofuse_core.load_pretrained", lambda name, device: used.append(device), raising=False)
     runtime = SimpleNamespace(dtype=torch.float16, why_dtype="closer", kernels="eager")
@@ -99,3 +100,5 @@ def test_a_worker_with_a_gpu_needs_few_threads_and_makes_no_context_on_another(
     TorchEngine(EngineSettings(device="cuda:1", num_threads=asked)).load()
     assert used == ["cuda:1", "cuda:1"]  # first this thread's device, then the model
     assert set_threads[-1] == expected
+    (interval_s,) = intervals_s  # for which a thread that is busy in Python may keep the model's waiting; else 5 ms
+    assert interval_s <= 0.5e-3
