@@ -16,13 +16,15 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.load import picture_pair
+from recofuse_core.kernels.choice import KernelChoice
+from recofuse_core.precision import Precision
 from service.command.processes import new_metrics
 from service.queue.memory import MemoryQueue
 from service.terms.jobs import FusionJob, FusionOptions, JobStatus, Part, new_job_id
@@ -154,20 +156,37 @@ def _fail_an_assertion() -> None:
     torch.zeros(4, device="cuda")[torch.full((1,), 99, device="cuda")]
 
 
-def replays(num: int = 3) -> tuple[bool, str]:
-    """Recorded runs of a few kinds on the GPU."""
+def replays(
+    device: str = "cuda",
+    *,
+    kinds: Sequence[KernelChoice] = (),
+    precision: Precision = "float16",
+    size: tuple[int, int] = (128, 96),
+    num: int = 3,
+) -> tuple[bool, str]:
+    """Recorded runs of a few kinds: short and long, on torch's kernels and on all of ours, where these can be compiled.
+
+    Nothing is tried before, since whatever watches memory takes many times as long for all of it.
+    """
     from recofuse_core.checkpoint import load_pretrained
+    from recofuse_core.kernels.needs import look
     from recofuse_core.runtime import Runtime
 
-    runtime = Runtime(load_pretrained("compact", device="cuda"))
-    shape = (2, 96, 128)
-    vis = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
-    for steps in (2, 12):
-        runtime.record([shape], steps=steps, levels=True)
-        for _ in range(num):
-            runtime.fuse(vis, vis[:, :1], steps=steps)
-    told = runtime.activity
-    return told.programs == 2 and not told.eager_runs, f"{told.recorded_runs} recorded runs"
+    model = load_pretrained("compact", device=device)
+    width, height = size
+    vis = torch.zeros(2, 3, height, width, dtype=torch.uint8)
+    told, all_recorded = [], True
+    lacks = look().lacks if not kinds else ()
+    for kernels in kinds or (("eager",) if lacks else ("eager", "triton")):
+        runtime = Runtime(model, precision=precision, kernels=kernels, graphs=True)
+        for steps in (2, 12):
+            runtime.record([(2, height, width)], steps=steps, levels=True)
+            for _ in range(num):
+                runtime.fuse(vis, vis[:, :1], steps=steps)
+        found = runtime.activity
+        all_recorded &= found.programs == 2 and not found.eager_runs
+        told.append(f"{found.recorded_runs} recorded runs on {kernels}")
+    return all_recorded, "; ".join([*told, *lacks])
 
 
 def main(name: str) -> int:

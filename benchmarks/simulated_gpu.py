@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -177,22 +177,81 @@ WAYS: tuple[Way, ...] = (
 )
 
 
-def all_captures() -> Iterator[tuple[str, Capture]]:
-    """Every kind of run that may be recorded, with its name: of both presets, three steps each."""
-    for preset, (precision, stacked, kernels) in itertools.product(PRESETS, WAYS):
-        model = on_device(small(preset), precision, stacked=stacked, kernels=kernels)
-        exposures: tuple[Exposure, ...] = ("as_shot", "as_shot") if model.exposure is None else ("as_shot", "lit")
+Form = Literal["whole", "tiled", "long", "partial"]
+
+
+class Kind(NamedTuple):
+    """A kind of run that may be recorded. form: of a whole frame or of tiles, of many steps, of partial infrared."""
+
+    preset: str
+    way: Way
+    sampler: SamplerName
+    outputs: tuple[OutputName, ...]
+    levels: bool
+    exposure: Exposure
+    form: Form
+
+    def __str__(self) -> str:
+        precision, stacked, kernels = self.way
+        way = f"{precision} {'stacked' if stacked else 'apart'} {kernels}"
+        images = "levels" if self.levels else "floats"
+        return f"{self.preset} {way} {self.sampler} {'+'.join(self.outputs)} {images} {self.exposure} {self.form}"
+
+
+def all_kinds() -> Iterator[Kind]:
+    """Every one that is looked at: of both presets, all ways, samplers, outputs and forms."""
+    for preset, way in itertools.product(PRESETS, WAYS):
+        can_light = PRESETS[preset].exposure is not None
         for sampler, outputs, levels in itertools.product(
             SAMPLERS, (FUSED, ("vis",), ("ir",), ALL_OUTPUTS), (True, False)
         ):
-            way = f"{precision} {'stacked' if stacked else 'apart'} {kernels}"
-            name = f"{preset} {way} {sampler} {'+'.join(outputs)} {levels=}"
-            options: dict[str, Any] = {"sampler": sampler, "steps": 3, "outputs": outputs, "levels": levels}
-            yield name, captured(model, 2, *SMALL_SIZE, **options, exposure=exposures[levels])
-            if outputs == ALL_OUTPUTS:
-                yield f"{name} tiled", captured(model, 1, 64, 96, **options, tiling=SMALL_TILES)
-                yield f"{name} long", captured(model, 2, *SMALL_SIZE, **options, is_long=True)
-                yield f"{name} partial", captured(model, 2, *SMALL_SIZE, **options, is_partial=True)
+            exposure: Exposure = "lit" if levels and can_light else "as_shot"
+            for form in get_args(Form) if outputs == ALL_OUTPUTS else ("whole",):
+                yield Kind(preset, way, sampler, outputs, levels, exposure, form)
+
+
+def covering(kinds: Iterable[Kind]) -> list[Kind]:
+    """Few of them in which every two values stand beside each other that do so in any of them."""
+    pairs = {kind: set(itertools.combinations(enumerate(kind), 2)) for kind in kinds}
+    left = set().union(*pairs.values())
+    chosen = []
+    while left:
+        best = max(pairs, key=lambda kind: len(pairs[kind] & left))  # the first of several
+        chosen.append(best)
+        left -= pairs[best]
+    return chosen
+
+
+def captured_kind(model: ReCoFuse, kind: Kind) -> Capture:
+    """The capture of a small run of a kind, of three steps, by a model of its preset and way."""
+    batch, height, width = (1, 64, 96) if kind.form == "tiled" else (2, *SMALL_SIZE)
+    return captured(
+        model,
+        batch,
+        height,
+        width,
+        sampler=kind.sampler,
+        steps=3,
+        outputs=kind.outputs,
+        levels=kind.levels,
+        exposure=kind.exposure,
+        tiling=SMALL_TILES if kind.form == "tiled" else None,
+        is_long=kind.form == "long",
+        is_partial=kind.form == "partial",
+    )
+
+
+def small_model(preset: str, way: Way) -> ReCoFuse:
+    """A model for `captured_kind`."""
+    precision, stacked, kernels = way
+    return on_device(small(preset), precision, stacked=stacked, kernels=kernels)
+
+
+def all_captures() -> Iterator[tuple[Kind, Capture]]:
+    """The captures of `all_kinds`, each with its kind."""
+    for (preset, way), kinds in itertools.groupby(all_kinds(), key=lambda kind: kind[:2]):
+        model = small_model(preset, way)
+        yield from ((kind, captured_kind(model, kind)) for kind in kinds)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -270,9 +329,9 @@ def run(
     )
     if not is_quick:
         num_captures = 0
-        for name, found in all_captures():
+        for kind, found in all_captures():
             num_captures += 1
-            flags += [f"{name}: {flag}" for flag in found.flags]
+            flags += [f"{kind}: {flag}" for flag in found.flags]
         for flag in flags:
             say(flag)
         line += f"; {num_captures} captures, {len(flags) or 'no'} operations that none may hold"

@@ -14,8 +14,11 @@ import pytest
 from torch import Tensor
 
 from benchmarks import gpu, gpu_drills, kept
+from recofuse_core import runtime as runtimes
+from recofuse_core.kernels import needs
 from recofuse_core.runtime import Runtime
 from service.terms.settings import EngineSettings
+from tests.core.tiny import tiny_model
 from tests.fakes import FakeEngine
 from tests.service.work.devices import MeteredDevice, MeteredEngine, MeteredRuntime, cuda_error
 
@@ -120,6 +123,24 @@ def test_compute_sanitizer_is_used_where_it_is(monkeypatch: pytest.MonkeyPatch, 
         assert found is passed
         assert line.startswith("--tool memcheck --error-exitcode 9 ")
         assert line.endswith("-m benchmarks.gpu_drills replays")
+
+
+def test_what_is_looked_into_are_recorded_runs_short_and_long_on_both_sorts_of_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here both are torch's, since an interpreter would take minutes, and the model is a small one."""
+    asked: list[str] = []
+    monkeypatch.setattr("recofuse_core.checkpoint.load_pretrained", lambda name, device: tiny_model())
+    monkeypatch.setattr(needs, "look", lambda: needs.Host("3", "gcc", None, ()))
+    monkeypatch.setattr(runtimes, "use_kernels", lambda model, kernels: asked.append(kernels) or kernels)
+    passed, line = gpu_drills.replays("cpu", precision="float32", size=(48, 32), num=1)
+    assert passed
+    assert (asked, line) == (["eager", "triton"], "4 recorded runs on eager; 4 recorded runs on triton")
+    monkeypatch.setattr(needs, "look", lambda: needs.Host("3", "", None, ("there is no C compiler (gcc or clang)",)))
+    passed, line = gpu_drills.replays("cpu", precision="float32", size=(48, 32), num=1)
+    assert (passed, line) == (True, "4 recorded runs on eager; there is no C compiler (gcc or clang)")
+    monkeypatch.setattr(runtimes.ProgramCache, "get", lambda *arguments, **options: None)
+    assert not gpu_drills.replays("cpu", kinds=("eager",), precision="float32", size=(48, 32), num=1)[0]
 
 
 def test_a_part_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
