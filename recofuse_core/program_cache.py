@@ -146,6 +146,13 @@ class ProgramCache:
                 return self._record(key) is not None
         return False
 
+    def clear(self) -> None:
+        """Give up all programs, once what is under way in them has ended."""
+        for program in self._programs.values():
+            program.settle()
+        for key in list(self._programs):
+            self._evict(key)
+
     def _may_record(self) -> bool:
         return not self.is_off and self._clock() >= self._record_from_s
 

@@ -194,6 +194,12 @@ class Program(ABC):
         buffers.pending = Pending(functools.partial(self._finished, wait, targets, held))
         return buffers.pending
 
+    def settle(self) -> None:
+        """Wait until all runs of it have ended, however they ended."""
+        for buffers in self._sets:
+            if buffers.pending is not None:
+                buffers.pending.settle()
+
     def _free_set(self) -> _Buffers:
         """One that nothing is under way in, the one used longest ago if that takes waiting."""
         free = next(

@@ -17,6 +17,7 @@ picture but for roundings, most of them of one level.
 A runtime is used from one thread at a time, and so is a device's default stream meanwhile.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.errors import ConfigError
+from recofuse_core.faults import Fault, fault_of, let_go
 from recofuse_core.frames import Images, Levels, are_levels, filled, require_images, together
 from recofuse_core.kernels.choice import KernelChoice, use_kernels
 from recofuse_core.model import ReCoFuse, noise_like
@@ -46,6 +48,8 @@ from recofuse_core.recording import CudaRecorder, EagerRecorder, Recorder
 from recofuse_core.sampler import SamplerName
 from recofuse_core.supplies import Supplies
 from recofuse_core.tiling import TilingConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -243,8 +247,39 @@ class Runtime:
                     pending = program.submit(images, seeds_filled, plan.timesteps)
                     return Pending(lambda: _first(pending.result(), batch)) if fill else pending
             self._num_eager_runs += 1
-            output = self._eager(together(vis), together(ir), plan, each_seed, overlap)
+            output = self._eager_alone(together(vis), together(ir), plan, each_seed, overlap)
             return Pending(lambda: output)
+
+    def _eager_alone(
+        self,
+        vis: Tensor,
+        ir: Tensor,
+        plan: FusionPlan,
+        seeds: Sequence[int],
+        overlap: Levels | Sequence[Levels] | None,
+    ) -> FusionOutput:
+        """`_eager`; a pair that does not fit beside recorded runs is worth more than these. A batch may be halved."""
+        try:
+            return self._eager(vis, ir, plan, seeds, overlap)
+        except (RuntimeError, MemoryError) as error:
+            if len(vis) > 1 or not self._makes_room(error):
+                raise
+        # Out here, where nothing knows the error any more, and with it what the failed run had in memory.
+        return self._eager(vis, ir, plan, seeds, overlap)
+
+    def _makes_room(self, error: Exception) -> bool:
+        """Give up what is recorded, if that may help after an error."""
+        if self._programs is None or not len(self._programs) or fault_of(error) is not Fault.MEMORY:
+            return False
+        let_go(error)
+        logger.warning(
+            "recorded runs are given up for a pair that does not fit beside them",
+            extra={"programs": len(self._programs), "bytes": self._programs.size_bytes},
+        )
+        self._programs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def _eager(
         self,

@@ -438,6 +438,57 @@ def test_too_little_memory_for_some_shapes_does_not_end_recording() -> None:
     assert runtime.num_recorded == 1
 
 
+class Latents:
+    """Stands for what a run has on the device."""
+
+
+def test_a_pair_that_does_not_fit_beside_recorded_runs_takes_their_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, recorder = tiny_model(), SlowRecorder()
+    runtime = Runtime(model, precision="float32", graphs=True, recorder=recorder)
+    runtime.record([(1, 32, 32), (2, 32, 32)])
+    run = runtime._eager
+    held: list[weakref.ref[Latents]] = []
+
+    def tight(*arguments: Any, **options: Any) -> Any:
+        latents = Latents()
+        assert all(other() is None for other in held), "the failed run is still in memory"
+        held.append(weakref.ref(latents))
+        if runtime.num_recorded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(*arguments, **options)
+
+    vis, ir = pairs(1, 32, 32)
+    under_way = runtime.submit(vis, ir)
+    monkeypatch.setattr(runtime, "_eager", tight)
+    with pytest.raises(torch.OutOfMemoryError):
+        runtime.fuse(*pairs(2, 32, 48))  # its halves may fit
+    assert runtime.num_recorded == 2
+    held.clear()
+    large = pairs(1, 48, 64)
+    assert largest_difference(runtime.fuse(*large), model.fuse(*large)) == 0
+    assert [record.message for record in caplog.records] == [
+        "recorded runs are given up for a pair that does not fit beside them"
+    ]
+    told = runtime.activity
+    assert (len(held), told.programs, told.evictions, told.eager_runs) == (2, 0, 2, 2)
+    assert largest_difference(under_way.result(), model.fuse(vis, ir)) == 0
+
+
+def test_recorded_runs_are_given_up_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, _ = recording(tiny_model())
+    runtime.record([(1, 32, 32)])
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no such algorithm")
+
+    monkeypatch.setattr(runtime, "_eager", broken)
+    with pytest.raises(RuntimeError, match="no such algorithm"):
+        runtime.fuse(*pairs(1, 48, 64))
+    assert runtime.num_recorded == 1
+
+
 def test_a_lost_device_is_not_taken_for_a_shape_that_cannot_be_recorded() -> None:
     recorder = BrokenRecorder(RuntimeError("CUDA error: an illegal memory access was encountered"), 1)
     with pytest.raises(RuntimeError, match="illegal memory access"):
