@@ -14,8 +14,8 @@ import pytest
 from torch import Tensor
 
 from benchmarks import gpu, gpu_drills, kept
-from recofuse_core import runtime as runtimes
 from recofuse_core.kernels import needs
+from recofuse_core.program_cache import ProgramCache
 from recofuse_core.runtime import Runtime
 from service.terms.settings import EngineSettings
 from tests.core.tiny import tiny_model
@@ -132,14 +132,19 @@ def test_what_is_looked_into_are_recorded_runs_short_and_long_on_both_sorts_of_k
     asked: list[str] = []
     monkeypatch.setattr("recofuse_core.checkpoint.load_pretrained", lambda name, device: tiny_model())
     monkeypatch.setattr(needs, "look", lambda: needs.Host("3", "gcc", None, ()))
-    monkeypatch.setattr(runtimes, "use_kernels", lambda model, kernels: asked.append(kernels) or kernels)
+
+    def noted(model: object, kernels: str) -> str:
+        asked.append(kernels)
+        return kernels
+
+    monkeypatch.setattr("recofuse_core.runtime.use_kernels", noted)
     passed, line = gpu_drills.replays("cpu", precision="float32", size=(48, 32), num=1)
     assert passed
     assert (asked, line) == (["eager", "triton"], "4 recorded runs on eager; 4 recorded runs on triton")
     monkeypatch.setattr(needs, "look", lambda: needs.Host("3", "", None, ("there is no C compiler (gcc or clang)",)))
     passed, line = gpu_drills.replays("cpu", precision="float32", size=(48, 32), num=1)
     assert (passed, line) == (True, "4 recorded runs on eager; there is no C compiler (gcc or clang)")
-    monkeypatch.setattr(runtimes.ProgramCache, "get", lambda *arguments, **options: None)
+    monkeypatch.setattr(ProgramCache, "get", lambda *arguments, **options: None)
     assert not gpu_drills.replays("cpu", kinds=("eager",), precision="float32", size=(48, 32), num=1)[0]
 
 
