@@ -143,8 +143,25 @@ def test_the_half_precision_that_is_closer_is_taken(monkeypatch: pytest.MonkeyPa
     assert re.fullmatch(r"bfloat16 is off by [\d.]+ levels, .*; float16 is off by [\d.]+ levels, .*", why)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "error", "largest", "expected"),
+    [
+        (torch.float16, 0.1 / 255, 65504 / 16, True),
+        (torch.float16, 0.1 / 255, 65504 / 15, False),
+        (torch.bfloat16, 0.1 / 255, 65504.0, True),
+        (torch.bfloat16, 1.9 / 255, 1.0, True),
+        (torch.bfloat16, 2.1 / 255, 1.0, False),
+        (torch.float16, float("inf"), 1.0, False),
+    ],
+)
+def test_a_half_precision_is_close_and_values_may_grow_sixteen_times_in_it(
+    dtype: torch.dtype, error: float, largest: float, expected: bool
+) -> None:
+    """What was tried are a few frames; others may hold larger values."""
+    assert precision.Trial(dtype, error, largest).is_sound is expected
+
+
 def test_weights_too_large_for_float16_do_not_run_in_it() -> None:
-    """Values may grow sixteen times on frames that were not tried."""
     model = tiny_model()
     for parameter in model.denoiser.vis.intro.parameters():
         parameter.data *= 8000
