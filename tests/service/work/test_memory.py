@@ -34,7 +34,14 @@ async def fuse_nine(runtime: MeteredRuntime) -> None:
 
 @pytest.mark.parametrize(
     ("room", "expected"),
-    [(24, [1, 8]), (23, [1, 8, 4, 4]), (12, [1, 8, 4, 4]), (11, [1, 8, 4, 2, 2, 4, 2, 2])],
+    [
+        (24, [1, 8]),
+        (23, [1, 8, 4, 4]),
+        (12, [1, 8, 4, 4]),
+        (11, [1, 8, 4, 2, 2, 4, 2, 2]),
+        (5, [1, 8, *[4, 2, 1, 1, 2, 1, 1] * 2]),
+        (3, [1, 8, *[4, 2, 1, 1, 2, 1, 1] * 2]),
+    ],
 )
 async def test_halves_of_what_did_not_fit_have_the_whole_device(room: int, expected: list[int]) -> None:
     runtime = MeteredRuntime(MeteredDevice(room))
