@@ -41,7 +41,8 @@ OF_OURS: dict[str, Callable[[Any], int]] = {
     "finish": lambda args: 4 * 2 * args[2].numel() * args[2].shape[-1],
     "project": lambda args: 4 * args[0].numel() * args[2].shape[-1] // args[4] ** 2,
     **dict.fromkeys(("beside", "tile_sums", "norm_coefficients", "norm_silu", "channel_pools"), lambda args: 0),
-    **dict.fromkeys(("channel_attention", "spatial_maps", "weigh", "luma_cells", "ranked", "paint"), lambda args: 0),
+    **dict.fromkeys(("channel_attention", "spatial_maps", "weigh"), lambda args: 0),
+    **dict.fromkeys(("unshuffled", "luma_cells", "ranked", "paint"), lambda args: 0),
     "spatial_gate": lambda args: 2 * args[4].numel() * args[5][0, 0].numel(),
 }
 

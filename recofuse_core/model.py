@@ -28,6 +28,7 @@ from recofuse_core.networks import (
     ToneEstimator,
     build_autoencoder,
     pad_to_multiple,
+    unit_range,
 )
 from recofuse_core.overlap import Overlap
 from recofuse_core.picture import (
@@ -371,16 +372,22 @@ class ReCoFuse(nn.Module):
         return output, finish.is_finite
 
     def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> tuple[Pair, Brightening | None]:
-        """Images of `run` as they are encoded, without weather, `levelled`, padded, each RGB; what brightened ir."""
-        frames = self.clear(Pair(_unit_range(vis), _unit_range(ir)))
+        """Images of `run` as they are encoded, without weather, `levelled`, padded, each RGB; what brightened ir.
+
+        They lie in memory as they come, the three channels of infrared in one place: an encoder lays its rows itself.
+        Levels stay levels if nothing reads them before it, and whole sides need no padding, which is for floats alone.
+        """
+        if exposure == "as_shot" and self._is_bare and not any(side % PADDING for side in vis.shape[-2:]):
+            return Pair(vis, ir.expand(-1, 3, -1, -1)), None
+        frames = self.clear(Pair(unit_range(vis), unit_range(ir)))
         images, brightened_by = self.levelled(frames, exposure)
-        encoded = Pair(
-            pad_to_multiple(images.vis, PADDING, "reflect").contiguous(memory_format=torch.channels_last),
-            pad_to_multiple(images.ir, PADDING, "reflect")
-            .expand(-1, 3, -1, -1)
-            .contiguous(memory_format=torch.channels_last),
-        )
-        return encoded, brightened_by
+        padded = Pair(*(pad_to_multiple(image, PADDING, "reflect") for image in images))
+        return Pair(padded.vis, padded.ir.expand(-1, 3, -1, -1)), brightened_by
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether no network comes before the encoder."""
+        return self.weather is None and self.tone is None and self.veil is None
 
 
 class TorchNetworks:
@@ -405,7 +412,7 @@ class TorchNetworks:
 
     def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
         """See Networks."""
-        return self.model.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
+        return self.model.autoencoder.encode(image)
 
     def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
         """See Networks."""
@@ -469,11 +476,6 @@ def _is_nothing(share: Tensor) -> bool:
     Asked on processors alone: elsewhere it would wait for the device, and a graph has one way.
     """
     return share.device.type == "cpu" and not torch.compiler.is_exporting() and not bool(share.any())
-
-
-def _unit_range(image: Tensor) -> Tensor:
-    """Floats in [0, 1] of floats or levels."""
-    return image / 255 if image.dtype == torch.uint8 else image.float()
 
 
 def require_pair(vis: Tensor, ir: Tensor) -> tuple[int, int, int]:

@@ -52,6 +52,11 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "constant
     return x if is_whole else F.pad(x, (0, pad_w, 0, pad_h), mode)
 
 
+def unit_range(image: Tensor) -> Tensor:
+    """Floats in [0, 1] of floats or levels."""
+    return image / 255 if image.dtype == torch.uint8 else image.float()
+
+
 # --- autoencoders -----------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +84,26 @@ class ResidualPair(nn.Module):
         return y + (x if self.skip is None else self.skip(x))
 
 
+class Rows(nn.Module):
+    """The rows of numbers that the first convolution reads of an image: those of `factor` x `factor` pixels each.
+
+    It has no weights: a place for what runs this otherwise (kernels/ends.py).
+    """
+
+    def __init__(self, factor: int, middle: float) -> None:
+        super().__init__()
+        self.factor, self.middle = factor, middle
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 3, H, W), floats in [0, 1] or levels, as they lie, to (B, 3 factor**2, H/factor, W/factor) less `middle`.
+
+        Sides are multiples of `factor`; a row is ordered by channel, then row, then column.
+        """
+        pixels = unit_range(image.contiguous(memory_format=torch.channels_last))
+        pixels = pixels if self.middle == 0 else pixels - self.middle
+        return (pixels if self.factor == 1 else F.pixel_unshuffle(pixels, self.factor)).to(dtype)
+
+
 class PaperAutoencoder(nn.Module):
     """U-Net of four levels with latent factor 8 and nine skip features (OmniFuse's autoencoder)."""
 
@@ -88,6 +113,7 @@ class PaperAutoencoder(nn.Module):
         super().__init__()
         outs = [config.width * m for m in config.multipliers]
         ins = [config.width, *outs[:-1]]
+        self.rows = Rows(1, 0.0)
         self.init_conv = nn.Conv2d(3, config.width, 3, padding=1, bias=False)
         self.encoder_blocks = nn.ModuleList(nn.ModuleList([ResidualPair(d, d), ResidualPair(d, d)]) for d in ins)
         self.encoder_norm = ChannelNorm(ins[-1])
@@ -109,9 +135,11 @@ class PaperAutoencoder(nn.Module):
     def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
         """(B, 3, H, W) in [0, 1] to the latent (B, C, ceil16(H)/8, ceil16(W)/8) and nine skips, finest first.
 
-        Raises ShapeError if the image is too small for the reflection padding.
+        An image whose sides are multiples of 16 may be levels. Raises ShapeError if it is too small for the reflection
+        padding.
         """
-        x = self.init_conv(pad_to_multiple(image, self.multiple, "reflect")).to(self.latent_conv.weight.dtype)
+        rows = self.rows(pad_to_multiple(image, self.multiple, "reflect"), self.init_conv.weight.dtype)
+        x = self.init_conv(rows).to(self.latent_conv.weight.dtype)
         skips = [x]
         for level, pair in enumerate(self.encoder_blocks):
             first, second = pair.children()
@@ -169,6 +197,7 @@ class GatedAutoencoder(nn.Module):
     def __init__(self, config: GatedAutoencoderConfig) -> None:
         super().__init__()
         quarter, eighth, latent = config.quarter_width, config.eighth_width, config.latent_channels
+        self.rows = Rows(self.stem_factor, 0.5)
         self.stem = nn.Conv2d(48, quarter, 3, padding=1)
         self.encoder_quarter = nn.ModuleList(GatedConvBlock(quarter) for _ in range(config.encoder_blocks[0]))
         self.down = nn.Conv2d(quarter, eighth, 2, stride=2)
@@ -189,9 +218,10 @@ class GatedAutoencoder(nn.Module):
     def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
         """(B, 3, H, W) in [0, 1] to the latent (B, C, ceil16(H)/8, ceil16(W)/8) and one skip (B, width, .../4).
 
-        Raises ShapeError if the image is too small for the reflection padding.
+        An image whose sides are multiples of 16 may be levels. Raises ShapeError if it is too small for the reflection
+        padding.
         """
-        skip = self.stemmed(pad_to_multiple(image, self.multiple, "reflect") - 0.5)
+        skip = self.stemmed(pad_to_multiple(image, self.multiple, "reflect"))
         for block in self.encoder_quarter:
             skip = block(skip)
         x = self.down(skip)
@@ -201,7 +231,7 @@ class GatedAutoencoder(nn.Module):
 
     def stemmed(self, image: Tensor) -> Tensor:
         """The first features (B, width, H/4, W/4) of an image whose sides are multiples of `multiple`."""
-        features: Tensor = self.stem(F.pixel_unshuffle(image, self.stem_factor).to(self.stem.weight.dtype))
+        features: Tensor = self.stem(self.rows(image, self.stem.weight.dtype))
         return features
 
     def decode(self, latent: Tensor, skips: Skips, size: tuple[int, int]) -> Tensor:

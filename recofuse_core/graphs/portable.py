@@ -114,7 +114,7 @@ class PortableAutoencoder(GatedAutoencoder):
 
     def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
         """See GatedAutoencoder. An image of three equal channels may come as one."""
-        skip = self.stemmed(image - 0.5)
+        skip = self.stemmed(image)
         for block in self.encoder_quarter:
             skip = block(skip)
         x = F.conv2d(skip, turned(self.down.weight), turned(_bias(self.down)), stride=2)
@@ -124,6 +124,7 @@ class PortableAutoencoder(GatedAutoencoder):
 
     def stemmed(self, image: Tensor) -> Tensor:
         """See GatedAutoencoder: as one convolution of the image, since runtimes move every pixel on its own else."""
+        image = image - self.rows.middle
         factor, (out, _, rows, columns) = self.stem_factor, self.stem.weight.shape
         weight = self.stem.weight.view(out, -1, factor, factor, rows, columns).permute(0, 1, 4, 2, 5, 3)
         weight = weight.reshape(out, -1, rows * factor, columns * factor)

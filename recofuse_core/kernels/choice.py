@@ -20,13 +20,13 @@ from recofuse_core.faults import Fault, fault_of
 from recofuse_core.finishing import Finish
 from recofuse_core.layers import GatedConvBlock
 from recofuse_core.model import ReCoFuse, noise_like
-from recofuse_core.networks import LatentFusion
+from recofuse_core.networks import LatentFusion, Rows
 from recofuse_core.stacked import StackedBlock, StackedDenoiser
 
 logger = logging.getLogger(__name__)
 
 KernelChoice = Literal["auto", "eager", "triton"]
-KINDS = ("block", "stacked block", "fusion", "end")  # what there are kernels for
+KINDS = ("beginning", "block", "stacked block", "fusion", "end")  # what there are kernels for
 
 TRIAL_SIZE = (480, 640)  # height, width
 TRIAL_BATCHES = (1, 8)
@@ -40,7 +40,7 @@ TimeMs = Callable[[Callable[[], Result]], float]
 
 
 class Form(NamedTuple):
-    """Parts that do alike: blocks of one width, the fusion module, the end of a run."""
+    """Parts that do alike: blocks of one width, the fusion module, the beginning of a run and its end."""
 
     kind: str
     channels: int
@@ -224,8 +224,9 @@ def tried(form: Form, block: nn.Module, inputs: list[tuple[Any, ...]], time_ms: 
 
 def relative_rms(found: Tensor, expected: Tensor, given: Tensor) -> float:
     """Rms of the difference as a part of the rms of what was added to the input; infinite if anything is not finite."""
+    is_sum = (given.shape, given.dtype) == (expected.shape, expected.dtype)
     found, expected = found.float(), expected.float()
-    added = (expected - given.float() if given.shape == expected.shape else expected).square().mean().sqrt()
+    added = (expected - given.float() if is_sum else expected).square().mean().sqrt()
     error = float((found - expected).square().mean().sqrt() / added.clamp_min(1e-6))
     return math.inf if math.isnan(error) else error
 
@@ -258,7 +259,7 @@ def _dtype(block: nn.Module) -> torch.dtype:
     """Of what a part computes in; what it takes and gives may be float32."""
     if isinstance(block, StackedBlock):
         return block.get_buffer("expand1_weight").dtype
-    if isinstance(block, Finish):
+    if isinstance(block, Finish | Rows):  # rows are computed in it, and rounded once
         return torch.float32
     first = block.intro if isinstance(block, LatentFusion) else block.expand1
     assert isinstance(first, nn.Conv2d)
@@ -274,6 +275,8 @@ def _form(block: nn.Module) -> Form | None:
         return Form("fusion", block.intro.out_channels)
     if isinstance(block, Finish):
         return Form("end", 3)
+    if isinstance(block, Rows):
+        return Form("beginning", 3 * block.factor**2)
     return None
 
 
@@ -289,7 +292,7 @@ def _entry(block: nn.Module) -> Callable[..., Result]:
 
 def _replacement(block: nn.Module) -> nn.Module:
     from recofuse_core.kernels.blocks import FusedBlock, FusedConvBlock
-    from recofuse_core.kernels.ends import FusedFinish
+    from recofuse_core.kernels.ends import FusedFinish, FusedRows
     from recofuse_core.kernels.fusion import FusedLatentFusion
 
     if isinstance(block, StackedBlock):
@@ -298,6 +301,8 @@ def _replacement(block: nn.Module) -> nn.Module:
         return FusedLatentFusion(block)
     if isinstance(block, Finish):
         return FusedFinish(block)
+    if isinstance(block, Rows):
+        return FusedRows(block)
     assert isinstance(block, GatedConvBlock)
     return FusedConvBlock(block)
 

@@ -1,10 +1,28 @@
-"""The end of a run on our kernels: from decoded images to what is asked for, in two launches or four."""
+"""Both ends of a run on our kernels.
 
+An image becomes an encoder's rows in one launch, a decoded one what is asked for in two or four.
+"""
+
+import torch
 from torch import Tensor, nn
 
 from recofuse_core.finishing import WIDENING_GAIN, WIDENING_GRID, Finish, widening_ranks
 from recofuse_core.kernels import picture_operations as operations
+from recofuse_core.networks import Rows
 from recofuse_core.picture import OutputName
+
+
+class FusedRows(nn.Module):
+    """`Rows`."""
+
+    def __init__(self, block: Rows) -> None:
+        super().__init__()
+        self.factor, self.middle = block.factor, block.middle
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """See Rows. Channels last."""
+        rows: Tensor = operations.unshuffled(image, self.factor, self.middle, dtype)
+        return rows
 
 
 class FusedFinish(nn.Module):

@@ -1,6 +1,7 @@
-"""Triton kernels of the end of a run. Imports Triton: only `picture_operations.py` imports it, when one is run.
+"""Triton kernels of both ends of a run. Imports Triton: only `picture_operations.py` imports it, when one is run.
 
-Decoded images come as float32 (B, 3, H, W) of whatever strides they have, in [0, 1] or somewhat beyond.
+Images come as (B, 3, H, W) of whatever strides they have: float32 or levels at the beginning; at the end float32, in
+[0, 1] or somewhat beyond.
 """
 
 from __future__ import annotations
@@ -20,6 +21,27 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounde
 def _clamped(x):
     """Within [0, 1]; 0 for what is no number."""
     return tl.where(x > 0.0, tl.minimum(x, 1.0), 0.0)
+
+
+@triton.jit(do_not_specialize=("width", "num_rows", "item_stride"))
+def _unshuffled(
+    image, out, width, num_rows, middle, item_stride, channel_stride, row_stride, column_stride,
+    FACTOR: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of FACTOR x FACTOR pixels less `middle`, `width` of them beside one another, channel after channel."""
+    item = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    pixels = tl.arange(0, FACTOR * FACTOR)[None, :]
+    is_there = rows < num_rows
+    y = rows // width * FACTOR + pixels // FACTOR
+    x = rows % width * FACTOR + pixels % FACTOR
+    source = image + item * item_stride + y * row_stride + x * column_stride
+    target = out + (item * num_rows + rows) * (3 * FACTOR * FACTOR) + pixels
+    for channel in tl.static_range(3):
+        value = tl.load(source + channel * channel_stride, mask=is_there, other=0).to(tl.float32)
+        if LEVELS:
+            value = value / 255.0
+        tl.store(target + channel * FACTOR * FACTOR, (value - middle).to(out.dtype.element_ty), mask=is_there)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -103,6 +125,19 @@ def _paint(
     if not GREY:
         tl.store(target + out_channel, green.to(out.dtype.element_ty), mask=is_there)
         tl.store(target + 2 * out_channel, blue.to(out.dtype.element_ty), mask=is_there)
+
+
+def unshuffled(image: Tensor, factor: int, middle: float, dtype: torch.dtype, tile: int) -> Tensor:
+    """See picture_operations.unshuffled. tile: pixels of one."""
+    batch, channels, height, width = image.shape
+    height, width = height // factor, width // factor
+    out = image.new_empty(batch, height, width, channels * factor**2, dtype=dtype)
+    block = tile // factor**2
+    _unshuffled[(triton.cdiv(height * width, block), batch)](
+        image, out, width, height * width, middle, *image.stride(),
+        FACTOR=factor, LEVELS=image.dtype == torch.uint8, BLOCK=block,
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
 
 
 def luma_cells(image: Tensor, grid: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The kernels of the end of a run as operations of torch; see operations.py for what all of them share.
+"""The kernels of both ends of a run as operations of torch; see operations.py for what all of them share.
 
-Images are float32 (B, 3, H, W) of any strides.
+Images are (B, 3, H, W) of any strides, float32 but where levels are said to be taken, too.
 """
 
 import torch
@@ -9,6 +9,24 @@ from torch import Tensor, library
 from recofuse_core.kernels.operations import NAMESPACE
 
 TILE = 1024  # pixels of one
+
+
+@library.custom_op(f"{NAMESPACE}::unshuffled", mutates_args=())
+def unshuffled(image: Tensor, factor: int, middle: float, dtype: torch.dtype) -> Tensor:
+    """Images, or levels by 255, less `middle`, unshuffled: (B, 3 factor**2, H/factor, W/factor), channels last.
+
+    factor: a power of two that divides both sides.
+    """
+    from recofuse_core.kernels import picture_ends
+
+    return picture_ends.unshuffled(image, factor, middle, dtype, TILE)
+
+
+@unshuffled.register_fake
+def _(image: Tensor, factor: int, middle: float, dtype: torch.dtype) -> Tensor:
+    batch, channels, height, width = image.shape
+    rows = image.new_empty(batch, height // factor, width // factor, channels * factor**2, dtype=dtype)
+    return rows.permute(0, 3, 1, 2)
 
 
 @library.custom_op(f"{NAMESPACE}::luma_cells", mutates_args=())

@@ -11,6 +11,7 @@ from recofuse_core.kernels import fusion_operations as operations
 from recofuse_core.kernels import picture_operations
 from recofuse_core.kernels.operations import TILE
 from recofuse_core.losses import luma
+from recofuse_core.networks import unit_range
 
 
 def norm_product(
@@ -186,7 +187,12 @@ def _unflat(x: Tensor, dim: int, count: int) -> Tensor:
     return made
 
 
-# --- the end of a run, see picture_operations.py ----------------------------------------------------------------------
+# --- both ends of a run, see picture_operations.py --------------------------------------------------------------------
+
+
+def unshuffled(image: Tensor, factor: int, middle: float, dtype: torch.dtype) -> Tensor:
+    """Every pixel to its place."""
+    return F.pixel_unshuffle(unit_range(image) - middle, factor).to(dtype)
 
 
 def luma_cells(image: Tensor, grid: int) -> Tensor:

@@ -279,9 +279,9 @@ class EngineSettings(Group):
     )
     kernels: Literal["auto", "eager", "triton"] = Field(
         default="auto",
-        description="what blocks, fusion module and a run's end run on; auto: on a GPU the kernels written for them in "
-        "Triton where a trial at the start, of seconds, shows that they agree with torch's and are faster; eager: "
-        "torch's; triton: ours, untried",
+        description="what blocks, fusion module and a run's two ends run on; auto: on a GPU the kernels written for "
+        "them in Triton where a trial at the start, of seconds, shows that they agree with torch's and are faster; "
+        "eager: torch's; triton: ours, untried",
     )
     graphs: Literal["auto", "on", "off"] = Field(
         default="auto", description="record whole runs and replay them (CUDA graphs); auto: on a GPU"

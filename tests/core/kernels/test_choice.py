@@ -12,7 +12,7 @@ from recofuse_core.finishing import Finish
 from recofuse_core.kernels import choice
 from recofuse_core.kernels.choice import Form, Trial, places, relative_rms, seen_calls, tried, use_kernels, use_winners
 from recofuse_core.model import ReCoFuse
-from recofuse_core.networks import LatentFusion
+from recofuse_core.networks import LatentFusion, Rows
 from recofuse_core.precision import frozen_copy
 from recofuse_core.runtime import Runtime
 from recofuse_core.stacked import StackedBlock
@@ -32,7 +32,7 @@ def test_every_block_that_runs_has_a_replacement() -> None:
     assert forms.count(Form("stacked block", 16)) == 2
     assert forms.count(Form("stacked block", 32)) == 1
     assert forms.count(Form("block", 8)) == forms.count(Form("block", 16)) == 2  # of the autoencoder, none of a branch
-    assert forms.count(Form("fusion", 16)) == forms.count(Form("end", 3)) == 1
+    assert forms.count(Form("fusion", 16)) == forms.count(Form("beginning", 48)) == forms.count(Form("end", 3)) == 1
 
 
 def test_on_a_cpu_torch_runs_the_blocks() -> None:
@@ -98,7 +98,19 @@ class DoubledFinish(Doubled):
         return image if self.off == 0 else (1 + self.off) * image, is_finite
 
 
+class DoubledRows(Doubled):
+    """The same of the beginning of a run."""
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        if self.off < 0:
+            raise RuntimeError("no C compiler")
+        rows: Tensor = self.block(image, dtype)
+        return (1 + self.off) * rows
+
+
 def doubled(block: nn.Module, off: float) -> nn.Module:
+    if isinstance(block, Rows):
+        return DoubledRows(block, off)
     if isinstance(block, Finish):
         return DoubledFinish(block, off)
     return (DoubledFusion if isinstance(block, LatentFusion) else Doubled)(block, off)
@@ -107,7 +119,7 @@ def doubled(block: nn.Module, off: float) -> nn.Module:
 @pytest.mark.parametrize(
     ("off", "times", "kernels", "said"),
     [
-        (0.0, [2.0, 1.0], "triton: 1 fusion of 16, 1 end of 3, 2 block of 8", "kernels tried"),
+        (0.0, [2.0, 1.0], "triton: 1 fusion of 16, 1 end of 3, 1 beginning of 48, 2 block of 8", "kernels tried"),
         (0.0, [1.0, 2.0], "eager", "kernels tried"),  # slower
         (0.01, [2.0, 1.0], "eager", "kernels tried"),  # wrong
         (-1.0, [2.0, 1.0], "eager", "kernels cannot be used"),
