@@ -12,10 +12,11 @@ import copy
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from recofuse_core.layers import NORM_EPS, ChannelNorm, CrossAttention, LinearAttention, Modulation
 from recofuse_core.model import ReCoFuse
-from recofuse_core.networks import GatedAutoencoder, PaperAutoencoder, Skips
+from recofuse_core.networks import Rows, unit_range
 
 
 class MaterialisedAttention(CrossAttention):
@@ -58,28 +59,20 @@ class WrittenLinearAttention(LinearAttention):
         return attended
 
 
-class PlainPaperAutoencoder(PaperAutoencoder):
-    """Takes its image as NCHW."""
+class PlainRows(Rows):
+    """Of an image as NCHW."""
 
-    def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
-        """See PaperAutoencoder."""
-        return super().encode(image.contiguous())
-
-
-class PlainGatedAutoencoder(GatedAutoencoder):
-    """Takes its image as NCHW."""
-
-    def encode(self, image: Tensor) -> tuple[Tensor, Skips]:
-        """See GatedAutoencoder."""
-        return super().encode(image.contiguous())
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """See Rows."""
+        pixels = unit_range(image.contiguous()) - self.middle
+        return F.pixel_unshuffle(pixels, self.factor).to(dtype)
 
 
 WRITTEN_OUT: dict[type, type] = {
     CrossAttention: MaterialisedAttention,
     ChannelNorm: WrittenNorm,
     LinearAttention: WrittenLinearAttention,
-    PaperAutoencoder: PlainPaperAutoencoder,
-    GatedAutoencoder: PlainGatedAutoencoder,
+    Rows: PlainRows,
 }
 
 
