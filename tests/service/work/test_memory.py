@@ -9,7 +9,7 @@ import pytest
 
 from service.terms.errors import ErrorCode
 from tests.service.work.devices import MeteredDevice, MeteredEngine, MeteredRuntime, cuda_error
-from tests.service.work.workers import fresh, held_back, results, working
+from tests.service.work.workers import fresh, one_and_eight, results, working
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +25,7 @@ async def fuse_nine(runtime: MeteredRuntime) -> None:
     """One pair that is under way, and eight that wait meanwhile. All have their pictures in the end."""
     engine = MeteredEngine(runtime)
     async with working(engine) as (queue, worker):
-        jobs = fresh(9)
-        await held_back(engine, queue, worker, jobs)
-        engine.gate.set()
-        found = await results(queue, jobs)
+        found = await one_and_eight(engine, queue, worker)
     assert [result.error_code for result in found] == [None] * 9
 
 
@@ -65,11 +62,8 @@ async def test_a_size_that_did_not_fit_is_not_tried_again() -> None:
     engine = MeteredEngine(runtime)
     async with working(engine) as (queue, worker):
         for _ in range(2):
-            jobs = fresh(9)
-            engine.started.clear()
-            await held_back(engine, queue, worker, jobs)
-            engine.gate.set()
-            assert [result.error_code for result in await results(queue, jobs)] == [None] * 9
+            found = await one_and_eight(engine, queue, worker)
+            assert [result.error_code for result in found] == [None] * 9
     assert runtime.batches == [1, 8, 4, 4, 1, 4, 4]
 
 

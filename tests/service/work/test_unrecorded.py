@@ -13,7 +13,7 @@ from recofuse_core.runtime import Runtime
 from service.terms.jobs import Part
 from tests.core.tiny import tiny_model
 from tests.service.work.devices import MeteredEngine, MeteredRuntime, cuda_error
-from tests.service.work.workers import fresh, held_back, results, until, working
+from tests.service.work.workers import one_and_eight, until, working
 
 ERRORS = {
     "capture": cuda_error("operation not permitted when stream is capturing"),
@@ -47,11 +47,7 @@ async def test_jobs_are_answered_where_nothing_can_be_recorded(error: Exception,
     found: list[Any] = []
     async with working(engine) as (queue, worker):
         for _ in range(3):
-            jobs = fresh(9)
-            engine.started.clear()
-            await held_back(engine, queue, worker, jobs)
-            engine.gate.set()
-            found += await results(queue, jobs)
+            found += await one_and_eight(engine, queue, worker)
             await until(lambda: runtime.due_in_s is None)
     assert [result.error_code for result in found] == [None] * 27
     assert all(result.images[Part.FUSED] for result in found)

@@ -73,3 +73,12 @@ async def held_back(engine: GatedEngine, queue: JobQueue, worker: Worker, jobs: 
     for waiting in jobs[1:]:
         await queue.submit(waiting)
     await until(lambda: len(worker._batcher) == len(jobs) - 1)
+
+
+async def one_and_eight(engine: GatedEngine, queue: JobQueue, worker: Worker) -> list[FusionResult]:
+    """The results of a pass of one job and of one of the eight that have waited meanwhile."""
+    jobs = fresh(9)
+    engine.started.clear()
+    await held_back(engine, queue, worker, jobs)
+    engine.gate.set()
+    return await results(queue, jobs)
