@@ -77,6 +77,8 @@ class StageConfig:
     num_frames: int = 18_000  # weather_odds, exposure, tone, veil: degraded frames that are drawn once and kept
     lit_probability: float = 0.0  # coupled: of a pair that comes lit, from the frames of the exposure stage
     weather_probability: float = 0.0  # coupled, with lit pairs: of another pair in rain, snow or fog
+    photo_probability: float = 0.0  # tone: of a photograph, or a part of one, in place of a pair's visible frame
+    thermal_probability: float = 0.0  # tone: of another camera's infrared frame in place of the pair's
     swap_probability: float = 0.0  # exposure, tone: of meeting the infrared frame of another pair
     spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat
 
@@ -91,9 +93,17 @@ class StageConfig:
             raise ConfigError("lit_probability belongs to a coupled stage")
         if self.weather_probability and not self.lit_probability:
             raise ConfigError("weather_probability belongs to a coupled stage with lit_probability")
+        if (self.photo_probability or self.thermal_probability) and self.name != "tone":
+            raise ConfigError("photo_probability and thermal_probability belong to a tone stage")
         for name, kinds in (("intensity_target", IntensityTarget), ("gradient_target", GradientTarget)):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}")
+
+    @property
+    def asks_for_references(self) -> bool:
+        """Whether frames of `DataConfig.references` are drawn."""
+        is_of_frames = self.name in ("weather", "weather_odds", "exposure", "veil")
+        return is_of_frames or self.lit_probability + self.photo_probability + self.thermal_probability > 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Frames come from registered pairs and from a second folder, the references, of r
     lowlight/low/SCENE__K.*    darker exposures of a scene ...       lowlight/normal/SCENE.*   ... and the right one
     haze/hazy/NAME.*           a pair's visible frame in fog; the clear one and the infrared are the pair's, by name
     photos/*                   clean photographs
+    thermal/*                  infrared frames of other cameras, which the tone estimator alone learns from
 
 Every part may be missing. What stands for what (`FrameKind`): real dark pairs; well exposed frames, darkened; the same
 left as they are, so that the estimator learns to keep its hands off; true nights, for which there is no reference and
@@ -27,13 +28,14 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from recofuse_core.data import find_images, read_vis
+from recofuse_core.data import find_images, read_ir, read_vis
 from recofuse_core.degradations.physics import gaussian_noise, haze, jpeg, poisson_noise, quantise
 from recofuse_core.degradations.recipes import Range
 from recofuse_core.degradations.weather import scene_depth
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.exposure import ExposureEstimator
 from recofuse_core.losses import log_error, luma
+from recofuse_core.training.draws import chance, index, unit
 
 DARKENING_GAIN = Range(0.85, 0.06, log=True)
 DARKENING_GAMMA = Range(1.0, 2.4)
@@ -94,6 +96,7 @@ class References:
     dark: list[Frame] = field(default_factory=list)
     photos: list[np.ndarray] = field(default_factory=list)
     foggy: dict[str, np.ndarray] = field(default_factory=dict)  # by the pair's name in lower case
+    thermal: list[np.ndarray] = field(default_factory=list)  # (H, W)
 
 
 def read_references(root: Path) -> References:
@@ -101,9 +104,9 @@ def read_references(root: Path) -> References:
     if not root.is_dir():
         raise DatasetError(f"{root} is not a folder")
 
-    def images(part: str) -> dict[str, np.ndarray]:
+    def images(part: str, read: Callable[[Path], Tensor] = read_vis) -> dict[str, np.ndarray]:
         folder = root / part
-        return {name: _levels(path) for name, path in find_images(folder).items()} if folder.is_dir() else {}
+        return {name: _levels(read(path)) for name, path in find_images(folder).items()} if folder.is_dir() else {}
 
     normal = images("lowlight/normal")
     dark = []
@@ -113,11 +116,13 @@ def read_references(root: Path) -> References:
             raise DatasetError(f"{root}/lowlight/low has {name}, but lowlight/normal has no {scene}")
         dark.append(Frame(given, normal[scene]))
     photos = [*images("photos").values(), *normal.values()]
-    return References(dark, photos, {name.lower(): image for name, image in images("haze/hazy").items()})
+    foggy = {name.lower(): levels for name, levels in images("haze/hazy").items()}
+    thermal = [levels[..., 0] for levels in images("thermal", read_ir).values()]
+    return References(dark, photos, foggy, thermal)
 
 
-def _levels(path: Path) -> np.ndarray:
-    pixels: np.ndarray = read_vis(path).permute(1, 2, 0).contiguous().numpy()
+def _levels(image: Tensor) -> np.ndarray:
+    pixels: np.ndarray = image.permute(1, 2, 0).contiguous().numpy()
     return pixels
 
 
@@ -203,6 +208,7 @@ class FrameSource:
         self.infrared: list[np.ndarray] = []
         self.scenes: list[Frame] = []  # all pairs, whatever they are
         self.photos = references.photos
+        self.thermal = references.thermal
         self.pools: dict[FrameKind, list[Frame]] = {kind: [] for kind in FrameKind}
         self.pools[FrameKind.DARK_PAIR] = references.dark
         low, high = WELL_EXPOSED
@@ -242,25 +248,25 @@ class FrameSource:
         weights = torch.tensor([shares[kind] for kind in self.kinds])
         kind = self.kinds[int(torch.multinomial(weights, 1, generator=generator))]
         pool = self.pools[kind]
-        given, lit, ir = self.cut(pool[_index(len(pool), generator)], side, generator, crop)
+        given, lit, ir = self.cut(pool[index(len(pool), generator)], side, generator, crop)
         match kind:
             case FrameKind.DARK_PAIR:
-                if _chance(0.45, generator):
+                if chance(0.45, generator):
                     given = given.pow(Range(0.9, 1.35).draw(generator)) * Range(1.1, 0.5, log=True).draw(generator)
                 given = _cast(given, 0.3, generator)
                 given, lit = _in_the_night(given, lit, 0.15, generator)
             case FrameKind.DARKENED:
-                power = DARKENING_GAMMA.draw(generator) if _chance(0.6, generator) else 1.0
+                power = DARKENING_GAMMA.draw(generator) if chance(0.6, generator) else 1.0
                 given = (given * DARKENING_GAIN.draw(generator)).pow(power)
                 given = given * max(1.0, 0.02 / max(float(given.mean()), 1e-4))  # a scene in three levels tells nothing
                 given = _cast(given, 0.3, generator)
                 given, lit = _in_the_night(given, lit, 0.25, generator)
             case FrameKind.NIGHT:
                 lit = well_exposed(given)
-                if _chance(0.3, generator):
+                if chance(0.3, generator):
                     given = given.pow(Range(0.85, 1.25).draw(generator))
                 given = _cast(given, 0.3, generator)
-            case FrameKind.FOG_PAIR if _chance(0.45, generator):
+            case FrameKind.FOG_PAIR if chance(0.45, generator):
                 given = fogged_again(given, lit, generator)
             case FrameKind.FOGGED:
                 depth = scene_depth(lit, generator)
@@ -276,9 +282,9 @@ class FrameSource:
 
         crop: its share of the frame's sides.
         """
-        share, top, left = crop.draw(generator), _rand(generator), _rand(generator)
-        is_flipped = _chance(0.5, generator)
-        ir = frame.ir if frame.ir is not None else self.infrared[_index(len(self.infrared), generator)]
+        share, top, left = crop.draw(generator), unit(generator), unit(generator)
+        is_flipped = chance(0.5, generator)
+        ir = frame.ir if frame.ir is not None else self.infrared[index(len(self.infrared), generator)]
 
         def cut(levels: np.ndarray) -> Tensor:
             height, width = (int(share * each) for each in levels.shape[:2])
@@ -292,40 +298,28 @@ class FrameSource:
 
 def sensed(image: Tensor, generator: Generator) -> Tensor:
     """A frame as a camera delivers it: mostly with noise of photons and of the sensor, sometimes coded as JPEG."""
-    if _chance(0.6, generator):
+    if chance(0.6, generator):
         image = poisson_noise(image.clamp(0, 1), PHOTONS.draw(generator), generator)
         sigma, correlation = NOISE_SIGMA.draw(generator), NOISE_CORRELATION.draw(generator)
         image = gaussian_noise(image, sigma, generator, correlation)
     image = quantise(image)
-    return jpeg(image, round(JPEG_QUALITY.draw(generator))) if _chance(0.3, generator) else image
-
-
-def _rand(generator: Generator) -> float:
-    return float(torch.rand((), generator=generator))
-
-
-def _chance(probability: float, generator: Generator) -> bool:
-    return _rand(generator) < probability
-
-
-def _index(count: int, generator: Generator) -> int:
-    return int(torch.randint(count, (), generator=generator))
+    return jpeg(image, round(JPEG_QUALITY.draw(generator))) if chance(0.3, generator) else image
 
 
 def _cast(image: Tensor, probability: float, generator: Generator) -> Tensor:
     """Sometimes a wrong white balance."""
-    if not _chance(probability, generator):
+    if not chance(probability, generator):
         return image
     return image * (1 + CAST * torch.randn(3, 1, 1, generator=generator))
 
 
 def _in_the_night(given: Tensor, lit: Tensor, probability: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """Sometimes most of the frame as black as a night sky, before and after: that tells no exposure, and stays."""
-    if not _chance(probability, generator):
+    if not chance(probability, generator):
         return given, lit
     side = given.shape[-1]
     places = torch.linspace(0, 1, side)
-    if _chance(0.5, generator):  # all above a skyline
+    if chance(0.5, generator):  # all above a skyline
         skyline = Range(0.3, 0.8).draw(generator) + 0.15 * torch.randn(1, 1, 6, generator=generator)
         skyline = F.interpolate(skyline, side, mode="linear", align_corners=True)[0]
         seen = ((places.view(-1, 1) - skyline) * Range(15, 60).draw(generator)).sigmoid()
@@ -341,8 +335,8 @@ def _in_the_night(given: Tensor, lit: Tensor, probability: float, generator: Gen
 
 def _empty(side: int, generator: Generator) -> Tensor:
     """A covered lens, mostly, or some even grey: nearly one colour, with faint clouds."""
-    is_black = _chance(0.7, generator)
-    level = Range(0, 0.02).draw(generator) * _chance(0.8, generator) if is_black else _rand(generator)
+    is_black = chance(0.7, generator)
+    level = Range(0, 0.02).draw(generator) * chance(0.8, generator) if is_black else unit(generator)
     tint = 1 + 0.15 * (torch.rand(3, 1, 1, generator=generator) - 0.5)
     clouds = F.interpolate(torch.rand(1, 3, 3, 3, generator=generator) - 0.5, side, mode="bilinear")[0]
     return (level * tint + (0.006 if is_black else 0.03) * clouds).clamp(0, 1)
@@ -355,10 +349,10 @@ def fogged_again(hazy: Tensor, clear: Tensor, generator: Generator) -> Tensor:
 
 def _fogged(clear: Tensor, through: Tensor, generator: Generator) -> Tensor:
     airlight = AIRLIGHT.draw(generator) + AIRLIGHT_TINT * torch.randn(3, 1, 1, generator=generator)
-    if _chance(0.3, generator):  # warm as dust, or a little blue
+    if chance(0.3, generator):  # warm as dust, or a little blue
         airlight = airlight + torch.tensor([0.05, 0.0, -0.06]).view(3, 1, 1) * Range(-1.0, 1.3).draw(generator)
     fogged = haze(clear, airlight.clamp(0, 1), through)
-    if _chance(0.35, generator):
+    if chance(0.35, generator):
         fogged = fogged.pow(DUSK_GAMMA.draw(generator)) * DUSK_GAIN.draw(generator)
     return fogged
 

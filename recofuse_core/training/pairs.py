@@ -156,7 +156,7 @@ class PairSource:
         """One square, degraded anew."""
         vis, target, ir, low_vis, low_ir = self._crop(side, generator)
         if low_ir is None:
-            ir = self._vary_ir(ir, generator)
+            ir = self.vary_ir(ir, generator)
         if low_vis is None:
             vis, target = self._vary_dark(vis, target, generator)
         config = self.config
@@ -171,7 +171,7 @@ class PairSource:
     def square(self, side: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """The same square of the clean images of one pair: vis (3, side, side) and ir (1, side, side), ir varied."""
         vis, _, ir, _, _ = self._crop(side, generator)
-        return vis, self._vary_ir(ir, generator)
+        return vis, self.vary_ir(ir, generator)
 
     def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The same square of vis, target and ir of one pair, and of the degraded files that it has."""
@@ -199,7 +199,7 @@ class PairSource:
         low_ir = None if images.ir_degraded is None else crop(images.ir_degraded)
         return crop(images.vis), crop(images.target), crop(images.ir), low_vis, low_ir
 
-    def _vary_ir(self, ir: Tensor, generator: Generator) -> Tensor:
+    def vary_ir(self, ir: Tensor, generator: Generator) -> Tensor:
         """Gain, offset and gamma, input and target alike: cameras differ, and a target must stay unambiguous."""
         chance, gamma, gain, offset = torch.rand(4, generator=generator).tolist()
         if chance >= self.config.vary_ir_probability:

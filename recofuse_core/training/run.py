@@ -46,8 +46,7 @@ def train_from_config(
     pairs = list(read_images(path.parent / config.data.root, config.data.split))
     source = PairSource(config.data, pairs)
     frames = None
-    of_frames = ("weather", "weather_odds", "exposure", "veil")
-    if config.data.references and any(stage.name in of_frames or stage.lit_probability for stage in config.stages):
+    if config.data.references and any(stage.asks_for_references for stage in config.stages):
         known = [pair for pair in pairs if not pair.starts_with(config.data.exclude_prefixes)]
         references = read_references(path.parent / config.data.references)
         frames = FrameSource(((pair.name, pair.vis, pair.ir) for pair in known), references)

@@ -37,7 +37,7 @@ from recofuse_core.training.objectives import (
 from recofuse_core.training.optimisation import WeightAverage, build_optimizer, learning_rate
 from recofuse_core.training.pairs import Batch, PairSource
 from recofuse_core.training.processes import ProcessGroup
-from recofuse_core.training.tone import ToneSamples, tone_loss
+from recofuse_core.training.tone import ToneSamples, ToneSource, tone_loss
 from recofuse_core.training.veil import VeilSamples, VeilSource, veil_loss
 from recofuse_core.training.weather import (
     EVEN_ODDS,
@@ -202,7 +202,14 @@ class Trainer:
         if isinstance(self.source, LatentSource):
             raise ConfigError("the tone stage needs frames, not encoded crops")
         generator = Generator().manual_seed(self.config.seed + 1)
-        samples = ToneSamples.draw(tone, self.source, self.stage.num_frames, generator)
+        source = ToneSource(
+            self.source,
+            self.frames.photos if self.frames else (),
+            self.frames.thermal if self.frames else (),
+            self.stage.photo_probability,
+            self.stage.thermal_probability,
+        )
+        samples = ToneSamples.draw(tone, source, self.stage.num_frames, generator)
         self.tone_samples = samples.to(self.device)
         if self.step == 0:
             tone.calibrate(self.tone_samples.features)

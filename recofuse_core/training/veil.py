@@ -20,6 +20,7 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.sampler import Pair
+from recofuse_core.training.draws import chance, index
 from recofuse_core.training.exposure import CROP, Frame, FrameKind, FrameSource, fogged_again, sensed
 from recofuse_core.veil import VeilEstimator
 
@@ -112,11 +113,11 @@ class VeilSource:
         """One square of S px as a camera delivers it; without streaks and flakes but for a rest of them."""
         weights = torch.tensor([SHARES[kind] for kind in self.kinds])
         kind = self.kinds[int(torch.multinomial(weights, 1, generator=generator))]
-        strength = STRENGTHS[_index(len(STRENGTHS), generator)]
+        strength = STRENGTHS[index(len(STRENGTHS), generator)]
         given, clear, ir = self._scene(kind, side, generator)
         match kind:
             case VeilKind.FOG_PAIR:
-                given = fogged_again(given, clear, generator) if _chance(0.45, generator) else given
+                given = fogged_again(given, clear, generator) if chance(0.45, generator) else given
             case VeilKind.FOG | VeilKind.HAZE:
                 given = degrade_vis(clear, generator, strength, [kind.value]).image
             case VeilKind.DOWNPOUR | VeilKind.SNOWFALL:
@@ -127,15 +128,15 @@ class VeilSource:
                 given = haze(clear, uneven_airlight(side, generator), through)
                 if float(luma(clear[None]).mean()) > DAY_MEAN[0]:
                     clear = _kept_bright(given[None], clear[None], _ramp(-through, -UNSEEN[1], -UNSEEN[0]))[0]
-                if _chance(DUSK_PROBABILITY, generator):
+                if chance(DUSK_PROBABILITY, generator):
                     given, clear = _exposed(given, clear, DUSK_GAMMA, DUSK_GAIN, generator)
-            case VeilKind.NONE if _chance(AS_IT_CAME_PROBABILITY, generator):
-                given = degrade_vis(clear, generator, strength, [AS_IT_CAME[_index(len(AS_IT_CAME), generator)]]).image
+            case VeilKind.NONE if chance(AS_IT_CAME_PROBABILITY, generator):
+                given = degrade_vis(clear, generator, strength, [AS_IT_CAME[index(len(AS_IT_CAME), generator)]]).image
             case _:
                 pass
-        if _chance(SENSED_PROBABILITY, generator):
+        if chance(SENSED_PROBABILITY, generator):
             given = sensed(given.clamp(0, 1), generator)
-        elif _chance(NOISY_PROBABILITY / (1 - SENSED_PROBABILITY), generator):
+        elif chance(NOISY_PROBABILITY / (1 - SENSED_PROBABILITY), generator):
             given = degrade_vis(given.clamp(0, 1), generator, strength, [VisKind.GAUSSIAN_NOISE]).image
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
         return VeilFrame(given.clamp(0, 1), clear.clamp(0, 1), low_ir, kind)
@@ -143,43 +144,43 @@ class VeilSource:
     def _scene(self, kind: VeilKind, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Given, clear and infrared squares before anything is put in, sometimes with infrared of another scene."""
         pool = self._pool(kind, generator)
-        frame = pool[_index(len(pool), generator)]
-        is_close_up = kind is VeilKind.NONE and _chance(CLOSE_UP_PROBABILITY, generator)
+        frame = pool[index(len(pool), generator)]
+        is_close_up = kind is VeilKind.NONE and chance(CLOSE_UP_PROBABILITY, generator)
         given, clear, ir = self.frames.cut(frame, side, generator, CLOSE_UP if is_close_up else CROP)
-        if _chance(SWAP_PROBABILITY, generator):
+        if chance(SWAP_PROBABILITY, generator):
             _, _, ir = self.frames.cut(frame._replace(ir=None), side, generator)
         if kind is not VeilKind.FOG_PAIR:
-            if _chance(DARKER_PROBABILITY, generator):
+            if chance(DARKER_PROBABILITY, generator):
                 given, clear = _exposed(given, clear, DARKER_GAMMA, DARKER_GAIN, generator)
-            elif pool is not self.nights and _chance(BRIGHTER_PROBABILITY, generator):
+            elif pool is not self.nights and chance(BRIGHTER_PROBABILITY, generator):
                 given, clear = _exposed(given, clear, BRIGHTER_GAMMA, BRIGHTER_GAIN, generator)
         return given, clear, ir
 
     def _pool(self, kind: VeilKind, generator: Generator) -> list[Frame]:
         """What a frame of a kind is made of."""
         if kind is VeilKind.NONE:
-            return self.others[_index(len(self.others), generator)]
+            return self.others[index(len(self.others), generator)]
         if kind is VeilKind.FOG_PAIR:
             return self.foggy
         is_grey = kind is VeilKind.GREY_FOG
-        if self.nights and _chance(GREY_NIGHT_PROBABILITY if is_grey else NIGHT_PROBABILITY, generator):
+        if self.nights and chance(GREY_NIGHT_PROBABILITY if is_grey else NIGHT_PROBABILITY, generator):
             return self.nights
-        if is_grey and self.photos and _chance(PHOTO_PROBABILITY, generator):
+        if is_grey and self.photos and chance(PHOTO_PROBABILITY, generator):
             return self.photos
-        return self.scenes if _chance(ANY_PROBABILITY, generator) else self.clear
+        return self.scenes if chance(ANY_PROBABILITY, generator) else self.clear
 
 
 def uneven_airlight(side: int, generator: Generator) -> Tensor:
     """The light of a fog, (3, S, S): brighter on one side than on the other, and where the sun stands behind it."""
     slope = F.interpolate(torch.rand(1, 1, 3, 3, generator=generator) * 2 - 1, side, mode="bicubic", align_corners=True)
     light = AIRLIGHT.draw(generator) * (1 + AIRLIGHT_SLOPE.draw(generator) * slope[0])
-    if _chance(SUN_PROBABILITY, generator):
+    if chance(SUN_PROBABILITY, generator):
         places = torch.linspace(0, 1, side)
         row, column = 0.6 * torch.rand((), generator=generator), torch.rand((), generator=generator)
         squared = (places.view(-1, 1) - row).square() + (places - column).square()
         light = light + SUN.draw(generator) * (-squared / (2 * SUN_RADIUS.draw(generator) ** 2)).exp()
     tint = AIRLIGHT_TINT * torch.randn(3, 1, 1, generator=generator)
-    if _chance(SMOG_PROBABILITY, generator):
+    if chance(SMOG_PROBABILITY, generator):
         tint = tint + Range(-1.0, 1.3).draw(generator) * torch.tensor(SMOG).view(3, 1, 1)
     return (light + tint).clamp(0, 1)
 
@@ -292,11 +293,3 @@ def _kept_bright(veiled: Tensor, clear: Tensor, unseen: Tensor) -> Tensor:
 
 def _ramp(value: Tensor, low: float, high: float) -> Tensor:
     return ((value - low) / (high - low)).clamp(0, 1)
-
-
-def _chance(probability: float, generator: Generator) -> bool:
-    return float(torch.rand((), generator=generator)) < probability
-
-
-def _index(count: int, generator: Generator) -> int:
-    return int(torch.randint(count, (), generator=generator))

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from recofuse_core.degradations.recipes import Range, Strength, VisKind, degrade_ir, degrade_vis, draw_fall
+from recofuse_core.training.draws import chance, index, part_of, unit
 from recofuse_core.training.exposure import sensed
 from recofuse_core.training.pairs import PairSource
 from recofuse_core.weather import WeatherEstimator
@@ -69,38 +69,32 @@ class WeatherSource:
     def frame(self, side: int, generator: Generator) -> WeatherFrame:
         """One square."""
         clear, ir = self.pairs.square(side, generator)
-        if self.photos and _chance(PHOTO_PROBABILITY, generator):
+        if self.photos and chance(PHOTO_PROBABILITY, generator):
             clear = self._photo(side, generator)
-        if _chance(DARKER_PROBABILITY, generator):
+        if chance(DARKER_PROBABILITY, generator):
             power, gain = (np.exp(span.draw(generator)) for span in (DARKER_LOG_GAMMA, DARKER_LOG_GAIN))
             clear = (clear.pow(power) * gain).clamp(0, 1)
-        if _chance(GREY_PROBABILITY, generator):
+        if chance(GREY_PROBABILITY, generator):
             clear = clear.mean(dim=0, keepdim=True).expand(3, -1, -1).contiguous()
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
-        strength = STRENGTHS[_index(len(STRENGTHS), generator)]
+        strength = STRENGTHS[index(len(STRENGTHS), generator)]
         given, added = clear, torch.zeros_like(clear)
-        kind = _kind(generator) if _chance(self.probability, generator) else None
+        kind = _kind(generator) if chance(self.probability, generator) else None
         if kind is not None:
             fall = draw_fall(clear, kind, generator, strength)
             given, added = fall.image, fall.image - fall.scene
-        if _chance(SENSED_PROBABILITY, generator):
+        if chance(SENSED_PROBABILITY, generator):
             given = sensed(given, generator)
-        elif _chance(NOISY_PROBABILITY, generator):
-            noise, amount = NOISES[_index(len(NOISES), generator)], STRENGTHS[_index(len(STRENGTHS), generator)]
+        elif chance(NOISY_PROBABILITY, generator):
+            noise, amount = NOISES[index(len(NOISES), generator)], STRENGTHS[index(len(STRENGTHS), generator)]
             given = degrade_vis(given.clamp(0, 1), generator, amount, [noise]).image
-        elif kind is None and _chance(OTHER_PROBABILITY, generator):
-            given = degrade_vis(clear, generator, strength, [OTHER_KINDS[_index(len(OTHER_KINDS), generator)]]).image
+        elif kind is None and chance(OTHER_PROBABILITY, generator):
+            given = degrade_vis(clear, generator, strength, [OTHER_KINDS[index(len(OTHER_KINDS), generator)]]).image
         return WeatherFrame(given.clamp(0, 1), low_ir, added)
 
     def _photo(self, side: int, generator: Generator) -> Tensor:
-        photo = self.photos[_index(len(self.photos), generator)]
-        height, width = photo.shape[:2]
-        taken = min(height, width, int(side * PHOTO_ZOOM.draw(generator)))
-        top, left = (int(_rand(generator) * (length - taken + 1)) for length in (height, width))
-        method = cv2.INTER_AREA if taken > side else cv2.INTER_LINEAR
-        part = cv2.resize(photo[top : top + taken, left : left + taken], (side, side), interpolation=method)
-        part = part[:, ::-1] if _chance(0.5, generator) else part
-        return torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1).float() / 255
+        photo = self.photos[index(len(self.photos), generator)]
+        return part_of(photo, int(side * PHOTO_ZOOM.draw(generator)), side, generator)
 
 
 FLOOR = 3e-4  # of the squared error: below it, less of it hardly counts
@@ -168,21 +162,9 @@ def _has_weather(frames: WeatherFrame) -> Tensor:
 
 
 def _kind(generator: Generator) -> VisKind:
-    pick = _rand(generator)
+    pick = unit(generator)
     for kind, share in SHARES.items():
         if pick < share:
             return kind
         pick -= share
     return kind
-
-
-def _rand(generator: Generator) -> float:
-    return float(torch.rand((), generator=generator))
-
-
-def _chance(probability: float, generator: Generator) -> bool:
-    return _rand(generator) < probability
-
-
-def _index(count: int, generator: Generator) -> int:
-    return int(torch.randint(count, (), generator=generator))

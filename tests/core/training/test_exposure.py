@@ -90,9 +90,11 @@ def test_references_are_read_by_their_names(tmp_path: Path) -> None:
     }
     for name, level in frames.items():
         write_image(tmp_path / name, torch.full((3, 32, 40), level))
+    write_image(tmp_path / "thermal/yard.png", torch.full((1, 24, 30), 0.3))
     read = read_references(tmp_path)
     assert [(frame.given.mean().round(), frame.lit.mean().round()) for frame in read.dark] == [(26, 128), (51, 128)]
     assert [photo.shape for photo in read.photos] == [(32, 40, 3)] * 2
+    assert [frame.shape for frame in read.thermal] == [(24, 30)]
     assert list(read.foggy) == ["road_1d"]
 
 

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator
 
 from recofuse_core.errors import ConfigError
 from recofuse_core.networks import ToneConfig, ToneEstimator
-from recofuse_core.training.tone import ToneSamples, tone_loss
-from tests.core.training.small import stage, trainer
+from recofuse_core.training.config import DataConfig
+from recofuse_core.training.pairs import PairSource
+from recofuse_core.training.tone import ToneSamples, ToneSource, tone_loss, using_its_range
+from tests.core.training.small import scenes, stage, trainer
 
 
 def test_frames_of_different_pairs_can_be_put_together() -> None:
@@ -45,9 +48,60 @@ def test_tone_curves_learn_to_undo_what_acts_on_whole_frames() -> None:
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
+PHOTO = np.random.default_rng(0).integers(60, 200, (70, 90, 3)).astype(np.uint8)
+THERMAL = np.random.default_rng(1).integers(20, 240, (60, 50)).astype(np.uint8)
+
+
+def tone_source(photos: float = 0.0, thermal: float = 0.0) -> ToneSource:
+    pairs = PairSource(DataConfig(root="scenes", context=32), scenes())
+    return ToneSource(pairs, [PHOTO], [THERMAL], photos, thermal)
+
+
+def test_photographs_and_other_cameras_are_left_so_or_degraded() -> None:
+    source, generator = tone_source(photos=1, thermal=1), Generator().manual_seed(3)
+    frames = [source.frame(48, generator) for _ in range(40)]
+    for frame in frames:
+        assert frame.vis.shape == frame.degraded_vis.shape == (3, 48, 48)
+        assert frame.ir.shape == frame.degraded_ir.shape == (1, 48, 48)
+        assert all(0 <= float(image.min()) <= float(image.max()) <= 1 for image in frame)
+    level = 0.5 / 255 + 1e-6
+    as_they_are = [float((frame.degraded_vis - frame.vis).abs().max()) < level for frame in frames]
+    assert 4 <= sum(as_they_are) <= 24
+    undegraded = [float((frame.degraded_ir - frame.ir).abs().max()) < level for frame in frames]
+    assert 2 <= sum(undegraded) <= 24
+
+
+@pytest.mark.parametrize(("photos", "thermal"), [(0, 0), (1, 0), (0, 1)])
+def test_frames_of_pairs_are_replaced_as_often_as_asked(photos: float, thermal: float) -> None:
+    tone = ToneEstimator(ToneConfig(grid=8, num_quantiles=5, width=4))
+    source = tone_source(photos, thermal)
+    source.photos, source.thermal = [np.zeros_like(PHOTO)], [np.zeros_like(THERMAL)]
+    samples = ToneSamples.draw(tone, source, 6, Generator().manual_seed(4))
+    assert [float(each.max()) < 0.01 for each in samples.clean[:, :3]] == 6 * [photos == 1]
+    assert [float(each.std()) < 1e-3 for each in samples.clean[:, 3:]] == 6 * [thermal == 1]
+
+
+def test_a_flat_thermogram_is_given_more_contrast_and_never_more_than_twice() -> None:
+    assert np.array_equal(using_its_range(THERMAL), THERMAL)
+    flat = 80 + THERMAL // 8
+    stretched = using_its_range(flat)
+    assert np.ptp(stretched) == 2 * np.ptp(flat)
+    assert 15 <= stretched.min() <= 25
+    even = np.full((20, 30), 90, np.uint8)
+    assert np.ptp(using_its_range(even)) == 0
+
+
 def test_the_tone_stage_asks_for_frames_and_an_estimator() -> None:
     with pytest.raises(ConfigError, match="context must be at least 64"):
         next(trainer(stage("tone"), context=0).run_stage())
+    with pytest.raises(ConfigError, match=r"photographs .* data\.references"):
+        next(trainer(replace(stage("tone"), photo_probability=0.5), context=64).run_stage())
+    with pytest.raises(ConfigError, match=r"other cameras' .* data\.references"):
+        next(trainer(replace(stage("tone"), thermal_probability=0.5), context=64).run_stage())
+    with pytest.raises(ConfigError, match="tone stage"):
+        replace(stage("coupled"), photo_probability=0.5)
+    with pytest.raises(ConfigError, match="tone stage"):
+        replace(stage("coupled"), thermal_probability=0.5)
     run = trainer(stage("tone"), context=64)
     run.model.tone = None
     with pytest.raises(ConfigError, match="no tone estimator"):
