@@ -22,7 +22,6 @@ the folder has ten of one, by what their names begin with; else they are of seve
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,10 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.processes import machine
-from recofuse_images.pairs import pair_paths
 from recofuse_images.picture import grey_of
-from recofuse_images.reader import read_pair
 from recofuse_rigs.calibration import calibrate, grey_pair
+from recofuse_rigs.placing import sets_of
 from recofuse_rigs.rig import Matrix, Size, corners_of, mapped
 from recofuse_rigs.search import GreyPair
 
@@ -92,7 +90,7 @@ def run(
     cv2.setNumThreads(1)
     sources = {"streets": {"streets": streets(24)}}
     if pairs is not None:
-        sources["folder"] = recorded(pairs)
+        sources["folder"] = sets_of(pairs)
     draws: list[Draw] = []
     for name, cameras in sources.items():
         rng = np.random.default_rng(seed)
@@ -126,26 +124,6 @@ def streets(count: int) -> list[Scene]:
         vis = np.rint(scene.vis.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
         found.append((np.asarray(grey_of(vis), np.uint8), np.rint(scene.ir.numpy()[0] * 255).astype(np.uint8)))
     return found
-
-
-def recorded(folder: Path) -> dict[str, list[Scene]]:
-    """The pairs of a folder, their middles, by camera: what their names begin with, up to a dash or an underscore."""
-    found: dict[str, list[Scene]] = {}
-    for pair in pair_paths(folder / "vis", folder / "ir")[0]:
-        both = read_pair(pair.vis.read_bytes(), pair.ir.read_bytes())
-        camera = re.split("[-_]", pair.vis.stem)[0]
-        found.setdefault(camera, []).append((_middle(np.asarray(grey_of(both.vis), np.uint8)), _middle(both.ir)))
-    return found
-
-
-def _middle(picture: Grey) -> Grey:
-    height, width = picture.shape
-    unit = min(width / 4, height / 3)
-    wide, high = int(unit * 4), int(unit * 3)
-    left, top = (width - wide) // 2, (height - high) // 2
-    method = cv2.INTER_AREA if wide > WIDTH else cv2.INTER_CUBIC
-    cut = picture[top : top + high, left : left + wide]
-    return np.asarray(cv2.resize(cut, (WIDTH, HEIGHT), interpolation=method), np.uint8)
 
 
 def homography(rng: np.random.Generator, ir_size: Size) -> Matrix:

@@ -30,9 +30,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.alignment import HEIGHT, WIDTH, recorded
+from benchmarks.alignment import HEIGHT, WIDTH
 from benchmarks.processes import machine
 from recofuse_rigs.parallax import Refined, Track, refined_warp
+from recofuse_rigs.placing import sets_of
 from recofuse_rigs.rig import Rig
 from recofuse_rigs.warp import Warp, Warps
 
@@ -189,7 +190,7 @@ def _jitter(found: list[Refined]) -> float:
 def _recorded(folder: Path, warps: Warps) -> Iterator[Recorded]:
     warp: Warp = warps.of(Rig((WIDTH, HEIGHT), (WIDTH, HEIGHT), _IDENTITY))
     shift = np.array([[1, 0, SHIFT[0]], [0, 1, SHIFT[1]]], np.float32)
-    for vis, ir in itertools.chain.from_iterable(recorded(folder).values()):
+    for vis, ir in itertools.chain.from_iterable(sets_of(folder).values()):
         moved = cv2.warpAffine(ir, shift, (WIDTH, HEIGHT), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
         own, other = (refined_warp(vis, each, warp, find_warp=warps.of) for each in (ir, moved))
         error = np.linalg.norm(field_of(other) - field_of(own) - SHIFT, axis=2).mean()

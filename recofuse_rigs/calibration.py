@@ -42,7 +42,7 @@ class Doubt:
     lead: float = 1.1
 
 
-DOUBT_OF_ONE, DOUBT_OF_MANY = Doubt(spread_px=0.6), Doubt()
+DOUBT_OF_ONE, DOUBT_OF_MANY = Doubt(spread_px=0.7), Doubt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def _calibrated(
     ]
     own = _judged(pairs, fit.matrix).score
     lead = own / max(rivals, default=1e-9) if own > 0 else 0.0
-    spread_px, residual_px = _spread(fit), _residual(fit)
+    spread_px, residual_px = spread_of(fit), _residual(fit)
     doubts = _doubts(spread_px * 640 / fit.size[0], float(alike[kept].mean()), lead, len(kept), fit, vis_size, ir_size)
     per_pixel = vis_size[0] / fit.size[0]
     return Calibration(
@@ -181,7 +181,7 @@ def _contradicting(alike: Vector) -> list[int]:
     return sorted(int(index) for index in bad[: len(alike) // 3])
 
 
-def _spread(fit: Fit) -> float:
+def spread_of(fit: Fit) -> float:
     """RMS distance of the corners between the fit and fits to parts of its data, drawn with a fixed seed."""
     rng = np.random.default_rng(0)
     num_pairs, num_blocks = fit.surfaces.shape[:2]

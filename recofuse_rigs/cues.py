@@ -36,14 +36,7 @@ def cue_map(grey: Floats, seen: Mask | None = None, *, sigma: float, spread: flo
     strength = np.sqrt(across * across + down * down)
     doubled = np.stack([across * across - down * down, 2 * across * down], axis=-1) / (strength + _TINY)[..., None]
     if seen is not None and not seen.all():
-        inner = cv2.erode(
-            seen.astype(np.uint8),
-            np.ones((3, 3), np.uint8),
-            iterations=max(1, round(2 * sigma)),
-            borderType=cv2.BORDER_CONSTANT,
-            borderValue=1,
-        )
-        inside = np.asarray(inner, np.float32)
+        inside = inner_of(seen, max(1, round(2 * sigma)))
         doubled, strength = doubled * inside[..., None], strength * inside
     averaged = _floats(cv2.GaussianBlur(doubled, (0, 0), spread))
     usual = _floats(cv2.GaussianBlur(strength, (0, 0), _SURROUNDINGS * sigma))
@@ -51,9 +44,18 @@ def cue_map(grey: Floats, seen: Mask | None = None, *, sigma: float, spread: flo
     return _floats(relative / np.maximum(1, np.sqrt(energy_of(relative)))[..., None])
 
 
+def inner_of(seen: Mask, pixels: int) -> Floats:
+    """1 where there is a picture, but for so many pixels at its border, and else 0. The frame's own border is none."""
+    kernel = np.ones((3, 3), np.uint8)
+    inner = cv2.erode(seen.astype(np.uint8), kernel, iterations=pixels, borderType=cv2.BORDER_CONSTANT, borderValue=1)
+    return np.asarray(inner, np.float32)
+
+
 def energy_of(cues: Floats) -> Floats:
-    """Squared lengths: (H, W)."""
-    return np.asarray(cues[..., 0] ** 2 + cues[..., 1] ** 2, np.float32)
+    """Squared lengths of (H, W, n): (H, W)."""
+    if cues.shape[-1] == 2:
+        return np.asarray(cues[..., 0] ** 2 + cues[..., 1] ** 2, np.float32)
+    return np.asarray(np.einsum("hwn,hwn->hw", cues, cues), np.float32)
 
 
 def resized(grey: Floats, size: Size) -> Floats:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from recofuse_images.codecs import cv2
 from recofuse_rigs.cues import Floats, Mask, cue_map, energy_of, laid, resized
+from recofuse_rigs.learned import Side, learned_maps
 from recofuse_rigs.rig import Matrix, Size, corners_of, mapped, resizing
 from recofuse_rigs.search import EMPTY, GreyPair, size_of
 
@@ -28,18 +29,22 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One size of picture. radius: the farthest displacement, in its pixels; sigma, spread: of its cue maps."""
+    """One size of picture. radius: the farthest displacement, in its pixels; sigma, spread: of its edges.
+
+    maps: share of the learned maps in the likeness, the rest of which is edges'.
+    """
 
     width: int
     radius: int
     repeats: int
     sigma: float
     spread: float
+    maps: float
 
 
-COARSE = Level(160, 6, 2, 1.0, 1.0)
-FINE = (Level(320, 8, 2, 1.2, 1.0), Level(640, 8, 2, 1.5, 1.0))
-JUDGED = Level(320, 0, 0, 1.2, 1.0)  # on which results are compared
+COARSE = Level(160, 6, 2, 1.0, 1.0, 0.6)
+FINE = (Level(320, 8, 2, 1.2, 1.0, 0.7), Level(640, 8, 2, 1.5, 1.0, 0.3))
+JUDGED = Level(320, 0, 0, 1.2, 1.0, 0.5)  # on which results are compared
 BLOCKS = (8, 6)
 PRIOR = (
     1.2e-4  # cost to one pair of a squared pixel, at 640, by which a corner leaves the similarity; in summed likeness
@@ -86,7 +91,7 @@ def refined(pairs: Sequence[GreyPair], matrix: Matrix, levels: Sequence[Level]) 
         size = level.width, max(16, round(level.width * vis_size[1] / vis_size[0]))
         per_pixel = 640 / level.width
         to_level = resizing(vis_size, size)
-        visible = [cue_map(resized(pair.vis, size), sigma=level.sigma, spread=level.spread) for pair in pairs]
+        visible = [cues_of(resized(pair.vis, size), "vis", level) for pair in pairs]
         for _ in range(level.repeats):
             placed = to_level @ matrix
             surfaces, centres = _surfaces_of_all(pairs, visible, placed, size, level)
@@ -103,16 +108,26 @@ def likeness(pairs: Sequence[GreyPair], matrix: Matrix, level: Level = JUDGED) -
     vis_size = size_of(pairs[0].vis)
     size = level.width, max(16, round(level.width * vis_size[1] / vis_size[0]))
     placed = resizing(vis_size, size) @ matrix
-    scores = []
-    for pair in pairs:
-        visible = cue_map(resized(pair.vis, size), sigma=level.sigma, spread=level.spread)
+    scores = np.zeros(len(pairs))
+    for index, pair in enumerate(pairs):
         picture, seen = laid(pair.ir, placed, size)
-        infrared = cue_map(picture, seen, sigma=level.sigma, spread=level.spread)
-        energy = energy_of(visible)
-        floor = EMPTY * float(energy.sum())
-        bound = (float(energy[seen].sum()) + floor) * (float(energy_of(infrared).sum()) + floor)
-        scores.append(float((visible * infrared).sum()) / max(float(np.sqrt(bound)), 1e-9))
-    return np.array(scores)
+        both = zip(cues_of(resized(pair.vis, size), "vis", level), cues_of(picture, "ir", level, seen), strict=True)
+        for (visible, share), (infrared, _) in both:
+            energy = energy_of(visible)
+            floor = EMPTY * float(energy.sum())
+            bound = (float(energy[seen].sum()) + floor) * (float(energy_of(infrared).sum()) + floor)
+            scores[index] += share * float((visible * infrared).sum()) / max(float(np.sqrt(bound)), 1e-9)
+    return scores
+
+
+def cues_of(picture: Floats, side: Side, level: Level, seen: Mask | None = None) -> list[tuple[Floats, float]]:
+    """Edges and learned maps of (H, W), each with its share in the likeness; what has none is left out."""
+    found = []
+    if level.maps < 1:
+        found.append((cue_map(picture, seen, sigma=level.sigma, spread=level.spread), 1 - level.maps))
+    if level.maps > 0:
+        found.append((learned_maps(picture, side, seen), level.maps))
+    return found
 
 
 def by_corners(moves: Vector, size: Size) -> Matrix:
@@ -126,15 +141,22 @@ def by_corners(moves: Vector, size: Size) -> Matrix:
 
 
 def _surfaces_of_all(
-    pairs: Sequence[GreyPair], visible: Sequence[Floats], placed: Matrix, size: Size, level: Level
+    pairs: Sequence[GreyPair],
+    visible: Sequence[list[tuple[Floats, float]]],
+    placed: Matrix,
+    size: Size,
+    level: Level,
 ) -> tuple[Floats, Vector]:
     found = []
     centres = np.zeros((0, 2))
-    for pair, cues in zip(pairs, visible, strict=True):
+    for pair, ours in zip(pairs, visible, strict=True):
         picture, seen = laid(pair.ir, placed, size)
-        other = cue_map(picture, seen, sigma=level.sigma, spread=level.spread)
-        surfaces, centres = likeness_surfaces(cues, other, seen, level.radius)
-        found.append(surfaces)
+        total: Floats | None = None
+        for (own, share), (other, _) in zip(ours, cues_of(picture, "ir", level, seen), strict=True):
+            surfaces, centres = likeness_surfaces(own, other, seen, level.radius)
+            total = surfaces * np.float32(share) if total is None else total + surfaces * np.float32(share)
+        assert total is not None  # shares add up to one
+        found.append(total)
     return np.stack(found), centres
 
 

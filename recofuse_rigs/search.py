@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_images.codecs import cv2
-from recofuse_rigs.cues import Floats, cue_map, energy_of, laid, resized
+from recofuse_rigs.cues import Floats, Mask, cue_map, energy_of, inner_of, laid, resized
+from recofuse_rigs.learned import MAPS, learned_maps
 from recofuse_rigs.rig import Matrix, Size, corners_of, mapped, resizing
 
 
@@ -49,6 +50,7 @@ class Candidate:
 WIDTH = 128
 SIGMA, SPREAD = 1.0, 1.5
 SCALE_STEP, ROTATION_STEP = 1.07, 3.0
+MAPS_SHARE = 0.6  # of the likeness, beside edges
 EMPTY = 0.3  # share of a picture's cues that a score's denominator holds besides: small overlaps do not win by luck
 _APART = 6  # pixels of the small picture between two peaks of one scale and rotation
 
@@ -81,11 +83,15 @@ def distinct(found: Sequence[Candidate], ir_size: Size, distance: float, count: 
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """A visible picture's cues as transforms, and their sum of squares."""
+    """A visible picture's cues as transforms: its edges', its maps', and both energies', one real, one imaginary.
 
-    cues: Floats
-    energy: Floats
-    total: float
+    totals: the sums of the energies.
+    """
+
+    edges: Floats
+    maps: tuple[Floats, ...]
+    energies: Floats
+    totals: tuple[float, float]
 
 
 def _peaks(pairs: Sequence[GreyPair], reach: Reach) -> Iterator[Candidate]:
@@ -103,15 +109,19 @@ def _peaks(pairs: Sequence[GreyPair], reach: Reach) -> Iterator[Candidate]:
     to_full = np.linalg.inv(resizing(vis_size, (width, height)))
     from_small = resizing(small, ir_size)
     down, across = np.arange(2 * margin_y + 1), np.arange(2 * margin_x + 1)
+    centre = margin_x + (width - 1) / 2, margin_y + (height - 1) / 2
     for scale in _scales(reach):
+        upright = _similarity(scale * base, 0.0, ir_size, centre)
+        # Maps are made once for each scale, and turned: they were taught to bear that.
+        maps = [learned_maps(laid(picture, upright @ from_small, canvas)[0], "ir") for picture in pictures]
         for angle in np.deg2rad(np.arange(-reach.rotation, reach.rotation + 1e-9, ROTATION_STEP)):
-            placed = _similarity(
-                scale * base, float(angle), ir_size, (margin_x + (width - 1) / 2, margin_y + (height - 1) / 2)
-            )
+            placed = _similarity(scale * base, float(angle), ir_size, centre)
+            turn = placed @ np.linalg.inv(upright)
             total = np.zeros((len(down), len(across)), np.float32)
-            for template, picture in zip(templates, pictures, strict=True):
-                total += _correlation(
-                    template, picture, placed @ from_small, canvas, (width, height), (margin_x, margin_y)
+            for template, picture, upright_maps in zip(templates, pictures, maps, strict=True):
+                laid_out, seen = laid(picture, placed @ from_small, canvas)
+                total += _likeness(
+                    template, laid_out, seen, _turned(upright_maps, turn, seen), (width, height), (margin_x, margin_y)
                 )
             for _ in range(2):
                 y, x = np.unravel_index(int(total.argmax()), total.shape)
@@ -135,37 +145,67 @@ def _similarity(scale: float, angle: float, ir_size: Size, centre: tuple[float, 
     return np.asarray(turn @ back, np.float64)
 
 
+def _turned(maps: Floats, turn: Matrix, seen: Mask) -> Floats:
+    """Maps about the middle of their canvas, and nothing where infrared is not."""
+    size = size_of(seen)
+    halves = [cv2.warpPerspective(maps[..., part : part + 4], turn, size) for part in range(0, MAPS, 4)]
+    return np.asarray(np.concatenate(halves, axis=-1) * inner_of(seen, 2)[..., None], np.float32)
+
+
 def _template(vis: Floats, canvas: Size, window: tuple[slice, slice]) -> _Template:
-    cues = cue_map(vis, sigma=SIGMA, spread=SPREAD)
-    padded = np.zeros((canvas[1], canvas[0], 2), np.float32)
-    padded[window] = cues
-    energy = np.zeros_like(padded)
-    energy[..., 0] = energy_of(padded)
-    transforms = [np.asarray(cv2.dft(values), np.float32) for values in (padded, energy)]
-    return _Template(transforms[0], transforms[1], float(energy.sum()))
+    cues = np.zeros((canvas[1], canvas[0], 2 + MAPS), np.float32)
+    cues[window] = np.concatenate([cue_map(vis, sigma=SIGMA, spread=SPREAD), learned_maps(vis, "vis")], axis=-1)
+    energies = np.stack([energy_of(cues[..., :2]), energy_of(cues[..., 2:])], axis=-1)
+    transforms = _transforms(cues)
+    totals = energies.sum(axis=(0, 1))
+    return _Template(
+        transforms[0],
+        tuple(transforms[1:]),
+        np.asarray(cv2.dft(energies), np.float32),
+        (float(totals[0]), float(totals[1])),
+    )
 
 
-def _correlation(
-    template: _Template, picture: Floats, matrix: Matrix, canvas: Size, size: Size, margin: tuple[int, int]
+def _transforms(cues: Floats) -> list[Floats]:
+    """Of two channels each, as real and imaginary parts."""
+    return [
+        np.asarray(cv2.dft(np.ascontiguousarray(cues[..., part : part + 2])), np.float32)
+        for part in range(0, cues.shape[-1], 2)
+    ]
+
+
+def _likeness(
+    template: _Template, picture: Floats, seen: Mask, maps: Floats, size: Size, margin: tuple[int, int]
 ) -> Floats:
-    """Normalised correlation for every shift of the visible window over the canvas: (2 margin + 1) of each side."""
-    laid_out, seen = laid(picture, matrix, canvas)
-    cues = cue_map(laid_out, seen, sigma=SIGMA, spread=SPREAD)
-    reach = np.zeros_like(cues)
-    reach[..., 0] = seen
-    alike = _product(cues, template.cues, margin)
-    own = np.maximum(_product(reach, template.energy, margin), 0)
-    sums = cv2.integral(energy_of(cues))
+    """Normalised correlation of edges and of maps, averaged by MAPS_SHARE, for every shift of the visible window over
+    the canvas: (2 margin + 1) of each side.
+    """
+    edges = cue_map(picture, seen, sigma=SIGMA, spread=SPREAD)
+    alike = _product(_transforms(edges), [template.edges], margin)[..., 0]
+    alike_maps = _product(_transforms(maps), template.maps, margin)[..., 0]
+    reach = np.stack([np.asarray(seen, np.float32), np.zeros(seen.shape, np.float32)], axis=-1)
+    own = _product(_transforms(reach), [template.energies], margin) * np.array([1, -1], np.float32)  # conjugated
+    total = np.zeros_like(alike)
+    for values, cues, index, share in ((alike, edges, 0, 1 - MAPS_SHARE), (alike_maps, maps, 1, MAPS_SHARE)):
+        floor = EMPTY * template.totals[index]
+        other = _sums(energy_of(cues), size, margin)
+        total += share * values / np.sqrt((np.maximum(own[..., index], 0) + floor) * (other + floor) + 1e-12)
+    return np.asarray(total, np.float32)
+
+
+def _sums(energy: Floats, size: Size, margin: tuple[int, int]) -> Floats:
+    """Over windows of `size`, by shift."""
+    sums = cv2.integral(energy)
     width, height = size
-    rows, columns = slice(0, 2 * margin[1] + 1), slice(0, 2 * margin[0] + 1)
-    other = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-    floor = EMPTY * template.total
-    return np.asarray(alike / np.sqrt((own + floor) * (other[rows, columns] + floor)), np.float32)
+    windows = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    return np.asarray(windows[: 2 * margin[1] + 1, : 2 * margin[0] + 1], np.float32)
 
 
-def _product(moving: Floats, transformed: Floats, margin: tuple[int, int]) -> Floats:
-    """The real part of a circular correlation, for shifts from -margin to margin."""
-    both = cv2.mulSpectrums(cv2.dft(moving), transformed, 0, conjB=True)
-    values = cv2.dft(both, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)[..., 0]
+def _product(moving: Sequence[Floats], fixed: Sequence[Floats], margin: tuple[int, int]) -> Floats:
+    """A circular correlation, for shifts from -margin to margin: real and imaginary parts, (h, w, 2)."""
+    spectrum = np.zeros_like(moving[0])
+    for one, other in zip(moving, fixed, strict=True):
+        spectrum += np.asarray(cv2.mulSpectrums(one, other, 0, conjB=True), np.float32)
+    values = cv2.dft(spectrum, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)
     down, across = np.arange(-margin[1], margin[1] + 1), np.arange(-margin[0], margin[0] + 1)
     return np.asarray(values[np.ix_(down, across)], np.float32)

@@ -19,6 +19,7 @@ from service.command.complaints import OneLineErrors
 from service.command.terminal import out
 from service.command.verbs import (
     bench,
+    cues,
     dead_letters,
     documents,
     evaluation,
@@ -47,6 +48,7 @@ VERBS: Mapping[str, Callable[..., None]] = MappingProxyType(
         "train": training.train,
         "ablate": training.ablate,
         "export": training.export,
+        "train-cues": cues.train_cues,
         "evaluate": evaluation.evaluate,
         "sample": samples.sample,
         "simulate-cameras": streams.simulate_cameras,

@@ -22,6 +22,7 @@ ORDER = [
     "train",
     "ablate",
     "export",
+    "train-cues",
     "evaluate",
     "sample",
     "simulate-cameras",
