@@ -3,7 +3,9 @@
 RigError
 ├── BadRigError         a rig, or its file, that is damaged, impossible, or not for these pictures
 ├── UnsureError         a calibration that found something, and would not swear to it
-└── NothingFoundError   a calibration that found nothing: no structure, no target
+├── NothingFoundError   a calibration that found nothing: no structure, no target
+├── BadPairsError       a folder of pairs that is not there, has no pairs, or holds what is no picture
+└── BadNetworkError     a network's file of this package that is missing, damaged, or not for this OpenCV
 """
 
 
@@ -21,3 +23,11 @@ class UnsureError(RigError):
 
 class NothingFoundError(RigError):
     """A calibration that found nothing to go by."""
+
+
+class BadPairsError(RigError):
+    """A folder of pairs that is not there, has no pairs, or holds what is no picture."""
+
+
+class BadNetworkError(RigError):
+    """A network's file of this package that is missing, damaged, or not for this OpenCV."""

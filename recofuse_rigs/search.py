@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from recofuse_images.codecs import cv2
 from recofuse_rigs.cues import Floats, Mask, cue_map, energy_of, inner_of, laid, resized
-from recofuse_rigs.learned import MAPS, learned_maps
+from recofuse_rigs.learned import INNER, MAPS, learned_maps
 from recofuse_rigs.rig import Matrix, Size, corners_of, mapped, resizing
 
 
@@ -149,7 +149,7 @@ def _turned(maps: Floats, turn: Matrix, seen: Mask) -> Floats:
     """Maps about the middle of their canvas, and nothing where infrared is not."""
     size = size_of(seen)
     halves = [cv2.warpPerspective(maps[..., part : part + 4], turn, size) for part in range(0, MAPS, 4)]
-    return np.asarray(np.concatenate(halves, axis=-1) * inner_of(seen, 2)[..., None], np.float32)
+    return np.asarray(np.concatenate(halves, axis=-1) * inner_of(seen, INNER)[..., None], np.float32)
 
 
 def _template(vis: Floats, canvas: Size, window: tuple[slice, slice]) -> _Template:

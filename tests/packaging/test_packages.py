@@ -33,6 +33,8 @@ NOT_CODE = (
     "recofuse_host/py.typed",
     "recofuse_images/py.typed",
     "recofuse_protos/py.typed",
+    "recofuse_rigs/cues_ir.onnx",
+    "recofuse_rigs/cues_vis.onnx",
     "recofuse_rigs/py.typed",
     "recofuse_core/py.typed",
     "recofuse_core/weights/compact.md",
