@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recofuse_images.codecs import cv2
+from recofuse_images.errors import ImageError
+from recofuse_images.names import PairingError
 from recofuse_images.pairs import pair_paths
 from recofuse_images.picture import grey_of
 from recofuse_images.reader import read_pair
 from recofuse_rigs.calibration import DOUBT_OF_ONE, grey_pair, spread_of
+from recofuse_rigs.errors import BadPairsError
 from recofuse_rigs.refinement import FINE, JUDGED, likeness, refined
 from recofuse_rigs.rig import Matrix, Size, corners_of, mapped
 from recofuse_rigs.search import GreyPair, size_of
@@ -54,11 +57,18 @@ class Place:
 
 def sets_of(folder: Path) -> dict[str, list[tuple[Grey, Grey]]]:
     """The pairs of a folder's vis and ir, in grey, their middles brought to SIZE, by data set: what their names begin
-    with, up to a dash or an underscore.
+    with, up to a dash or an underscore. Raises BadPairsError for a folder without pairs and for what is no picture.
     """
     found: dict[str, list[tuple[Grey, Grey]]] = {}
-    for pair in pair_paths(folder / "vis", folder / "ir")[0]:
-        both = read_pair(pair.vis.read_bytes(), pair.ir.read_bytes())
+    try:
+        pairs, _ = pair_paths(folder / "vis", folder / "ir")
+    except PairingError as error:
+        raise BadPairsError(str(error)) from error
+    for pair in pairs:
+        try:
+            both = read_pair(pair.vis.read_bytes(), pair.ir.read_bytes())
+        except ImageError as error:
+            raise BadPairsError(f"{pair.vis} and {pair.ir}: {error}") from error
         name = re.split("[-_]", pair.vis.stem)[0]
         found.setdefault(name, []).append((_middle(np.asarray(grey_of(both.vis), np.uint8)), _middle(both.ir)))
     return found
@@ -67,11 +77,17 @@ def sets_of(folder: Path) -> dict[str, list[tuple[Grey, Grey]]]:
 def placed_sets(
     folders: Sequence[Path], leave_out: Sequence[str], tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[Grey, Grey]]:
-    """Pairs of folders whose place is sure, infrared laid on the visible grid. leave_out: names of sets."""
+    """Pairs of folders whose place is sure, (480, 640), infrared laid on the visible grid. leave_out: names of sets.
+
+    Raises BadPairsError, once it is begun, as `sets_of` does and for a set to be left out that is in no folder.
+    """
     sets: dict[str, list[tuple[Grey, Grey]]] = {}
     for folder in folders:
         for name, pictures in sets_of(folder).items():
             sets.setdefault(name, []).extend(pictures)
+    for name in leave_out:
+        if name not in sets:
+            raise BadPairsError(f"no pair is of the set {name}, which is to be left out; there are {', '.join(sets)}")
     for name, pictures in sets.items():
         if name in leave_out:
             continue

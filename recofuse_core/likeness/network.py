@@ -88,20 +88,6 @@ class CueNetwork(nn.Module):
         maps: Tensor = self.trunk(self.stems[side](grey))
         return maps
 
-    def one_side(self, side: Side) -> nn.Module:
-        """One camera's network by itself."""
-        return _OneSide(self, side)
-
-
-class _OneSide(nn.Module):
-    def __init__(self, network: CueNetwork, side: Side) -> None:
-        super().__init__()
-        self.stem, self.trunk = network.stems[side], network.trunk
-
-    def forward(self, grey: Tensor) -> Tensor:
-        maps: Tensor = self.trunk(self.stem(grey))
-        return maps
-
 
 def write_graphs(network: CueNetwork, folder: Path) -> list[Path]:
     """Write `cues_vis.onnx` and `cues_ir.onnx`, for pictures of any size of whole fours. Returns their paths."""
@@ -112,8 +98,8 @@ def write_graphs(network: CueNetwork, folder: Path) -> list[Path]:
             # Of the older exporter, which needs no more than `onnx`.
             warnings.simplefilter("ignore", DeprecationWarning)
             torch.onnx.export(
-                network.one_side(side).eval(),
-                (torch.rand(1, 1, 96, 128) * 255,),
+                nn.Sequential(network.stems[side], network.trunk).eval(),
+                (torch.zeros(1, 1, 96, 128),),
                 str(path),
                 input_names=["grey"],
                 output_names=["maps"],

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recofuse_core.errors import DatasetError
 from recofuse_core.likeness.examples import (
     HEIGHT,
     MARGIN,
@@ -75,7 +76,7 @@ class Step:
     refinement_found: float
 
 
-def lessons(recorded: Iterable[tuple[Grey, Grey]], num_streets: int) -> list[Lesson]:
+def lessons_of(recorded: Iterable[tuple[Grey, Grey]], num_streets: int) -> list[Lesson]:
     """Recorded pairs that lie where they should, and generated streets, repeated until they are a fifth of all.
 
     recorded: (480, 640), uint8, visible and infrared.
@@ -171,10 +172,10 @@ def loss_and_found(odds: Tensor, shifts: Tensor, blur: Tensor, margin: tuple[int
 def teach(teacher: Teacher, lessons: Sequence[Lesson], plan: Plan, seconds: float = math.inf) -> Iterator[Step]:
     """Teach for the plan's steps, or as many as the time allows, to whose end the rate falls; `teacher` ends averaged.
 
-    Raises ValueError without lessons.
+    Whoever looks in between sees what is taken, too. Raises DatasetError without lessons.
     """
     if not lessons:
-        raise ValueError("nothing to learn from: no pair lies surely")
+        raise DatasetError("nothing to learn from: of no pair it is sure where it lies, and there are no streets")
     rng = np.random.default_rng(plan.seed)
     optimizer = torch.optim.AdamW(teacher.parameters(), plan.learning_rate, weight_decay=1e-4)
     averaged = {name: value.detach().clone() for name, value in teacher.state_dict().items()}
@@ -202,7 +203,7 @@ def teach(teacher: Teacher, lessons: Sequence[Lesson], plan: Plan, seconds: floa
         for name, value in teacher.state_dict().items():
             averaged[name].lerp_(value, 1 - decay)
         live = {name: value.clone() for name, value in teacher.state_dict().items()}
-        teacher.load_state_dict(averaged)  # whoever looks in between sees what is taken
+        teacher.load_state_dict(averaged)
         yield Step(number, float(first.detach()), float(second.detach()), first_found, second_found)
         teacher.load_state_dict(live)
     teacher.load_state_dict(averaged)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from recofuse_core.errors import DatasetError
+from recofuse_core.likeness import examples, network, teaching
 from recofuse_core.likeness.examples import MARGIN, RADIUS, SMALL, refinement_example, search_example, stacked
 from recofuse_core.likeness.network import MAPS, SIDES, CueNetwork, write_graphs
 from recofuse_core.likeness.teaching import (
     Lesson,
     Plan,
     Teacher,
-    lessons,
+    lessons_of,
     loss_and_found,
     shifted_products,
     teach,
     turned,
 )
+from recofuse_rigs import cues, learned, placing, refinement, search
 
 Picture = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 
@@ -83,20 +87,60 @@ def test_a_few_steps_on_streets_lower_the_loss() -> None:
     torch.manual_seed(0)
     teacher = Teacher()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    steps = list(teach(teacher, lessons([], 1), Plan(steps=6, searches=2, refinements=2, warmup=1)))
+    steps = list(teach(teacher, lessons_of([], 1), Plan(steps=6, searches=2, refinements=2, warmup=1)))
     assert [step.number for step in steps] == list(range(6))
     assert steps[-1].search + steps[-1].refinement < steps[0].search + steps[0].refinement
     assert all(not torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    with pytest.raises(ValueError, match="nothing to learn from"):
+    with pytest.raises(DatasetError, match="nothing to learn from"):
         next(teach(teacher, [], Plan()))
 
 
 def test_streets_are_a_fifth_of_what_is_learnt_from() -> None:
     recorded = [(blots(0), blots(1))] * 8
-    found = lessons(recorded, 1)
+    found = lessons_of(recorded, 1)
     assert len(found) == 10
     assert all(isinstance(lesson, Lesson) and lesson.vis.shape == (480, 640) for lesson in found)
-    assert len(lessons(recorded, 0)) == 8
+    assert len(lessons_of(recorded, 0)) == 8
+
+
+def test_what_is_taught_is_what_calibration_does() -> None:
+    """The two packages stand beside each other, so neither imports the other: what both say must be one."""
+    assert (learned.MAPS, get_args(learned.Side)) == (network.MAPS, network.SIDES)
+    assert (examples.WIDTH, examples.HEIGHT) == placing.SIZE
+    assert examples.SMALL == (search.WIDTH, search.WIDTH * 3 // 4)
+    assert tuple(search.Reach().shift * side for side in examples.SMALL) == examples.MARGIN
+    assert {level.width for level in (refinement.COARSE, *refinement.FINE)} == set(examples.LEVELS)
+    assert max(level.radius for level in refinement.FINE) == RADIUS
+    assert (search.EMPTY, refinement._EMPTY_BLOCK) == (teaching.EMPTY, teaching.EMPTY_BLOCK)
+
+    grey = blots(5).astype(np.float32)
+    for scale in (0.2, 0.9):
+        matrix = np.array([[scale, 0.05, 20], [-0.04, scale, 12], [1e-5, 0, 1]])
+        picture, seen = cues.laid(grey, matrix, examples.CANVAS)
+        assert np.array_equal(examples._laid(grey, matrix, examples.CANVAS), picture)
+        assert np.array_equal(examples._seen(matrix, (640, 480), examples.CANVAS), cues.inner_of(seen, learned.INNER))
+    ways = (1.3, 0.2, (320, 256), (70.0, 50.0))
+    assert np.array_equal(examples._similarity(*ways), search._similarity(*ways))
+
+
+def test_odds_are_the_likeness_of_calibration() -> None:
+    """The same maps and shifts, by the code that calibrates."""
+    torch.manual_seed(2)
+    teacher = Teacher()
+    fields = stacked([refinement_example(np.random.default_rng(3), blots(1), blots(1), 0.0)])
+    batch = {name: torch.from_numpy(values) for name, values in fields.items()}
+    with torch.inference_mode():
+        odds = (teacher.refinement_odds(batch) / teacher.sharpness[1].exp())[0].numpy()
+        vis, ir = (teacher.network(batch[side], side)[0].permute(1, 2, 0).numpy() for side in SIDES)
+    ir = ir * fields["seen"][0, 0, :, :, None]
+    seen = np.ones((SMALL[1], SMALL[0]), np.bool_)
+    inner = np.ascontiguousarray(ir[RADIUS:-RADIUS, RADIUS:-RADIUS])
+    surfaces, _ = refinement.likeness_surfaces(vis, inner, seen, RADIUS, blocks=(2, 2), overlapping=1.0)
+    # Around the frame calibration sees nothing, where the example goes on: shifts towards the middle are the same.
+    towards = [(slice(y, y + RADIUS + 1), slice(x, x + RADIUS + 1)) for y in (RADIUS, 0) for x in (RADIUS, 0)]
+    for quarter, (rows, columns) in enumerate(towards):
+        assert np.abs(odds[quarter][rows, columns] - surfaces[quarter][rows, columns]).max() < 1e-4
+        assert np.ptp(odds[quarter]) > 1e-2
 
 
 def test_graphs_are_the_networks(tmp_path: Path) -> None:
