@@ -226,7 +226,7 @@ def _doubts(
             f"parts of the data differ by {spread_px:.1f} px at a width of 640 (at most {bounds.spread_px:.1f})"
         )
     if alike < bounds.likeness:
-        found.append(f"the edges are alike by {alike:.2f} only (at least {bounds.likeness:.2f}; chance gives about 0)")
+        found.append(f"both are alike by {alike:.2f} only (at least {bounds.likeness:.2f}; chance gives about 0)")
     if lead < bounds.lead:
         found.append(f"another place is nearly as good (ahead by {lead:.2f}, at least {bounds.lead:.2f})")
     try:

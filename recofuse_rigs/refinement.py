@@ -147,15 +147,15 @@ def _surfaces_of_all(
     size: Size,
     level: Level,
 ) -> tuple[Floats, Vector]:
+    side = 2 * level.radius + 1
     found = []
     centres = np.zeros((0, 2))
     for pair, ours in zip(pairs, visible, strict=True):
         picture, seen = laid(pair.ir, placed, size)
-        total: Floats | None = None
+        total = np.zeros((BLOCKS[0] * BLOCKS[1], side, side), np.float32)
         for (own, share), (other, _) in zip(ours, cues_of(picture, "ir", level, seen), strict=True):
             surfaces, centres = likeness_surfaces(own, other, seen, level.radius)
-            total = surfaces * np.float32(share) if total is None else total + surfaces * np.float32(share)
-        assert total is not None  # shares add up to one
+            total += np.float32(share) * surfaces
         found.append(total)
     return np.stack(found), centres
 
