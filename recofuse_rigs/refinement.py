@@ -1,10 +1,10 @@
 """From about right to a fraction of a pixel: a homography that all blocks of all pairs agree on.
 
 Infrared is laid on the visible grid as well as is known. The frame is cut into overlapping blocks, and for each the
-likeness of the cue maps is worked out for every small displacement: a surface, averaged over pairs. A homography moves
-each block by some displacement; the one is sought whose values on the surfaces add up to the most. So a block that
-shows one long edge speaks for its direction alone, and one that shows nothing is not heard. From small pictures to
-large ones.
+likeness of edges and learned maps is worked out for every small displacement: a surface, averaged over pairs. A
+homography moves each block by some displacement; the one is sought whose values on the surfaces add up to the most. So
+a block that shows one long edge speaks for its direction alone, and one that shows nothing is not heard. From small
+pictures to large ones.
 
 The optimum is found by Newton's method over the displacements of the frame's four corners, on surfaces that are first
 blurred. A prior draws towards a similarity, as far as cameras that look the same way are one.

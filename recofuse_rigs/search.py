@@ -1,8 +1,8 @@
 """Where infrared may lie, found from nothing: every scale and rotation tried, and every shift of each at once.
 
 The pictures are small here (128 pixels wide), and all pairs of a rig vote together: the normalised correlation of
-their cue maps, by Fourier transforms for each scale and rotation, is summed over pairs. What cannot be seen at this
-size (perspective, unequal scales) is left to `refinement`.
+their edges and of their learned maps, by Fourier transforms for each scale and rotation, is summed over pairs. What
+cannot be seen at this size (perspective, unequal scales) is left to `refinement`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ Two kinds of example, as the calibration meets them. A *search* shows the whole 
 infrared about in its scale but turned, and asks for one shift among thousands. A *refinement* shows a part of both at
 one of the finer widths, infrared lying a few pixels off, and asks for the shift of each quarter. All pictures are
 (480, 640) uint8 before, and float32 of 0 to 255 after.
+
+How infrared is laid is written here once more, since this package and `recofuse_rigs` stand beside each other; a test
+holds the two together.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ Matrix = NDArray[np.float64]
 
 WIDTH, HEIGHT = 640, 480
 SMALL = 128, 96  # of a search, and of a refinement's part
+FACTOR = WIDTH // SMALL[0]  # pixels to one of a search
 MARGIN = 32, 24  # shifts of a search, either way
 CANVAS = SMALL[0] + 2 * MARGIN[0], SMALL[1] + 2 * MARGIN[1]
 RADIUS = 8  # shifts of a refinement, either way
 PART = SMALL[0] + 2 * RADIUS, SMALL[1] + 2 * RADIUS
 LEVELS = 160, 320, 640
 SHARES = 0.25, 0.45, 0.3
+BELL_PX = 0.6  # deviation of the target about an exact shift
 IR_SIZES = (640, 480), (384, 288), (320, 256), (320, 240), (640, 512)
 CORNERS = np.array([[0, 0], [WIDTH - 1, 0], [WIDTH - 1, HEIGHT - 1], [0, HEIGHT - 1]], np.float64)
 QUARTERS = np.array([[x, y] for y in (0.25, 0.75) for x in (0.25, 0.75)]) * SMALL - 0.5
@@ -67,7 +72,7 @@ def search_example(rng: np.random.Generator, vis: NDArray[np.uint8], ir: NDArray
     seen = _seen(turn @ placed, ir_size, CANVAS)
     grid = np.meshgrid(np.linspace(0, SMALL[0] - 1, 9), np.linspace(0, SMALL[1] - 1, 7))
     ours: NDArray[np.float64] = np.asarray(np.stack(grid, -1).reshape(-1, 2), np.float64)
-    theirs = through(np.linalg.inv(truth), ours * 5 + 2)
+    theirs = through(np.linalg.inv(truth), ours * FACTOR + (FACTOR - 1) / 2)
     within = ((theirs >= 0) & (theirs <= np.array(ir_size) - 1)).all(axis=1)
     shifts = through(turn @ placed, theirs) - ours
     return Example(
@@ -76,7 +81,7 @@ def search_example(rng: np.random.Generator, vis: NDArray[np.uint8], ir: NDArray
         seen,
         np.asarray(np.linalg.inv(turn), np.float64),
         shifts[within].mean(axis=0)[None] if within.any() else np.full((1, 2), np.nan),
-        float(np.hypot(0.6, off_px / 5)),
+        float(np.hypot(BELL_PX, off_px / FACTOR)),
     )
 
 
@@ -109,7 +114,7 @@ def refinement_example(
         seen,
         np.eye(3),
         shifts,
-        float(np.hypot(0.6, off_px * share)),
+        float(np.hypot(BELL_PX, off_px * share)),
     )
 
 
