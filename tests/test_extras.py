@@ -121,6 +121,16 @@ def test_training_needs_train_only() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_teaching_the_maps_of_rigs_needs_export_only(tmp_path: Path) -> None:
+    words = ["train-cues", "--streets", "1", "--steps", "1", "-o", str(tmp_path)]
+    done = run_with(recofuse(words), "torch")
+    assert done.returncode == 2, done.stderr
+    assert "onnx, which is not installed" in done.stderr
+    done = run_with(recofuse(words), "export")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cues_ir.onnx", "cues_vis.onnx"]
+
+
 ASK_AND_END = """
 import os, signal, threading, time
 from pathlib import Path
