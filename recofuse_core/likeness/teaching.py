@@ -34,6 +34,7 @@ from recofuse_core.likeness.examples import (
 )
 from recofuse_core.likeness.network import CueNetwork
 from recofuse_core.scenes.scene import make_scene
+from recofuse_core.training.optimisation import WeightAverage
 
 Grey = NDArray[np.uint8]
 
@@ -178,7 +179,7 @@ def teach(teacher: Teacher, lessons: Sequence[Lesson], plan: Plan, seconds: floa
         raise DatasetError("nothing to learn from: of no pair it is sure where it lies, and there are no streets")
     rng = np.random.default_rng(plan.seed)
     optimizer = torch.optim.AdamW(teacher.parameters(), plan.learning_rate, weight_decay=1e-4)
-    averaged = {name: value.detach().clone() for name, value in teacher.state_dict().items()}
+    average = WeightAverage(teacher, plan.decay)
     began = time.monotonic()
     for number in range(plan.steps):
         done = max(number / plan.steps, (time.monotonic() - began) / seconds)
@@ -199,14 +200,12 @@ def teach(teacher: Teacher, lessons: Sequence[Lesson], plan: Plan, seconds: floa
         torch.autograd.backward(first + second)
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
-        decay = min(plan.decay, (number + 1) / (number + 10))
-        for name, value in teacher.state_dict().items():
-            averaged[name].lerp_(value, 1 - decay)
+        average.update(teacher)
         live = {name: value.clone() for name, value in teacher.state_dict().items()}
-        teacher.load_state_dict(averaged)
+        teacher.load_state_dict(average.weights)
         yield Step(number, float(first.detach()), float(second.detach()), first_found, second_found)
         teacher.load_state_dict(live)
-    teacher.load_state_dict(averaged)
+    teacher.load_state_dict(average.weights)
 
 
 def _batch(
