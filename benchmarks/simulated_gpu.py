@@ -200,11 +200,10 @@ class Kind(NamedTuple):
 
 def all_kinds() -> Iterator[Kind]:
     """Every one that is looked at: of both presets, all ways, samplers, outputs and forms."""
+    asked: tuple[tuple[OutputName, ...], ...] = (FUSED, ("vis",), ("ir",), ALL_OUTPUTS)
     for preset, way in itertools.product(PRESETS, WAYS):
         can_light = PRESETS[preset].exposure is not None
-        for sampler, outputs, levels in itertools.product(
-            SAMPLERS, (FUSED, ("vis",), ("ir",), ALL_OUTPUTS), (True, False)
-        ):
+        for sampler, outputs, levels in itertools.product(SAMPLERS, asked, (True, False)):
             exposure: Exposure = "lit" if levels and can_light else "as_shot"
             for form in get_args(Form) if outputs == ALL_OUTPUTS else ("whole",):
                 yield Kind(preset, way, sampler, outputs, levels, exposure, form)

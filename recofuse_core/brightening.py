@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 class Brightening(NamedTuple):
     """A curve for each infrared frame of a batch: x (1 + a) / (1 + a x), from black to black and from white to white.
 
-    amount: a, (B, 1, 1, 1), 0 or more, of torch or numpy, as are the frames.
+    amount: a, (B, 1, 1, 1), 0 or more, of torch or numpy, as are the frames. lit: how far the visible frame is a night
+    that was lit, the same, 0 to 1.
     """
 
     amount: Any
+    lit: Any
 
     def __call__(self, ir: Any) -> Any:
         """Infrared frames (B, C, H, W) in [0, 1] to brighter ones."""

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from recofuse_core.detail import DetailConfig
 from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import ExposureConfig
 from recofuse_core.model import ModelConfig
@@ -35,6 +36,7 @@ def model_config_from(values: Any) -> ModelConfig:
         "sde": SDEConfig,
     }
     optional = {"tone": ToneConfig, "exposure": ExposureConfig, "weather": WeatherConfig, "veil": VeilConfig}
+    optional |= {"detail": DetailConfig}
     sections.update({name: section for name, section in optional.items() if values.get(name) is not None})
     values.update({key: build_config(section, values[key], key) for key, section in sections.items()})
     config: ModelConfig = build_config(ModelConfig, values, "config")

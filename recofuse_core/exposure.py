@@ -287,7 +287,8 @@ def brightening_for(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
     """How much brighter infrared (B, 1, H, W) has to be beside `lit`, which was `seen` before, both (B, 3, H, W)."""
     level = ir.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
     wanted = scaled(1 / level, IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(0.0, IR_MOST)  # even frames get there
-    return Brightening(wanted * is_lit(seen, lit))
+    share = is_lit(seen, lit)
+    return Brightening(wanted * share, share)
 
 
 def _rise(before: Tensor, after: Tensor) -> Tensor:

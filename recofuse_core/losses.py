@@ -83,8 +83,13 @@ def log_error(image: Tensor, target: Tensor) -> Tensor:
 
     It gives every image an equal say, where L1 is ruled by the hard ones and lets dark and easy ones be damaged.
     """
+    return log_errors(image, target).mean()
+
+
+def log_errors(image: Tensor, target: Tensor) -> Tensor:
+    """log10 of the squared error of each image, (B,). (B, C, H, W) each."""
     squared = (image - target).square().flatten(1).mean(dim=1)
-    return torch.log10(squared + 1e-5).mean()
+    return torch.log10(squared + 1e-5)
 
 
 def image_loss(image: Tensor, target: Tensor, log_weight: float) -> Tensor:

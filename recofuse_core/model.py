@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import recofuse_core.threads  # noqa: F401 - no more threads than the process may use
 from recofuse_core.arithmetic import full_float32
 from recofuse_core.brightening import Brightening
+from recofuse_core.detail import Detail, DetailConfig
 from recofuse_core.errors import ConfigError, ShapeError
 from recofuse_core.exposure import ExposureConfig, ExposureEstimator, brightened
 from recofuse_core.finishing import Finish, Finishing
@@ -41,6 +42,7 @@ from recofuse_core.picture import (
     FusionPlan,
     ModelInfo,
     OutputName,
+    Prepared,
     cannot_light,
     latent_size,
     make_plan,
@@ -76,6 +78,7 @@ class ModelConfig:
     exposure: ExposureConfig | None = None
     weather: WeatherConfig | None = None
     veil: VeilConfig | None = None
+    detail: DetailConfig | None = None
     sampler: SamplerName = "euler"
     steps: int = 100
     coupling: Coupling = "every_step"
@@ -110,10 +113,11 @@ PRESETS = {
         ),
         FusionConfig(latent_channels=16, context_pool=4, tabulated_steps=100),
         SDEConfig(),
-        tone=ToneConfig(width=512),
+        tone=ToneConfig(width=496),
         exposure=ExposureConfig(),
         weather=WeatherConfig(),
         veil=VeilConfig(),
+        detail=DetailConfig(),
         sampler="ode2",
         steps=1,
         widening=0.4,
@@ -130,6 +134,7 @@ class Conditioning(NamedTuple):
 
 Conditions = Callable[[int], Conditioning]
 Constants = dict[object, Any]  # by what they were made for
+Found = tuple[Pair, Tensor | None]  # frames without what lay over them, and how much of it was taken off, (B,)
 
 
 class ReCoFuse(nn.Module):
@@ -146,6 +151,7 @@ class ReCoFuse(nn.Module):
         self.exposure = None if config.exposure is None else ExposureEstimator(config.exposure)
         self.weather = None if config.weather is None else WeatherEstimator(config.weather)
         self.veil = None if config.veil is None else VeilEstimator(config.veil)
+        self.detail = None if config.detail is None else Detail(config.detail)
         self.finish = Finish(config.widening)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the fast layout of every network
         self.info = ModelInfo(
@@ -220,15 +226,18 @@ class ReCoFuse(nn.Module):
 
         They come back unchanged from a model without a weather estimator.
         """
+        return self._cleared(frames)[0]
+
+    def _cleared(self, frames: Pair) -> Found:
         if self.weather is None:
-            return frames
+            return frames, None
         height, width = frames.vis.shape[-2:]
         padded = Pair(*(pad_to_multiple(image, STRIDE, "reflect") for image in frames))
         seen = self.weather.look(padded.vis, padded.ir)
         share = self.weather.share(seen.coarse)
         if _is_nothing(share):
-            return frames
-        return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir)
+            return frames, None
+        return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir), share
 
     def lift(self, toned: Pair, seen: Pair, onto: Pair | None = None) -> Pair:
         """Whole frames under their tone curves without the veil over the visible one, and `onto` where there was none.
@@ -236,31 +245,50 @@ class ReCoFuse(nn.Module):
         seen: the frames as they came. onto: frames of the same size, the toned ones if None. A model without a veil
         estimator finds no veil.
         """
+        return self._lifted(toned, seen, onto)[0]
+
+    def _lifted(self, toned: Pair, seen: Pair, onto: Pair | None = None) -> Found:
         onto = toned if onto is None else onto
         if self.veil is None:
-            return onto
+            return onto, None
         veil = self.veil(toned.vis, toned.ir, seen.vis)
         if onto is toned:  # what the curves left is what stays anyway
             veil = veil._replace(darkened=None)
-        is_kept = _is_nothing(veil.share) and (veil.darkened is None or _is_nothing(veil.darkened))
-        return onto if is_kept else Pair(veil.lifted(toned.vis, onto.vis), onto.ir)
+        if _is_nothing(veil.share) and (veil.darkened is None or _is_nothing(veil.darkened)):
+            return onto, None
+        return Pair(veil.lifted(toned.vis, onto.vis), onto.ir), veil.share
 
     def unveil(self, frames: Pair) -> Pair:
         """Whole frames as they are lit: as they were, but toned and without a veil where one lies over the visible one.
 
         Lighting that is left to lift a veil makes skies dark and green.
         """
-        return frames if self.veil is None else self.lift(self.normalise(frames), frames, onto=frames)
+        return self._unveiled(frames)[0]
+
+    def _unveiled(self, frames: Pair) -> Found:
+        return (frames, None) if self.veil is None else self._lifted(self.normalise(frames), frames, onto=frames)
 
     def levelled(self, frames: Pair, exposure: Exposure) -> tuple[Pair, Brightening | None]:
         """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for.
 
         And what made infrared brighter, beside lit frames.
         """
+        return self._levelled(frames, exposure)[:2]
+
+    def _levelled(self, frames: Pair, exposure: Exposure) -> Prepared:
+        """The same; `treated` is by how much of a veil was lifted and how far a frame is a night that was lit."""
         if exposure == "lit":
-            unveiled = self.unveil(frames)
-            return brightened(self.normalise(self.light(unveiled)), unveiled.vis)
-        return self.lift(self.normalise(frames), frames), None
+            unveiled, share = self._unveiled(frames)
+            images, by = brightened(self.normalise(self.light(unveiled)), unveiled.vis)
+            return Prepared(images, by, _most(share, by.lit))
+        lifted, share = self._lifted(self.normalise(frames), frames)
+        return Prepared(lifted, treated=_most(share))
+
+    def delivered(self, frames: Pair, exposure: Exposure) -> Prepared:
+        """Whole frames as they come, in [0, 1] and ir of one channel, as they are encoded; ir is of one still."""
+        cleared, share = self._cleared(frames)
+        prepared = self._levelled(cleared, exposure)
+        return prepared._replace(treated=_most(share, prepared.treated))
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""
@@ -363,26 +391,24 @@ class ReCoFuse(nn.Module):
         levels = vis.dtype == torch.uint8
         networks = TorchNetworks(self, conditions or self.condition, coupled=plan.coupled, constants=constants)
         size = (int(vis.shape[-2]), int(vis.shape[-1]))
-        frames, brightened_by = self.prepared(vis, ir, plan.exposure)
+        frames, brightened_by, treated = self.prepared(vis, ir, plan.exposure)
         tone = None if overlap is None else overlap.tone
         finish = Finishing(self.finish, levels=levels, tone=tone, brightened_by=brightened_by)
-        blend = None if overlap is None else overlap.blend
-        pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous, blend)
+        pictures, clean = run(networks, self.sde, plan, frames, size, draw, finish, previous, overlap, treated)
         output = FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"), latents=clean)
         return output, finish.is_finite
 
-    def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> tuple[Pair, Brightening | None]:
-        """Images of `run` as they are encoded, without weather, `levelled`, padded, each RGB; what brightened ir.
+    def prepared(self, vis: Tensor, ir: Tensor, exposure: Exposure) -> Prepared:
+        """Images of `run` as they are encoded, without weather, `levelled`, padded, each RGB.
 
         They lie in memory as they come, the three channels of infrared in one place: an encoder lays its rows itself.
         Levels stay levels if nothing reads them before it, and whole sides need no padding, which is for floats alone.
         """
         if exposure == "as_shot" and self._is_bare and not any(side % PADDING for side in vis.shape[-2:]):
-            return Pair(vis, ir.expand(-1, 3, -1, -1)), None
-        frames = self.clear(Pair(unit_range(vis), unit_range(ir)))
-        images, brightened_by = self.levelled(frames, exposure)
-        padded = Pair(*(pad_to_multiple(image, PADDING, "reflect") for image in images))
-        return Pair(padded.vis, padded.ir.expand(-1, 3, -1, -1)), brightened_by
+            return Prepared(Pair(vis, ir.expand(-1, 3, -1, -1)))
+        delivered = self.delivered(Pair(unit_range(vis), unit_range(ir)), exposure)
+        padded = Pair(*(pad_to_multiple(image, PADDING, "reflect") for image in delivered.frames))
+        return delivered._replace(frames=Pair(padded.vis, padded.ir.expand(-1, 3, -1, -1)))
 
     @property
     def _is_bare(self) -> bool:
@@ -431,6 +457,10 @@ class TorchNetworks:
         size = (latent.shape[-2] * LATENT_FACTOR, latent.shape[-1] * LATENT_FACTOR)
         return self.model.autoencoder.decode(latent, skips, size)
 
+    def detail(self, name: OutputName, decoded: Tensor, shown: Pair, treated: Tensor | None) -> Tensor:
+        """See Networks."""
+        return decoded if self.model.detail is None else self.model.detail(name, decoded, shown, treated)
+
     def contiguous(self, part: Tensor) -> Tensor:
         """See Networks."""
         return part.contiguous()
@@ -468,6 +498,12 @@ def noise_like(seeds: Sequence[int], like: Tensor) -> NoiseSource:
     """`seeded_noise` as tensors like `like` (B, C, h, w), on its device."""
     _, *shape = like.shape
     return seeded_noise(seeds, shape, lambda noise: torch.from_numpy(noise).to(like.device))
+
+
+def _most(*shares: Tensor | None) -> Tensor | None:
+    """The largest of shares (B,) or (B, 1, 1, 1), as (B, 1, 1, 1); None if there is none."""
+    found = [share.view(-1, 1, 1, 1) for share in shares if share is not None]
+    return functools.reduce(torch.maximum, found) if found else None
 
 
 def _is_nothing(share: Tensor) -> bool:

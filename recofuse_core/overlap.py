@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from recofuse_core.errors import ShapeError
 from recofuse_core.picture import padded
+from recofuse_core.sampler import Pair
 
 Floats = NDArray[np.float32]
 Array = Any  # of the runtime
@@ -36,7 +37,7 @@ _IN_FULL = 0.998  # more than 254 of 255, and no more than what division makes o
 
 
 class Overlap:
-    """What blends the features of one batch; `tone` (B, 1, H, W) is the wide share at the size of the pictures.
+    """Where infrared of one batch was measured (picture.Partial); `tone` (B, 1, H, W) is the wide share, by pixels.
 
     shares: (B, 2, H, W) float32, how far detail and tone of the fused picture count, 0 to 1: detail not at all where
     infrared was not measured, tone in full where it was. matrix: from one of numpy to one of the runtime.
@@ -59,6 +60,15 @@ class Overlap:
         blended = vis * 1  # a copy
         blended += detail * difference + (tone - detail) * smooth
         return blended
+
+    def shown(self, frames: Pair) -> Pair:
+        """See picture.Partial: where infrared's detail counts by a share, so does its frame."""
+        red, green, blue = (frames.vis[:, channel : channel + 1] for channel in range(3))
+        grey = 0.299 * red + 0.587 * green + 0.114 * blue
+        shares = self._shares[:, :1]
+        inside = (..., slice(shares.shape[-2]), slice(shares.shape[-1]))
+        grey[inside] += shares * (frames.ir - grey)[inside]
+        return Pair(frames.vis, grey)
 
     def _at(self, size: Size, cells: Size) -> tuple[Array, ...]:
         """Both shares and what is known, at the size of features; what the means of both reaches count for by cell."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from recofuse_core.brightening import Brightening
 from recofuse_core.errors import ConfigError, NumericsError, ShapeError
 from recofuse_core.sampler import (
     SAMPLERS,
@@ -149,6 +150,9 @@ class Networks(Canvas, Protocol):
     def decode(self, latent: Array, skips: Skips) -> Array:
         """A latent and its skips to an image, not clamped."""
 
+    def detail(self, name: OutputName, decoded: Array, shown: Pair, treated: Array | None) -> Array:
+        """A decoded image, not clamped, with the detail of its frames, ir of one channel. treated: see run."""
+
     def contiguous(self, part: Array) -> Array:
         """A part that was cut from an array, in memory of its own if the networks are faster so."""
 
@@ -162,15 +166,36 @@ class Networks(Canvas, Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Both frames as their networks see them: degraded latents (B, C, h, w) and skips."""
+    """Both frames as their networks see them: the frames (`run`), degraded latents (B, C, h, w) and skips."""
 
+    frames: Pair
     mu: Pair
     vis_skips: Skips
     ir_skips: Skips
 
 
+class Prepared(NamedTuple):
+    """Frames as they are encoded, vis (B, 3, H, W) and ir of one channel or three.
+
+    brightened_by: what made infrared brighter, beside lit frames. treated: see run; None for not at all.
+    """
+
+    frames: Pair
+    brightened_by: Brightening | None = None
+    treated: Array | None = None
+
+
 Finish = Callable[[OutputName, Array], Array]
-Blend = Callable[[Array, Array], Array]
+
+
+class Partial(Protocol):
+    """Where infrared was measured, if not everywhere."""
+
+    def blend(self, fused: Array, vis: Array) -> Array:
+        """Features of the fused picture and of the visible one to those of what is decoded as the fused one."""
+
+    def shown(self, frames: Pair) -> Pair:
+        """Padded frames, ir of one channel, with the visible one's luma where infrared was not measured."""
 
 
 def run(
@@ -182,7 +207,8 @@ def run(
     draw: NoiseSource,
     finish: Finish,
     previous: Pair | None = None,
-    blend: Blend | None = None,
+    partial: Partial | None = None,
+    treated: Array | None = None,
 ) -> tuple[dict[OutputName, Array], Pair]:
     """The pictures that a plan asks for, and the restored latents.
 
@@ -190,13 +216,14 @@ def run(
     the padding. `draw` gives noise like the latents; `finish` makes of a decoded image (B, 3, *size), not clamped, what
     is kept of it. `previous` holds clean latents to start from at the plan's first step, in place of mu. Raises
     ShapeError for one of another size.
-    `blend` makes of features of the fused picture and of the visible one those of what is decoded as the fused one.
+    `partial` says where infrared was measured, if not everywhere; `treated` how far visible frames are
+    others than they came, (B, 1, 1, 1), 0 to 1: of these less detail can be trusted.
     """
     frame = Frame(networks, plan, size)
     encoded = frame.encode(frames)
     state = _start(sde, encoded.mu, draw(), previous, plan.timesteps[0])
     clean = SAMPLERS[plan.sampler](frame.predict, sde, state, encoded.mu, draw, plan.timesteps)
-    return frame.pictures(clean, encoded, finish, blend), clean
+    return frame.pictures(clean, encoded, finish, partial, treated), clean
 
 
 def _start(sde: MeanRevertingSDE, mu: Pair, noise: Pair, previous: Pair | None, t: int) -> Pair:
@@ -230,7 +257,7 @@ class Frame:
         """What `run` begins with."""
         vis_mu, vis_skips = self._encode(frames.vis)
         ir_mu, ir_skips = self._encode(frames.ir)
-        return Encoded(Pair(vis_mu, ir_mu), vis_skips, ir_skips)
+        return Encoded(frames, Pair(vis_mu, ir_mu), vis_skips, ir_skips)
 
     def predict(self, state: Pair, mu: Pair, t: int) -> Prediction:
         """One coupled evaluation."""
@@ -253,20 +280,28 @@ class Frame:
         return Prediction(start, Pair(vis, ir), kinds[0])
 
     def pictures(
-        self, clean: Pair, encoded: Encoded, finish: Finish, blend: Blend | None = None
+        self,
+        clean: Pair,
+        encoded: Encoded,
+        finish: Finish,
+        partial: Partial | None = None,
+        treated: Array | None = None,
     ) -> dict[OutputName, Array]:
         """What `run` ends with."""
+        frames = Pair(encoded.frames.vis, encoded.frames.ir[:, :1])
 
         def decode(name: OutputName, latent: Array, *skips: Skips) -> Array:
-            return finish(name, self._decode(latent, *skips)[..., : self.size[0], : self.size[1]])
+            shown = frames if partial is None or name != "fused" else partial.shown(frames)
+            detailed = self.networks.detail(name, self._decode(latent, *skips), shown, treated)
+            return finish(name, detailed[..., : self.size[0], : self.size[1]])
 
         pictures: dict[OutputName, Array] = {}
         vis_skips, ir_skips = encoded.vis_skips, encoded.ir_skips
         if "fused" in self.plan.outputs:
             latent = self._fuse(clean)
-            if blend is not None:
+            if partial is not None:
                 skips = self.networks.fuse_skips(vis_skips, ir_skips)
-                latent, skips = blend(latent, clean.vis), tuple(map(blend, skips, vis_skips))
+                latent, skips = partial.blend(latent, clean.vis), tuple(map(partial.blend, skips, vis_skips))
                 pictures["fused"] = decode("fused", latent, skips)
             else:
                 pictures["fused"] = decode("fused", latent, vis_skips, ir_skips)

@@ -26,7 +26,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Parts of a parameter's name. Time vectors are made once a schedule; tone curves, lighting, veils and the two
 # convolutions read and write pixels, and bfloat16 near 1 is as coarse as an 8-bit level.
-KEPT_IN_FLOAT32 = frozenset({"tone", "exposure", "veil", "time", "time_projection", "init_conv", "final_conv"})
+KEPT_IN_FLOAT32 = frozenset(
+    {"tone", "exposure", "veil", "detail", "time", "time_projection", "init_conv", "final_conv"}
+)
 
 FIRST_WITH_FLOAT16, FIRST_WITH_BFLOAT16 = (7, 0), (8, 0)  # compute capabilities
 TRIAL_SIZE = (192, 256)

@@ -297,8 +297,9 @@ class SteppedProgram(Program):
         self._row = torch.zeros(len(Numbers._fields), device=device)
         self._block = torch.zeros_like(supplies.conditions.packed(0))
         low, high = (torch.zeros(2, key.batch, 1, 1, 1, device=device) for _ in range(2))
-        brightening = Brightening(torch.zeros(key.batch, 1, 1, 1, device=device))  # of lit runs
-        self._static += [self._noise, state, mu, previous, self._row, self._block, low, high, brightening.amount]
+        how_treated, *of_lit = (torch.zeros(key.batch, 1, 1, 1, device=device) for _ in range(3))
+        brightening = Brightening(*of_lit)
+        self._static += [self._noise, state, mu, previous, self._row, self._block, low, high, how_treated, *brightening]
         numbers = Numbers(*self._row)
         conditioning = supplies.conditions.seen_in(self._block)
         frame = self._frame(lambda t: conditioning)
@@ -306,7 +307,7 @@ class SteppedProgram(Program):
         vis, ir = self._images[:2]
 
         def begin() -> Results:
-            images, brightened_by = model.prepared(vis, ir, key.plan.exposure)
+            images, brightened_by, treated = model.prepared(vis, ir, key.plan.exposure)
             encoded = frame.encode(images)
             for degraded, place in zip(encoded.mu, mu, strict=True):
                 place.copy_(degraded)
@@ -316,8 +317,11 @@ class SteppedProgram(Program):
             if is_second_order:
                 previous.zero_()
             if brightened_by is not None:
-                brightening.amount.copy_(brightened_by.amount)
-            return (*encoded.vis_skips, *encoded.ir_skips)
+                for value, place in zip(brightened_by, brightening, strict=True):
+                    place.copy_(value)
+            if treated is not None:
+                how_treated.copy_(treated)
+            return (*encoded.frames, *encoded.vis_skips, *encoded.ir_skips)
 
         def step() -> Results:
             prediction = frame.predict(Pair(*state), Pair(*mu), 0)  # of the time step in the block
@@ -330,19 +334,20 @@ class SteppedProgram(Program):
             return ()
 
         def end() -> Results:
+            images, skips = Pair(*begun[:2]), begun[2:]
             count = len(skips) // 2
             overlap = self._overlap()
-            tone, blend = (None, None) if overlap is None else (overlap.tone, overlap.blend)
+            tone = None if overlap is None else overlap.tone
             brightened_by = brightening if key.plan.exposure == "lit" else None
             finish = Finishing(model.finish, levels=key.levels, tone=tone, brightened_by=brightened_by)
-            encoded = Encoded(Pair(*mu), skips[:count], skips[count:])
-            pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish, blend)
+            encoded = Encoded(images, Pair(*mu), skips[:count], skips[count:])
+            pictures = self._frame(supplies.conditions).pictures(Pair(*state), encoded, finish, overlap, how_treated)
             return self._laid_out(pictures, finish.is_finite)
 
-        self._begin, skips = self._recorder.record(begin)
+        self._begin, begun = self._recorder.record(begin)
         self._step, _ = self._recorder.record(step)
         self._end, results = self._recorder.record(end)
-        self._static += skips
+        self._static += begun
         return results
 
     def _frame(self, conditions: Conditions) -> Frame:

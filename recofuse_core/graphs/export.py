@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import CheckpointHeader, load_pretrained, pretrained_header, read_header
+from recofuse_core.detail import DetailGate
 from recofuse_core.errors import CheckpointError, ConfigError
 from recofuse_core.exposure import brightened
 from recofuse_core.finishing import widen_range
 from recofuse_core.graphs.portable import PortableAutoencoder, portable_copy
-from recofuse_core.graphs.runtime import CHECKSUM_KEY, FORMAT_VERSION, PREFIX, VERSION_KEY
+from recofuse_core.graphs.runtime import CHECKSUM_KEY, DETAIL_PARTS, FORMAT_VERSION, PREFIX, VERSION_KEY
 from recofuse_core.model import ReCoFuse, TorchNetworks
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
@@ -86,7 +87,7 @@ class _Tone(_Of):
 class _Light(_Of):
     def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, ...]:
         images, by = brightened(self.model.normalise(self.model.light(Pair(vis, ir))), vis)
-        return *images, by.amount
+        return *images, *by
 
 
 class _Veil(_Of):
@@ -136,6 +137,18 @@ class _Decode(_Of):
         return self.model.autoencoder.decode(latent, skips, size)
 
 
+class _Detail(_Of):
+    def __init__(self, model: ReCoFuse, name: OutputName) -> None:
+        super().__init__(model)
+        self.name = name
+
+    def forward(self, image: Tensor, *seen: Tensor) -> Tensor:
+        assert self.model.detail is not None
+        gate: DetailGate = self.model.detail.get_submodule(self.name)  # type: ignore[assignment]
+        detailed: Tensor = gate(image, None, *seen) if self.name == "ir" else gate(image, *seen)
+        return detailed
+
+
 class _Widen(_Of):
     def forward(self, image: Tensor) -> Tensor:
         return widen_range(image, self.model.config.widening)
@@ -152,8 +165,8 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     weather: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1], sides multiples of 16, to how much weather is to be taken
     off, (B,), and what clear needs besides to give vis without it; there if the model has an estimator of it.
     tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same under tone curves, of any size from 32 px;
-    light makes the photograph of a well exposed scene first, and infrared brighter by an amount that it gives besides,
-    (B, 1, 1, 1), which `Brightening` undoes; it is there if the model has an estimator.
+    light makes the photograph of a well exposed scene first, and infrared brighter; it gives an amount besides, which
+    `Brightening` undoes, and how far they are lit nights, (B, 1, 1, 1) both; it is there if the model has an estimator.
     veil: what tone gives, and vis as tone got it, to how much of a veil is to be lifted, and how much of one tone took,
     (B,) both, and what lift needs besides to give vis without it, as far as there was one, and else another frame,
     `onto`; there if the model has an estimator of it.
@@ -161,7 +174,10 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     stands for three equal channels, which is cheaper. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
     fuse: restored latents to the fused one. fuse_skips: all of vis, then all of ir. decode: a latent and skips to an
-    image, not clamped. widen: a fused image, clamped, to one of wider range.
+    image, not clamped. detail_fused, detail_vis, detail_ir: a decoded fused, visible or infrared image, how far the
+    visible frame was treated (but for ir), (B, 1, 1, 1), and what it is of, vis, ir or both at its size, as they were
+    encoded, to the image with their detail; there if the model has gates for it. widen: a fused image, clamped, to
+    one of wider range.
     """
     stepwise = portable_copy(model, is_step_fixed=False)
     batch, height, width = SAMPLE
@@ -209,7 +225,7 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         )
     parts["tone"] = Part(_Tone(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir"))
     if model.exposure is not None:
-        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir", "brightened_by"))
+        parts["light"] = Part(_Light(stepwise), pair, pair_shapes, ("toned_vis", "toned_ir", "brightened_by", "lit"))
     if model.veil is not None:
         side = model.veil.config.cells // 4
         veil = {
@@ -248,6 +264,15 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         {"latent": latent_sides} | {name: scaled(factor) for name, factor in zip(numbered, factors, strict=True)},
         ("image",),
     )
+    if model.detail is not None:
+        for output, part in DETAIL_PARTS.items():
+            shown = {"image": image, "treated": torch.zeros(batch, 1, 1, 1), "vis": image, "ir": grey}
+            if output != "fused":
+                del shown["treated" if output == "ir" else "ir"]
+            if output == "ir":
+                del shown["vis"]
+            shapes = {name: {0: any_batch} if name == "treated" else scaled(PADDING) for name in shown}
+            parts[part] = Part(_Detail(stepwise, output), shown, shapes, ("detailed",))
     parts["widen"] = Part(_Widen(stepwise), {"image": frame(3)}, {"image": any_size}, ("widened",))
     return parts
 
@@ -261,8 +286,7 @@ class _Picture(_Of):
 
     def forward(self, vis: Tensor, ir: Tensor, noise_vis: Tensor, noise_ir: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        frames = model.clear(Pair(vis, ir))
-        images, brightened_by = model.levelled(frames, self.plan.exposure)
+        images, brightened_by, treated = model.delivered(Pair(vis, ir), self.plan.exposure)
         prepared = Pair(images.vis, images.ir.expand(-1, 3, -1, -1))
 
         def finish(name: OutputName, decoded: Tensor) -> Tensor:
@@ -277,7 +301,7 @@ class _Picture(_Of):
         networks = TorchNetworks(model, model.condition)
         size: Any = tuple(vis.shape[-2:])
         noise = Pair(noise_vis, noise_ir)
-        pictures, _ = run(networks, model.sde, self.plan, prepared, size, lambda: noise, finish)
+        pictures, _ = run(networks, model.sde, self.plan, prepared, size, lambda: noise, finish, treated=treated)
         return tuple(pictures[name] for name in ALL_OUTPUTS if name in pictures)
 
 
@@ -408,6 +432,7 @@ def about(model: ReCoFuse, parts: Mapping[str, Part]) -> dict[str, object]:
         "can_light": model.exposure is not None,
         "clears": model.weather is not None,
         "lifts_veil": model.veil is not None,
+        "details": model.detail is not None,
     }
 
 

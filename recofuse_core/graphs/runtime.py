@@ -34,6 +34,7 @@ from recofuse_core.picture import (
     ModelInfo,
     OutputName,
     PredictionKind,
+    Prepared,
     Skips,
     latent_size,
     make_plan,
@@ -52,6 +53,7 @@ from recofuse_host.processors import Threads, decide_threads, read_processors
 Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
 Images = Floats | Levels
+Found = tuple[Floats, Floats | None]  # frames without what lay over them, and how much of it was taken off, (B,)
 PartName = Literal[
     "weather",
     "clear",
@@ -65,8 +67,12 @@ PartName = Literal[
     "fuse",
     "fuse_skips",
     "decode",
+    "detail_fused",
+    "detail_vis",
+    "detail_ir",
     "widen",
 ]
+DETAIL_PARTS: dict[OutputName, PartName] = {"fused": "detail_fused", "vis": "detail_vis", "ir": "detail_ir"}
 
 ZEROS_PATH = Path(__file__).with_name("zeros.onnx")  # a graph that belongs to no weights: an array of a shape
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in words of ONNX Runtime and of C++
@@ -74,7 +80,8 @@ PREFIX = "recofuse."  # of the metadata
 FACTS_KEY = PREFIX + "about"  # in the graph `predict`
 CHECKSUM_KEY = PREFIX + "checksum"
 VERSION_KEY = PREFIX + "format_version"
-FORMAT_VERSION = 3  # 2: infrared was not brightened. 1: veils were lifted by gains and offsets, behind the lighting
+# 3: detail was not given back. 2: infrared was not brightened. 1: veils were lifted by gains, behind the lighting
+FORMAT_VERSION = 4
 
 
 def graph_path(weights: Path, part: PartName) -> Path:
@@ -100,6 +107,7 @@ class Facts:
     can_light: bool
     clears: bool
     lifts_veil: bool
+    details: bool
     num_parameters: int
 
 
@@ -124,6 +132,8 @@ class GraphRuntime:
             others += ["veil", "lift"]
         if self.facts.can_light:
             others.append("light")
+        if self.facts.details:
+            others += DETAIL_PARTS.values()
         if self.facts.widening > 0:
             others.append("widen")
         sessions = {part: _opened(weights, part, label.checksum, self.threads.count) for part in others}
@@ -194,7 +204,8 @@ class GraphRuntime:
         draw = seeded_noise(seed_list(seeds, batch), shape, lambda noise: noise)
         networks = self._networks
         is_levels = vis.dtype == np.uint8
-        frames, brightened_by = networks.prepare(networks.unit_range(vis), networks.unit_range(ir), plan.exposure)
+        images = networks.unit_range(vis), networks.unit_range(ir)
+        frames, brightened_by, treated = networks.prepare(*images, plan.exposure)
 
         def finish(name: OutputName, decoded: Floats) -> Images:
             require_finite(np.isfinite(decoded).all())
@@ -211,8 +222,9 @@ class GraphRuntime:
             np.rint(image, out=image)
             return image.astype(np.uint8)
 
-        blend = None if partial is None else partial.blend
-        pictures, _ = run(networks, self.sde, plan, frames, (height, width), draw, finish, blend=blend)
+        pictures, _ = run(
+            networks, self.sde, plan, frames, (height, width), draw, finish, partial=partial, treated=treated
+        )
         return FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"))
 
 
@@ -229,38 +241,45 @@ class GraphNetworks:
         feed = dict(zip(self._inputs[part], map(np.ascontiguousarray, arrays), strict=True))
         return _results(self._sessions[part], feed, part)
 
-    def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> tuple[Pair, Brightening | None]:
-        """Frames without weather, as ReCoFuse.levelled has them, padded, ir of one channel; what made it brighter."""
-        cleared = self._clear(vis, ir)
+    def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Prepared:
+        """Frames as ReCoFuse.delivered has them, padded, ir of one channel."""
+        cleared, weather = self._clear(vis, ir)
         if exposure == "lit":
-            lit_vis, brighter_ir, amount = self._run("light", self._unveil(cleared, ir), ir)
-            return Pair(_padded(lit_vis), _padded(brighter_ir)), Brightening(amount)
+            unveiled, veil = self._unveil(cleared, ir)
+            lit_vis, brighter_ir, *by = self._run("light", unveiled, ir)
+            brightening = Brightening(*by)
+            return Prepared(
+                Pair(_padded(lit_vis), _padded(brighter_ir)), brightening, _most(weather, veil, brightening.lit)
+            )
         toned = Pair(*self._run("tone", cleared, ir))
-        return Pair(_padded(self._lift(toned, cleared, toned.vis)), _padded(toned.ir)), None
+        lifted, veil = self._lift(toned, cleared, toned.vis)
+        return Prepared(Pair(_padded(lifted), _padded(toned.ir)), treated=_most(weather, veil))
 
-    def _unveil(self, cleared: Floats, ir: Floats) -> Floats:
+    def _unveil(self, cleared: Floats, ir: Floats) -> Found:
         """The visible frames as they are lit; under tone curves only within, so that a large pair takes less memory."""
         if "veil" not in self._sessions:
-            return cleared
+            return cleared, None
         return self._lift(Pair(*self._run("tone", cleared, ir)), cleared, cleared)
 
-    def _clear(self, vis: Floats, ir: Floats) -> Floats:
+    def _clear(self, vis: Floats, ir: Floats) -> Found:
         """The visible frames without weather: what it looks like is asked for only where there is any."""
         if "weather" not in self._sessions:
-            return vis
+            return vis, None
         height, width = vis.shape[-2:]
         vis_sides = _padded(vis)
         share, *seen = self._run("weather", vis_sides, _padded(ir))
-        return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width] if share.any() else vis
+        if not share.any():
+            return vis, None
+        return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width], share
 
-    def _lift(self, toned: Pair, seen: Floats, onto: Floats) -> Floats:
+    def _lift(self, toned: Pair, seen: Floats, onto: Floats) -> Found:
         """Toned visible frames, `seen` before, without their veil, and `onto` where they have none."""
         if "veil" not in self._sessions:
-            return onto
+            return onto, None
         share, darkened, *veil = self._run("veil", *toned, seen)
         if not share.any() and (onto is toned.vis or not darkened.any()):
-            return onto
-        return self._run("lift", toned.vis, onto, share, darkened, *veil)[0]
+            return onto, None
+        return self._run("lift", toned.vis, onto, share, darkened, *veil)[0], share
 
     def encode(self, image: Floats) -> tuple[Floats, Skips]:
         """See Networks; an image of one channel stands for three that are equal."""
@@ -284,6 +303,16 @@ class GraphNetworks:
     def decode(self, latent: Floats, skips: Skips) -> Floats:
         """See Networks."""
         return self._run("decode", latent, *skips)[0]
+
+    def detail(self, name: OutputName, decoded: Floats, shown: Pair, treated: Floats | None) -> Floats:
+        """See Networks."""
+        part = DETAIL_PARTS[name]
+        if part not in self._sessions:
+            return decoded
+        if name == "ir":
+            return self._run(part, decoded, shown.ir)[0]
+        treated = np.zeros((len(decoded), 1, 1, 1), np.float32) if treated is None else treated
+        return self._run(part, decoded, treated, *(shown if name == "fused" else (shown.vis,)))[0]
 
     def widen(self, image: Floats) -> Floats:
         """Images (B, 3, H, W) in [0, 1] with the range of their luma widened, if the model does that."""
@@ -379,6 +408,12 @@ def _require_pair(vis: Images, ir: Images) -> tuple[int, int, int]:
     if not is_levels and not (vis.dtype.kind == ir.dtype.kind == "f"):
         raise ShapeError(f"vis and ir must be floating point in [0, 1] or both uint8, got {vis.dtype} and {ir.dtype}")
     return size
+
+
+def _most(*shares: Floats | None) -> Floats | None:
+    """The largest of shares (B,) or (B, 1, 1, 1), as (B, 1, 1, 1); None if there is none."""
+    found = [share.reshape(-1, 1, 1, 1) for share in shares if share is not None]
+    return functools.reduce(np.maximum, found) if found else None
 
 
 def _padded(image: Floats) -> Floats:

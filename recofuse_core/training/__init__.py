@@ -11,6 +11,8 @@
   `rollout` set, states come from the sampler's own trajectory instead of the marginal and the loss is taken in the
   image too, with gradients through all its steps; this closes the gap between training and few-step sampling, and lets
   the decoder meet the latents that it will be given (docs/decisions/0003).
+- "detail" is ours, for models that have gates for it: they alone learn, from what the frozen networks deliver, some of
+  it of sharp photographs (docs/decisions/0050).
 
 A configuration file (config.py) says which stages there are. Batches come from pairs.py, or encoded once from
 latents.py; objectives.py has the losses, trainer.py the loop over them. A stage yields a StepReport after each step;

@@ -11,7 +11,9 @@ from recofuse_core.errors import ConfigError
 from recofuse_core.losses import GradientTarget, IntensityTarget
 from recofuse_core.model import PRESETS, ModelConfig
 
-StageName = Literal["weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled"]
+StageName = Literal[
+    "weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled", "detail"
+]
 Updates = Literal["alternating", "decoupled", "joint", "separated"]
 
 
@@ -75,9 +77,10 @@ class StageConfig:
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
     num_frames: int = 18_000  # weather_odds, exposure, tone, veil: degraded frames that are drawn once and kept
-    lit_probability: float = 0.0  # coupled: of a pair that comes lit, from the frames of the exposure stage
-    weather_probability: float = 0.0  # coupled, with lit pairs: of another pair in rain, snow or fog
-    photo_probability: float = 0.0  # tone: of a photograph, or a part of one, in place of a pair's visible frame
+    lit_probability: float = 0.0  # coupled, detail: of a pair that comes lit, from the frames of the exposure stage
+    weather_probability: float = 0.0  # with lit pairs: of another pair in rain, snow or fog
+    rise_weight: float = 0.0  # detail: of a rise of the logarithm of a visible picture's squared error
+    photo_probability: float = 0.0  # tone, detail: of a photograph, or part of one, in place of a pair
     thermal_probability: float = 0.0  # tone: of another camera's infrared frame in place of the pair's
     swap_probability: float = 0.0  # exposure, tone: of meeting the infrared frame of another pair
     spread_weight: float = 0.0  # tone: of the difference in std; averages over what may be are too flat
@@ -89,12 +92,15 @@ class StageConfig:
             raise ConfigError(f"updates = {self.updates!r} belongs to a coupled stage without rollout")
         if self.rollout_steps and not (self.rollout and all(steps >= 1 for steps in self.rollout_steps)):
             raise ConfigError(f"rollout_steps = {self.rollout_steps} belongs to a rollout, of one step or more each")
-        if self.lit_probability and self.name != "coupled":
-            raise ConfigError("lit_probability belongs to a coupled stage")
+        if self.lit_probability and self.name not in ("coupled", "detail"):
+            raise ConfigError("lit_probability belongs to a coupled or a detail stage")
         if self.weather_probability and not self.lit_probability:
-            raise ConfigError("weather_probability belongs to a coupled stage with lit_probability")
-        if (self.photo_probability or self.thermal_probability) and self.name != "tone":
-            raise ConfigError("photo_probability and thermal_probability belong to a tone stage")
+            raise ConfigError("weather_probability belongs to a stage with lit_probability")
+        takes_photos = self.name == "tone" or (self.name == "detail" and self.lit_probability > 0)
+        if self.photo_probability and not takes_photos:
+            raise ConfigError("photo_probability belongs to a tone stage or a detail stage with lit_probability")
+        if self.thermal_probability and self.name != "tone":
+            raise ConfigError("thermal_probability belongs to a tone stage")
         for name, kinds in (("intensity_target", IntensityTarget), ("gradient_target", GradientTarget)):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}")

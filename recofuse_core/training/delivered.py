@@ -1,20 +1,28 @@
-"""Pairs for the branches as what stands before them delivers frames: weather taken off, unveiled, lit or not, toned.
+"""Pairs for branches and decoder as what stands before them delivers frames: weather taken off, unveiled, lit, toned.
 
 What the estimators cannot do is left to the branches, so they have to meet it: streaks and flakes that stay, the rest
 of a veil, the noise that lighting multiplied. A lit frame gets its camera's noise and JPEG first; the target of a dark
 one is the frame without noise, its own too, under the same lighting, so that only what lighting cannot do is asked for;
-that of a foggy one is the clear frame. docs/decisions/0017, 0038, 0041.
+that of a foggy one is the clear frame. Photographs hold what the cameras of the pairs do not resolve, which a decoder
+would take for noise. docs/decisions/0017, 0038, 0041, 0050.
 """
+
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
+from recofuse_core.degradations.physics import quantise
 from recofuse_core.degradations.recipes import Range, degrade_ir, degrade_vis
+from recofuse_core.detail import own_noise
 from recofuse_core.exposure import ExposureEstimator, brightened
+from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.sampler import Pair
+from recofuse_core.training.draws import as_recorded, chance, index, unit
 from recofuse_core.training.exposure import SHARES, FrameKind, FrameSource, sensed
 from recofuse_core.training.pairs import Batch, DegradedFrame, PairSource, cut_batch
 
@@ -22,13 +30,21 @@ WEATHER = ("downpour", "snowfall", "fog")
 LIT_WEATHER_PROBABILITY = 0.3
 CLEAN_IR_PROBABILITY = 0.3
 LIT_ALIKE = (FrameKind.DARK_PAIR, FrameKind.DARKENED, FrameKind.NIGHT, FrameKind.EMPTY)
+TRULY_DARK = (FrameKind.DARK_PAIR, FrameKind.NIGHT)  # with the noise of a camera in the dark
 LUMA_NOISE, COLOUR_NOISE = 4, 14  # of 255 levels of the square root
 LIT_CROP = Range(0.55, 1.0)  # of a frame's sides: not so much smaller that their noise is averaged away
+BAR_PROBABILITY = 0.2
+OWN_NOISE, TRIES = 2.5, 4  # levels; half of all targets have less
+PHOTO_DARKENING = Range(0.15, 0.7, log=True)
+PHOTO_GAMMA = Range(0.8, 1.4)
 LIT_SHARES = SHARES | {FrameKind.NIGHT: 0.4}  # they alone have warm people of their own before a dark road
 
 
 class DeliveredSource:
-    """Draws batches of whose frames a share comes lit, and of the others a share in rain, snow or fog."""
+    """Draws batches of whose frames a share comes lit, and of the others a share in rain, snow or fog.
+
+    for_detail: frames come about as sharp and as noisy as they are recorded, some with a bar that no sensor saw.
+    """
 
     def __init__(
         self,
@@ -39,6 +55,8 @@ class DeliveredSource:
         *,
         lit_probability: float,
         weather_probability: float = 0.0,
+        photo_probability: float = 0.0,
+        for_detail: bool = False,
     ) -> None:
         self.pairs = pairs
         self.frames = frames
@@ -46,25 +64,41 @@ class DeliveredSource:
         self.exposure = exposure
         self.lit_probability = lit_probability
         self.weather_probability = weather_probability
+        self.photo_probability = photo_probability
+        self.for_detail = for_detail
 
     def draw(self, batch_size: int, crop: int, generator: Generator) -> Batch:
         """A batch of `crop` x `crop` pairs, degraded ones as they are encoded."""
         side = max(crop, self.pairs.config.context, self.exposure.config.cells)
 
         def frame() -> DegradedFrame:
-            if float(torch.rand((), generator=generator)) < self.lit_probability:
+            if chance(self.photo_probability, generator):
+                return self.photograph(side, generator)
+            if chance(self.lit_probability, generator):
                 return self.lit_frame(side, generator)
             return self.frame(side, generator)
 
-        batch = cut_batch((frame() for _ in range(batch_size)), crop, generator)
+        frames = (self._noiseless(frame) if self.for_detail else frame() for _ in range(batch_size))
+        if self.for_detail:
+            frames = (_with_bar(each, generator) if chance(BAR_PROBABILITY, generator) else each for each in frames)
+        batch = cut_batch(frames, crop, generator)
         return Batch(batch.clean, batch.degraded)
+
+    @staticmethod
+    def _noiseless(draw: Callable[[], DegradedFrame]) -> DegradedFrame:
+        """One whose target has no more noise of its own than OWN_NOISE, or the last of a few: noise is no detail."""
+        for _ in range(TRIES):
+            drawn = draw()
+            if float(own_noise(luma(drawn.vis[None]))) < OWN_NOISE:
+                break
+        return drawn
 
     @torch.no_grad()
     def frame(self, side: int, generator: Generator) -> DegradedFrame:
         """One square as shot."""
-        frame = self.pairs.frame(side, generator)
+        frame = self.pairs.frame(side, generator, as_recorded=self.for_detail)
         given, low_ir = frame.degraded_vis, frame.degraded_ir
-        if float(torch.rand((), generator=generator)) < self.weather_probability:
+        if chance(self.weather_probability, generator):
             given = _in_weather(frame.vis, generator)
             given = sensed(given, generator)
         frames = self.model.clear(self._on_device(given, low_ir))
@@ -74,22 +108,51 @@ class DeliveredSource:
     @torch.no_grad()
     def lit_frame(self, side: int, generator: Generator) -> DegradedFrame:
         """One lit square."""
-        scene, target, ir, kind = self.frames.scene(side, generator, LIT_SHARES, LIT_CROP)
+        crop = None if self.for_detail else LIT_CROP
+        scene, target, ir, kind = self.frames.scene(side, generator, LIT_SHARES, crop)
         fallen = scene
-        if float(torch.rand((), generator=generator)) < LIT_WEATHER_PROBABILITY and kind is not FrameKind.EMPTY:
+        if chance(LIT_WEATHER_PROBABILITY, generator) and kind is not FrameKind.EMPTY:
             fallen = _in_weather(scene.clamp(0, 1), generator)
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
         cleared = self.model.clear(self._on_device(sensed(fallen, generator), low_ir))
         frames = self.model.unveil(cleared)
         lighting = self.exposure(*frames)
         if kind in LIT_ALIKE:
-            clean = without_noise(scene) if kind is FrameKind.NIGHT else scene.clamp(0, 1)
+            clean = without_noise(scene) if kind in TRULY_DARK else scene.clamp(0, 1)
             clean = clean[None].to(frames.vis.device)
             # What lost a veil is another frame, of other levels: the clean one is lit by itself.
             is_unveiled = not torch.equal(frames.vis, cleared.vis)
             target = (self.exposure(clean, frames.ir) if is_unveiled else lighting)(clean)[0].cpu()
         toned = self.model.normalise(Pair(lighting(frames.vis), frames.ir))
         delivered, by = brightened(toned, frames.vis)
+        return self._delivered(target, by(ir[None].to(toned.ir.device))[0].cpu(), delivered)
+
+    @torch.no_grad()
+    def photograph(self, side: int, generator: Generator) -> DegradedFrame:
+        """One square of a sharp photograph, lit or not, a third of them without noise; infrared of another scene."""
+        scene = as_recorded(self.frames.photos, side, generator)
+        if chance(0.7, generator):
+            ir = as_recorded(self.frames.infrared, side, generator)
+        else:
+            own = luma(scene[None])[0]
+            ir = F.avg_pool2d(1 - own if chance(0.4, generator) else own, 3, 1, 1, count_include_pad=False)
+        low_ir = degrade_ir(ir, generator, clean_probability=0.5).image
+        is_lit = chance(0.5, generator)
+        if is_lit and chance(0.6, generator):
+            scene = (scene * PHOTO_DARKENING.draw(generator)).pow(PHOTO_GAMMA.draw(generator))
+        how = unit(generator)
+        if how < 0.3:
+            given = quantise(scene)
+        else:  # what is only soft or coded shows no noise either, and has no detail to give back
+            given = sensed(scene, generator) if how < 0.8 else degrade_vis(scene, generator, "medium").image
+        frames = self.model.clear(self._on_device(given, low_ir))
+        if not is_lit:
+            return self._delivered(scene, ir, self.model.levelled(frames, "as_shot")[0])
+        unveiled = self.model.unveil(frames)
+        lighting = self.exposure(*unveiled)
+        target = lighting(scene[None].to(unveiled.vis.device))[0].cpu()
+        toned = self.model.normalise(Pair(lighting(unveiled.vis), unveiled.ir))
+        delivered, by = brightened(toned, unveiled.vis)
         return self._delivered(target, by(ir[None].to(toned.ir.device))[0].cpu(), delivered)
 
     def _on_device(self, vis: Tensor, ir: Tensor) -> Pair:
@@ -112,6 +175,17 @@ def without_noise(night: Tensor) -> Tensor:
     return torch.from_numpy(calm.astype(np.float32) / 255).square().permute(2, 0, 1).contiguous()
 
 
+def _with_bar(frame: DegradedFrame, generator: Generator) -> DegradedFrame:
+    """A bar that no sensor saw, black or white, at the top or at the right: a lack of noise there tells nothing."""
+    side = frame.vis.shape[-1]
+    thickness, level = 1 + index(side // 3, generator), 0.0 if chance(0.7, generator) else 1.0
+    area = np.s_[:, :thickness] if chance(0.5, generator) else np.s_[:, :, -thickness:]
+    images = [image.clone() for image in frame]
+    for image in images:
+        image[area] = level
+    return DegradedFrame(*images)
+
+
 def _in_weather(vis: Tensor, generator: Generator) -> Tensor:
-    kind = WEATHER[int(torch.randint(len(WEATHER), (), generator=generator))]
+    kind = WEATHER[index(len(WEATHER), generator)]
     return degrade_vis(vis, generator, kinds=[kind]).image

@@ -1,9 +1,15 @@
 """What stages draw alike, each from the generator that is passed in."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
 from torch import Generator, Tensor
+
+from recofuse_core.degradations.recipes import Range
+
+REDUCED = Range(1.0, 1.7)  # how many times a frame is made smaller, if it is: half of all, which are sharper then
 
 
 def unit(generator: Generator) -> float:
@@ -30,3 +36,14 @@ def part_of(levels: np.ndarray, taken: int, side: int, generator: Generator) -> 
     part = cv2.resize(levels[top : top + taken, left : left + taken], (side, side), interpolation=method)
     part = part[:, ::-1] if chance(0.5, generator) else part
     return torch.from_numpy(np.ascontiguousarray(np.atleast_3d(part))).permute(2, 0, 1).float() / 255
+
+
+def taken_from(side: int, generator: Generator) -> int:
+    """How many pixels of a frame make a square of `side`, so that it is about as sharp as cameras record."""
+    return int(side * REDUCED.draw(generator)) if chance(0.5, generator) else side
+
+
+def as_recorded(images: Sequence[np.ndarray], side: int, generator: Generator) -> Tensor:
+    """A square (C, side, side) of one of the images, levels (H, W[, 3]), about as sharp as it was recorded."""
+    levels = images[index(len(images), generator)]
+    return part_of(levels, taken_from(side, generator), side, generator)

@@ -35,7 +35,7 @@ from recofuse_core.degradations.weather import scene_depth
 from recofuse_core.errors import ConfigError, DatasetError
 from recofuse_core.exposure import ExposureEstimator
 from recofuse_core.losses import log_error, luma
-from recofuse_core.training.draws import chance, index, unit
+from recofuse_core.training.draws import chance, index, taken_from, unit
 
 DARKENING_GAIN = Range(0.85, 0.06, log=True)
 DARKENING_GAMMA = Range(1.0, 2.4)
@@ -242,7 +242,7 @@ class FrameSource:
         return sensed(given, generator), lit, ir, kind
 
     def scene(
-        self, side: int, generator: Generator, shares: Mapping[FrameKind, float] = SHARES, crop: Range = CROP
+        self, side: int, generator: Generator, shares: Mapping[FrameKind, float] = SHARES, crop: Range | None = CROP
     ) -> tuple[Tensor, Tensor, Tensor, FrameKind]:
         """The same before a sensor saw it: without noise that was not there, neither clipped nor rounded."""
         weights = torch.tensor([shares[kind] for kind in self.kinds])
@@ -277,17 +277,21 @@ class FrameSource:
                 pass
         return given, lit.clamp(0, 1), ir, kind
 
-    def cut(self, frame: Frame, side: int, generator: Generator, crop: Range = CROP) -> tuple[Tensor, Tensor, Tensor]:
+    def cut(
+        self, frame: Frame, side: int, generator: Generator, crop: Range | None = CROP
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same part of all images of a frame, squeezed to S x S; infrared of another scene where it has none.
 
-        crop: its share of the frame's sides.
+        crop: its share of the frame's sides. None: about as sharp as it was recorded.
         """
-        share, top, left = crop.draw(generator), unit(generator), unit(generator)
+        taken = taken_from(side, generator) if crop is None else None
+        share = 1.0 if crop is None else crop.draw(generator)
+        top, left = unit(generator), unit(generator)
         is_flipped = chance(0.5, generator)
         ir = frame.ir if frame.ir is not None else self.infrared[index(len(self.infrared), generator)]
 
         def cut(levels: np.ndarray) -> Tensor:
-            height, width = (int(share * each) for each in levels.shape[:2])
+            height, width = (int(share * each) if taken is None else min(taken, each) for each in levels.shape[:2])
             y, x = int(top * (levels.shape[0] - height)), int(left * (levels.shape[1] - width))
             part = cv2.resize(levels[y : y + height, x : x + width], (side, side), interpolation=cv2.INTER_AREA)
             part = np.atleast_3d(part[:, ::-1] if is_flipped else part)

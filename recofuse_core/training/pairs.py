@@ -16,6 +16,7 @@ from recofuse_core.degradations.recipes import degrade_ir, degrade_vis
 from recofuse_core.errors import DatasetError
 from recofuse_core.sampler import Pair
 from recofuse_core.training.config import DataConfig
+from recofuse_core.training.draws import taken_from
 
 
 class RawPair(NamedTuple):
@@ -152,9 +153,9 @@ class PairSource:
         batch = cut_batch((self.frame(side, generator) for _ in range(batch_size)), crop, generator)
         return batch if self.config.context else Batch(batch.clean, batch.degraded)
 
-    def frame(self, side: int, generator: Generator) -> DegradedFrame:
-        """One square, degraded anew."""
-        vis, target, ir, low_vis, low_ir = self._crop(side, generator)
+    def frame(self, side: int, generator: Generator, *, as_recorded: bool = False) -> DegradedFrame:
+        """One square, degraded anew. as_recorded: about as sharp as cameras deliver frames, whatever is configured."""
+        vis, target, ir, low_vis, low_ir = self._crop(side, generator, as_recorded)
         if low_ir is None:
             ir = self.vary_ir(ir, generator)
         if low_vis is None:
@@ -173,14 +174,18 @@ class PairSource:
         vis, _, ir, _, _ = self._crop(side, generator)
         return vis, self.vary_ir(ir, generator)
 
-    def _crop(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _crop(
+        self, size: int, generator: Generator, as_recorded: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The same square of vis, target and ir of one pair, and of the degraded files that it has."""
         pick, item, zoom, scale, top, left, flip, turn = torch.rand(8, generator=generator).tolist()
         group = self.groups[min(int((self.cumulative < pick).sum()), len(self.groups) - 1)]
         images = group[int(item * len(group))]
         height, width = images.ir.shape
         side = size
-        if zoom < self.config.rescale_probability:
+        if as_recorded:
+            side = taken_from(size, generator)
+        elif zoom < self.config.rescale_probability:
             side = int(size * (1 + scale * (self.config.max_rescale - 1)))
         side = min(side, height, width)
         y, x = int(top * (height - side + 1)), int(left * (width - side + 1))

@@ -16,9 +16,10 @@ from torch import Generator, Tensor, nn
 
 from recofuse_core.errors import CheckpointError, ConfigError, NumericsError
 from recofuse_core.exposure import ExposureEstimator
-from recofuse_core.losses import FusionTargets, image_loss, log_error, matching_loss, strongest
+from recofuse_core.losses import FusionTargets, fusion_loss, image_loss, log_error, log_errors, matching_loss, strongest
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import Skips
+from recofuse_core.picture import LATENT_FACTOR, OutputName
 from recofuse_core.sampler import Pair, clean_latents
 from recofuse_core.training.config import StageConfig, StageName, TrainConfig
 from recofuse_core.training.delivered import DeliveredSource
@@ -61,6 +62,7 @@ FROM_THE_START: dict[str, StageName] = {  # the stage that trains a network whic
     "autoencoder": "autoencoder",
     "denoiser": "branches",
     "fusion": "branches",
+    "detail": "detail",
 }
 
 
@@ -120,6 +122,7 @@ class Trainer:
         judges = [] if self.model.weather is None else self.model.weather.judges()
         veil = [] if self.model.veil is None else list(self.model.veil.parameters())
         exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
+        detail = [] if self.model.detail is None else list(self.model.detail.parameters())
         trained = {
             "weather": weather,
             "weather_odds": judges,
@@ -129,6 +132,7 @@ class Trainer:
             "autoencoder": list(autoencoder.parameters()),
             "branches": [p for m in others for p in m.parameters()],
             "coupled": [p for m in others for p in m.parameters()] + (decoder if self.stage.rollout else []),
+            "detail": detail,
         }[self.stage.name]
         if not trained:
             raise ConfigError(f"preset {self.config.preset!r} has no {self.stage.name} estimator to train")
@@ -240,6 +244,8 @@ class Trainer:
             self.model.exposure,
             lit_probability=self.stage.lit_probability,
             weather_probability=self.stage.weather_probability,
+            photo_probability=self.stage.photo_probability,
+            for_detail=self.stage.name == "detail",
         )
 
     def _weather_source(self, probability: float | None = None) -> WeatherSource:
@@ -318,7 +324,7 @@ class Trainer:
             self._descend(_sum(terms), self.parameters)
             return _reported(terms)
         if isinstance(self.source, LatentSource):
-            if stage.name == "autoencoder" or stage.rollout:
+            if stage.name in ("autoencoder", "detail") or stage.rollout:
                 raise ConfigError("encoded crops serve the branches and the coupled stage without rollout")
             with self._autocast():
                 return self._marginal_update(self.source.draw(stage.batch_size, self.generator).to(self.device))
@@ -336,6 +342,8 @@ class Trainer:
         with self._autocast():
             clean, _, _ = encode_pair(self.model, batch.clean)
             mu, vis_skips, ir_skips = encode_pair(self.model, degraded)
+            if stage.name == "detail":
+                return self._detail_update(batch.clean, degraded, mu, (vis_skips, ir_skips))
             if stage.rollout:
                 return self._rollout_update(batch, clean, mu, (vis_skips, ir_skips))
             references = batch.clean  # nobody asks for them in the branch stage
@@ -398,6 +406,38 @@ class Trainer:
         self._descend(_sum(losses), self.parameters)
         detached = Pair(result.vis.detach(), result.ir.detach())
         return _reported(losses) | self._fusion_update(detached, skips, batch.clean)
+
+    def _detail_update(self, clean: Pair, shown: Pair, mu: Pair, skips: tuple[Skips, Skips]) -> dict[str, float]:
+        """One step of the gates, each on its own picture; every fused one has an equal say, as every image has."""
+        stage, detail = self.stage, self.model.detail
+        assert detail is not None
+        frames = Pair(shown.vis, shown.ir[:, :1])
+        decoded = self._decoded(mu, skips)
+        vis, ir, fused = (detail(name, decoded[name].float(), frames) for name in decoded)
+        targets = FusionTargets(stage.intensity_target, stage.gradient_target)
+        totals = [
+            fusion_loss(*images, targets=targets).total
+            for images in zip(fused.split(1), clean.vis.split(1), clean.ir.split(1), strict=True)
+        ]
+        rises = log_errors(vis, clean.vis) - log_errors(decoded["vis"], clean.vis)
+        losses = {
+            "vis": stage.image_weight * image_loss(vis, clean.vis, stage.log_weight),
+            "ir": stage.image_weight * image_loss(ir, clean.ir, stage.log_weight),
+            "rise": stage.rise_weight * rises.relu().mean(),
+            "fusion": stage.fusion_weight * torch.log10(torch.stack(totals)).mean(),
+            "fused": stage.fusion_log_weight * log_error(fused, strongest(clean.vis, clean.ir)),
+        }
+        self._descend(_sum(losses), self.parameters)
+        return _reported(losses)
+
+    @torch.no_grad()
+    def _decoded(self, mu: Pair, skips: tuple[Skips, Skips]) -> dict[OutputName, Tensor]:
+        """All pictures as the model decodes what its own sampler makes of degraded latents."""
+        model, decode = self.model, self.model.autoencoder.decode
+        restored, _ = rollout(model, mu, lambda: Pair(self._noise(mu.vis), self._noise(mu.ir)))
+        size = tuple(LATENT_FACTOR * side for side in mu.vis.shape[-2:])
+        fused = decode(model.final_fusion(restored), model.autoencoder.fuse_skips(*skips), size)
+        return {"vis": decode(restored.vis, skips[0], size), "ir": decode(restored.ir, skips[1], size), "fused": fused}
 
     def _fusion_update(self, clean: Pair, skips: tuple[Skips, Skips], references: Pair) -> dict[str, float]:
         losses = self._fusion_losses(clean, skips, references)

@@ -36,7 +36,7 @@ def night_model() -> ReCoFuse:
 @settings(deadline=None, max_examples=40)
 @given(amount=st.floats(0, IR_MOST), seed=st.integers(0, 2**31))
 def test_it_keeps_ends_and_order_and_can_be_undone(amount: float, seed: int) -> None:
-    by = Brightening(torch.full((1, 1, 1, 1), amount))
+    by = Brightening(torch.full((1, 1, 1, 1), amount), torch.ones(1, 1, 1, 1))
     levels = torch.rand(1, 1, 8, 8, generator=Generator().manual_seed(seed)).flatten().sort().values
     levels = torch.cat([torch.zeros(1), levels, torch.ones(1)]).view(1, 1, 1, -1)
     brighter = by(levels)

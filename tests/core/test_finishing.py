@@ -72,7 +72,7 @@ def test_only_the_fused_image_is_widened() -> None:
 
 @pytest.mark.parametrize("levels", [False, True])
 def test_brightening_is_undone_of_infrared_alone(levels: bool) -> None:
-    by = Brightening(torch.tensor([0.5, 2.0]).view(2, 1, 1, 1))
+    by = Brightening(torch.tensor([0.5, 2.0]).view(2, 1, 1, 1), torch.ones(2, 1, 1, 1))
     infrared = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
     finish = Finishing(Finish(0.0), levels=levels, brightened_by=by)
     expected = {"ir": infrared[:, :1], "vis": by(infrared), "fused": by(infrared)}

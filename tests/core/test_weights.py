@@ -81,7 +81,7 @@ def test_lighting_leaves_a_well_exposed_frame_alone(seed: int) -> None:
     clean, ir = scene.vis[None], scene.ir[None]
     as_shot, lit = restored(clean, ir, "as_shot"), restored(clean, ir, "lit")
     assert psnr_of(lit, as_shot) > 32
-    assert psnr_of(lit, clean) > psnr_of(as_shot, clean) - 3
+    assert psnr_of(lit, clean) > min(psnr_of(as_shot, clean), 45) - 3
 
 
 def test_a_covered_lens_stays_black() -> None:

@@ -112,7 +112,8 @@ def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
 
 
 BEFORE = ("weather", "clear", "tone", "light", "veil", "lift")
-SHIPPED = (*BEFORE, "encode", "encode_ir", "predict", "fuse", "fuse_skips", "decode", "widen")
+AFTER = ("detail_fused", "detail_vis", "detail_ir", "widen")
+SHIPPED = (*BEFORE, "encode", "encode_ir", "predict", "fuse", "fuse_skips", "decode", *AFTER)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -136,6 +137,7 @@ def test_the_graph_of_a_step_says_what_a_runtime_has_to_know() -> None:
     assert about["can_light"] == (model.exposure is not None)
     assert about["clears"] == (model.weather is not None)
     assert about["lifts_veil"] == (model.veil is not None)
+    assert about["details"] == (model.detail is not None)
     assert set(about["parts"]) == set(SHIPPED)
 
 
@@ -149,7 +151,7 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     night = Pair(0.08 * vis, 0.1 * ir)
     images, by = brightened(model.normalise(model.light(night)), night.vis)
     assert float(by.amount.min()) > 0.3
-    for actual, expected in zip(results(runners["light"], *night), (*images, by.amount), strict=True):
+    for actual, expected in zip(results(runners["light"], *night), (*images, *by), strict=True):
         np.testing.assert_allclose(actual, expected.numpy(), atol=2e-5)
     scene = make_scene(0, 160, 192)
     rainy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["downpour"]).image
@@ -175,6 +177,9 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     grey_latent, grey_skips = model.autoencoder.encode(grey.expand(-1, 3, -1, -1))
     prediction = model.predict(Pair(latent, other), Pair(other, latent), 38)
     step = torch.tensor([38])
+    detail, treated = model.detail, torch.tensor([0.0, 0.7]).view(2, 1, 1, 1)
+    assert detail is not None
+    shown = Pair(image, grey)
     expectations = {
         "encode": ((image,), (latent, *skips)),
         "encode_ir": ((grey,), (grey_latent, *grey_skips)),
@@ -182,6 +187,9 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
         "fuse": ((latent, other), (model.final_fusion(Pair(latent, other)),)),
         "fuse_skips": ((*skips, *other_skips), model.autoencoder.fuse_skips(skips, other_skips)),
         "decode": ((latent, *skips), (model.autoencoder.decode(latent, skips, (96, 64)),)),
+        "detail_fused": ((image.flip(0), treated, *shown), (detail("fused", image.flip(0), shown, treated),)),
+        "detail_vis": ((image.flip(0), treated, image), (detail("vis", image.flip(0), shown, treated),)),
+        "detail_ir": ((image, grey), (detail("ir", image, shown, treated),)),
         "widen": ((image,), (widen_range(image, model.config.widening),)),
     }
     for part, (values, outputs) in expectations.items():

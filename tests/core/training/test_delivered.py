@@ -16,7 +16,7 @@ from recofuse_core.sampler import Pair
 from recofuse_core.training.config import DataConfig, TrainConfig
 from recofuse_core.training.delivered import DeliveredSource, without_noise
 from recofuse_core.training.exposure import Frame, FrameKind, FrameSource, References
-from recofuse_core.training.pairs import PairSource
+from recofuse_core.training.pairs import DegradedFrame, PairSource
 from recofuse_core.training.trainer import Trainer
 from tests.core.training.small import CROP, scenes, stage
 
@@ -45,12 +45,12 @@ class Bare(ReCoFuse):
         super().__init__(replace(PRESETS["compact"], tone=None, exposure=None, weather=None, veil=None))
 
 
-def source_of(kind: FrameKind, model: ReCoFuse | None = None, **shares: float) -> DeliveredSource:
+def source_of(kind: FrameKind, model: ReCoFuse | None = None, lit: float = 1.0, **shares: Any) -> DeliveredSource:
     """Every pair lit unless `shares` says otherwise, by a gain that does not depend on it."""
     estimator = ExposureEstimator(ExposureConfig(**SIZES))
     estimator.curve_head.bias.data[3:6] = math.log(GAIN)
     pairs = PairSource(DataConfig(root="scenes", clean_probability=1.0), scenes())
-    return DeliveredSource(pairs, frames_of(kind), model or Bare(), estimator, **({"lit_probability": 1.0} | shares))
+    return DeliveredSource(pairs, frames_of(kind), model or Bare(), estimator, lit_probability=lit, **shares)
 
 
 def test_a_nights_target_is_the_lit_night_without_noise_or_weather() -> None:
@@ -90,7 +90,7 @@ def test_the_target_of_a_real_night_has_not_its_cameras_noise() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_pairs_as_shot_come_in_weather_as_often_as_asked(probability: float) -> None:
-    source = source_of(FrameKind.NIGHT, lit_probability=0.0, weather_probability=probability)
+    source = source_of(FrameKind.NIGHT, lit=0.0, weather_probability=probability)
     frames = [source.frame(SIDE, Generator().manual_seed(seed)) for seed in range(6)]
     assert [float((frame.degraded_vis - frame.vis).abs().mean()) > 1e-3 for frame in frames] == 6 * [probability == 1]
 
@@ -100,7 +100,7 @@ def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.Monk
     model = Bare()
     monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
     monkeypatch.setattr(model, "normalise", lambda images: Pair(images.vis + 0.2, images.ir * 0))
-    monkeypatch.setattr(model, "lift", lambda toned, seen: toned._replace(vis=toned.vis / 2))
+    monkeypatch.setattr(model, "_lifted", lambda toned, seen: (toned._replace(vis=toned.vis / 2), None))
     monkeypatch.setattr(model, "unveil", lambda frames: frames._replace(vis=frames.vis + 0.05))
     source, generator = source_of(FrameKind.NIGHT, model), Generator().manual_seed(3)
     for made, level in (
@@ -192,3 +192,73 @@ def test_lit_pairs_ask_for_frames_an_estimator_and_a_coupled_stage() -> None:
         replace(stage("branches"), lit_probability=0.5)
     with pytest.raises(ConfigError, match="with lit_probability"):
         replace(stage("coupled"), weather_probability=0.5)
+    with pytest.raises(ConfigError, match="detail stage with lit_probability"):
+        replace(stage("coupled"), lit_probability=0.5, photo_probability=0.5)
+
+
+def source_of_photographs(probability: float, *, for_detail: bool = False) -> DeliveredSource:
+    """Pairs as shot, and photographs of columns one pixel wide."""
+    columns = np.broadcast_to(np.arange(128) % 2 * 120 + 60, (96, 128))
+    photo = np.ascontiguousarray(np.stack([columns] * 3, axis=-1).astype(np.uint8))
+    source = source_of(FrameKind.NIGHT, lit=0.0, photo_probability=probability, for_detail=for_detail)
+    source.frames.photos = [photo]
+    return source
+
+
+def test_photographs_come_as_sharp_as_they_are_and_half_of_them_without_noise() -> None:
+    source, generator = source_of_photographs(1.0), Generator().manual_seed(6)
+    frames = [source.photograph(SIDE, generator) for _ in range(40)]
+    sharp = [frame for frame in frames if float(frame.vis.std()) > 0.03]  # neither reduced nor darkened much
+    assert len(sharp) > 12
+    for frame in frames:
+        assert frame.vis.shape == frame.degraded_vis.shape == (3, SIDE, SIDE)
+        assert frame.ir.shape == frame.degraded_ir.shape == (1, SIDE, SIDE)
+    noise = [float((frame.degraded_vis - frame.vis).abs().mean()) for frame in frames]
+    assert 8 < sum(each < 0.004 for each in noise) < 36
+    assert any(each > 0.01 for each in noise)
+
+
+@pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0, 0), (0.5, 6, 26), (1.0, 16, 32)])
+def test_photographs_come_as_often_as_asked(
+    probability: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of_photographs(probability)
+    drawn: list[DegradedFrame] = []
+    photograph = source.photograph
+
+    def counted(side: int, generator: Generator) -> DegradedFrame:
+        drawn.append(photograph(side, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(source, "photograph", counted)
+    batch = source.draw(32, CROP, Generator().manual_seed(7))
+    assert batch.clean.vis.shape == (32, 3, CROP, CROP)
+    assert least <= len(drawn) <= most
+
+
+def test_a_bar_is_in_all_images_of_a_frame() -> None:
+    source, generator = source_of_photographs(1.0, for_detail=True), Generator().manual_seed(8)
+    batch = source.draw(32, CROP, generator)
+    images = torch.cat([*batch.clean, *batch.degraded], dim=1)
+    lines = torch.stack([images[..., 0, :], images[..., -1]]).flatten(2)  # of the top, and of the right
+    has_bar = ((lines == 0).all(dim=2) | (lines == 1).all(dim=2)).any(dim=0)
+    assert 1 <= int(has_bar.sum()) <= 16
+
+
+@pytest.mark.parametrize("photo_probability", [0.0, 1.0])
+def test_a_detail_stage_moves_the_gates_alone(photo_probability: float) -> None:
+    detail = replace(stage("detail", 2), lit_probability=0.5, photo_probability=photo_probability)
+    detail = replace(detail, fusion_log_weight=0.1)
+    model = {"exposure": SIZES, "tone": {"width": 4}}
+    data = DataConfig(root="scenes")
+    config = TrainConfig(preset="compact", version="test", data=data, stages=(detail,), model=model)
+    frames = FrameSource([("a", even(20), np.full((96, 128), 90, np.uint8))], References(photos=[even(90)]))
+    run = Trainer(config, PairSource(data, scenes()), frames=frames)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert all(math.isfinite(loss) for report in run.run_stage() for loss in report.losses.values())
+    changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[0] for name in changed} == {
+        "detail.vis",
+        "detail.ir",
+        "detail.fused",
+    }
