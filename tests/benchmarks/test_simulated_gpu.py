@@ -123,7 +123,7 @@ def test_tiled_frames_can_be_captured(preset: str, way: Way) -> None:
     found = captured(model, 1, 64, 96, steps=1, tiling=SMALL_TILES)
     assert found.flags == []
     whole = captured(model, 1, 64, 96, steps=1).demand
-    assert found.demand.num_bytes > 1.15 * whole.num_bytes
+    assert found.demand.num_bytes > 1.1 * whole.num_bytes
     assert found.demand.kernels < 1.4 * whole.kernels  # both tiles go as one batch
 
 
