@@ -3,7 +3,7 @@
 A decoder that has learnt on noisy frames is unsure of whatever is fine: tiles of a roof, twigs, writing. That a whole
 frame is free of noise, it hardly uses. So behind every decoded picture stands a `DetailGate`. It compares the picture
 with the frames that were encoded, block by block, and sees how much they differ where the frame is calmest, which is
-noise. It tells by what share the difference comes back. docs/decisions/0050.
+noise. It tells by what share the difference comes back. docs/decisions/0052.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ What the estimators cannot do is left to the branches, so they have to meet it: 
 of a veil, the noise that lighting multiplied. A lit frame gets its camera's noise and JPEG first; the target of a dark
 one is the frame without noise, its own too, under the same lighting, so that only what lighting cannot do is asked for;
 that of a foggy one is the clear frame. Photographs hold what the cameras of the pairs do not resolve, which a decoder
-would take for noise. docs/decisions/0017, 0038, 0041, 0050.
+would take for noise. docs/decisions/0017, 0038, 0041, 0052.
 """
 
 from collections.abc import Callable
@@ -123,9 +123,7 @@ class DeliveredSource:
             # What lost a veil is another frame, of other levels: the clean one is lit by itself.
             is_unveiled = not torch.equal(frames.vis, cleared.vis)
             target = (self.exposure(clean, frames.ir) if is_unveiled else lighting)(clean)[0].cpu()
-        toned = self.model.normalise(Pair(lighting(frames.vis), frames.ir))
-        delivered, by = brightened(toned, frames.vis)
-        return self._delivered(target, by(ir[None].to(toned.ir.device))[0].cpu(), delivered)
+        return self._lit(frames, lighting, target, ir)
 
     @torch.no_grad()
     def photograph(self, side: int, generator: Generator) -> DegradedFrame:
@@ -150,9 +148,12 @@ class DeliveredSource:
             return self._delivered(scene, ir, self.model.levelled(frames, "as_shot")[0])
         unveiled = self.model.unveil(frames)
         lighting = self.exposure(*unveiled)
-        target = lighting(scene[None].to(unveiled.vis.device))[0].cpu()
-        toned = self.model.normalise(Pair(lighting(unveiled.vis), unveiled.ir))
-        delivered, by = brightened(toned, unveiled.vis)
+        return self._lit(unveiled, lighting, lighting(scene[None].to(unveiled.vis.device))[0].cpu(), ir)
+
+    def _lit(self, frames: Pair, lighting: Callable[[Tensor], Tensor], target: Tensor, ir: Tensor) -> DegradedFrame:
+        """A square of unveiled frames, lit and toned; ir as it should be before it is made brighter."""
+        toned = self.model.normalise(Pair(lighting(frames.vis), frames.ir))
+        delivered, by = brightened(toned, frames.vis)
         return self._delivered(target, by(ir[None].to(toned.ir.device))[0].cpu(), delivered)
 
     def _on_device(self, vis: Tensor, ir: Tensor) -> Pair:

@@ -7,11 +7,12 @@ from torch.testing import assert_close
 
 from recofuse_core.checkpoint import load_pretrained
 from recofuse_core.degradations.physics import poisson_noise
+from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.detail import COARSE, Detail, DetailConfig
 from recofuse_core.errors import ConfigError
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
-from recofuse_core.picture import ALL_OUTPUTS, OutputName
+from recofuse_core.picture import ALL_OUTPUTS, Exposure, OutputName
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
 
@@ -125,3 +126,20 @@ def test_noise_of_photons_does_not_come_back(shipped: ReCoFuse, without: ReCoFus
     scene = make_scene(seed, 192, 256)
     noisy = poisson_noise(scene.vis, 140, Generator().manual_seed(seed))
     assert error_of(shipped, noisy, scene.ir, scene.vis) > error_of(without, noisy, scene.ir, scene.vis) - 0.2
+
+
+@pytest.mark.parametrize(("what", "exposure"), [("downpour", "as_shot"), ("fog", "as_shot"), ("night", "lit")])
+def test_frames_that_were_treated_stay_as_they_were_decoded(
+    shipped: ReCoFuse, without: ReCoFuse, what: str, exposure: Exposure
+) -> None:
+    scene = make_scene(0, 160, 192)
+    generator = Generator().manual_seed(0)
+    vis = scene.vis * 0.05 if what == "night" else degrade_vis(scene.vis, generator, "strong", [what]).image
+    frames = Pair(vis[None], scene.ir[None, :1])
+    treated = shipped.delivered(frames, exposure).treated
+    assert treated is not None
+    assert float(treated) > 0.9
+    ours, decoded = (model.fuse(*frames, exposure=exposure, outputs=["vis"]).vis for model in (shipped, without))
+    assert ours is not None
+    assert decoded is not None
+    assert float((ours - decoded).abs().max()) < 0.01
