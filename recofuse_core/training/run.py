@@ -87,7 +87,7 @@ def train_from_config(
                     if writer and report.step % config.log_interval == 0:
                         _log(writer, report)
                         bar.set_postfix({name: f"{loss:.4f}" for name, loss in report.losses.items()}, refresh=False)
-                    is_due = report.step % config.validation_interval == 0 and stage.name in ("branches", "coupled")
+                    is_due = report.step % config.validation_interval == 0 and stage.name in _VALIDATED
                     if validation and is_due:
                         with trainer.averaged() as model:
                             scores, rows = validation(model)
@@ -112,6 +112,7 @@ def train_from_config(
             writer.close()
 
 
+_VALIDATED = ("branches", "coupled", "detail")  # stages whose pictures tell how far they are
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 

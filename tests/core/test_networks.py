@@ -34,6 +34,7 @@ from recofuse_core.networks import (
     build_autoencoder,
     pad_to_multiple,
 )
+from recofuse_core.picture import ALL_OUTPUTS
 from recofuse_core.weights_file import weights_folder
 
 PAPER_AE = PaperAutoencoderConfig(width=4, multipliers=(2, 3, 4, 5), latent_channels=3)
@@ -469,4 +470,5 @@ def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
         )
         blocks = ("encoder_fine", "encoder_middle", "bottom", "decoder_middle", "decoder_fine")
         expected |= both(*(f"weather.{part}.#.conv{i}" for part in blocks for i in (1, 2)))
+        expected |= both(*(f"detail.{picture}.{part}" for picture in ALL_OUTPUTS for part in ("near", "far", "head")))
     assert {re.sub(r"\.\d+(?=\.)", ".#", name) for name in blank(preset).state_dict()} == expected

@@ -17,7 +17,7 @@ from service.terms.errors import InvalidInputError
 if TYPE_CHECKING:
     import torch
 
-STAGES = ("weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled")
+STAGES = ("weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled", "detail")
 
 
 def train(
