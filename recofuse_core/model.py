@@ -412,8 +412,8 @@ class ReCoFuse(nn.Module):
 
     @property
     def _is_bare(self) -> bool:
-        """Whether no network comes before the encoder."""
-        return self.weather is None and self.tone is None and self.veil is None
+        """Whether the encoder alone reads the frames."""
+        return all(network is None for network in (self.weather, self.tone, self.veil, self.detail))
 
 
 class TorchNetworks:

@@ -1,5 +1,7 @@
 """Detail comes back where a frame shows that it is none of noise, and noise does not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -11,7 +13,7 @@ from recofuse_core.degradations.recipes import degrade_vis
 from recofuse_core.detail import COARSE, Detail, DetailConfig
 from recofuse_core.errors import ConfigError
 from recofuse_core.losses import luma
-from recofuse_core.model import ReCoFuse
+from recofuse_core.model import PRESETS, ReCoFuse
 from recofuse_core.picture import ALL_OUTPUTS, Exposure, OutputName
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
@@ -143,3 +145,16 @@ def test_frames_that_were_treated_stay_as_they_were_decoded(
     assert ours is not None
     assert decoded is not None
     assert float((ours - decoded).abs().max()) < 0.01
+
+
+def test_levels_that_no_estimator_read_are_those_that_come_back() -> None:
+    torch.manual_seed(0)
+    bare = replace(PRESETS["compact"], tone=None, exposure=None, weather=None, veil=None)
+    model = ReCoFuse(bare).requires_grad_(False)
+    model.detail = returning(0.9)
+    levels = [(255 * image).round().byte() for image in frames_of(1, 64, 96)]
+    of_levels, of_floats = (model.fuse(*images, seeds=3).vis for images in (levels, [each / 255 for each in levels]))
+    assert of_levels is not None
+    assert of_floats is not None
+    assert float((of_levels.float() - 255 * of_floats).abs().max()) <= 1
+    assert float((of_levels.float() - levels[0].float()).abs().mean()) < 20
