@@ -265,14 +265,12 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
         ("image",),
     )
     if model.detail is not None:
-        for output, part in DETAIL_PARTS.items():
-            shown = {"image": image, "treated": torch.zeros(batch, 1, 1, 1), "vis": image, "ir": grey}
-            if output != "fused":
-                del shown["treated" if output == "ir" else "ir"]
-            if output == "ir":
-                del shown["vis"]
+        of_vis, of_ir = {"treated": torch.zeros(batch, 1, 1, 1), "vis": image}, {"ir": grey}
+        sources_of: dict[OutputName, dict[str, Tensor]] = {"fused": of_vis | of_ir, "vis": of_vis, "ir": of_ir}
+        for output, sources in sources_of.items():
+            shown = {"image": image} | sources
             shapes = {name: {0: any_batch} if name == "treated" else scaled(PADDING) for name in shown}
-            parts[part] = Part(_Detail(stepwise, output), shown, shapes, ("detailed",))
+            parts[DETAIL_PARTS[output]] = Part(_Detail(stepwise, output), shown, shapes, ("detailed",))
     parts["widen"] = Part(_Widen(stepwise), {"image": frame(3)}, {"image": any_size}, ("widened",))
     return parts
 

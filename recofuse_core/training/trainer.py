@@ -340,10 +340,10 @@ class Trainer:
             with torch.no_grad():
                 degraded = self.model.normalise(degraded, batch.frame)
         with self._autocast():
-            clean, _, _ = encode_pair(self.model, batch.clean)
             mu, vis_skips, ir_skips = encode_pair(self.model, degraded)
             if stage.name == "detail":
                 return self._detail_update(batch.clean, degraded, mu, (vis_skips, ir_skips))
+            clean, _, _ = encode_pair(self.model, batch.clean)
             if stage.rollout:
                 return self._rollout_update(batch, clean, mu, (vis_skips, ir_skips))
             references = batch.clean  # nobody asks for them in the branch stage
