@@ -4,7 +4,7 @@ An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that
 `Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid for what differs over the
 frame. Both start as the identity and are trained to leave a well exposed frame alone, and fog to who lifts veils.
 docs/decisions/0015 and 0041 tell why and how well. What follows from how much brighter a frame became, and from no
-weight, stands here, too: contrast, and how bright infrared has to be beside it (0046).
+weight, stands here, too: relief (0053), contrast, and how bright infrared has to be beside it (0046).
 
 What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
 the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.
@@ -69,7 +69,8 @@ class Lighting(NamedTuple):
         """Whole visible frames (B, 3, H, W) in [0, 1] to the same: blacks grey, highlights kept, colour calm, crisp."""
         before = averaged(vis)
         greyed = self._replace(curves=self.curves._replace(shift=self.curves.shift - self._tint(before)))
-        return contrasted(before, calm_colour(before, self._hold_highlights(vis, before, greyed.levels(vis))))
+        lit = self._hold_highlights(vis, before, greyed.levels(vis))
+        return contrasted(before, calm_colour(before, with_relief(vis, before, lit)))
 
     def levels(self, vis: Tensor) -> Tensor:
         """The bare curves and grid, a place by itself: (B, 3, H, W) in [0, 1] to the same."""
@@ -210,6 +211,7 @@ class ExposureEstimator(nn.Module):
 
 
 DARK = 0.02  # added where ratios are taken: below it levels are noise
+SEEN = 0.004  # the same for means over a wide place, which have no noise
 UNSEEN = 0.004  # of luma: what is darker for certain was seen by no sensor
 BLACK_RANGE = 0.006  # of luma, above the darkest block: what counts as black
 TINT = 0.02  # the most that blacks are taken to differ from grey: more is a colour
@@ -218,11 +220,36 @@ GREY = (0.001, 0.004)  # mean colour in shares of the mean luma: up to where a f
 GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
+RELIEF = 0.5  # of luma that is lit by the gain of what is around a place
+PLACES = 16  # a side that frames are averaged to for what is around a place, which is 2 * NEAR + 1 of them a side
+NEAR = 3
+VIVID = 0.3  # times as much as that share more of its colour
+CLIMB = 0.3  # of what is left to white, at most: a red lamp stays red
 LIT = (1.3, 2.0)  # how many times as bright a frame became: from where a night was lit, and certainly
 CONTRAST = 0.08  # by how much middle tones of a lit night differ more from its mean, at most
 FAR_ABOVE = 0.25  # the mean: from there on no more than there, or what is written on lit signs would lose contrast
 IR_AIM = 0.18  # mean of an infrared frame that is bright enough beside one
 IR_MOST = 2.0  # of the amount of brightening: blacks, and the noise in them, become three times as bright at most
+
+
+def with_relief(vis: Tensor, before: Averaged, lit: Tensor) -> Tensor:
+    """Lit frames (B, 3, H, W) in which a place differs from its surroundings more as it did before it was lit.
+
+    A curve that lifts a dusk is flat where most of the scene is: bricks, twigs and windows go grey in grey. A gain
+    keeps how places relate to each other (Land's Retinex). So half of a place's luma is lit by the gain of its wider
+    surroundings in place of the curve, which still says how bright these are; and colours, which go pale by it, too,
+    are a little stronger. Less where the surroundings rose by two doublings, and next to none at three, since that
+    multiplies noise. vis: the frames as they came, before: those, averaged.
+    """
+    y_before, y = luma(vis), luma(lit)
+    was, became = (_box(average_to(PLACES, before.y, _blocks(y)), NEAR) + SEEN).chunk(2, dim=1)
+    lift = became / was
+    stops = torch.log2(lift)
+    share = ramp(stops, 0.2, 1.4, RELIEF) * ramp(stops, 3.2, 1.7)
+    gain, share = stretched(torch.cat([share * lift, share], dim=1), vis.shape[-2:], 1, 1)
+    differs = (gain * y_before).addcmul_(y, share, value=-1)
+    differs = differs.minimum(scaled(lit.amax(dim=1, keepdim=True), -CLIMB, CLIMB))
+    return torch.addcmul(lit, lit - y, share, value=VIVID).add_(differs).clamp_(0.0, 1.0)
 
 
 def calm_colour(before: Averaged, lit: Tensor) -> Tensor:

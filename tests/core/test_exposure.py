@@ -12,7 +12,17 @@ from torch import Generator
 from recofuse_core.bilateral import BilateralGrid
 from recofuse_core.checkpoint import load_pretrained, save_checkpoint
 from recofuse_core.errors import ConfigError
-from recofuse_core.exposure import ExposureConfig, ExposureEstimator, Lighting, _box, _pooled, averaged, contrasted
+from recofuse_core.exposure import (
+    CLIMB,
+    ExposureConfig,
+    ExposureEstimator,
+    Lighting,
+    _box,
+    _pooled,
+    averaged,
+    contrasted,
+    with_relief,
+)
 from recofuse_core.losses import luma
 from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneCurves
@@ -104,7 +114,7 @@ def test_writing_on_a_bright_sign_in_the_dark_can_still_be_read() -> None:
     held = lighting(vis)
     assert float(held[sign[0]].mean() / held[sign[1]].mean()) < 0.8  # 0.56 as it came
     assert float(held[sign[1]].min()) > 0.95  # the sign itself stays as bright as it can be
-    assert torch.allclose(held[..., :24, :], burnt[..., :24, :], atol=0.01)  # the dark around it is, but for contrast
+    assert torch.allclose(held[..., :12, :], burnt[..., :12, :], atol=0.04)  # the dark far around it is, too
 
 
 def test_a_lifted_veil_is_no_highlight() -> None:
@@ -125,8 +135,8 @@ def test_colour_noise_of_lifted_shadows_goes_and_their_luma_and_the_lamps_colour
     levels, lit = lighting.levels(vis), lighting(vis)
     shadow = (slice(None), slice(None), slice(4, 30), slice(4, 90))
     noise = [float((image - luma(image))[shadow].std()) for image in (levels, lit)]
-    assert noise[1] < 0.3 * noise[0]
-    assert torch.allclose(luma(lit)[shadow], luma(levels)[shadow], atol=0.02)
+    assert noise[1] < 0.35 * noise[0]
+    assert torch.allclose(luma(lit)[shadow], luma(levels)[shadow], atol=0.06)  # but for relief
     lamp = (slice(None), slice(None), slice(46, 50), slice(46, 50))
     assert torch.allclose(lit[lamp], levels[lamp], atol=0.06)
 
@@ -260,6 +270,76 @@ def test_a_lit_night_has_more_contrast_and_keeps_black_white_and_order(seed: int
         assert torch.allclose(crisp, levels, atol=1e-5)
     if gain >= 2:
         assert float(crisp.std()) > 1.005 * float(levels.std())
+
+
+def bricks(level: float, contrast: float = 0.3, side: int = 96) -> torch.Tensor:
+    """A coloured wall (1, 3, side, side) whose bricks of three pixels differ by a share of its level."""
+    rows, columns = torch.meshgrid(torch.arange(side) // 3, torch.arange(side) // 3, indexing="ij")
+    wall = level * (1 + contrast * ((rows + columns) % 2 * 2.0 - 1))
+    return wall * torch.tensor([1.2, 1.0, 0.7]).view(1, 3, 1, 1)
+
+
+def relieved(vis: torch.Tensor, lit: torch.Tensor) -> torch.Tensor:
+    return with_relief(vis, averaged(vis), lit)
+
+
+@settings(deadline=None, max_examples=30)
+@given(level=st.floats(0.06, 0.3), stops=st.floats(0.8, 1.7))
+def test_what_a_curve_flattens_keeps_half_of_its_relief(level: float, stops: float) -> None:
+    vis = bricks(level)
+    aim = min(level * 2**stops, 0.5)
+    curved = vis.pow(torch.tensor(aim).log() / torch.tensor(level).log())
+    lit = relieved(vis, curved)
+
+    def relief(image: torch.Tensor) -> torch.Tensor:
+        return image.std(dim=(2, 3)) / image.mean(dim=(2, 3))
+
+    if aim == level * 2**stops:
+        assert torch.allclose(relief(lit), (relief(curved) + relief(vis)) / 2, atol=0.04)
+    assert bool((relief(lit) > 1.02 * relief(curved)).all())
+    assert torch.allclose(lit.mean(dim=(2, 3)), curved.mean(dim=(2, 3)), atol=0.015)  # as bright and coloured
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), height=st.integers(8, 70), width=st.integers(8, 70), gain=st.floats(0.5, 12))
+def test_relief_stays_within_its_bounds(seed: int, height: int, width: int, gain: float) -> None:
+    vis = torch.rand(2, 3, height, width, generator=Generator().manual_seed(seed))
+    curved = (vis * gain).clamp(0, 1)
+    lit = relieved(vis, curved)
+    assert 0 <= float(lit.min()) <= float(lit.max()) <= 1
+    grey, grey_curved = (image[:, :1].expand(-1, 3, -1, -1) for image in (vis, curved))
+    assert bool((relieved(grey, grey_curved) <= grey_curved + CLIMB * (1 - grey_curved) + 1e-6).all())
+    alone = relieved(vis[1:], curved[1:])
+    assert torch.allclose(lit[1:], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("gain", [0.6, 1.0, 1.14])
+def test_what_was_not_lit_keeps_its_levels(gain: float) -> None:
+    vis = bricks(0.3)
+    assert torch.allclose(relieved(vis, gain * vis), gain * vis, atol=1e-6)
+
+
+def test_what_was_lifted_most_gets_no_more_of_its_noise() -> None:
+    vis = bricks(0.01)
+    curved = vis.pow(0.35)
+    assert torch.allclose(relieved(vis, curved), curved, atol=1e-6)
+
+
+def test_a_red_lamp_in_a_dark_wall_stays_red() -> None:
+    vis = bricks(0.08)
+    vis[..., 44:52, 44:52] = torch.tensor([0.9, 0.25, 0.2]).view(3, 1, 1)
+    curved = vis.pow(0.5)
+    lamp = (0, slice(None), slice(45, 51), slice(45, 51))
+    lit = relieved(vis, curved)[lamp]
+    assert float(lit[0].min()) > 0.94
+    assert float(lit[1:].max()) < float(curved[lamp][1].max()) + 0.03
+
+
+def test_an_even_frame_has_no_relief() -> None:
+    vis = torch.full((1, 3, 64, 48), 0.1)
+    lit = relieved(vis, torch.full_like(vis, 0.4))
+    assert float(lit.std()) < 1e-6
+    assert 0.39 < float(lit.mean()) <= 0.4
 
 
 def test_tiles_of_a_large_frame_share_its_lighting() -> None:
