@@ -297,7 +297,7 @@ def test_what_a_curve_flattens_keeps_half_of_its_relief(level: float, stops: flo
     if aim == level * 2**stops:
         assert torch.allclose(relief(lit), (relief(curved) + relief(vis)) / 2, atol=0.04)
     assert bool((relief(lit) > 1.02 * relief(curved)).all())
-    assert torch.allclose(lit.mean(dim=(2, 3)), curved.mean(dim=(2, 3)), atol=0.015)  # as bright and coloured
+    assert torch.allclose(lit.mean(dim=(2, 3)), curved.mean(dim=(2, 3)), atol=0.02)  # as bright and coloured
 
 
 @settings(deadline=None, max_examples=30)
