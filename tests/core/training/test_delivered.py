@@ -107,7 +107,8 @@ def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.Monk
         (source.lit_frame(SIDE, generator), GAIN * 0.15 + 0.2),
         (source.frame(SIDE, generator), (0.1 + 0.2) / 2),
     ):
-        torch.testing.assert_close(made.degraded_vis, torch.full((3, SIDE, SIDE), level))
+        expected = torch.full((3, SIDE, SIDE), level)
+        torch.testing.assert_close(made.degraded_vis, expected, atol=0.005, rtol=0)  # relief takes a level of even ones
         assert float(made.degraded_ir.abs().max()) == 0
 
 
