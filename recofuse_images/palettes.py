@@ -41,6 +41,8 @@ _MAX_FAINT_MISFIT = 0.135  # the same where that is below _FAINT: dim scenes in 
 _FAINT = 45.0
 _MAX_MISFIT_LEVELS = 16.0
 _MIN_SPAN = 6  # places of the palette between the 5th and the 95th percentile
+_MIN_STRETCHES = 16  # of eight places that are shown: a dozen flat colours may all lie on some palette
+_MIN_PLACES = 3.0  # in a stretch that is shown, where those are fewer
 _TRIM = 0.85  # the share of best samples that is judged: text, logo and bar take the rest
 _COLOURED = 20.0  # chroma_of from which on a picture is called coloured
 
@@ -282,12 +284,15 @@ class _Fit:
     misfit: float  # rms distance from the palette, of the samples that count
     colourfulness: float  # mean distance of the palette from grey where the coloured samples lie
     span: float
+    num_stretches: int  # of eight places that coloured samples show
+    places: float  # that they show of each of these
 
     @property
     def is_good(self) -> bool:
         share = _MAX_FAINT_MISFIT if self.colourfulness < _FAINT else _MAX_MISFIT
         limit = min(share * self.colourfulness, _MAX_MISFIT_LEVELS)
-        return self.misfit <= limit and self.span >= _MIN_SPAN
+        is_field = self.num_stretches >= _MIN_STRETCHES or self.places >= _MIN_PLACES
+        return self.misfit <= limit and self.span >= _MIN_SPAN and is_field
 
 
 def _palette_of(rgb: _Bytes) -> str | None:
@@ -355,10 +360,13 @@ def _fit(name: str, samples: _Floats, coloured: NDArray[np.bool_]) -> _Fit:
     colours = palette_colours(name).astype(np.float32)
     squared = _squared_distances(samples, colours)
     places = squared.argmin(axis=1)
-    shown = colours[places[coloured]]
+    places = places[coloured]
+    shown = colours[places]
     colourfulness = float(np.linalg.norm(shown - shown.mean(axis=1, keepdims=True), axis=1).mean())
-    low, high = np.percentile(places[coloured], (5, 95))
-    return _Fit(name, _misfit(squared.min(axis=1), coloured), colourfulness, float(high - low))
+    low, high = np.percentile(places, (5, 95))
+    num_places, num_stretches = len(np.unique(places)), len(np.unique(places // 8))
+    misfit = _misfit(squared.min(axis=1), coloured)
+    return _Fit(name, misfit, colourfulness, float(high - low), num_stretches, num_places / num_stretches)
 
 
 def _jumps(rgb: _Bytes, name: str) -> float:

@@ -196,14 +196,20 @@ def test_random_colour_fields_are_no_palette_pictures(seed: int, cells: int) -> 
 
 
 @settings(deadline=None, max_examples=60)
+@example(seed=1887)
+@example(seed=8007)
+@example(seed=8348)
+@example(seed=8483)
 @given(seed=st.integers(0, 10_000))
 def test_saturated_cartoons_are_no_palette_pictures(seed: int) -> None:
+    """Nor coded as JPEG or softened. All colours of the examples lie beside one palette."""
     rng = np.random.default_rng(seed)
     picture = np.full((120, 160, 3), rng.integers(0, 256, 3), np.uint8)
     for _ in range(12):
         centre = (int(rng.integers(160)), int(rng.integers(120)))
         cv2.circle(picture, centre, int(rng.integers(15, 45)), rng.integers(0, 256, 3).tolist(), -1)
-    assert grey_of_false_colour(picture) is None
+    soft = np.asarray(cv2.GaussianBlur(picture, (0, 0), 1.0), np.uint8)
+    assert all(grey_of_false_colour(seen) is None for seen in (picture, jpeg(picture, 85), soft))
 
 
 @pytest.mark.parametrize("tint", [(255, 120, 40), (90, 140, 255), (255, 214, 160), (150, 190, 255), (120, 255, 140)])
