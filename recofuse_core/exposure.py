@@ -4,7 +4,7 @@ An `ExposureEstimator` looks at a pair averaged to a few thousand cells, so that
 `Lighting`: one curve a channel for the whole visible frame, and behind it a bilateral grid for what differs over the
 frame. Both start as the identity and are trained to leave a well exposed frame alone, and fog to who lifts veils.
 docs/decisions/0015 and 0041 tell why and how well. What follows from how much brighter a frame became, and from no
-weight, stands here, too: relief (0053), contrast, and how bright infrared has to be beside it (0046).
+weight, stands here, too: relief (0053, 0054), contrast, and how bright infrared has to be beside it (0046).
 
 What a newcomer would get wrong: this is not the tone estimator. Tone curves undo what acted on a clean frame and keep
 the scene as dark as it was; lighting decides how bright a scene should be, and is only used where that is asked for.
@@ -220,11 +220,11 @@ GREY = (0.001, 0.004)  # mean colour in shares of the mean luma: up to where a f
 GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
-RELIEF = 0.5  # of luma that is lit by the gain of what is around a place
-PLACES = 16  # a side that frames are averaged to for what is around a place, which is 2 * NEAR + 1 of them a side
-NEAR = 3
+RELIEF = 0.8  # of luma that is lit by the gain of places like it, at most
+DARKEST, SHADE = -7.0, 2.0  # of the shades that places are told apart by, and from one to the next, in doublings
+ANY = 0.07  # of each shade in every place: one that shares none counts for a seventh of one that shares all
 VIVID = 0.3  # times as much as that share more of its colour
-CLIMB = 0.3  # of what is left to white, at most: a red lamp stays red
+CLIMB = 0.2  # of what is left to white, at most: a red lamp stays red
 LIT = (1.3, 2.0)  # how many times as bright a frame became: from where a night was lit, and certainly
 CONTRAST = 0.08  # by how much middle tones of a lit night differ more from its mean, at most
 FAR_ABOVE = 0.25  # the mean: from there on no more than there, or what is written on lit signs would lose contrast
@@ -233,19 +233,22 @@ IR_MOST = 2.0  # of the amount of brightening: blacks, and the noise in them, be
 
 
 def with_relief(vis: Tensor, before: Averaged, lit: Tensor) -> Tensor:
-    """Lit frames (B, 3, H, W) in which a place differs from its surroundings more as it did before it was lit.
+    """Lit frames (B, 3, H, W) in which a place differs from places like it more as it did before it was lit.
 
     A curve that lifts a dusk is flat where most of the scene is: bricks, twigs and windows go grey in grey. A gain
-    keeps how places relate to each other (Land's Retinex). So half of a place's luma is lit by the gain of its wider
-    surroundings in place of the curve, which still says how bright these are; and colours, which go pale by it, too,
-    are a little stronger. Less where the surroundings rose by two doublings, and next to none at three, since that
-    multiplies noise. vis: the frames as they came, before: those, averaged.
+    keeps how places relate to each other (Land's Retinex). So up to four fifths of a place's luma are lit by the mean
+    gain of the frame's places of its shade in place of the curve, which still says how bright these are; and colours,
+    which go pale by it, too, are a little stronger. Less the more those rose above one and a half doublings, and
+    nothing at three and a half, since that multiplies noise. vis: the frames as they came, before: those, averaged.
     """
     y_before, y = luma(vis), luma(lit)
-    was, became = (_box(average_to(PLACES, before.y, _blocks(y)), NEAR) + SEEN).chunk(2, dim=1)
-    lift = became / was
+    levels = torch.cat([before.y, _blocks(y)], dim=1) + SEEN
+    shades = _shades(levels[:, :1]).flatten(2)
+    was, became = (levels.flatten(2) @ shades.mT @ shades).chunk(2, dim=1)  # sums over as much: only their ratio counts
+    lift = (became / was).view_as(before.y)
     stops = torch.log2(lift)
-    share = ramp(stops, 0.2, 1.4, RELIEF) * ramp(stops, 3.2, 1.7)
+    rising, falling = scaled(stops, 1.25, -0.25), scaled(stops, -RELIEF / 2, 3.5 * RELIEF / 2)  # from 0.2, to 3.5
+    share = rising.minimum(falling).clamp(0.0, RELIEF)
     gain, share = stretched(torch.cat([share * lift, share], dim=1), vis.shape[-2:], 1, 1)
     differs = (gain * y_before).addcmul_(y, share, value=-1)
     differs = differs.minimum(scaled(lit.amax(dim=1, keepdim=True), -CLIMB, CLIMB))
@@ -316,6 +319,12 @@ def brightening_for(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
     wanted = scaled(1 / level, IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(0.0, IR_MOST)  # even frames get there
     share = is_lit(seen, lit)
     return Brightening(wanted * share, share)
+
+
+def _shades(levels: Tensor) -> Tensor:
+    """How much of each shade is in luma (B, 1, h, w), SEEN above black: (B, shades, h, w), ANY and up to 1 more."""
+    shades = torch.arange(DARKEST, 0, SHADE, dtype=levels.dtype, device=levels.device).view(-1, 1, 1)
+    return scaled((torch.log2(levels) - shades).abs(), -1 / SHADE, 1 + ANY).clamp_min(ANY)
 
 
 def _rise(before: Tensor, after: Tensor) -> Tensor:

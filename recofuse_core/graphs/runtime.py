@@ -80,9 +80,9 @@ PREFIX = "recofuse."  # of the metadata
 FACTS_KEY = PREFIX + "about"  # in the graph `predict`
 CHECKSUM_KEY = PREFIX + "checksum"
 VERSION_KEY = PREFIX + "format_version"
-# 4: lit frames had no relief. 3: detail was not given back. 2: infrared was not brightened. 1: veils were lifted by
-# gains, behind the lighting
-FORMAT_VERSION = 5
+# 5: relief was by surroundings. 4: lit frames had none. 3: detail was not given back. 2: infrared was not brightened.
+# 1: veils were lifted by gains, behind the lighting
+FORMAT_VERSION = 6
 
 
 def graph_path(weights: Path, part: PartName) -> Path:

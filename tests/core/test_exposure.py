@@ -14,6 +14,7 @@ from recofuse_core.checkpoint import load_pretrained, save_checkpoint
 from recofuse_core.errors import ConfigError
 from recofuse_core.exposure import (
     CLIMB,
+    RELIEF,
     ExposureConfig,
     ExposureEstimator,
     Lighting,
@@ -114,7 +115,7 @@ def test_writing_on_a_bright_sign_in_the_dark_can_still_be_read() -> None:
     held = lighting(vis)
     assert float(held[sign[0]].mean() / held[sign[1]].mean()) < 0.8  # 0.56 as it came
     assert float(held[sign[1]].min()) > 0.95  # the sign itself stays as bright as it can be
-    assert torch.allclose(held[..., :12, :], burnt[..., :12, :], atol=0.04)  # the dark far around it is, too
+    assert torch.allclose(held[..., :12, :], burnt[..., :12, :], atol=0.06)  # the dark far around it is, too
 
 
 def test_a_lifted_veil_is_no_highlight() -> None:
@@ -284,20 +285,41 @@ def relieved(vis: torch.Tensor, lit: torch.Tensor) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=30)
-@given(level=st.floats(0.06, 0.3), stops=st.floats(0.8, 1.7))
-def test_what_a_curve_flattens_keeps_half_of_its_relief(level: float, stops: float) -> None:
+@given(level=st.floats(0.06, 0.3), stops=st.floats(0.8, 2.5))
+def test_what_a_curve_flattens_keeps_most_of_its_relief(level: float, stops: float) -> None:
     vis = bricks(level)
     aim = min(level * 2**stops, 0.5)
     curved = vis.pow(torch.tensor(aim).log() / torch.tensor(level).log())
     lit = relieved(vis, curved)
 
-    def relief(image: torch.Tensor) -> torch.Tensor:
-        return image.std(dim=(2, 3)) / image.mean(dim=(2, 3))
+    def relief(image: torch.Tensor) -> float:
+        y = luma(image)
+        return float(y.std() / y.mean())
 
     if aim == level * 2**stops:
-        assert torch.allclose(relief(lit), (relief(curved) + relief(vis)) / 2, atol=0.04)
-    assert bool((relief(lit) > 1.02 * relief(curved)).all())
-    assert torch.allclose(lit.mean(dim=(2, 3)), curved.mean(dim=(2, 3)), atol=0.02)  # as bright and coloured
+        kept = min(RELIEF, (stops - 0.2) / 0.8) * min(1.0, (3.5 - stops) / 2)
+        assert relief(lit) == pytest.approx(relief(curved) + kept * (relief(vis) - relief(curved)), abs=0.02)
+    assert relief(lit) > 1.02 * relief(curved)
+    assert float(luma(lit).mean()) == pytest.approx(float(luma(curved).mean()), abs=0.015)
+    assert torch.allclose(lit.mean(dim=(2, 3)), curved.mean(dim=(2, 3)), atol=0.03)  # a little more coloured
+
+
+def test_frames_of_a_batch_have_shades_of_their_own() -> None:
+    vis = torch.cat([bricks(0.05), bricks(0.25)])
+    together = relieved(vis, vis.sqrt())
+    for index in range(2):
+        alone = relieved(vis[index : index + 1], vis[index : index + 1].sqrt())
+        assert torch.allclose(together[index : index + 1], alone, atol=1e-6)
+
+
+def test_the_dark_beside_a_bright_window_is_as_bright_as_the_dark_far_from_it() -> None:
+    vis = bricks(0.06)
+    vis[..., :48] = 0.9
+    lit = relieved(vis, vis.pow(0.5))
+    beside, far = lit[..., 51:63], lit[..., 81:93]  # four bricks each
+    assert float((beside.mean() - far.mean()).abs()) < 0.01
+    assert float((beside.std() - far.std()).abs()) < 0.01
+    assert float(lit[..., :45].min()) > 0.94
 
 
 @settings(deadline=None, max_examples=30)

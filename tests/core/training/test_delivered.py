@@ -108,7 +108,7 @@ def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.Monk
         (source.frame(SIDE, generator), (0.1 + 0.2) / 2),
     ):
         expected = torch.full((3, SIDE, SIDE), level)
-        torch.testing.assert_close(made.degraded_vis, expected, atol=0.005, rtol=0)  # relief takes a level of even ones
+        torch.testing.assert_close(made.degraded_vis, expected, atol=0.008, rtol=0)  # relief takes a level or two
         assert float(made.degraded_ir.abs().max()) == 0
 
 
