@@ -219,6 +219,7 @@ TINT_TAKEN = 0.85  # of it
 GREY = (0.001, 0.004)  # mean colour in shares of the mean luma: up to where a frame is grey, and from where it is not
 GREEN = 0.004  # by how much green is above red and blue for certain
 HELD = 0.75  # of what a place was lit to, kept at least where highlights are held
+LONE = (0.7, 0.85)  # of what is around a place is noise: from where more of its own counts as such, and wholly
 BLOCK = 4  # pixels a side that neighbourhoods are looked at in
 RELIEF = 0.8  # of luma that is lit by the gain of places like it, at most
 DARKEST, SHADE = -7.0, 2.0  # of the shades that places are told apart by, and from one to the next, in doublings
@@ -261,10 +262,12 @@ def calm_colour(before: Averaged, lit: Tensor) -> Tensor:
     before: the frames as they came, averaged. Their colour noise and JPEG's colour blocks, invisible in the dark, come
     up with the shadows in blotches wider than the branches see. A guided filter (He et al., 2010) over some fifty
     pixels takes them. What was not lifted by a stop or so, such as a lamp, keeps its colour, and so does what differs
-    from the filter's by more than a frame's noise does: a red coat stays red, and the street beside it as it was.
+    from the filter's by more than a frame's noise does: a red coat stays red, and the street beside it as it was. Noise
+    has a few such places as well, but alone: up to eight times as much is noise where hardly any place around differs.
     """
     radius, edge = 6, 1e-3
-    small, y = averaged(lit)
+    small, y_lit = _blocks(lit), luma(lit)
+    y = _blocks(y_lit)
     parts = torch.cat([y, small - y], dim=1)  # luma, then colour
     means, products = _box(torch.cat([parts, y * parts], dim=1), radius).chunk(2, dim=1)
     mean_y = means[:, :1]
@@ -273,18 +276,21 @@ def calm_colour(before: Averaged, lit: Tensor) -> Tensor:
     line = torch.cat([slope, torch.addcmul(means[:, 1:], slope, mean_y, value=-1)], dim=1)
     slope, offset = _box(line, radius).chunk(2, dim=1)
 
-    left_over = torch.addcmul(parts[:, 1:] - offset, slope, y, value=-1).abs()
-    noise = left_over.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-4
-    is_noise = ramp(left_over.amax(dim=1, keepdim=True) / noise, 4.0, 2.0)
+    left_over = torch.addcmul(parts[:, 1:] - offset, slope, y, value=-1)
+    noise = _mean(left_over.square()).sqrt() + 1e-4
+    largest = torch.linalg.vector_norm(left_over, torch.inf, dim=1, keepdim=True)
+    near = scaled(largest / noise, -0.5, 2.0)  # 1 at twice the noise, 0 at four times
+    is_lone = ramp(_box(near.clamp(0.0, 1.0), 2), *LONE)
+    is_noise = near.add(is_lone, alpha=3).clamp_(0.0, 1.0)  # at eight and ten times
     stops = _stops(before.y, y)
     smoothed = ramp(stops, 0.7, 1.9) * is_noise
-    kept = _coloured(before) / (0.95 + 0.05 * stops).clamp_min(1)  # of all colour
+    kept = _coloured(before) / scaled(stops, 0.05, 0.95).clamp_min(1)  # of all colour
     # Everything that changes slowly is multiplied in blocks, since only this line is paid for at every pixel.
     drawn = smoothed * kept
     own = kept - drawn
     applied = torch.cat([torch.addcmul(1 - own, slope, drawn), offset * drawn, own], dim=1)
     slope, offset, own = stretched(applied, lit.shape[-2:], 3, 3, 1)
-    return torch.addcmul(offset, slope, luma(lit)).addcmul_(lit, own).clamp_(0.0, 1.0)
+    return torch.addcmul(offset, slope, y_lit).addcmul_(lit, own).clamp_(0.0, 1.0)
 
 
 def contrasted(before: Averaged, lit: Tensor) -> Tensor:
@@ -293,15 +299,14 @@ def contrasted(before: Averaged, lit: Tensor) -> Tensor:
     It is unsure how bright a place was, so it keeps to the mean. Black and white stay, and days, which were not lit.
     before: the frames as they came, averaged.
     """
-    mean = lit.mean(dim=(1, 2, 3), keepdim=True)
-    more = (4 * CONTRAST) * is_lit(before.levels, lit) * (lit - mean).clamp_max(FAR_ABOVE)
-    return torch.addcmul(lit, more, lit * (1 - lit))
+    came, mean = _mean(before.levels), _mean(lit)
+    more = (4 * CONTRAST) * _is_lit(came, mean) * (lit - mean).clamp_max(FAR_ABOVE)
+    return torch.addcmul(lit, more, torch.addcmul(lit, lit, lit, value=-1))
 
 
 def is_lit(before: Tensor, after: Tensor) -> Tensor:
     """Whether frames (B, 3, h, w), of any sizes, are nights that were lit, 0 to 1, (B, 1, 1, 1)."""
-    came, became = (frames.mean(dim=(1, 2, 3), keepdim=True) for frames in (before, after))
-    return ramp(became / came.clamp_min(1e-3), *LIT)
+    return _is_lit(_mean(before), _mean(after))
 
 
 def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:
@@ -315,10 +320,21 @@ def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:
 
 def brightening_for(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
     """How much brighter infrared (B, 1, H, W) has to be beside `lit`, which was `seen` before, both (B, 3, H, W)."""
-    level = ir.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
-    wanted = scaled(1 / level, IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(0.0, IR_MOST)  # even frames get there
+    level = _mean(ir).clamp_min(1e-3)
+    wanted = scaled(level.reciprocal(), IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(
+        0.0, IR_MOST
+    )  # even frames get there
     share = is_lit(seen, lit)
     return Brightening(wanted * share, share)
+
+
+def _mean(frames: Tensor) -> Tensor:
+    """Over all channels and places: (B, C, h, w) to (B, 1, 1, 1)."""
+    return frames.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def _is_lit(came: Tensor, became: Tensor) -> Tensor:
+    return ramp(became / came.clamp_min(1e-3), *LIT)
 
 
 def _shades(levels: Tensor) -> Tensor:
@@ -339,8 +355,8 @@ def _stops(before: Tensor, after: Tensor) -> Tensor:
 
 def _coloured(frames: Averaged) -> Tensor:
     """Whether frames have any colour, 0 to 1, (B, 1, 1, 1): grey ones would get a tint."""
-    colour = (frames.levels - frames.y).abs().mean(dim=(1, 2, 3), keepdim=True)
-    return ramp(colour / (frames.y.mean(dim=(1, 2, 3), keepdim=True) + 0.005), *GREY)
+    colour = _mean((frames.levels - frames.y).abs())
+    return ramp(colour / (_mean(frames.y) + 0.005), *GREY)
 
 
 def _blocks(frame: Tensor) -> Tensor:
