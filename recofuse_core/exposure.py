@@ -321,11 +321,9 @@ def brightened(images: Pair, seen: Tensor) -> tuple[Pair, Brightening]:
 def brightening_for(ir: Tensor, seen: Tensor, lit: Tensor) -> Brightening:
     """How much brighter infrared (B, 1, H, W) has to be beside `lit`, which was `seen` before, both (B, 3, H, W)."""
     level = _mean(ir).clamp_min(1e-3)
-    wanted = scaled(level.reciprocal(), IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM)).clamp(
-        0.0, IR_MOST
-    )  # even frames get there
+    wanted = scaled(level.reciprocal(), IR_AIM / (1 - IR_AIM), -1 / (1 - IR_AIM))  # even frames get there
     share = is_lit(seen, lit)
-    return Brightening(wanted * share, share)
+    return Brightening(wanted.clamp(0.0, IR_MOST) * share, share)
 
 
 def _mean(frames: Tensor) -> Tensor:

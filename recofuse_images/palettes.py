@@ -42,7 +42,7 @@ _FAINT = 45.0
 _MAX_MISFIT_LEVELS = 16.0
 _MIN_SPAN = 6  # places of the palette between the 5th and the 95th percentile
 _MIN_STRETCHES = 16  # of eight places that are shown: a dozen flat colours may all lie on some palette
-_MIN_PLACES = 3.0  # in a stretch that is shown, where those are fewer
+_MIN_PER_STRETCH = 3.0  # places that are shown, where stretches are fewer
 _TRIM = 0.85  # the share of best samples that is judged: text, logo and bar take the rest
 _COLOURED = 20.0  # chroma_of from which on a picture is called coloured
 
@@ -285,13 +285,13 @@ class _Fit:
     colourfulness: float  # mean distance of the palette from grey where the coloured samples lie
     span: float
     num_stretches: int  # of eight places that coloured samples show
-    places: float  # that they show of each of these
+    places_per_stretch: float  # that they show
 
     @property
     def is_good(self) -> bool:
         share = _MAX_FAINT_MISFIT if self.colourfulness < _FAINT else _MAX_MISFIT
         limit = min(share * self.colourfulness, _MAX_MISFIT_LEVELS)
-        is_field = self.num_stretches >= _MIN_STRETCHES or self.places >= _MIN_PLACES
+        is_field = self.num_stretches >= _MIN_STRETCHES or self.places_per_stretch >= _MIN_PER_STRETCH
         return self.misfit <= limit and self.span >= _MIN_SPAN and is_field
 
 

@@ -203,15 +203,6 @@ def test_a_coat_in_the_shadow_keeps_its_colour_and_does_not_stain_the_street() -
     assert abs(float(colours[1][beside].mean() - colours[0][beside].mean())) < 0.02
 
 
-@pytest.mark.parametrize("side", [4, 8])
-def test_specks_of_colour_in_lifted_shadows_go(side: int) -> None:
-    assert kept_colour_of_specks((0.054, 0.05, 0.045), side) < 0.15
-
-
-def test_a_small_thing_that_differs_as_no_noise_does_keeps_its_colour() -> None:
-    assert kept_colour_of_specks((0.07, 0.06, 0.02), 4) > 0.6
-
-
 def kept_colour_of_specks(colour: tuple[float, ...], side: int) -> float:
     """Of nine in noise, all lit, in shares of what the curve makes of them."""
     vis = 0.05 + 0.004 * torch.randn(1, 3, 96, 96, generator=Generator().manual_seed(0))
@@ -222,6 +213,15 @@ def kept_colour_of_specks(colour: tuple[float, ...], side: int) -> float:
     colours = [image - luma(image) for image in (lighting.levels(vis), lighting(vis))]
     by_curve, lit = (torch.stack([image[speck] for speck in specks]).abs().mean() for image in colours)
     return float(lit / by_curve)
+
+
+@pytest.mark.parametrize("side", [4, 8])
+def test_specks_of_colour_in_lifted_shadows_go(side: int) -> None:
+    assert kept_colour_of_specks((0.054, 0.05, 0.045), side) < 0.15
+
+
+def test_a_small_thing_that_differs_as_no_noise_does_keeps_its_colour() -> None:
+    assert kept_colour_of_specks((0.07, 0.06, 0.02), 4) > 0.6
 
 
 @pytest.mark.parametrize("radius", [1, 2, 6])
