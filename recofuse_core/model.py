@@ -54,7 +54,7 @@ from recofuse_core.picture import (
 from recofuse_core.sampler import NoiseSource, Pair, Prediction, SamplerName, seeded_noise
 from recofuse_core.sde import MeanRevertingSDE, SDEConfig
 from recofuse_core.tiling import Ramps, Spans, TilingConfig, ramps
-from recofuse_core.veil import VeilConfig, VeilEstimator
+from recofuse_core.veil import Fall, VeilConfig, VeilEstimator
 from recofuse_core.weather import STRIDE, WeatherConfig, WeatherEstimator, without
 
 Coupling = Literal["every_step", "late", "none"]
@@ -116,7 +116,7 @@ PRESETS = {
         tone=ToneConfig(width=496),
         exposure=ExposureConfig(),
         weather=WeatherConfig(),
-        veil=VeilConfig(),
+        veil=VeilConfig(knows_fall=True),
         detail=DetailConfig(),
         sampler="ode2",
         steps=1,
@@ -135,6 +135,7 @@ class Conditioning(NamedTuple):
 Conditions = Callable[[int], Conditioning]
 Constants = dict[object, Any]  # by what they were made for
 Found = tuple[Pair, Tensor | None]  # frames without what lay over them, and how much of it was taken off, (B,)
+Cleared = tuple[Pair, Fall | None]  # frames without weather, and what fell
 
 
 class ReCoFuse(nn.Module):
@@ -226,9 +227,10 @@ class ReCoFuse(nn.Module):
 
         They come back unchanged from a model without a weather estimator.
         """
-        return self._cleared(frames)[0]
+        return self.cleared(frames)[0]
 
-    def _cleared(self, frames: Pair) -> Found:
+    def cleared(self, frames: Pair) -> Cleared:
+        """The same, and what fell, for who lifts its veil; None if nothing did."""
         if self.weather is None:
             return frames, None
         height, width = frames.vis.shape[-2:]
@@ -237,58 +239,61 @@ class ReCoFuse(nn.Module):
         share = self.weather.share(seen.coarse)
         if _is_nothing(share):
             return frames, None
-        return Pair(without(frames.vis, self.weather.added(seen)[..., :height, :width], share), frames.ir), share
+        cleared = without(frames.vis, self.weather.added(seen)[..., :height, :width], share)
+        return Pair(cleared, frames.ir), Fall(share, frames.vis)
 
-    def lift(self, toned: Pair, seen: Pair, onto: Pair | None = None) -> Pair:
+    def lift(self, toned: Pair, seen: Pair, onto: Pair | None = None, fall: Fall | None = None) -> Pair:
         """Whole frames under their tone curves without the veil over the visible one, and `onto` where there was none.
 
-        seen: the frames as they came. onto: frames of the same size, the toned ones if None. A model without a veil
-        estimator finds no veil.
+        seen: the frames as they came, without weather. onto: frames of the same size, the toned ones if None. fall:
+        what was taken off of it, if anything was. A model without a veil estimator finds no veil.
         """
-        return self._lifted(toned, seen, onto)[0]
+        return self._lifted(toned, seen, onto, fall)[0]
 
-    def _lifted(self, toned: Pair, seen: Pair, onto: Pair | None = None) -> Found:
+    def _lifted(self, toned: Pair, seen: Pair, onto: Pair | None = None, fall: Fall | None = None) -> Found:
         onto = toned if onto is None else onto
         if self.veil is None:
             return onto, None
-        veil = self.veil(toned.vis, toned.ir, seen.vis)
+        veil = self.veil(toned.vis, toned.ir, seen.vis, fall)
         if onto is toned:  # what the curves left is what stays anyway
             veil = veil._replace(darkened=None)
         if _is_nothing(veil.share) and (veil.darkened is None or _is_nothing(veil.darkened)):
             return onto, None
         return Pair(veil.lifted(toned.vis, onto.vis), onto.ir), veil.share
 
-    def unveil(self, frames: Pair) -> Pair:
+    def unveil(self, frames: Pair, fall: Fall | None = None) -> Pair:
         """Whole frames as they are lit: as they were, but toned and without a veil where one lies over the visible one.
 
         Lighting that is left to lift a veil makes skies dark and green.
         """
-        return self._unveiled(frames)[0]
+        return self._unveiled(frames, fall)[0]
 
-    def _unveiled(self, frames: Pair) -> Found:
-        return (frames, None) if self.veil is None else self._lifted(self.normalise(frames), frames, onto=frames)
+    def _unveiled(self, frames: Pair, fall: Fall | None) -> Found:
+        if self.veil is None:
+            return frames, None
+        return self._lifted(self.normalise(frames), frames, onto=frames, fall=fall)
 
-    def levelled(self, frames: Pair, exposure: Exposure) -> tuple[Pair, Brightening | None]:
+    def levelled(self, frames: Pair, exposure: Exposure, fall: Fall | None = None) -> tuple[Pair, Brightening | None]:
         """Frames without weather as the branches see them: under tone curves, without a veil, lit if asked for.
 
         And what made infrared brighter, beside lit frames.
         """
-        return self._levelled(frames, exposure)[:2]
+        return self._levelled(frames, exposure, fall)[:2]
 
-    def _levelled(self, frames: Pair, exposure: Exposure) -> Prepared:
+    def _levelled(self, frames: Pair, exposure: Exposure, fall: Fall | None) -> Prepared:
         """The same; `treated` is by how much of a veil was lifted and how far a frame is a night that was lit."""
         if exposure == "lit":
-            unveiled, share = self._unveiled(frames)
+            unveiled, share = self._unveiled(frames, fall)
             images, by = brightened(self.normalise(self.light(unveiled)), unveiled.vis)
             return Prepared(images, by, _most(share, by.lit))
-        lifted, share = self._lifted(self.normalise(frames), frames)
+        lifted, share = self._lifted(self.normalise(frames), frames, fall=fall)
         return Prepared(lifted, treated=_most(share))
 
     def delivered(self, frames: Pair, exposure: Exposure) -> Prepared:
         """Whole frames as they come, in [0, 1] and ir of one channel, as they are encoded; ir is of one still."""
-        cleared, share = self._cleared(frames)
-        prepared = self._levelled(cleared, exposure)
-        return prepared._replace(treated=_most(share, prepared.treated))
+        cleared, fall = self.cleared(frames)
+        prepared = self._levelled(cleared, exposure, fall)
+        return prepared._replace(treated=_most(None if fall is None else fall.share, prepared.treated))
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(B, C, h, w) of the latents of images of a size."""

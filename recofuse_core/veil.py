@@ -3,8 +3,9 @@
 It stands behind the tone curves and before lighting: whatever curves made of a frame, a veil that differs over it,
 thicker with distance, is left, and infrared sees through it. A `VeilEstimator` looks at the pair averaged to some
 thousand cells and gives a `Veil`, by Koschmieder's law: the light of the veil, which is a mean of the frame's own
-colours, the contrast that was lost, and how much of it is to be lifted: nothing where none is probable.
-docs/decisions/0035, 0041, 0043 and 0044.
+colours, the contrast that was lost, and how much of it is to be lifted: nothing where none is probable. Rain and snow
+always bring one, thinner than fog, so it is told besides what was taken off of them.
+docs/decisions/0035, 0041, 0043, 0044 and 0055.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ MOST_LIFTED = 0.95  # of a veil: lighting gives blacks that were cut, and hold n
 DARKENED, BY = 1.6, 0.08  # how many times the toned mean, and how much more, came where curves took a veil off
 LEAST_WEIGHT = 1e-4  # of a place that does not show it
 MOST_BRIGHTENED = 0.3  # the logarithm of what the light of a veil is multiplied by at most
+FALLEN = 5.0  # by which the luma of what fell is multiplied, so that it is about one
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class VeilConfig:
     cells: int = 128  # a side that both frames are averaged to
     channels: tuple[int, int, int] = (20, 32, 48)  # at 1/2, 1/4 and 1/8 of the cells
     num_levels: int = 8  # of the bilateral grid, from black to white
+    knows_fall: bool = False  # whether it is told what rain or snow was taken off; weights before 2.10.0 are not
 
     def __post_init__(self) -> None:
         if self.cells < 16 or self.cells % 8:
@@ -107,6 +110,20 @@ def _spread(frame: Tensor, y: Tensor, gain: Tensor, offset: Tensor, sign: int = 
     return torch.addcmul(grey, frame - y, gain.clamp_max(MOST_COLOUR), value=sign)
 
 
+class Fall(NamedTuple):
+    """Streaks and flakes that were taken off frames: how far, (B,) in [0, 1], and vis before that, (B, 3, H, W)."""
+
+    share: Tensor
+    before: Tensor
+
+
+class Fallen(NamedTuple):
+    """The same averaged to cells: share (B,), and `FALLEN` times the luma that was taken off, (B, 1, cells, cells)."""
+
+    share: Tensor
+    luma: Tensor
+
+
 class VeilFound(NamedTuple):
     """What would take a veil off, were there any, and log-odds that there is one, by its looks, (B,).
 
@@ -115,6 +132,26 @@ class VeilFound(NamedTuple):
 
     veil: Veil
     log_odds: Tensor
+
+
+class OfFall(nn.Module):
+    """What rain or snow that was taken off adds to a veil estimator's features and heads: nothing where none was."""
+
+    def __init__(self, config: VeilConfig) -> None:
+        super().__init__()
+        fine, middle, coarse = config.channels
+        self.stem = _conv(2, fine, stride=2, bias=False)
+        self.frame = nn.Linear(4, coarse, bias=False)
+        self.grid = nn.Conv2d(middle, config.num_levels + 1, 1)
+        self.fade = nn.Linear(coarse, 1)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def of_frame(self, fallen: Fallen, cells: Tensor) -> Tensor:
+        """What is told of all that fell and of the cells under it, (B, 4)."""
+        spread, mean = torch.var_mean(fallen.luma, dim=(1, 2, 3), correction=0)
+        brightness = fallen.share * cells[:, :3].mean(dim=(1, 2, 3))
+        return torch.stack([fallen.share, mean, spread.sqrt(), brightness], dim=1)
 
 
 class VeilEstimator(nn.Module):
@@ -141,6 +178,7 @@ class VeilEstimator(nn.Module):
         self.grid = nn.Conv2d(middle, config.num_levels + 1, 1)
         self.judge = nn.Linear(2 * coarse, 1)
         self.fade = nn.Linear(coarse, 1)
+        self.of_fall = OfFall(config) if config.knows_fall else None
         for head in (self.grid, self.judge, self.fade):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
@@ -150,11 +188,27 @@ class VeilEstimator(nn.Module):
         """Both frames averaged to cells, (B, 4, cells, cells). vis: (B, 3, H, W), ir: (B, 1, H, W) in [0, 1]."""
         return average_to(self.config.cells, vis, ir)
 
-    def find(self, cells: Tensor) -> VeilFound:
-        """What is told from cells (B, 4, cells, cells) of a pair."""
+    def averages(self, vis: Tensor, ir: Tensor, seen: Tensor, fall: Fall | None) -> tuple[Tensor, Fallen | None]:
+        """`average`, and what fell, for who knows what to make of it. seen: vis before the curves, without weather."""
+        if fall is None or self.of_fall is None:
+            return self.average(vis, ir), None
+        cells = average_to(self.config.cells, vis, ir, FALLEN * luma(fall.before - seen))
+        return cells[:, :4], Fallen(fall.share, cells[:, 4:])
+
+    def find(self, cells: Tensor, fallen: Fallen | None = None) -> VeilFound:
+        """What is told from cells (B, 4, cells, cells) of a pair, and of the rain or snow that was taken off."""
         batch, _, height, width = cells.shape
         row = torch.linspace(-1, 1, height, device=cells.device).view(1, 1, -1, 1).expand(batch, 1, height, width)
-        fine = F.silu(self.stem(torch.cat([cells - self.MIDDLE, row], dim=1)))
+        planes = [cells - self.MIDDLE, row]
+        of_fall = None if fallen is None else self.of_fall
+        if fallen is not None and of_fall is not None:
+            planes += [fallen.luma, fallen.share[:, None, None, None].expand_as(row)]
+            # One convolution of all planes: another one, its borders and a sum would be four kernels more.
+            weight = torch.cat([self.stem.weight, of_fall.stem.weight], dim=1)
+            padded = F.pad(torch.cat(planes, dim=1), (1, 1, 1, 1), mode="replicate")
+            fine = F.silu(F.conv2d(padded, weight, self.stem.bias, stride=2))
+        else:
+            fine = F.silu(self.stem(torch.cat(planes, dim=1)))
         fine = fine + F.silu(self.fine(fine))
         middle = F.silu(self.halve_fine(fine))
         middle = middle + self.middle(middle)
@@ -163,12 +217,19 @@ class VeilEstimator(nn.Module):
         spread, mean = torch.var_mean(coarse, dim=(2, 3), correction=0)
         frame = torch.cat([mean, torch.log(spread + 1e-3)], dim=1)
         whole = self.of_frame(frame)
+        if fallen is not None and of_fall is not None:
+            whole = torch.addmm(whole, of_fall.of_frame(fallen, cells), of_fall.frame.weight.T)
         coarse = F.silu(coarse + whole[:, :, None, None])
         wide = F.interpolate(self.double_coarse(coarse), middle.shape[-2:], mode="bilinear", align_corners=False)
-        heads = self.grid(F.silu(self.join(middle + wide)))
+        joined, whole = F.silu(self.join(middle + wide)), F.silu(whole)
+        heads, fade = self.grid(joined), self.fade(whole)
+        if fallen is not None and of_fall is not None:
+            share = fallen.share[:, None]
+            heads = torch.addcmul(heads, of_fall.grid(joined), share[..., None, None])
+            fade = torch.addcmul(fade, of_fall.fade(whole), share)
         log_odds = self.judge(frame)[:, 0]
         light = self._light(cells[:, :3], heads[:, -1:])
-        left = light * self.fade(F.silu(whole)).clamp_max(MOST_BRIGHTENED).exp()[:, :, None, None]
+        left = light * fade.clamp_max(MOST_BRIGHTENED).exp()[:, :, None, None]
         gains = MOST_CONTRAST * torch.sigmoid(heads[:, :-1] - LITTLE)
         veil = Veil(torch.ones_like(log_odds), light, left, as_grid(gains, self.config.num_levels))
         return VeilFound(veil, log_odds)
@@ -189,18 +250,21 @@ class VeilEstimator(nn.Module):
         # By night what is brightest is a lamp: its colour, taken off as that of a veil, would leave its opposite.
         return mixed(light, y, ramp(y, DAY_LIGHT, NIGHT_LIGHT))
 
-    def forward(self, vis: Tensor, ir: Tensor, seen: Tensor) -> Veil:
+    def forward(self, vis: Tensor, ir: Tensor, seen: Tensor, fall: Fall | None = None) -> Veil:
         """The veil over whole toned frames: vis (B, 3, H, W), ir (B, 1, H, W), float32 in [0, 1].
 
         seen: (B, 3, H, W), vis before the curves, which make of a frame that is too dark one as flat and bright as in
         fog, and of a hazy night a clear one. A veil is light: the less of it came, the surer a veil must be to be
-        lifted, and where the curves took most of it, there was one.
+        lifted, and where the curves took most of it, there was one. fall: what was taken off for `seen`, if anything
+        was. Where rain or snow fell there is a veil, whatever it looks like.
         """
-        cells = self.average(vis, ir)
-        veil, log_odds = self.find(cells)
+        cells, fallen = self.averages(vis, ir, seen, fall)
+        veil, log_odds = self.find(cells, fallen)
         came, toned = seen.mean(dim=(1, 2, 3)), cells[:, :3].mean(dim=(1, 2, 3))
         log_odds = torch.add(log_odds, came.clamp_max(BRIGHT) - NEUTRAL, alpha=LIGHT_TELLS)
         share = ramp(log_odds, DOUBTFUL, CERTAIN, MOST_LIFTED)
+        if fallen is not None:
+            share = share.maximum(MOST_LIFTED * fallen.share)
         darkened = ramp(torch.sub(came, toned, alpha=DARKENED), 0.0, BY, MOST_LIFTED)
         return veil._replace(share=share, darkened=darkened)
 
@@ -211,5 +275,5 @@ def _nearness(count: int, like: Tensor) -> Tensor:
     return ((places[:, None] - places).square() * (-0.5 / (LIGHT_REACH * count) ** 2)).exp()
 
 
-def _conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, padding_mode="replicate")
+def _conv(channels_in: int, channels_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, padding_mode="replicate", bias=bias)

@@ -36,7 +36,7 @@ from recofuse_core.model import ReCoFuse, TorchNetworks
 from recofuse_core.picture import ALL_OUTPUTS, LATENT_FACTOR, MIN_SIDE, PADDING, FusionPlan, OutputName, run
 from recofuse_core.sampler import Pair
 from recofuse_core.tiling import TilingConfig
-from recofuse_core.veil import Veil
+from recofuse_core.veil import Fall, Veil
 from recofuse_core.weather import WeatherSeen, without
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class _Light(_Of):
 
 
 class _Veil(_Of):
-    def forward(self, vis: Tensor, ir: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, vis: Tensor, ir: Tensor, seen: Tensor, before: Tensor, fell: Tensor) -> tuple[Tensor, ...]:
         assert self.model.veil is not None
-        veil = self.model.veil(vis, ir, seen)
+        veil = self.model.veil(vis, ir, seen, Fall(fell, before))
         assert veil.darkened is not None
         return veil.share, veil.darkened, veil.light, veil.left, veil.grid.entries
 
@@ -167,9 +167,9 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
     tone, light: vis (B, 3, H, W) and ir (B, 1, H, W) in [0, 1] to the same under tone curves, of any size from 32 px;
     light makes the photograph of a well exposed scene first, and infrared brighter; it gives an amount besides, which
     `Brightening` undoes, and how far they are lit nights, (B, 1, 1, 1) both; it is there if the model has an estimator.
-    veil: what tone gives, and vis as tone got it, to how much of a veil is to be lifted, and how much of one tone took,
-    (B,) both, and what lift needs besides to give vis without it, as far as there was one, and else another frame,
-    `onto`; there if the model has an estimator of it.
+    veil: what tone gives, vis as tone got it, and before weather was taken off, and how much of that was, (B,), to how
+    much of a veil is to be lifted, and how much of one tone took, (B,) both, and what lift needs besides to give vis
+    without it, as far as there was one, and else another frame, `onto`; there if the model has an estimator of it.
     encode: an image (B, 3, H, W), sides multiples of 16, to its latent and skips; encode_ir: one (B, 1, H, W) that
     stands for three equal channels, which is cheaper. predict: states and degraded latents
     at a time step (1,) to what the model predicts of both, and where both branches started if it predicts noise.
@@ -235,7 +235,12 @@ def parts_of(model: ReCoFuse) -> dict[str, Part]:
             "left": torch.zeros(batch, 3, side, side),
             "grid": torch.zeros(batch, 1, model.veil.config.num_levels, side, side),
         }
-        parts["veil"] = Part(_Veil(stepwise), pair | {"seen": frame(3)}, pair_shapes | {"seen": any_size}, tuple(veil))
+        parts["veil"] = Part(
+            _Veil(stepwise),
+            pair | {"seen": frame(3), "before": frame(3), "fell": torch.zeros(batch)},
+            pair_shapes | {"seen": any_size, "before": any_size, "fell": {0: any_batch}},
+            tuple(veil),
+        )
         parts["lift"] = Part(
             _Lift(stepwise),
             {"vis": frame(3), "onto": frame(3)} | veil,

@@ -16,7 +16,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -80,9 +80,9 @@ PREFIX = "recofuse."  # of the metadata
 FACTS_KEY = PREFIX + "about"  # in the graph `predict`
 CHECKSUM_KEY = PREFIX + "checksum"
 VERSION_KEY = PREFIX + "format_version"
-# 5: relief was by surroundings. 4: lit frames had none. 3: detail was not given back. 2: infrared was not brightened.
-# 1: veils were lifted by gains, behind the lighting
-FORMAT_VERSION = 6
+# 6: veils knew nothing of rain and snow. 5: relief was by surroundings. 4: lit frames had none. 3: detail was not given
+# back. 2: infrared was not brightened. 1: veils were lifted by gains, behind the lighting
+FORMAT_VERSION = 7
 
 
 def graph_path(weights: Path, part: PartName) -> Path:
@@ -229,6 +229,14 @@ class GraphRuntime:
         return FusionOutput(pictures.get("fused"), pictures.get("vis"), pictures.get("ir"))
 
 
+class Seen(NamedTuple):
+    """Visible frames without weather, as they came, and how much of it was taken off, (B,)."""
+
+    cleared: Floats
+    came: Floats
+    weather: Floats
+
+
 class GraphNetworks:
     """The graphs of a model as `picture.run` calls them."""
 
@@ -245,22 +253,23 @@ class GraphNetworks:
     def prepare(self, vis: Floats, ir: Floats, exposure: Exposure) -> Prepared:
         """Frames as ReCoFuse.delivered has them, padded, ir of one channel."""
         cleared, weather = self._clear(vis, ir)
+        seen = Seen(cleared, vis, np.zeros(len(vis), np.float32) if weather is None else weather)
         if exposure == "lit":
-            unveiled, veil = self._unveil(cleared, ir)
+            unveiled, veil = self._unveil(seen, ir)
             lit_vis, brighter_ir, *by = self._run("light", unveiled, ir)
             brightening = Brightening(*by)
             return Prepared(
                 Pair(_padded(lit_vis), _padded(brighter_ir)), brightening, _most(weather, veil, brightening.lit)
             )
         toned = Pair(*self._run("tone", cleared, ir))
-        lifted, veil = self._lift(toned, cleared, toned.vis)
+        lifted, veil = self._lift(toned, seen, toned.vis)
         return Prepared(Pair(_padded(lifted), _padded(toned.ir)), treated=_most(weather, veil))
 
-    def _unveil(self, cleared: Floats, ir: Floats) -> Found:
+    def _unveil(self, seen: Seen, ir: Floats) -> Found:
         """The visible frames as they are lit; under tone curves only within, so that a large pair takes less memory."""
         if "veil" not in self._sessions:
-            return cleared, None
-        return self._lift(Pair(*self._run("tone", cleared, ir)), cleared, cleared)
+            return seen.cleared, None
+        return self._lift(Pair(*self._run("tone", seen.cleared, ir)), seen, seen.cleared)
 
     def _clear(self, vis: Floats, ir: Floats) -> Found:
         """The visible frames without weather: what it looks like is asked for only where there is any."""
@@ -273,11 +282,11 @@ class GraphNetworks:
             return vis, None
         return self._run("clear", vis_sides, share, *seen)[0][..., :height, :width], share
 
-    def _lift(self, toned: Pair, seen: Floats, onto: Floats) -> Found:
+    def _lift(self, toned: Pair, seen: Seen, onto: Floats) -> Found:
         """Toned visible frames, `seen` before, without their veil, and `onto` where they have none."""
         if "veil" not in self._sessions:
             return onto, None
-        share, darkened, *veil = self._run("veil", *toned, seen)
+        share, darkened, *veil = self._run("veil", *toned, *seen)
         if not share.any() and (onto is toned.vis or not darkened.any()):
             return onto, None
         return self._run("lift", toned.vis, onto, share, darkened, *veil)[0], share

@@ -12,7 +12,7 @@ from recofuse_core.losses import GradientTarget, IntensityTarget
 from recofuse_core.model import PRESETS, ModelConfig
 
 StageName = Literal[
-    "weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled", "detail"
+    "weather", "weather_odds", "exposure", "tone", "veil", "veil_fall", "autoencoder", "branches", "coupled", "detail"
 ]
 Updates = Literal["alternating", "decoupled", "joint", "separated"]
 
@@ -76,7 +76,7 @@ class StageConfig:
     gradient_target: GradientTarget = "maximum"
     degraded_weight: float = 0.3  # autoencoder: of the reconstruction of the degraded image
     unit_weight: float = 0.002  # autoencoder: keeps latent channels near unit power, so that lam means the same in each
-    num_frames: int = 18_000  # weather_odds, exposure, tone, veil: degraded frames that are drawn once and kept
+    num_frames: int = 18_000  # all estimators but weather: degraded frames that are drawn once and kept
     lit_probability: float = 0.0  # coupled, detail: of a pair that comes lit, from the frames of the exposure stage
     weather_probability: float = 0.0  # with lit pairs: of another pair in rain, snow or fog
     rise_weight: float = 0.0  # detail: of a rise of the logarithm of a visible picture's squared error
@@ -108,7 +108,7 @@ class StageConfig:
     @property
     def asks_for_references(self) -> bool:
         """Whether frames of `DataConfig.references` are drawn."""
-        is_of_frames = self.name in ("weather", "weather_odds", "exposure", "veil")
+        is_of_frames = self.name in ("weather", "weather_odds", "exposure", "veil", "veil_fall")
         return is_of_frames or self.lit_probability + self.photo_probability + self.thermal_probability > 0
 
 

@@ -101,8 +101,8 @@ class DeliveredSource:
         if chance(self.weather_probability, generator):
             given = _in_weather(frame.vis, generator)
             given = sensed(given, generator)
-        frames = self.model.clear(self._on_device(given, low_ir))
-        delivered, _ = self.model.levelled(frames, "as_shot")
+        frames, fall = self.model.cleared(self._on_device(given, low_ir))
+        delivered, _ = self.model.levelled(frames, "as_shot", fall)
         return self._delivered(frame.vis, frame.ir, delivered)
 
     @torch.no_grad()
@@ -114,8 +114,8 @@ class DeliveredSource:
         if chance(LIT_WEATHER_PROBABILITY, generator) and kind is not FrameKind.EMPTY:
             fallen = _in_weather(scene.clamp(0, 1), generator)
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
-        cleared = self.model.clear(self._on_device(sensed(fallen, generator), low_ir))
-        frames = self.model.unveil(cleared)
+        cleared, fall = self.model.cleared(self._on_device(sensed(fallen, generator), low_ir))
+        frames = self.model.unveil(cleared, fall)
         lighting = self.exposure(*frames)
         if kind in LIT_ALIKE:
             clean = without_noise(scene) if kind in TRULY_DARK else scene.clamp(0, 1)
@@ -143,10 +143,10 @@ class DeliveredSource:
             given = quantise(scene)
         else:  # what is only soft or coded shows no noise either, and has no detail to give back
             given = sensed(scene, generator) if how < 0.8 else degrade_vis(scene, generator, "medium").image
-        frames = self.model.clear(self._on_device(given, low_ir))
+        frames, fall = self.model.cleared(self._on_device(given, low_ir))
         if not is_lit:
-            return self._delivered(scene, ir, self.model.levelled(frames, "as_shot")[0])
-        unveiled = self.model.unveil(frames)
+            return self._delivered(scene, ir, self.model.levelled(frames, "as_shot", fall)[0])
+        unveiled = self.model.unveil(frames, fall)
         lighting = self.exposure(*unveiled)
         return self._lit(unveiled, lighting, lighting(scene[None].to(unveiled.vis.device))[0].cpu(), ir)
 

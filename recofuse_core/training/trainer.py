@@ -59,6 +59,7 @@ FROM_THE_START: dict[str, StageName] = {  # the stage that trains a network whic
     "exposure": "exposure",
     "tone": "tone",
     "veil": "veil",
+    "veil.of_fall": "veil_fall",
     "autoencoder": "autoencoder",
     "denoiser": "branches",
     "fusion": "branches",
@@ -117,22 +118,22 @@ class Trainer:
         self.elapsed_s = 0.0
         autoencoder, others = self.model.autoencoder, [self.model.denoiser, self.model.fusion]
         decoder = [p for name, p in autoencoder.named_parameters() if _is_decoder(name)]
-        tone = [] if self.model.tone is None else list(self.model.tone.parameters())
-        weather = [] if self.model.weather is None else list(self.model.weather.parameters())
         judges = [] if self.model.weather is None else self.model.weather.judges()
-        veil = [] if self.model.veil is None else list(self.model.veil.parameters())
-        exposure = [] if self.model.exposure is None else list(self.model.exposure.parameters())
-        detail = [] if self.model.detail is None else list(self.model.detail.parameters())
+
+        def weights(prefix: str) -> list[nn.Parameter]:
+            return [parameter for name, parameter in self.model.named_parameters() if name.startswith(prefix)]
+
         trained = {
-            "weather": weather,
+            "weather": weights("weather."),
             "weather_odds": judges,
-            "exposure": exposure,
-            "veil": veil,
-            "tone": tone,
+            "exposure": weights("exposure."),
+            "veil": weights("veil."),
+            "veil_fall": weights("veil.of_fall."),
+            "tone": weights("tone."),
             "autoencoder": list(autoencoder.parameters()),
             "branches": [p for m in others for p in m.parameters()],
             "coupled": [p for m in others for p in m.parameters()] + (decoder if self.stage.rollout else []),
-            "detail": detail,
+            "detail": weights("detail."),
         }[self.stage.name]
         if not trained:
             raise ConfigError(f"preset {self.config.preset!r} has no {self.stage.name} estimator to train")
@@ -164,7 +165,7 @@ class Trainer:
             self._draw_light_samples()
         if self.stage.name == "weather_odds" and self.model.weather is not None:
             self._draw_odds_samples(self.model.weather)
-        if self.stage.name == "veil":
+        if self.stage.name in ("veil", "veil_fall"):
             self._draw_veil_samples()
         started = time.monotonic() - self.elapsed_s
         while (progress := self._progress()) < 1 and not self.is_exhausted:
@@ -265,7 +266,7 @@ class Trainer:
         if self.frames is None:
             raise ConfigError("the veil stage needs frames, from pairs and from data.references")
         generator = Generator().manual_seed(self.config.seed + 4)
-        source = VeilSource(self.frames)
+        source = VeilSource(self.frames, through_fall=self.stage.name == "veil_fall")
         self.veil_samples = VeilSamples.draw(self.model, source, self.stage.num_frames, self.stage.crop, generator)
 
     def _veil_update(self, samples: VeilSamples, estimator: VeilEstimator) -> dict[str, float]:
@@ -500,7 +501,7 @@ class Trainer:
         fitting = [name for name in asked if name in weights and weights[name].shape == own[name].shape]
         to_come = {stage.name for stage in self.config.stages[self.stage_index :]}
         others = [name for name in asked if name not in fitting]
-        anew = [name for name in others if FROM_THE_START[name.partition(".")[0]] in to_come]
+        anew = [name for name in others if _first_stage_of(name) in to_come]
         required = [name for name in others if name not in anew]
         if missing := [name for name in required if name not in weights]:
             raise CheckpointError(f"{len(missing)} weights to start from are missing, such as {missing[0]}")
@@ -586,6 +587,12 @@ def _sum(losses: Mapping[str, Tensor]) -> Tensor:
 
 def _reported(losses: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def _first_stage_of(name: str) -> StageName:
+    """The stage that trains a weight which knows nothing yet."""
+    network, _, rest = name.partition(".")
+    return FROM_THE_START.get(f"{network}.{rest.partition('.')[0]}", FROM_THE_START[network])
 
 
 def _is_decoder(name: str) -> bool:

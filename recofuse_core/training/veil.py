@@ -2,7 +2,8 @@
 
 It stands behind the weather estimator and the tone curves, so what is asked of it is what these leave of a veil. A
 frame that had no veil is asked for as it is, whatever the curves made of it. Frames are drawn once, averaged to cells
-and kept, so that a step costs little (docs/decisions/0035, 0041).
+and kept, so that a step costs little (docs/decisions/0035, 0041). What the estimator makes of rain and snow that were
+taken off is learnt last, by itself, from frames through which they fell (0055).
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ from recofuse_core.model import ReCoFuse
 from recofuse_core.sampler import Pair
 from recofuse_core.training.draws import chance, index
 from recofuse_core.training.exposure import CROP, Frame, FrameKind, FrameSource, fogged_again, sensed
-from recofuse_core.veil import VeilEstimator
+from recofuse_core.veil import Fallen, VeilEstimator
 
 
 class VeilKind(StrEnum):
@@ -46,6 +47,17 @@ SHARES = {
     VeilKind.FOG_PAIR: 0.12,
     VeilKind.NONE: 0.21,
 }
+# Through what frames are seen that something is taken off of. Rain and snow of these two kinds bring no veil.
+FALL_SHARES: dict[VisKind, float] = {
+    VisKind.DOWNPOUR: 0.44,
+    VisKind.SNOWFALL: 0.44,
+    VisKind.RAIN: 0.03,
+    VisKind.SNOW: 0.03,
+    VisKind.GAUSSIAN_NOISE: 0.06,
+}
+FALL_POOLS = (0.28, 0.27, 0.12, 0.33)  # nights, crisp days, photographs and any scenes
+FALL_SENSED_PROBABILITY = 0.4
+LEAST_FALL = 0.1  # of what was seen: a frame of which less is taken off teaches nothing
 # What is veiled: mostly what is well exposed and crisp. With that alone, nights and bright days come out grey; without
 # grey fog by day, over photographs too, a grey sky comes out as a night's.
 NIGHT_PROBABILITY, GREY_NIGHT_PROBABILITY = 0.28, 0.08
@@ -92,10 +104,14 @@ class VeilFrame(NamedTuple):
 
 
 class VeilSource:
-    """Draws frames under all kinds of veils. Every draw comes from the generator passed in."""
+    """Draws frames under all kinds of veils. Every draw comes from the generator passed in.
 
-    def __init__(self, frames: FrameSource) -> None:
+    through_fall: frames through rain or snow that nobody took off yet, and now and then noise that is taken for snow.
+    """
+
+    def __init__(self, frames: FrameSource, *, through_fall: bool = False) -> None:
         self.frames = frames
+        self.through_fall = through_fall
         self.clear = frames.pools[FrameKind.KEPT]
         self.foggy = frames.pools[FrameKind.FOG_PAIR]
         self.nights = frames.pools[FrameKind.NIGHT]
@@ -110,7 +126,9 @@ class VeilSource:
         ]
 
     def frame(self, side: int, generator: Generator) -> VeilFrame:
-        """One square of S px as a camera delivers it; without streaks and flakes but for a rest of them."""
+        """One square of S px as a camera delivers it; of streaks and flakes with a rest alone, or with all."""
+        if self.through_fall:
+            return self._fallen(side, generator)
         weights = torch.tensor([SHARES[kind] for kind in self.kinds])
         kind = self.kinds[int(torch.multinomial(weights, 1, generator=generator))]
         strength = STRENGTHS[index(len(STRENGTHS), generator)]
@@ -141,15 +159,35 @@ class VeilSource:
         low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
         return VeilFrame(given.clamp(0, 1), clear.clamp(0, 1), low_ir, kind)
 
+    def _fallen(self, side: int, generator: Generator) -> VeilFrame:
+        kinds = list(FALL_SHARES)
+        kind = kinds[int(torch.multinomial(torch.tensor(list(FALL_SHARES.values())), 1, generator=generator))]
+        pools = (self.nights, self.clear, self.photos, self.scenes)
+        pool = pools[int(torch.multinomial(torch.tensor(FALL_POOLS), 1, generator=generator))] or self.scenes
+        _, clear, ir = self._cut(pool, side, generator)
+        strength = STRENGTHS[index(len(STRENGTHS), generator)]
+        given = degrade_vis(clear.clamp(0, 1), generator, strength, [kind]).image
+        if chance(FALL_SENSED_PROBABILITY, generator):
+            given = sensed(given.clamp(0, 1), generator)
+        low_ir = degrade_ir(ir, generator, clean_probability=CLEAN_IR_PROBABILITY).image
+        over = VeilKind(kind.value) if kind in (VisKind.DOWNPOUR, VisKind.SNOWFALL) else VeilKind.NONE
+        return VeilFrame(given.clamp(0, 1), clear.clamp(0, 1), low_ir, over)
+
     def _scene(self, kind: VeilKind, side: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Given, clear and infrared squares before anything is put in, sometimes with infrared of another scene."""
+        """Given, clear and infrared squares before anything is put in."""
         pool = self._pool(kind, generator)
-        frame = pool[index(len(pool), generator)]
         is_close_up = kind is VeilKind.NONE and chance(CLOSE_UP_PROBABILITY, generator)
-        given, clear, ir = self.frames.cut(frame, side, generator, CLOSE_UP if is_close_up else CROP)
+        return self._cut(pool, side, generator, CLOSE_UP if is_close_up else CROP, kind is not VeilKind.FOG_PAIR)
+
+    def _cut(
+        self, pool: list[Frame], side: int, generator: Generator, crop: Range = CROP, may_vary: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a pool, sometimes with infrared of another scene, or, if it may be, of another exposure."""
+        frame = pool[index(len(pool), generator)]
+        given, clear, ir = self.frames.cut(frame, side, generator, crop)
         if chance(SWAP_PROBABILITY, generator):
             _, _, ir = self.frames.cut(frame._replace(ir=None), side, generator)
-        if kind is not VeilKind.FOG_PAIR:
+        if may_vary:
             if chance(DARKER_PROBABILITY, generator):
                 given, clear = _exposed(given, clear, DARKER_GAMMA, DARKER_GAIN, generator)
             elif pool is not self.nights and chance(BRIGHTER_PROBABILITY, generator):
@@ -199,35 +237,51 @@ IS_VEIL, IS_NONE = 4e-3, 6e-4  # squared error that a veil adds: from where it i
 class VeilSamples:
     """What an estimator sees, (N, 4, cells, cells), and what should come of vis, (N, 3, cells / 2, cells / 2); half.
 
-    squared: (N,), the squared error that the veil added; 0 where there was none.
+    squared: (N,), the squared error that the veil added; 0 where there was none. share (N,) and fallen, (N, 1, cells,
+    cells), half: how much rain or snow was taken off, see `Fallen`; 0 where frames are drawn without any.
     """
 
     cells: Tensor
     clear: Tensor
     squared: Tensor
+    share: Tensor
+    fallen: Tensor
 
     @classmethod
     @torch.no_grad()
     def draw(cls, model: ReCoFuse, source: VeilSource, count: int, side: int, generator: Generator) -> "VeilSamples":
-        """`count` squares of `side` px. Raises ConfigError without a veil to learn, or for a side below the cells."""
+        """`count` squares of `side` px, of those through rain or snow the ones that the model takes some off of.
+
+        Raises ConfigError without a veil to learn, for a side below the cells, or if the model takes hardly any off.
+        """
         estimator = model.veil
         if estimator is None:
             raise ConfigError("the model has no veil estimator to train")
         if side < estimator.config.cells:
             raise ConfigError(f"frames must have at least {estimator.config.cells} px a side, got {side}")
         device = next(estimator.parameters()).device
-        rows = []
-        for _ in range(count):
+        none = torch.zeros(1, 1, 1, 1, dtype=torch.half, device=device)
+        rows: list[tuple[Tensor, ...]] = []
+        passed = 0
+        while len(rows) < count:
             given, clear, ir, kind = source.frame(side, generator)
             frames = Pair(given[None].to(device), ir[None].to(device))
             wanted = Pair(clear[None].to(device), frames.ir)
-            toned = model.normalise(frames)
-            cells = estimator.average(*toned)
+            fall = None
+            if source.through_fall:
+                frames, fall = model.cleared(frames)
+                if fall is None or float(fall.share) < LEAST_FALL:
+                    passed += 1
+                    if passed > TRIES * (1 + len(rows)):
+                        raise ConfigError("the model takes hardly any rain or snow off; train the stage weather first")
+                    continue
+            cells, fallen = estimator.averages(*model.normalise(frames), frames.vis, fall)
+            share, luma_of_it = (none[:, 0, 0, 0], none) if fallen is None else fallen
             seen = F.avg_pool2d(cells[:, :3], 2)
             is_none = kind is VeilKind.NONE
             target = seen if is_none else F.adaptive_avg_pool2d(wanted.vis, estimator.config.cells // 2)
             squared = (seen - target).square().mean(dim=(1, 2, 3))
-            rows.append((cells.half(), target.half(), squared))
+            rows.append((cells.half(), target.half(), squared, share.float(), luma_of_it.half()))
         return cls(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
     def take(self, batch: Tensor) -> "VeilSamples":
@@ -236,9 +290,10 @@ class VeilSamples:
 
     def flipped(self) -> "VeilSamples":
         """The mirror images."""
-        return VeilSamples(self.cells.flip(-1), self.clear.flip(-1), self.squared)
+        return VeilSamples(self.cells.flip(-1), self.clear.flip(-1), self.squared, self.share, self.fallen.flip(-1))
 
 
+TRIES = 20  # frames for one that rain or snow is taken off of
 TOO_DARK = 1.4  # what an error weighs where a place comes out too dark
 NO_VEIL_WEIGHT = 0.25  # of what becomes of a frame without a veil, which is left alone anyway if it is told
 LOG_WEIGHT = 0.15
@@ -250,15 +305,17 @@ LEAST_SQUARED = 1e-4  # below it, an error hardly counts
 def veil_loss(estimator: VeilEstimator, samples: VeilSamples) -> dict[str, Tensor]:
     """L1 of lifted cells, log of each frame's squared error, difference in std; cross entropy of there being a veil.
 
-    What hardly veils a frame is neither: whether it is lifted matters little.
+    What hardly veils a frame is neither: whether it is lifted matters little. Behind rain and snow all frames count
+    alike, and skies are asked for as they are: such a veil is thin, and whether there is one is not asked.
     """
     cells, clear = samples.cells.float(), samples.clear.float()
     toned = F.avg_pool2d(cells[:, :3], 2)
-    clear = _with_bright_skies(clear, toned, samples.squared)
-    found = estimator.find(cells)
+    is_fall = samples.share > 0
+    clear = _with_bright_skies(clear, toned, samples.squared * ~is_fall)
+    found = estimator.find(cells, Fallen(samples.share, samples.fallen.float()) if bool(is_fall.any()) else None)
     ours = found.veil.at_cells(toned)
     is_veil = (samples.squared > IS_VEIL).float()
-    weight = is_veil + NO_VEIL_WEIGHT
+    weight = torch.where(is_fall, 1.0, is_veil + NO_VEIL_WEIGHT)
     error = ours - clear
     error = torch.where(error < 0, TOO_DARK * error, error)
     log = torch.log10(error.square().mean(dim=(1, 2, 3)) + LEAST_SQUARED)

@@ -150,9 +150,9 @@ def test_a_run_asks_for_no_more_than_the_table_says(preset: str, batch: int, blo
 
 
 def test_our_kernels_are_few_and_move_little() -> None:
-    """At most 930 kernels (900 are aimed at) and 16 GB for a batch of compact, 9,000 kernels for a pair of paper."""
+    """At most 950 kernels (900 are aimed at) and 16 GB for a batch of compact, 9,000 kernels for a pair of paper."""
     ours = {(row.preset, row.batch): row for row in table() if row.blocks == "triton"}
-    assert ours["compact", 8].kernels <= 930
+    assert ours["compact", 8].kernels <= 950
     assert ours["compact", 8].gigabytes <= 16
     assert ours["paper", 1].kernels <= 9000
 

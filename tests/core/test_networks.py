@@ -464,6 +464,8 @@ def test_parameter_names_stay(preset: str, autoencoder_names: set[str]) -> None:
         )
         levels = ("fine", "middle.#", "coarse", "halve_fine", "halve_middle", "double_coarse")
         expected |= both(*(f"veil.{part}" for part in ("stem", *levels, "of_frame", "join", "grid", "judge", "fade")))
+        expected |= {f"veil.of_fall.{part}.weight" for part in ("stem", "frame")}
+        expected |= both(*(f"veil.of_fall.{head}" for head in ("grid", "fade")))
         expected |= both(*(f"weather.{part}" for part in ("stem", "witness", "judge", "head")))
         expected |= both(
             *(f"weather.{way}" for way in ("halve_fine", "halve_middle", "double_middle", "double_coarse"))

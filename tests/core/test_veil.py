@@ -24,9 +24,11 @@ from recofuse_core.veil import (
     BRIGHT,
     CERTAIN,
     DOUBTFUL,
+    FALLEN,
     MOST_BRIGHTENED,
     MOST_LIFTED,
     NEUTRAL,
+    Fall,
     Veil,
     VeilConfig,
     VeilEstimator,
@@ -35,7 +37,7 @@ from tests.core.test_exposure import WITH_EXPOSURE
 from tests.core.tiny import largest_difference, pairs, psnr_of, tiny_model
 
 CLEAR, VEILED = -9.0, 9.0  # log-odds
-SMALL = VeilConfig(cells=16, channels=(4, 6, 8), num_levels=3)
+SMALL = VeilConfig(cells=16, channels=(4, 6, 8), num_levels=3, knows_fall=True)
 
 
 def veil_model(log_odds: float, seed: int = 0) -> ReCoFuse:
@@ -138,6 +140,65 @@ def test_a_night_that_curves_freed_of_haze_is_lit_as_they_left_it() -> None:
         lit = model.lift(clear, hazy, onto=hazy).vis
         assert torch.allclose(lit, hazy.vis + of_toned * (clear.vis - hazy.vis), atol=1e-5)
         assert model.lift(clear, hazy).vis is clear.vis  # as shot
+
+
+def test_where_rain_or_snow_was_taken_off_there_is_a_veil() -> None:
+    """Whatever it looks like; it is another one for what fell, and what had nothing taken off stays the same."""
+    vis, ir = pairs(3, 64, 64)
+    model = veil_model(CLEAR)
+    veil = model.veil
+    assert veil is not None
+    assert veil.of_fall is not None
+    fall = Fall(torch.tensor([1.0, 0.5, 0.0]), vis + torch.tensor([0.2, 0.1, 0.0]).view(3, 1, 1, 1))
+    untaught = veil(vis, ir, vis, fall)
+    assert torch.allclose(untaught.share, MOST_LIFTED * fall.share)
+    assert torch.equal(veil(vis, ir, vis).share, torch.zeros(3))
+    for parameter in veil.of_fall.parameters():
+        parameter.normal_(0, 0.3, generator=Generator().manual_seed(len(parameter)))
+    taught = veil(vis, ir, vis, fall)
+    for name in ("light", "left"):
+        change = (getattr(taught, name) - getattr(untaught, name)).abs().amax(dim=(1, 2, 3))
+        assert change[0] > change[2] == 0, name
+    change = (taught.grid.entries - untaught.grid.entries).abs().amax(dim=(1, 2, 3, 4))
+    assert change[0] > change[2] == 0
+    heavier = veil(vis, ir, vis, fall._replace(before=vis + 0.3))
+    assert not torch.allclose(heavier.grid.entries[0], taught.grid.entries[0], atol=1e-4)
+
+
+def test_what_fell_is_told_by_its_luma_in_cells() -> None:
+    vis, ir = pairs(2, 64, 48)
+    veil = VeilEstimator(SMALL)
+    share = torch.tensor([0.3, 1.0])
+    fall = Fall(share, vis + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+    cells, fallen = veil.averages(vis, ir, vis, fall)
+    assert fallen is not None
+    assert torch.equal(cells, veil.average(vis, ir))
+    assert torch.equal(fallen.share, share)
+    taken = FALLEN * (0.299 * 0.1 + 0.587 * 0.2 + 0.114 * 0.3)
+    assert torch.allclose(fallen.luma, torch.full((2, 1, 16, 16), taken), atol=1e-5)
+
+
+def test_weights_that_know_nothing_of_rain_judge_by_looks() -> None:
+    vis, ir = pairs(1, 64, 64)
+    veil = VeilEstimator(replace(SMALL, knows_fall=False))
+    fall = Fall(torch.ones(1), vis + 0.2)
+    assert veil.of_fall is None
+    assert torch.equal(veil(vis, ir, vis, fall).share, torch.zeros(1))
+
+
+@pytest.mark.parametrize("kind", ["downpour", "snowfall"])
+def test_the_shipped_weights_lift_the_veil_of_rain_and_snow(kind: str) -> None:
+    """On generated streets, which no training saw: closer to the clear frame than by its looks alone."""
+    model = load_pretrained().requires_grad_(False)
+    by_looks, told = [], []
+    for seed in (2, 9, 12, 15):
+        scene = make_scene(seed, 384, 512)
+        given = degrade_vis(scene.vis, Generator().manual_seed(seed), "medium", [kind]).image[None]
+        frames, fall = model.cleared(Pair(given, scene.ir[None, :1]))
+        assert fall is not None
+        by_looks.append(psnr_of(model.unveil(frames).vis[0], scene.vis))
+        told.append(psnr_of(model.unveil(frames, fall).vis[0], scene.vis))
+    assert sum(told) > sum(by_looks) + 4 * 0.3
 
 
 @pytest.mark.parametrize("colour", [(0.6, 0.7, 0.8), (0.05, 0.95, 0.5), (0.5, 0.5, 0.5)], ids=str)

@@ -17,7 +17,18 @@ from service.terms.errors import InvalidInputError
 if TYPE_CHECKING:
     import torch
 
-STAGES = ("weather", "weather_odds", "exposure", "tone", "veil", "autoencoder", "branches", "coupled", "detail")
+STAGES = (
+    "weather",
+    "weather_odds",
+    "exposure",
+    "tone",
+    "veil",
+    "veil_fall",
+    "autoencoder",
+    "branches",
+    "coupled",
+    "detail",
+)
 
 
 def train(

@@ -21,6 +21,7 @@ from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
+from recofuse_core.veil import Fall
 from recofuse_core.weather import WeatherConfig
 from tests.core.test_brightening import night_model
 from tests.core.tiny import GATED, images_of, pairs, tiny_model
@@ -163,11 +164,14 @@ def test_shipped_graphs_compute_what_torch_does() -> None:
     assert float((cleared[0] - rainy).abs().mean()) > 0.01
     np.testing.assert_allclose(actual, cleared.numpy(), atol=2e-5)
     foggy = degrade_vis(scene.vis, torch.Generator().manual_seed(0), "strong", ["fog"]).image
-    veiled = Pair(torch.stack([foggy, scene.vis]), weather.ir)
+    fall = Fall(torch.tensor([0.0, 0.0, 1.0]), torch.stack([foggy, scene.vis, rainy]))
+    veiled = Pair(torch.stack([foggy, scene.vis, cleared[0]]), scene.ir[:1].expand(3, 1, -1, -1))
     toned = model.normalise(veiled)
-    share, *veil = (torch.from_numpy(part) for part in results(runners["veil"], *toned, veiled.vis))
+    found = results(runners["veil"], *toned, veiled.vis, fall.before, fall.share)
+    share, *veil = (torch.from_numpy(part) for part in found)
     assert share[0] > 0 == share[1]
-    lifted = model.unveil(veiled).vis
+    assert share[2] > 0.9
+    lifted = model.unveil(veiled, fall).vis
     assert float((lifted[0] - foggy).abs().mean()) > 0.01
     actual = results(runners["lift"], toned.vis, veiled.vis, share, *veil)[0]
     np.testing.assert_allclose(actual, lifted.numpy(), atol=2e-4)

@@ -66,6 +66,17 @@ def test_wrong_configurations_are_named(tmp_path: Path, change: tuple[str, str],
 def test_the_shipped_configuration_reads() -> None:
     config = read_config(ROOT / "configs" / "compact.toml")
     weather = ["weather", "weather", "weather_odds"]
-    others = ["exposure", "tone", "veil", "autoencoder", "branches", "coupled", "coupled", "coupled", "detail"]
+    others = [
+        "exposure",
+        "tone",
+        "veil",
+        "veil_fall",
+        "autoencoder",
+        "branches",
+        "coupled",
+        "coupled",
+        "coupled",
+        "detail",
+    ]
     assert [s.name for s in config.stages] == weather + others
     assert "llvip_" in config.data.exclude_prefixes

@@ -1,6 +1,7 @@
 """Pairs behind the lighting: what their targets are, and a coupled stage that learns from them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from recofuse_core.training.delivered import DeliveredSource, without_noise
 from recofuse_core.training.exposure import Frame, FrameKind, FrameSource, References
 from recofuse_core.training.pairs import DegradedFrame, PairSource
 from recofuse_core.training.trainer import Trainer
+from recofuse_core.veil import Fall
 from tests.core.training.small import CROP, scenes, stage
 
 SIZES: dict[str, Any] = {"cells": 16, "num_quantiles": 6, "width": 32, "channels": (8, 12, 16), "num_levels": 3}
@@ -98,10 +100,16 @@ def test_pairs_as_shot_come_in_weather_as_often_as_asked(probability: float) -> 
 def test_degraded_frames_come_as_the_model_encodes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weather goes first, then the veil, under tone curves; then comes the lighting, and tone curves again."""
     model = Bare()
-    monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
+    fell = Fall(torch.ones(1), torch.ones(1, 3, SIDE, SIDE))
+
+    def lifted(frames: Pair, by: Callable[[Tensor], Tensor], fall: Fall | None) -> Pair:
+        assert fall is fell
+        return frames._replace(vis=by(frames.vis))
+
+    monkeypatch.setattr(model, "cleared", lambda frames: (frames._replace(vis=frames.vis * 0 + 0.1), fell))
     monkeypatch.setattr(model, "normalise", lambda images: Pair(images.vis + 0.2, images.ir * 0))
-    monkeypatch.setattr(model, "_lifted", lambda toned, seen: (toned._replace(vis=toned.vis / 2), None))
-    monkeypatch.setattr(model, "unveil", lambda frames: frames._replace(vis=frames.vis + 0.05))
+    monkeypatch.setattr(model, "_lifted", lambda toned, seen, fall: (lifted(toned, lambda vis: vis / 2, fall), None))
+    monkeypatch.setattr(model, "unveil", lambda frames, fall: lifted(frames, lambda vis: vis + 0.05, fall))
     source, generator = source_of(FrameKind.NIGHT, model), Generator().manual_seed(3)
     for made, level in (
         (source.lit_frame(SIDE, generator), GAIN * 0.15 + 0.2),
@@ -123,7 +131,7 @@ def test_dark_infrared_is_brightened_beside_lit_nights_and_so_is_its_target(
     dark = torch.full((1, SIDE, SIDE), 0.1)
     night = torch.full((3, SIDE, SIDE), 0.1)
     monkeypatch.setattr(source.frames, "scene", lambda *_: (night, night, dark, FrameKind.NIGHT))
-    monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + 0.1))
+    monkeypatch.setattr(model, "cleared", lambda frames: (frames._replace(vis=frames.vis * 0 + 0.1), None))
     generator = Generator().manual_seed(5)
     made = source.lit_frame(SIDE, generator) if is_lit else source.frame(SIDE, generator)
     torch.testing.assert_close(made.degraded_ir, torch.full_like(dark, expected), atol=1e-3, rtol=0)
@@ -149,8 +157,8 @@ def test_the_clean_frame_is_lit_as_the_given_one_unless_that_lost_a_veil(
 ) -> None:
     """The given frame comes brighter than the clean one: by its own lighting the clean one would be as bright."""
     model, clean, given = Bare(), 0.2, 0.25
-    monkeypatch.setattr(model, "clear", lambda frames: frames._replace(vis=frames.vis * 0 + given + veil))
-    monkeypatch.setattr(model, "unveil", lambda frames: frames._replace(vis=frames.vis - veil) if veil else frames)
+    monkeypatch.setattr(model, "cleared", lambda frames: (frames._replace(vis=frames.vis * 0 + given + veil), None))
+    monkeypatch.setattr(model, "unveil", lambda frames, _: frames._replace(vis=frames.vis - veil) if veil else frames)
     source = source_of(FrameKind.NIGHT, model)
     source.exposure = BySight(ExposureConfig(**SIZES))
     scene = torch.full((3, SIDE, SIDE), clean)

@@ -11,14 +11,14 @@ from torch import Generator
 from recofuse_core.errors import ConfigError
 from recofuse_core.model import ReCoFuse
 from recofuse_core.training import veil
-from recofuse_core.training.config import DataConfig, TrainConfig
+from recofuse_core.training.config import DataConfig, StageName, TrainConfig
 from recofuse_core.training.exposure import FrameSource, References
 from recofuse_core.training.pairs import PairSource
 from recofuse_core.training.trainer import Trainer
 from recofuse_core.training.veil import VeilKind, VeilSamples, VeilSource, veil_loss
 from tests.core.training.small import scenes, stage
 
-SIZES: dict[str, Any] = {"cells": 16, "channels": (8, 8, 8), "num_levels": 3}
+SIZES: dict[str, Any] = {"cells": 16, "channels": (8, 8, 8), "num_levels": 3, "knows_fall": True}
 SIDE = 32
 
 
@@ -31,9 +31,11 @@ def frames() -> FrameSource:
     return FrameSource(pairs, References(photos=[photo], foggy={name: vis // 2 + 110}))
 
 
-def trainer(steps: int = 4, num_frames: int = 12, sizes: dict[str, Any] | None = SIZES) -> Trainer:
+def trainer(
+    steps: int = 4, num_frames: int = 12, sizes: dict[str, Any] | None = SIZES, name: StageName = "veil"
+) -> Trainer:
     data = DataConfig(root="scenes")
-    stages = (replace(stage("veil", steps), num_frames=num_frames, batch_size=8, learning_rate=1e-2, warmup_steps=2),)
+    stages = (replace(stage(name, steps), num_frames=num_frames, batch_size=8, learning_rate=1e-2, warmup_steps=2),)
     config = TrainConfig("compact", "test", data, stages, model={"veil": sizes})
     return Trainer(config, PairSource(data, scenes()), frames=frames())
 
@@ -79,12 +81,59 @@ def test_the_stage_learns_and_moves_its_estimator_alone() -> None:
         trained = veil_loss(estimator, samples)
     after = learning.model.state_dict()
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    assert moved == {name for name in after if name.startswith("veil.")}
+    assert moved == {name for name in after if name.startswith("veil.") and ".of_fall." not in name}
     learning.model.load_state_dict(before)
     with torch.no_grad():
         untrained = veil_loss(estimator, samples)
     assert float(trained["veil"]) < 0.92 * float(untrained["veil"])
     assert float(trained["odds"]) < 0.9 * float(untrained["odds"])
+
+
+def in_any_weather(model: ReCoFuse) -> ReCoFuse:
+    """The model, which takes something off of every frame."""
+    assert model.weather is not None
+    torch.nn.init.constant_(model.weather.judge.bias, 9.0)
+    torch.nn.init.normal_(model.weather.head.weight, std=0.02, generator=Generator().manual_seed(0))
+    return model
+
+
+def test_what_rain_and_snow_tell_is_learnt_by_itself() -> None:
+    learning = trainer(60, 24, name="veil_fall")
+    model = in_any_weather(learning.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reports = list(learning.run_stage())
+    after, samples, estimator = model.state_dict(), learning.veil_samples, model.veil
+    assert samples is not None
+    assert estimator is not None
+    assert bool((samples.share > 0.9).all())
+    assert float(samples.fallen.abs().max()) > 0
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        name for name in after if name.startswith("veil.of_fall.")
+    }
+    assert set(reports[0].losses) == {"veil", "log", "spread", "odds"}
+    with torch.no_grad():
+        trained = veil_loss(estimator, samples)
+        model.load_state_dict(before)
+        untrained = veil_loss(estimator, samples)
+    assert float(trained["veil"]) < 0.97 * float(untrained["veil"])
+    assert torch.equal(trained["odds"], untrained["odds"])
+
+
+def test_rain_and_snow_are_drawn_with_the_veil_they_bring_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(veil, "FALL_SENSED_PROBABILITY", 0.0)
+    source, generator = VeilSource(frames(), through_fall=True), Generator().manual_seed(0)
+    drawn = [source.frame(SIDE, generator) for _ in range(60)]
+    assert {frame.kind for frame in drawn} == {VeilKind.DOWNPOUR, VeilKind.SNOWFALL, VeilKind.NONE}
+    for frame in drawn:
+        assert frame.given.shape == frame.clear.shape == (3, SIDE, SIDE)
+        assert 0 <= float(frame.given.min()) <= float(frame.given.max()) <= 1
+        assert not torch.equal(frame.given, frame.clear)
+
+
+def test_what_takes_no_rain_off_has_nothing_to_teach() -> None:
+    learning = trainer(name="veil_fall")
+    with pytest.raises(ConfigError, match="train the stage weather first"):
+        next(learning.run_stage())
 
 
 def test_a_sky_that_nobody_sees_is_asked_for_as_bright_as_its_veil_by_day_alone() -> None:
