@@ -21,7 +21,7 @@ from recofuse_core.model import ReCoFuse
 from recofuse_core.networks import ToneConfig
 from recofuse_core.sampler import Pair
 from recofuse_core.scenes.scene import make_scene
-from recofuse_core.veil import Fall
+from recofuse_core.veil import Fall, VeilConfig
 from recofuse_core.weather import WeatherConfig
 from tests.core.test_brightening import night_model
 from tests.core.tiny import GATED, images_of, pairs, tiny_model
@@ -104,6 +104,25 @@ def test_a_picture_of_a_night_undoes_what_brightened_infrared() -> None:
         expected, _ = model.run(*dark, plan, lambda: draw)
     for picture, image in zip(pictures, images_of(expected), strict=True):
         assert_levels(picture.numpy(), image)
+
+
+@pytest.mark.parametrize("knows_fall", [True, False])
+def test_the_graph_that_finds_veils_is_given_what_fell_whatever_its_weights_make_of_it(knows_fall: bool) -> None:
+    """One call serves weights of both kinds: runtimes feed its inputs in their order."""
+    sizes = VeilConfig(cells=16, channels=(4, 6, 8), num_levels=3, knows_fall=knows_fall)
+    model = tiny_model(replace(GATED, veil=sizes)).requires_grad_(False)
+    assert model.veil is not None
+    for parameter in model.veil.parameters():
+        parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(parameter)))
+    runner = session(export.to_graph(export.parts_of(model)["veil"]))
+    assert [item.name for item in runner.get_inputs()] == ["vis", "ir", "seen", "before", "fell"]
+    vis, ir = pairs(2, 71, 50)
+    fall = Fall(torch.tensor([0.0, 0.7]), vis + 0.2)
+    veil = model.veil(vis, ir, vis, fall)
+    assert veil.darkened is not None
+    expected = (veil.share, veil.darkened, veil.light, veil.left, veil.grid.entries)
+    for actual, tensor in zip(results(runner, vis, ir, vis, fall.before, fall.share), expected, strict=True):
+        np.testing.assert_allclose(actual, tensor.numpy(), atol=2e-5)
 
 
 def test_a_sampler_that_draws_at_every_step_is_no_graph() -> None:
