@@ -220,6 +220,22 @@ def test_a_network_that_changed_begins_anew_if_its_stage_is_to_come(caplog: pyte
         trainer(stage("tone")).start_from({}, ("tone.",))
 
 
+def test_what_rain_and_snow_tell_begins_anew_by_itself_in_a_veil_estimator_of_before(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = trainer(stage("veil"), stage("veil_fall"))
+    fresh = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    earlier = {name: tensor + 1 for name, tensor in fresh.items() if not name.startswith("veil.of_fall.")}
+    run.skip_to("veil_fall")
+    run.start_from(earlier)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, fresh[name] + 1 if name in earlier else fresh[name]), name
+    assert "begin anew: 6: veil.of_fall." in caplog.text
+    with pytest.raises(CheckpointError, match=r"6 weights to start from are missing, such as veil\.of_fall\."):
+        trainer(stage("veil")).start_from(earlier)
+
+
 def test_every_network_has_a_stage_that_trains_it_from_the_start() -> None:
-    networks = {name.partition(".")[0] for name in trainer(stage("branches")).model.state_dict()}
-    assert networks == set(FROM_THE_START)
+    names = list(trainer(stage("branches")).model.state_dict())
+    assert {name.partition(".")[0] for name in names} == {part.partition(".")[0] for part in FROM_THE_START}
+    assert all(any(name.startswith(f"{part}.") for name in names) for part in FROM_THE_START)
